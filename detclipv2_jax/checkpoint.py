@@ -1,0 +1,164 @@
+"""A checkpoint is the whole run: parameters, average, optimizer, step, config and vocabulary.
+
+On disk, under `workdir/checkpoints/STEP/`, three items: `model` (the averaged parameters: all that
+evaluation and detection read), `state` (the rest of the training state) and `meta` (JSON).
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from detclipv2_jax.errors import UserError
+from detclipv2_jax.models import detclip
+from detclipv2_jax.state import TrainState
+
+SUBDIRECTORY = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint's model, ready to build: `detclip.build(graphdef, params)`."""
+
+    graphdef: Any
+    params: PyTree
+    config: dict[str, Any]  # the resolved config of the run that made it
+    step: int
+    names: list[str]  # the names its detection data knew
+
+
+class Checkpointer:
+    """Saves and restores the state of one run; saving happens in the background and is atomic."""
+
+    def __init__(self, workdir: Path | str, keep: int):
+        """Keeps the newest `keep` checkpoints and the one with the best `score`."""
+        policy = AnyPreservationPolicy(
+            [
+                LatestN(keep),
+                BestN(
+                    get_metric_fn=lambda m: m["score"], n=1, keep_checkpoints_without_metrics=False
+                ),
+            ]
+        )
+        self._manager = ocp.CheckpointManager(
+            Path(workdir).absolute() / SUBDIRECTORY,
+            item_names=("model", "state", "meta"),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, cleanup_tmp_directories=True
+            ),
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step; None before the first."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, meta: dict[str, Any], score: float | None) -> None:
+        """Starts to write the state after `state.step` steps; returns once it is off the devices."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardSave(state.ema),
+                state=ocp.args.StandardSave(_without_average(state)),
+                meta=ocp.args.JsonSave(meta),
+            ),
+            metrics=None if score is None else {"score": score},
+        )
+
+    def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest checkpoint in the shapes and shardings of the abstract `target`, and its meta.
+
+        Raises:
+          UserError: if it was made with another model.
+        """
+        step = self._manager.latest_step()
+        where = self._manager.directory / str(step)
+        meta = self._manager.restore(
+            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        ).meta
+        _check_shapes(self._manager, step, target.ema, where)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardRestore(target.ema),
+                state=ocp.args.StandardRestore(_without_average(target)),
+            ),
+        )
+        state = TrainState(ema=restored.model, **restored.state)
+        return state, meta
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finishes writing and lets go of the directory."""
+        self._manager.close()
+
+
+def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
+    """The model of a run's checkpoint (`directory` is its workdir or its `checkpoints/`), newest by default.
+
+    Raises:
+      UserError: if there is no checkpoint, not that step, or it does not fit its own config.
+    """
+    root = Path(directory).absolute()
+    root = root / SUBDIRECTORY if (root / SUBDIRECTORY).is_dir() else root
+    steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
+    if not steps:
+        raise UserError(
+            f"There is no checkpoint in {directory}: give the --workdir of a training run."
+        )
+    if step is not None and step not in steps:
+        raise UserError(
+            f"{root} has no checkpoint of step {step}: it has {', '.join(map(str, steps))}."
+        )
+    step = steps[-1] if step is None else step
+    with ocp.CheckpointManager(
+        root,
+        item_names=("model", "state", "meta"),
+        options=ocp.CheckpointManagerOptions(read_only=True),
+    ) as manager:
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        graphdef, target = detclip.abstract(
+            detclip.DetCLIPConfig.from_dict(meta["config"]["model"])
+        )
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        target = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), target
+        )
+        _check_shapes(manager, step, target, root / str(step))
+        params = manager.restore(
+            step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target))
+        ).model
+    return LoadedModel(graphdef, params, meta["config"], step, meta["names"])
+
+
+def _without_average(state: TrainState) -> dict[str, Any]:
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    del fields["ema"]
+    return fields
+
+
+def _check_shapes(manager: ocp.CheckpointManager, step: int, target: PyTree, where: Any) -> None:
+    """One sentence instead of a traceback when a checkpoint holds another model."""
+    found = _shapes(manager.item_metadata(step).model.tree)
+    wanted = _shapes(target)
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise UserError(
+                f"The checkpoint {where} is of another model: {name} is {found.get(name, 'absent')} there and "
+                f"{wanted.get(name, 'absent')} in this config; use the config it was made with or another --workdir."
+            )
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): tuple(v.shape) for p, v in leaves}

@@ -1,0 +1,101 @@
+"""The schema of a run: every field a config may set, typed, with what it means.
+
+A config file (`configs/*.py`) returns an `ml_collections.ConfigDict`; `RunConfig` is what the rest of the
+code sees. A field that is not listed here is refused by name.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from detclipv2_jax import fields
+from detclipv2_jax.models.detclip import DetCLIPConfig
+from detclipv2_jax.optimizer import OptimizerConfig
+from detclipv2_jax.predictor import DetectConfig
+from detclipv2_jax.step import LossConfig
+from detclipv2_jax.structures import KINDS
+
+
+@dataclasses.dataclass(frozen=True)
+class KindConfig:
+    """One kind of data: its prepared sources, its batch and how its pictures are brought to size."""
+
+    sources: tuple[str, ...] = ()  # directories of prepared sources, relative to data.dir; () = off
+    batch_size: int = 128  # images a global step
+    shapes: tuple[tuple[int, int], ...] = (
+        (800, 1344),
+        (1344, 800),
+        (1088, 1088),
+    )  # (height, width)
+    table_size: int = 512  # rows of the step's concept table
+    negatives: int = 150  # concepts an image asks for, its own included (paper §4.1: 150, 100)
+    max_boxes: int = 100  # boxes an image; more are dropped, counted
+    texts_per_image: int = 0  # image_text: concepts an image, caption first (ours: 8)
+    flip: float = 0.5  # chance of a horizontal flip
+    scales: tuple[float, float] = (0.6, 1.0)  # size of the picture relative to fitting its canvas
+    crop: bool = False  # may a picture exceed its canvas and be cropped at random?
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the prepared sources lie and what each kind takes from them."""
+
+    dir: str = "data"
+    prepare: str = ""  # the command that would make the data, shown where it is missing
+    detection: KindConfig = KindConfig()
+    grounding: KindConfig = KindConfig()
+    image_text: KindConfig = KindConfig()
+    max_broken_share: float = 0.05  # a run stops once more of its records than this are unreadable
+
+    def kinds(self) -> dict[str, KindConfig]:
+        """The kinds that have a source, by name."""
+        return {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind).sources}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length and rhythm of a run, in epochs and steps."""
+
+    epochs: float = 12.0  # passes over every source (paper §4.1)
+    log_every: int = 50
+    checkpoint_every: int = 1000  # steps between checkpoints
+    eval_every: int = 0  # steps between evaluations; 0 = only after the last step
+    keep: int = 3  # newest checkpoints kept, beside the best
+    max_skipped: int = 20  # non-finite steps in a row after which the run stops
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig(DetectConfig):
+    """The validation set and how the detector is asked; the checkpoint carries it to later jobs."""
+
+    dataset: str = ""  # LVIS or COCO JSON, relative to data.dir; "" = no evaluation
+    images: str = ""  # folder of its images, relative to data.dir
+    canvas: tuple[int, int] = (800, 1344)  # (height, width) that pictures are scaled into
+    batch_size: int = 8
+    pictures: int = 8  # validation pictures drawn at each evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The device mesh; -1 stands for all devices that are left."""
+
+    data: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """All of a run."""
+
+    model: DetCLIPConfig
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+
+
+def parse(values: Mapping[str, Any]) -> RunConfig:
+    """The run that nested dicts describe; UserError names a field that is unknown or of a wrong type."""
+    return fields.from_dict(RunConfig, values, "config")

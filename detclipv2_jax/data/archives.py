@@ -1,0 +1,132 @@
+"""Which annotation files a folder holds, in which format, and whether they were prepared already.
+
+All of it without TensorFlow, so that a command that finds its work done ends at once.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from detclipv2_jax.data.examples import Archive, ImageFolder
+from detclipv2_jax.data.index import Source
+from detclipv2_jax.data.pictures import Options
+from detclipv2_jax.data.sources import coco, conceptual_captions, goldg
+from detclipv2_jax.errors import UserError
+
+FORMATS: dict[str, tuple[str, Callable[[Path, ImageFolder], Archive]]] = {
+    "COCO instances": ("detection", coco.read),
+    "MDETR": ("grounding", goldg.read),
+    "COCO captions": ("image_text", conceptual_captions.read_coco_captions),
+    "JSON lines": ("image_text", conceptual_captions.read_json_lines),
+    "TSV": ("image_text", conceptual_captions.read_tsv),
+}
+_EVALUATION_WORDS = {"val", "valid", "validation", "test", "dev", "minival", "eval"}
+
+
+def format_of(path: Path) -> str | None:
+    """Which of FORMATS a file is in, judged by the fields it has; None if none, or if it is LVIS.
+
+    JSON is searched for the names of its fields and not parsed: Objects365's file has gigabytes.
+    """
+    if path.suffix == ".tsv":
+        return "TSV"
+    if path.suffix == ".jsonl":
+        return "JSON lines"
+    if path.suffix != ".json":
+        return None
+    content = path.read_bytes()
+    for mark, name in (
+        (b'"neg_category_ids"', None),  # federated: an unnamed category is not an absent one
+        (b'"tokens_positive"', "MDETR"),
+        (b'"bbox"', "COCO instances"),
+        (b'"caption"', "COCO captions"),
+    ):
+        if mark in content:
+            return name
+    return None
+
+
+def discover(directory: Path) -> tuple[dict[str, list[Path]], dict[Path, str]]:
+    """Annotation files in DIR and DIR/annotations: by kind, and those left out with the reason.
+
+    A file whose name has a word such as "val" or "test" is not trained on unless it is named.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; check --from")
+    found: dict[str, list[Path]] = {}
+    left_out: dict[Path, str] = {}
+    for path in sorted([*directory.glob("*.*"), *directory.glob("annotations/*.*")]):
+        if path.suffix not in (".json", ".jsonl", ".tsv") or not path.is_file():
+            continue
+        if _EVALUATION_WORDS & set(re.split(r"[\W_]+", path.stem.lower())):
+            left_out[path] = "by its name it is for evaluation"
+        elif (name := format_of(path)) is None:
+            left_out[path] = "its fields are those of no known training format"
+        else:
+            found.setdefault(FORMATS[name][0], []).append(path)
+    return found, left_out
+
+
+def open_archives(files: Sequence[Path], images: ImageFolder, kind: str) -> list[Archive]:
+    """Open annotation files of one kind; `UserError` for a missing file or one of another kind."""
+    accepted = [name for name, (of, _) in FORMATS.items() if of == kind]
+    archives = []
+    for path in files:
+        # A file that shows no format (empty, cut off, no JSON) goes to the reader, which says what
+        # it lacks.
+        name = format_of(_existing(path)) or accepted[0]
+        if name not in accepted:
+            raise UserError(
+                f"{path}: {name} by its fields; {kind} data come as {' or '.join(accepted)}"
+            )
+        archives.append(FORMATS[name][1](path, images))
+    return archives
+
+
+def fingerprint(
+    files: Iterable[Path], images: ImageFolder, options: Options | None
+) -> dict[str, Any]:
+    """What a source was made from: digests of the annotation files, folders, and phrase options.
+
+    The images themselves are not read for it; if they change, prepare with --overwrite.
+    """
+    result: dict[str, Any] = {"images": [str(root.resolve()) for root in images.roots], "files": {}}
+    for path in files:
+        with open(_existing(path), "rb") as file:
+            digest = hashlib.file_digest(file, "blake2b").hexdigest()
+        result["files"][str(path.resolve())] = digest[:32]
+    if options is not None:
+        result["phrases"] = {"model": options.phrase_model, "limit": options.phrase_limit}
+    return result
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path")
+    return path
+
+
+def prepared_before(to: Path, inputs: Mapping[str, Any], *, overwrite: bool) -> Source | None:
+    """The source in `to` if it was made from the same inputs; None if it is to be made.
+
+    `UserError` where `to` holds a source of other inputs (unless `overwrite`) or no source but
+    files.
+    """
+    if not to.exists() or not any(to.iterdir()):
+        return None
+    if not (to / "info.json").is_file():
+        raise UserError(
+            f"{to}: not empty, and no prepared source; name another directory with --to"
+        )
+    if overwrite:
+        return None
+    source = Source.open(to)
+    if source.info.get("created_from") == json.loads(json.dumps(inputs)):
+        return source
+    raise UserError(
+        f"{to}: holds a source made from other files or options; add --overwrite to replace it, or "
+        "name another directory with --to"
+    )

@@ -1,0 +1,227 @@
+"""Concepts: text to tokens, and the dictionaries of several sources merged without their strings.
+
+A concept is a short text that the text tower encodes: a category name, a noun phrase, a whole
+caption. Inside a prepared source it is a *local* id, the line number in `concepts.jsonl`; across
+the sources of a run it is a *global* id, which `Dictionary` gives from 64-bit keys of normalised
+texts.
+"""
+
+import functools
+import gzip
+import hashlib
+import html
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Int, Int32, UInt16, UInt64
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+from detclipv2_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from detclipv2_jax.data.index import Source
+
+CONTEXT = 16  # tokens a concept, start and end included (paper.md §2)
+VOCABULARY = 49408
+START, END = 49406, 49407
+
+_MERGES = Path(__file__).parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
+# CLIP's word pattern without its two special tokens: those are put around a text, never read in it.
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+_CHUNK = 65536  # texts handed to the tokenizer at once: bounds its memory
+
+
+def normalise(text: str) -> str:
+    """A concept as CLIP cleans text: HTML unescaped twice, NFC, single spaces, lower case."""
+    text = unicodedata.normalize("NFC", html.unescape(html.unescape(text)))
+    return " ".join(text.split()).lower()
+
+
+def enriched(name: str, definition: str | None) -> str:
+    """The text that is encoded: a name, joined with its definition if it has one (paper.md §1)."""
+    return f"{name}, {definition}" if definition else name
+
+
+def key(text: str) -> int:
+    """Stable 64-bit identity of a text, whatever its case, spacing or HTML escapes."""
+    digest = hashlib.blake2b(normalise(text).encode("utf-8", "surrogatepass"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def keys(texts: Sequence[str]) -> UInt64[np.ndarray, " n"]:
+    """`key` of each text."""
+    return np.fromiter((key(text) for text in texts), np.uint64, len(texts))
+
+
+def byte_characters() -> list[str]:
+    """The characters that stand for the 256 bytes in byte-level BPE, in CLIP's vocabulary order.
+
+    Printable Latin-1 bytes stand for themselves and come first; the others take the code points
+    from 256 up.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
+    printable += range(ord("®"), ord("ÿ") + 1)
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    """CLIP's byte-level BPE, without start and end; the vocabulary is numbered as OpenAI's is.
+
+    256 bytes, 256 bytes that end a word, 48,894 merges, then the two special tokens.
+    """
+    lines = gzip.decompress(_MERGES.read_bytes()).decode("utf-8").split("\n")
+    characters = byte_characters()
+    merges = [tuple(line.split()) for line in lines[1 : VOCABULARY - 2 - 2 * len(characters) + 1]]
+    pieces = characters + [c + "</w>" for c in characters] + ["".join(pair) for pair in merges]
+    model = models.BPE(
+        vocab={piece: i for i, piece in enumerate(pieces)},
+        merges=merges,
+        end_of_word_suffix="</w>",
+    )
+    result = Tokenizer(model)
+    result.normalizer = normalizers.Lowercase()
+    result.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return result
+
+
+def tokenize(texts: Sequence[str], context: int = CONTEXT) -> Int32[np.ndarray, "n {context}"]:
+    """Token ids of each text: start, its tokens, end, then zeros.
+
+    A text too long keeps its first `context - 2` tokens, so that the end, where the text tower
+    reads its feature, is always there. No text is refused: an empty one is start and end.
+    """
+    rows = np.zeros((len(texts), context), np.int32)
+    rows[:, 0] = START
+    for begin in range(0, len(texts), _CHUNK):
+        chunk = [normalise(text) for text in texts[begin : begin + _CHUNK]]
+        # Lone surrogates (broken \u escapes in somebody's JSON) cannot cross into the tokenizer.
+        chunk = [text.encode("utf-8", "replace").decode("utf-8") for text in chunk]
+        for row, encoding in zip(rows[begin:], tokenizer().encode_batch_fast(chunk)):
+            ids = encoding.ids[: context - 2]
+            row[1 : len(ids) + 1] = ids
+            row[len(ids) + 1] = END
+    return rows
+
+
+class ConceptTable:
+    """Collects the concepts of one source while it is prepared, and counts them.
+
+    Local ids are given in the order of first appearance. `vocabulary` tells names and phrases,
+    which may be drawn as negatives, from whole captions, which may not.
+    """
+
+    def __init__(self):
+        self._ids: dict[str, int] = {}
+        self.names: list[str] = []
+        self.counts: list[int] = []
+        self.vocabulary: list[bool] = []
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def add(self, name: str, *, vocabulary: bool = True, count: int = 1) -> int:
+        """The local id of a name, made if it is new. Spellings of one normalised text are one."""
+        name = normalise(name)
+        local = self._ids.setdefault(name, len(self.names))
+        if local == len(self.names):
+            self.names.append(name)
+            self.counts.append(0)
+            self.vocabulary.append(False)
+        self.counts[local] += count
+        self.vocabulary[local] |= vocabulary
+        return local
+
+
+class Dictionary:
+    """The concepts of several sources, each once, under global ids 0 … len - 1.
+
+    Ids depend on the set of texts alone (they follow the order of the keys), so every process,
+    and every order of the sources, gives the same. Only arrays are made: 15 million concepts take
+    seconds.
+    """
+
+    def __init__(self, sources: Mapping[str, "Source"]):
+        """Merge the concepts of `sources` (name → opened source)."""
+        self.sources = dict(sources)
+        tables = list(self.sources.values())
+        everything = np.concatenate([s.keys for s in tables] or [np.zeros(0, np.uint64)])
+        self.keys, first, inverse = np.unique(everything, return_index=True, return_inverse=True)
+        starts = np.cumsum([0] + [len(s.keys) for s in tables])
+        #: local id → global id, an int32 array a source
+        self.local_to_global: dict[str, Int32[np.ndarray, " n"]] = {
+            name: inverse[start : start + len(source.keys)].astype(np.int32)
+            for start, (name, source) in zip(starts, self.sources.items())
+        }
+        # Where each concept is found first: tokens and names stay in the sources' files.
+        self._source = (np.searchsorted(starts, first, side="right") - 1).astype(np.int32)
+        self._local = (first - starts[self._source]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def tokens(self, ids: Int[np.ndarray, " m"]) -> Int32[np.ndarray, "m 16"]:
+        """Token ids of concepts; a row of zeros where the id is -1 (padding)."""
+        ids = np.asarray(ids)
+        rows = np.zeros((len(ids), CONTEXT), np.int32)
+        for source, locals_, where in self._located(ids):
+            rows[where] = source.tokens[locals_]
+        return rows
+
+    def names(self, ids: Int[np.ndarray, " m"]) -> list[str]:
+        """The concepts' texts, for people, from `concepts.jsonl`; "" where the id is -1."""
+        ids = np.asarray(ids)
+        result = [""] * len(ids)
+        for source, locals_, where in self._located(ids):
+            for i, local in zip(np.flatnonzero(where), locals_):
+                result[i] = source.concepts[local]["name"]
+        return result
+
+    def lookup(self, names: Sequence[str]) -> Int32[np.ndarray, " n"]:
+        """Global ids of names; -1 for those that no source has."""
+        wanted = keys(names)
+        if not len(self):
+            return np.full(len(names), -1, np.int32)
+        at = np.minimum(np.searchsorted(self.keys, wanted), len(self) - 1)
+        return np.where(self.keys[at] == wanted, at, -1).astype(np.int32)
+
+    def pool(self, kind: str) -> Int32[np.ndarray, " p"]:
+        """Sorted global ids that may be drawn as negatives for a kind.
+
+        These are the names and phrases of its sources, not their captions.
+        """
+        chosen = [
+            self.local_to_global[name][source.vocabulary]
+            for name, source in self.sources.items()
+            if source.kind == kind
+        ]
+        return np.unique(np.concatenate(chosen or [np.zeros(0, np.int32)]))
+
+    def _located(
+        self, ids: Int[np.ndarray, " m"]
+    ) -> Iterable[tuple["Source", Int[np.ndarray, " k"], Bool[np.ndarray, " m"]]]:
+        """For each source of some of `ids`: it, their local ids, which of `ids` they are."""
+        if ids.size and (ids.min() < -1 or ids.max() >= len(self)):
+            raise IndexError(f"concept id out of range: ids lie in -1 … {len(self) - 1}")
+        present = ids >= 0
+        owner = np.full(len(ids), -1)
+        owner[present] = self._source[ids[present]]
+        for number, source in enumerate(self.sources.values()):
+            where = owner == number
+            if where.any():
+                yield source, self._local[ids[where]], where
+
+
+def pack_tokens(rows: Int32[np.ndarray, "n 16"]) -> UInt16[np.ndarray, "n 16"]:
+    """Token ids as they are stored: 49,407 fits 16 bits."""
+    if rows.size and rows.max() >= VOCABULARY:
+        raise UserError("a token id lies outside CLIP's vocabulary")
+    return rows.astype(np.uint16)

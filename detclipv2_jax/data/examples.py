@@ -1,0 +1,165 @@
+"""What a reader of `sources/` yields before any image is opened, and what it leaves out."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from detclipv2_jax.errors import UserError
+
+_EXPLAINED = 3  # of each reason for dropping something, so many are told in full
+
+
+@dataclasses.dataclass(frozen=True)
+class RawBox:
+    """An annotated box as its file has it: not yet clipped, not yet checked against the picture."""
+
+    xywh: tuple[float, float, float, float]  # left, top, width, height in pixels
+    name: str
+    origin: str  # "annotation 17", for messages
+
+
+@dataclasses.dataclass(frozen=True)
+class RawExample:
+    """One image with its annotation. `caption` is for image_text, `boxes` for the other kinds."""
+
+    image_path: Path
+    image_id: str
+    size: tuple[int, int] | None  # annotated (height, width), where the file tells
+    boxes: tuple[RawBox, ...] = ()
+    caption: str = ""
+
+
+class Drops:
+    """Counts what is left out or mended, by reason, and keeps the first few of each in words."""
+
+    def __init__(self):
+        self.dropped: Counter[str] = Counter()
+        self.mended: Counter[str] = Counter()
+        self.explained: dict[str, list[str]] = {}
+
+    def drop(self, reason: str, explanation: str) -> None:
+        """Count one thing left out. `reason` starts with what it is: "images: missing"."""
+        self.dropped[reason] += 1
+        self._explain(reason, explanation)
+
+    def mend(self, reason: str, explanation: str) -> None:
+        """Count one thing kept in another form than it came."""
+        self.mended[reason] += 1
+        self._explain(reason, explanation)
+
+    def add(self, other: "Drops") -> None:
+        """Take in the counts of another part of the same source."""
+        self.dropped.update(other.dropped)
+        self.mended.update(other.mended)
+        for reason, sentences in other.explained.items():
+            for sentence in sentences:
+                self._explain(reason, sentence)
+
+    def first(self) -> str:
+        """An explanation of the most frequent reason; empty if nothing was dropped."""
+        if not self.dropped:
+            return ""
+        return self.explained[self.dropped.most_common(1)[0][0]][0]
+
+    def _explain(self, reason: str, explanation: str) -> None:
+        told = self.explained.setdefault(reason, [])
+        if len(told) < _EXPLAINED:
+            told.append(explanation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """An annotation file, opened: examples to come, and `drops` that fill while they come."""
+
+    path: Path
+    kind: str  # "detection" | "grounding" | "image_text"
+    total: int  # examples, about: for the progress bar
+    examples: Iterator[RawExample]
+    drops: Drops
+    names: tuple[str, ...] = ()  # detection: all categories, in the file's order, seen or not
+
+
+class ImageFolder:
+    """Finds the files that annotations name, in folders laid out a little unlike the original."""
+
+    def __init__(self, *roots: str | Path):
+        """Search `roots` in order; `UserError` where none of them is a directory."""
+        self.roots = [Path(root) for root in roots if Path(root).is_dir()]
+        if not self.roots:
+            tried = " or ".join(str(root) for root in roots)
+            raise UserError(
+                f"{tried}: no such directory; name the images' folder with --images=DIR"
+            )
+
+    def find(self, file_name: str) -> Path | None:
+        """Path of an image, or None.
+
+        Leading folders of `file_name` are taken off one by one: Objects365's
+        "images/v1/patch8/a.jpg" is found as ROOT/images/v1/patch8/a.jpg, ROOT/v1/patch8/a.jpg,
+        ROOT/patch8/a.jpg or ROOT/a.jpg.
+        """
+        if not file_name or "\0" in file_name:
+            return None
+        parts = Path(file_name).parts
+        try:
+            for first in range(len(parts)):
+                for root in self.roots:
+                    path = root.joinpath(*parts[first:])
+                    if path.is_file():
+                        return path
+        except OSError:  # a name longer than the file system allows
+            return None
+        return None
+
+    def __str__(self) -> str:
+        return " or ".join(str(root) for root in self.roots)
+
+
+def load_json(path: Path, fields: Sequence[str]) -> dict[str, Any]:
+    """An annotation file, a JSON object that has lists under `fields`; else `UserError`."""
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; check the path") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); "
+            "download or export the file again"
+        ) from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON text; download or export the file again") from error
+    for field in fields:
+        if not isinstance(document, dict) or not isinstance(document.get(field), list):
+            raise UserError(
+                f'{path}: its top level has no list "{field}"; give the file in the format that '
+                "`python scripts/prepare_data.py --help` describes"
+            )
+    return document
+
+
+def annotated_size(entry: dict[str, Any]) -> tuple[int, int] | None:
+    """(height, width) of an image entry, numbers or strings of numbers; None if not told.
+
+    `ValueError` or `TypeError` where they are there but are no sizes.
+    """
+    if entry.get("height") is None or entry.get("width") is None:
+        return None
+    size = int(float(entry["height"])), int(float(entry["width"]))
+    if min(size) <= 0:
+        raise ValueError(f"height {size[0]}, width {size[1]}")
+    return size
+
+
+def parse_xywh(value: Any) -> tuple[float, float, float, float]:
+    """A COCO "bbox". `ValueError` where it is no list of four numbers; NaN and infinity pass."""
+    if not isinstance(value, list) or len(value) != 4:
+        raise ValueError(f'"bbox" is {str(value)[:60]}, not [x, y, width, height]')
+    try:
+        return tuple(float(number) for number in value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'"bbox" is {str(value)[:60]}, not four numbers') from error

@@ -1,0 +1,156 @@
+"""One prepared source on disk, opened: arrays are memory-mapped, records are only named here.
+
+    info.json                         what it is, how many records, what was dropped and why
+    records-00000-of-0000N.array_record
+    index/height.npy width.npy        uint16 (n,): pixels of each stored picture
+    index/positives_offsets.npy       int64 (n+1,)
+    index/positives.npy               int32: [offsets[i] : offsets[i+1]] are local ids of record i
+    concepts.jsonl                    {"name", "definition", "count", "vocabulary"}; line = local id
+    tokens.npy keys.npy vocabulary.npy   uint16 (c,16), uint64 (c,), bool (c,)
+
+Written by `records.RecordWriter`. No TensorFlow and no strings are needed to plan a run.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int32, Int64, UInt16, UInt64
+
+from detclipv2_jax.errors import UserError
+
+FORMAT = 1
+KINDS = ("detection", "grounding", "image_text")
+ARRAYS = {
+    "height": "index/height.npy",
+    "width": "index/width.npy",
+    "positives_offsets": "index/positives_offsets.npy",
+    "positives": "index/positives.npy",
+    "tokens": "tokens.npy",
+    "keys": "keys.npy",
+    "vocabulary": "vocabulary.npy",
+}
+
+
+def shard_name(number: int, count: int) -> str:
+    """File name of a shard of records."""
+    return f"records-{number:05d}-of-{count:05d}.array_record"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """A prepared source. Record numbers 0 … len - 1 run through its shards in order."""
+
+    directory: Path
+    name: str
+    kind: str
+    info: Mapping[str, Any]
+    height: UInt16[np.ndarray, " n"]
+    width: UInt16[np.ndarray, " n"]
+    positives_offsets: Int64[np.ndarray, " n+1"]
+    positives: Int32[np.ndarray, " p"]  # unique a record; image_text: caption first
+    tokens: UInt16[np.ndarray, "c 16"]
+    keys: UInt64[np.ndarray, " c"]
+    vocabulary: Bool[np.ndarray, " c"]  # False: a whole caption, never drawn as a negative
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "Source":
+        """Open a prepared directory; `UserError` if it is missing, damaged, of another format."""
+        directory = Path(directory)
+        info = _read_info(directory)
+        arrays = {field: _map(directory, path) for field, path in ARRAYS.items()}
+        source = cls(directory, info["name"], info["kind"], info, **arrays)
+        _check(source)
+        return source
+
+    def __len__(self) -> int:
+        return len(self.height)
+
+    @property
+    def shard_paths(self) -> tuple[str, ...]:
+        """Paths of the record files, in record order."""
+        sizes = self.info["shards"]
+        return tuple(str(self.directory / shard_name(i, len(sizes))) for i in range(len(sizes)))
+
+    @property
+    def shard_starts(self) -> Int64[np.ndarray, " shards+1"]:
+        """Number of the first record of each shard, and the count of all at the end."""
+        return np.cumsum([0, *self.info["shards"]])
+
+    def positives_of(self, record: int) -> Int32[np.ndarray, " k"]:
+        """Local ids of the concepts that record number `record` holds."""
+        return self.positives[self.positives_offsets[record] : self.positives_offsets[record + 1]]
+
+    @functools.cached_property
+    def concepts(self) -> list[dict[str, Any]]:
+        """Rows of `concepts.jsonl` by local id, read on first use: for people's eyes."""
+        with open(self.directory / "concepts.jsonl", encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+
+
+def _remedy(directory: Path) -> str:
+    return f"prepare it with `python scripts/prepare_data.py SOURCE --from=DIR --to={directory}`"
+
+
+def _read_info(directory: Path) -> dict[str, Any]:
+    path = directory / "info.json"
+    if not path.is_file():
+        raise UserError(f"{directory}: no prepared data here; {_remedy(directory)}")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        found, kind = info["format"], info["kind"]
+        missing = {"name", "records", "shards", "shard_bytes"} - info.keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: no valid description of a source; {_remedy(directory)}"
+        ) from error
+    if found != FORMAT:
+        raise UserError(
+            f"{path}: format {found!r}, this version reads {FORMAT}; {_remedy(directory)}"
+        )
+    if kind not in KINDS or missing:
+        what = f'"kind" is {kind!r}' if kind not in KINDS else f"no field {sorted(missing)}"
+        raise UserError(f"{path}: {what}; {_remedy(directory)}")
+    return info
+
+
+def _map(directory: Path, relative: str) -> np.ndarray:
+    path = directory / relative
+    try:
+        # An array without elements (a header of 128 bytes) cannot be mapped, so it is read.
+        mode = "r" if path.stat().st_size > 128 else None
+        return np.load(path, mmap_mode=mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: missing or damaged; {_remedy(directory)}") from error
+
+
+def _check(source: Source) -> None:
+    """Refuse arrays and shards that do not belong together, before a run finds out late."""
+    records, concepts = source.info["records"], len(source.keys)
+    offsets = source.positives_offsets
+    claims = {
+        ARRAYS["height"]: source.height.shape == (records,),
+        ARRAYS["width"]: source.width.shape == (records,),
+        ARRAYS["positives_offsets"]: offsets.shape == (records + 1,)
+        and offsets[0] == 0
+        and offsets[-1] == len(source.positives)
+        and bool(np.all(np.diff(offsets) >= 0)),
+        ARRAYS["positives"]: source.positives.size == 0
+        or (source.positives.min() >= 0 and source.positives.max() < concepts),
+        ARRAYS["tokens"]: source.tokens.shape == (concepts, 16),
+        ARRAYS["vocabulary"]: source.vocabulary.shape == (concepts,),
+        "info.json": sum(source.info["shards"]) == records,
+    }
+    for path, size in zip(source.shard_paths, source.info["shard_bytes"], strict=True):
+        file = Path(path)
+        claims[file.name] = file.is_file() and file.stat().st_size == size
+    for name, holds in claims.items():
+        if not holds:
+            raise UserError(
+                f"{source.directory / name}: missing or damaged, it does not fit the rest of the "
+                f"source; {_remedy(source.directory)} --overwrite"
+            )

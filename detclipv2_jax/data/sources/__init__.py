@@ -1,0 +1,1 @@
+"""Readers of the formats that people have: one file a source."""

@@ -1,0 +1,1 @@
+"""Boxes in, average precision out: numpy only."""

@@ -1,0 +1,66 @@
+"""Pre-training: `python -m detclipv2_jax.main --config=configs/pretrain.py[:nano|swin_t|swin_l] --workdir=DIR`.
+
+Any field of the config can be set behind it: `--config.train.epochs=1 --config.optimizer.learning_rate=1e-4`.
+The same command goes on where a killed run stopped.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from detclipv2_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "File with the run's config.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes, and where it goes on from.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+    """Starts the processes of the run, reads the config, trains."""
+    import jax
+
+    from detclipv2_jax import config, train
+
+    if len(argv) > 1:
+        raise UserError(
+            f"Unexpected argument {argv[1]!r}: options start with --config. or --workdir."
+        )
+    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        jax.distributed.initialize()
+    train.train(config.parse(_CONFIG.value.to_dict()), Path(_WORKDIR.value))
+
+
+def run() -> None:
+    """`main` with every error a user can mend as one sentence and exit status 2."""
+    try:
+        app.run(main, flags_parser=_parse_flags)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, its errors and ml_collections' told plainly."""
+    first_field = next(
+        (i for i, a in enumerate(argv) if a.lstrip("-").startswith("config.")), len(argv)
+    )
+    config_at = next(
+        (i for i, a in enumerate(argv) if a.lstrip("-").split("=")[0] == "config"), None
+    )
+    if config_at is not None and config_at > first_field:
+        argv = [argv[0], argv[config_at], *argv[1:config_at], *argv[config_at + 1 :]]
+    try:
+        return flags.FLAGS(argv)
+    except (AttributeError, KeyError) as error:
+        raise UserError(f"{str(error).splitlines()[0]} (in {' '.join(argv[1:])})") from None
+    except (flags.Error, OSError, TypeError, ValueError) as error:
+        raise UserError(str(error).splitlines()[0]) from None
+
+
+if __name__ == "__main__":
+    run()

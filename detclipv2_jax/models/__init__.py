@@ -1,0 +1,1 @@
+"""Flax modules: the detector, part by part."""

@@ -1,0 +1,28 @@
+"""The sizes the project is made for. Configs start from these and may change any field."""
+
+from detclipv2_jax.models.atss_head import HeadConfig
+from detclipv2_jax.models.detclip import DetCLIPConfig
+from detclipv2_jax.models.swin import SwinConfig
+from detclipv2_jax.models.text import TextConfig
+
+# Paper §4.1: Swin with ImageNet weights, window 7 (T) and 12 (L), drop path 0.2; FPN and head of 256
+# channels; CLIP ViT-B's text tower.
+SWIN_T = DetCLIPConfig(
+    swin=SwinConfig(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window=7),
+    dtype="bfloat16",
+    remat=True,
+)
+SWIN_L = DetCLIPConfig(
+    swin=SwinConfig(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window=12),
+    dtype="bfloat16",
+    remat=True,
+)
+# The same parts for two CPU cores [ours].
+NANO = DetCLIPConfig(
+    swin=SwinConfig(
+        embed_dim=48, depths=(1, 1, 2, 1), num_heads=(2, 4, 8, 16), window=4, drop_path=0.0
+    ),
+    neck_channels=64,
+    head=HeadConfig(channels=64, convs=2, groups=8, embed_dim=64),
+    text=TextConfig(width=128, layers=2, heads=4, embed_dim=64),
+)

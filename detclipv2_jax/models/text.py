@@ -1,0 +1,133 @@
+"""Text tower: CLIP's causal transformer over short concepts, one feature each.
+
+Radford et al. 2021 (architecture and initialisation); DetCLIPv2 encodes each concept as its own
+sentence of at most 16 tokens.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from detclipv2_jax.errors import UserError
+from detclipv2_jax.models.initialise import Draws, normal
+from detclipv2_jax.models.norms import LayerNorm
+from detclipv2_jax.models.swin import linear
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Sizes of the text tower. `context` is the number of tokens a concept may have."""
+
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+    vocab: int = 49408
+    context: int = 16
+    embed_dim: int = 256
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise UserError(f"text.heads {self.heads} must divide text.width {self.width}")
+
+
+def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """x·sigmoid(1.702x), the approximation that CLIP was trained with."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+class TextAttention(nnx.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, cfg: TextConfig, *, dtype, rngs: Draws):
+        self.heads = cfg.heads
+        std, depth_scale = cfg.width**-0.5, (2 * cfg.layers) ** -0.5
+        self.in_proj = linear(cfg.width, 3 * cfg.width, dtype, rngs, std=std)
+        self.out_proj = linear(cfg.width, cfg.width, dtype, rngs, std=std * depth_scale)
+
+    def __call__(self, x: Float[Array, "M L C"]) -> Float[Array, "M L C"]:
+        """Each position sees itself and those before it; softmax in float32.
+
+        No padding mask: pads come after [EOS], and only [EOS] is read.
+        """
+        batch, length, width = x.shape
+        qkv = self.in_proj(x).reshape(batch, length, 3 * self.heads, width // self.heads)
+        query, key, value = jnp.split(qkv, 3, axis=2)
+        query = query * (width // self.heads) ** -0.5
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+        causal = np.tril(np.ones((length, length), bool))
+        weights = jax.nn.softmax(jnp.where(causal, scores, -1e9), axis=-1).astype(x.dtype)
+        out = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+        return self.out_proj(out.reshape(batch, length, width))
+
+
+class TextMlp(nnx.Module):
+    """Two layers with a QuickGELU between them."""
+
+    def __init__(self, cfg: TextConfig, *, dtype, rngs: Draws):
+        width = cfg.width
+        self.c_fc = linear(width, 4 * width, dtype, rngs, std=(2 * width) ** -0.5)
+        out_std = width**-0.5 * (2 * cfg.layers) ** -0.5
+        self.c_proj = linear(4 * width, width, dtype, rngs, std=out_std)
+
+    def __call__(self, x: Float[Array, "M L C"]) -> Float[Array, "M L C"]:
+        """Position by position."""
+        return self.c_proj(quick_gelu(self.c_fc(x)))
+
+
+class TextBlock(nnx.Module):
+    """Pre-norm attention and MLP, each a residual branch."""
+
+    def __init__(self, cfg: TextConfig, *, dtype, rngs: Draws):
+        self.ln_1 = LayerNorm(cfg.width, rngs=rngs)
+        self.attn = TextAttention(cfg, dtype=dtype, rngs=rngs)
+        self.ln_2 = LayerNorm(cfg.width, rngs=rngs)
+        self.mlp = TextMlp(cfg, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "M L C"]) -> Float[Array, "M L C"]:
+        """One block."""
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class TextTower(nnx.Module):
+    """The text tower; parameters are named as CLIP's, so that its weights are easily mapped.
+
+    Args:
+        cfg: its sizes.
+        dtype: of the activations; parameters, norms' statistics and softmax are float32.
+        remat: recompute each block in the backward pass instead of storing its inside.
+        rngs: initialises the parameters.
+    """
+
+    def __init__(self, cfg: TextConfig, *, dtype=jnp.float32, remat: bool = False, rngs: Draws):
+        self.dtype = dtype
+        self.remat = remat
+        self.token_embedding = nnx.Param(normal(0.02)(rngs, (cfg.vocab, cfg.width)))
+        self.positional_embedding = nnx.Param(normal(0.01)(rngs, (cfg.context, cfg.width)))
+        self.resblocks = nnx.List(TextBlock(cfg, dtype=dtype, rngs=rngs) for _ in range(cfg.layers))
+        self.ln_final = LayerNorm(cfg.width, rngs=rngs)
+        self.text_projection = nnx.Param(normal(cfg.width**-0.5)(rngs, (cfg.width, cfg.embed_dim)))
+
+    def __call__(self, tokens: Int[Array, "M L"]) -> Float[Array, "M D"]:
+        """Features of M concepts, not normalised, float32.
+
+        Args:
+            tokens: [SOT] … [EOS] then pads, L <= context. [EOS] has the largest id of the vocabulary,
+                so the first place of the row's largest id is where the feature is read.
+        """
+        length = tokens.shape[1]
+        # Gathered in float32, so that the gradient of a token that occurs often sums in float32.
+        x = self.token_embedding[...][tokens] + self.positional_embedding[...][:length]
+        x = x.astype(self.dtype)
+        run = nnx.remat(TextBlock.__call__) if self.remat else TextBlock.__call__
+        for block in self.resblocks:
+            x = run(block, x)
+        end = jnp.argmax(tokens, axis=1)
+        # The norm is position by position: only the one that is read needs it.
+        feature = self.ln_final(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])
+        projection = self.text_projection[...].astype(self.dtype)
+        return jnp.matmul(feature, projection, preferred_element_type=jnp.float32)

@@ -1,0 +1,101 @@
+"""Which anchor learns which box: adaptive training sample selection (ATSS)."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from detclipv2_jax.ops.boxes import iou
+
+# How far inside a box, in pixels, an anchor's centre must lie (the reference's 0.01).
+MIN_INSIDE = 0.01
+
+
+def atss_assign(
+    anchors: Float[Array, "K 4"],
+    anchor_mask: Bool[Array, " K"],
+    level_sizes: Sequence[int],
+    boxes: Float[Array, "N 4"],
+    box_mask: Bool[Array, " N"],
+    topk: int = 9,
+) -> Int[Array, " K"]:
+    """Index of the box that each anchor of one image learns, -1 for background.
+
+    Zhang et al., CVPR 2020, algorithm 1. A box's candidates are, on each level, the `topk` anchors
+    (or all, where a level has fewer) whose centres are nearest to its own. It claims those whose
+    IoU reaches the mean plus the unbiased standard deviation of all its candidates' IoUs and whose
+    centre lies inside it by more than 0.01 pixel. An anchor that several boxes claim takes the one
+    with the largest IoU. Ties fall to the lower index, of anchors and of boxes.
+
+    Anchors outside `anchor_mask` are as if they did not exist; `level_sizes` (fine to coarse) sum
+    to K. A lone candidate, whose deviation is undefined, has deviation 0.
+    """
+    # Constants of the program may come as numpy arrays, which a traced index cannot enter.
+    anchors, anchor_mask, boxes = map(jnp.asarray, (anchors, anchor_mask, boxes))
+    candidates = _nearest_anchors(anchors, anchor_mask, level_sizes, boxes, topk)
+    exists = anchor_mask[candidates]
+    near = anchors[candidates]
+    overlaps = iou(near, boxes[:, None])
+
+    claims = (
+        exists
+        & box_mask[:, None]
+        & (overlaps >= _thresholds(overlaps, exists)[:, None])
+        & (_depth_inside(near, boxes[:, None]) > MIN_INSIDE)
+    )
+    return _largest_overlap_wins(candidates, overlaps, claims, len(anchors))
+
+
+def _nearest_anchors(
+    anchors: Float[Array, "K 4"],
+    anchor_mask: Bool[Array, " K"],
+    level_sizes: Sequence[int],
+    boxes: Float[Array, "N 4"],
+    topk: int,
+) -> Int[Array, "N T"]:
+    anchor_centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    box_centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    candidates, start = [], 0
+    for size in level_sizes:
+        level = slice(start, start + size)
+        offsets = box_centres[:, None] - anchor_centres[None, level]
+        distances = jnp.sum(offsets**2, axis=-1)
+        distances = jnp.where(anchor_mask[level], distances, jnp.inf)
+        candidates.append(start + jax.lax.top_k(-distances, min(topk, size))[1])
+        start += size
+    return jnp.concatenate(candidates, axis=-1)
+
+
+def _thresholds(overlaps: Float[Array, "N T"], exists: Bool[Array, "N T"]) -> Float[Array, " N"]:
+    count = exists.sum(axis=-1)
+    # Measured from the smallest overlap, so that the mean of equal overlaps is exactly that
+    # overlap: rounded up, it would exclude them all.
+    low = jnp.min(jnp.where(exists, overlaps, jnp.inf), axis=-1, keepdims=True)
+    above = jnp.where(exists, overlaps - low, 0.0)
+    mean = above.sum(axis=-1) / jnp.maximum(count, 1)
+    spread = jnp.where(exists, above - mean[:, None], 0.0)
+    deviation = jnp.sqrt((spread**2).sum(axis=-1) / jnp.maximum(count - 1, 1))
+    return low[:, 0] + mean + deviation
+
+
+def _depth_inside(anchors: Float[Array, "*n 4"], boxes: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
+    centres = (anchors[..., :2] + anchors[..., 2:]) / 2
+    return jnp.minimum(centres - boxes[..., :2], boxes[..., 2:] - centres).min(axis=-1)
+
+
+def _largest_overlap_wins(
+    candidates: Int[Array, "N T"],
+    overlaps: Float[Array, "N T"],
+    claims: Bool[Array, "N T"],
+    anchor_count: int,
+) -> Int[Array, " K"]:
+    # A scatter of the N * T claims costs far less than a (K, N) table of overlaps. The barrier
+    # keeps the compiler from computing an overlap twice, rounded differently: they are compared.
+    overlaps = jax.lax.optimization_barrier(jnp.where(claims, overlaps, -1.0))
+    best = jnp.full(anchor_count, -1.0).at[candidates].max(overlaps)
+    wins = claims & (overlaps == best[candidates])
+    count = len(candidates)
+    box_index = jnp.where(wins, jnp.arange(count, dtype=jnp.int32)[:, None], count)
+    winner = jnp.full(anchor_count, count, jnp.int32).at[candidates].min(box_index)
+    return jnp.where(winner < count, winner, -1)

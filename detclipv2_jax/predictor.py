@@ -1,0 +1,334 @@
+"""From a model's parts and pictures to detections: the pure function, and its compiled form."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from detclipv2_jax.data.concepts import enriched, normalise, tokenize
+from detclipv2_jax.errors import UserError
+from detclipv2_jax.images import Placed, Source, place
+from detclipv2_jax.models.detclip import DetCLIP, build
+from detclipv2_jax.ops.boxes import anchor_grid, anchors_inside, area, decode_deltas
+from detclipv2_jax.ops.nms import class_nms
+from detclipv2_jax.structures import Detections
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectConfig:
+    """How the dense output becomes detections; the paper gives none of these values.
+
+    * `score`: 'alignment*centerness' ranks by the product of the two probabilities, as ATSS does;
+      'alignment' leaves the centerness out.
+    * `score_threshold`: a detection scores more than this; 0 for measuring AP.
+    * `nms_iou`: ATSS's 0.6; a box suppresses only boxes of its own name.
+    * `candidates`: the best pairs (anchor, name) of an image that enter suppression.
+    * `keep`: the best detections of an image that come back. Above 300, so that standard AP sees
+      its 300 and fixed AP, which has no limit an image, has more to choose from.
+    """
+
+    score_threshold: float = 0.0
+    nms_iou: float = 0.6
+    candidates: int = 3000
+    keep: int = 1000
+    score: Literal["alignment*centerness", "alignment"] = "alignment*centerness"
+
+    def __post_init__(self):
+        if self.score not in ("alignment*centerness", "alignment"):
+            raise UserError(
+                f"score is {self.score!r}; choose 'alignment*centerness' or 'alignment'."
+            )
+        if not 0 <= self.score_threshold < 1 or not 0 < self.nms_iou <= 1:
+            raise UserError(
+                f"score_threshold {self.score_threshold} must lie in [0, 1) and nms_iou "
+                f"{self.nms_iou} in (0, 1]."
+            )
+        if not 1 <= self.keep <= self.candidates:
+            raise UserError(
+                f"keep {self.keep} must be at least 1 and at most candidates {self.candidates}."
+            )
+
+
+def predict(
+    model: DetCLIP,
+    images: UInt8[Array, "B H W 3"],
+    sizes: Int[Array, "B 2"],
+    texts: Float[Array, "C D"],
+    text_mask: Bool[Array, " C"] | None = None,
+    *,
+    config: DetectConfig,
+) -> Detections:
+    """Detections of each image among C ≥ 1 encoded names; a pure function, for `jit`.
+
+    Pictures lie in the top-left corner of their canvas, `sizes` are their (height, width) in
+    pixels; an empty slot has size (0, 0) and gets no detection. Names outside `text_mask` are never
+    answered. Boxes are clipped to the picture. A score that is not finite is no detection.
+    """
+    height, width = images.shape[1:3]
+    anchors = jnp.asarray(anchor_grid(height, width, model.cfg.anchors))
+    regions = model.encode_image(images)
+    scores = jax.nn.sigmoid(model.logits(regions.embeddings, texts))
+    if config.score == "alignment*centerness":
+        scores *= jax.nn.sigmoid(regions.centerness)[..., None]
+    allowed = jnp.isfinite(scores)
+    if text_mask is not None:
+        allowed &= text_mask
+    scores = jnp.where(allowed, scores, -1.0)
+
+    limits = jnp.concatenate([sizes[:, ::-1]] * 2, axis=-1)[:, None].astype(jnp.float32)
+    boxes = jnp.clip(decode_deltas(anchors, regions.deltas), 0.0, limits)
+    mask = anchors_inside(anchors, sizes) & (area(boxes) > 0)
+    suppress = functools.partial(
+        class_nms,
+        iou_threshold=config.nms_iou,
+        score_threshold=config.score_threshold,
+        candidates=config.candidates,
+        keep=config.keep,
+    )
+    return Detections(*jax.vmap(suppress)(boxes, scores, mask))
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "config", "replicated"))
+def _predict(graphdef, params, images, sizes, texts, text_mask, *, config, replicated):
+    model = build(graphdef, params)
+    detections = predict(model, images, sizes, texts, text_mask, config=config)
+    if replicated is not None:  # so that every process can read all of it
+        detections = jax.lax.with_sharding_constraint(detections, replicated)
+    return detections
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "replicated"))
+def _encode_text(graphdef, params, tokens, *, replicated):
+    features = build(graphdef, params).encode_text(tokens)
+    if replicated is not None:
+        features = jax.lax.with_sharding_constraint(features, replicated)
+    return features
+
+
+def prompt(name: str, definition: str | None = None) -> str:
+    """The text that stands for a name, as in training: the bare name without a definition."""
+    return enriched(normalise(name), definition)
+
+
+def table_size(count: int) -> int:
+    """Rows to compile for when `count` names are asked: few programs, little waste."""
+    if count <= 256:
+        return max(8, 1 << (count - 1).bit_length())
+    return -(-count // 256) * 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Encoded names, padded with rows outside `mask` to `table_size` rows."""
+
+    names: tuple[str, ...]
+    embeddings: Float[np.ndarray, "P D"]
+    mask: Bool[np.ndarray, " P"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageDetections:
+    """What was found in one image, best first.
+
+    Boxes are xyxy in the image's own pixels, clipped to it; `labels` index the asked names and
+    `names` spells them; `size` is the image's (height, width).
+    """
+
+    boxes: Float[np.ndarray, "n 4"]
+    scores: Float[np.ndarray, " n"]
+    labels: Int[np.ndarray, " n"]
+    names: tuple[str, ...]
+    size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+class Predictor:
+    """A model's parts, compiled to answer batches of pictures.
+
+    `params` may be replaced at any time (training does, before each evaluation): nothing is
+    compiled anew. On several devices give `batch_sharding`, how the batch axis is laid out; with
+    several processes each must make the same calls, and each gets all answers.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        params: Mapping[str, Any],
+        *,
+        canvas: tuple[int, int],
+        config: DetectConfig = DetectConfig(),
+        batch_size: int = 8,
+        batch_sharding: jax.sharding.NamedSharding | None = None,
+    ):
+        """`canvas`: the (height, width) that pictures are scaled into, turned with each picture.
+
+        `batch_size` is rounded up to a multiple of the devices.
+        """
+        if batch_size < 1 or min(canvas) < 1:
+            raise UserError(f"batch_size {batch_size} and canvas {canvas} must be at least 1.")
+        self._graphdef = graphdef
+        self.params = params
+        self.canvas = (int(canvas[0]), int(canvas[1]))
+        self.config = config
+        shards = 1 if batch_sharding is None else batch_sharding.mesh.size
+        self.batch_size = -(-batch_size // shards) * shards
+        self._sharding = batch_sharding
+        self._replicated = batch_sharding and jax.sharding.NamedSharding(
+            batch_sharding.mesh, jax.sharding.PartitionSpec()
+        )
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The model's parameters; setting them forgets the encoded names."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Mapping[str, Any]) -> None:
+        self._params = params
+        self._encoded: dict[str, np.ndarray] = {}
+
+    def encode(
+        self, names: Sequence[str], definitions: Sequence[str | None] | None = None
+    ) -> Texts:
+        """Encodes names, each text once for as long as the parameters stay.
+
+        Raises:
+          UserError: no names, or one of them is empty.
+        """
+        if not len(names):
+            raise UserError("no names were given; name at least one thing to look for.")
+        for number, name in enumerate(names, start=1):
+            if not normalise(name):
+                raise UserError(
+                    f"name {number} of {len(names)} is empty; leave it out or spell it."
+                )
+        prompts = [prompt(*pair) for pair in zip(names, definitions or [None] * len(names))]
+        self._encode_new([text for text in dict.fromkeys(prompts) if text not in self._encoded])
+        rows = np.stack([self._encoded[text] for text in prompts])
+        padding = table_size(len(rows)) - len(rows)
+        return Texts(
+            names=tuple(names),
+            embeddings=np.pad(rows, ((0, padding), (0, 0))),
+            mask=np.arange(len(rows) + padding) < len(rows),
+        )
+
+    def _encode_new(self, texts: list[str]) -> None:
+        for start in range(0, len(texts), 256):
+            piece = texts[start : start + 256]
+            tokens = tokenize(piece + [""] * (table_size(len(piece)) - len(piece)))
+            features = _encode_text(
+                self._graphdef, self._params, tokens, replicated=self._replicated
+            )
+            self._encoded.update(zip(piece, np.asarray(features, np.float32)))
+
+    def predict(
+        self, images: UInt8[np.ndarray, "B H W 3"], sizes: Int[np.ndarray, "B 2"], texts: Texts
+    ) -> Detections:
+        """`predict` of a batch of canvases on the device, with NumPy arrays out."""
+        detections = _predict(
+            self._graphdef,
+            self._params,
+            self._laid_out(images),
+            self._laid_out(sizes),
+            texts.embeddings,
+            texts.mask,
+            config=self.config,
+            replicated=self._replicated,
+        )
+        return jax.tree.map(np.asarray, detections)
+
+    def _laid_out(self, array: np.ndarray) -> Array:
+        if self._sharding is None:
+            return array
+        return jax.make_array_from_callback(array.shape, self._sharding, lambda part: array[part])
+
+    def stream(
+        self, sources: Iterable[Source], texts: Texts
+    ) -> Iterator[tuple[int, ImageDetections | UserError]]:
+        """Yields (number of the source, what was found or why it could not be read).
+
+        Pictures are read in threads while the device works, and gathered into full batches by the
+        way their canvas is turned; so the order is not quite that of the sources, but always the
+        same.
+        """
+        waiting: dict[tuple[int, ...], list[tuple[int, Placed]]] = {}
+        for number, picture in self._read_ahead(sources):
+            if isinstance(picture, UserError):
+                yield number, picture
+                continue
+            batch = waiting.setdefault(picture.canvas.shape, [])
+            batch.append((number, picture))
+            if len(batch) == self.batch_size:
+                yield from self._answer(batch, texts)
+                batch.clear()
+        for batch in waiting.values():
+            if batch:
+                yield from self._answer(batch, texts)
+
+    def _read_ahead(self, sources: Iterable[Source]) -> Iterator[tuple[int, Placed | UserError]]:
+        threads = min(16, os.cpu_count() or 1)
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            rest = iter(sources)
+            start = lambda count: [
+                pool.submit(self._place_or_error, source)
+                for source in itertools.islice(rest, count)
+            ]
+            ahead = collections.deque(start(2 * self.batch_size))
+            for number in itertools.count():
+                if not ahead:
+                    return
+                picture = ahead.popleft().result()
+                ahead.extend(start(1))
+                yield number, picture
+
+    def _place_or_error(self, source: Source) -> Placed | UserError:
+        try:
+            return place(source, self.canvas)
+        except UserError as error:
+            return error
+
+    def _answer(
+        self, batch: list[tuple[int, Placed]], texts: Texts
+    ) -> Iterator[tuple[int, ImageDetections]]:
+        images = np.zeros((self.batch_size, *batch[0][1].canvas.shape), np.uint8)
+        sizes = np.zeros((self.batch_size, 2), np.int32)
+        for slot, (_, picture) in enumerate(batch):
+            images[slot], sizes[slot] = picture.canvas, picture.size
+        found = self.predict(images, sizes, texts)
+        for slot, (number, picture) in enumerate(batch):
+            yield number, _in_own_pixels(found, slot, picture, texts.names)
+
+
+def _in_own_pixels(
+    found: Detections, slot: int, picture: Placed, names: tuple[str, ...]
+) -> ImageDetections:
+    kept = found.mask[slot]
+    (height, width), (original_height, original_width) = picture.size, picture.original
+    scale = np.tile([original_width / width, original_height / height], 2)
+    limits = np.tile([original_width, original_height], 2)
+    labels = found.labels[slot][kept]
+    return ImageDetections(
+        boxes=np.minimum(found.boxes[slot][kept] * scale, limits).astype(np.float32),
+        scores=found.scores[slot][kept],
+        labels=labels,
+        names=tuple(names[label] for label in labels),
+        size=picture.original,
+    )
+
+
+def detect_config(config: Mapping[str, Any]) -> DetectConfig:
+    """What a run's config says about detections, in its section `eval`."""
+    known = {field.name for field in dataclasses.fields(DetectConfig)}
+    return DetectConfig(**{k: v for k, v in config["eval"].items() if k in known})

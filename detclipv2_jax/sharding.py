@@ -1,0 +1,54 @@
+"""The device mesh, and where every array of a run lies on it."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from detclipv2_jax.errors import UserError
+from detclipv2_jax.optimizer import match_rules
+from detclipv2_jax.structures import Batch
+
+# (regular expression on a parameter's path, its partition): every parameter is held whole by every
+# device. Optimizer and moving average follow their parameter.
+PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = ((r".*", PartitionSpec()),)
+
+
+def make_mesh(data: int = -1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with one axis, `data`, over which the batch is split; -1 takes every device."""
+    devices = list(jax.devices() if devices is None else devices)
+    size = len(devices) if data == -1 else data
+    if not 1 <= size <= len(devices):
+        raise UserError(
+            f"config.mesh.data is {data}, but there are {len(devices)} devices: use 1 to that, or -1."
+        )
+    return Mesh(np.array(devices[:size]), ("data",), axis_types=(AxisType.Auto,))
+
+
+def parameter_shardings(mesh: Mesh, params: PyTree) -> PyTree:
+    """A sharding for every parameter, by the rules above."""
+    specs = match_rules(PARAMETER_RULES, params, "sharding")
+    return jax.tree.map(
+        lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Held whole by every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shardings(mesh: Mesh, batch: Batch) -> Batch:
+    """Images and what belongs to them split over `data`; the concept table held by all."""
+    split, whole = NamedSharding(mesh, PartitionSpec("data")), replicated(mesh)
+    return Batch(
+        images=split, sizes=split, boxes=split, labels=split, texts=split,
+        tokens=whole, token_mask=whole, kind=batch.kind,
+    )  # fmt: skip
+
+
+def put_batch(batch: Batch, shardings: Batch) -> Batch:
+    """Each process hands in its slice of the images and its copy of the concept table."""
+    return jax.tree.map(jax.make_array_from_process_local_data, shardings, batch)

@@ -1,0 +1,357 @@
+"""The training loop, top to bottom: data, model, programs, loop, report."""
+
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from detclipv2_jax import config as config_lib
+from detclipv2_jax import drawing, evaluate, fields, metrics, optimizer, sharding
+from detclipv2_jax import state as state_lib
+from detclipv2_jax.checkpoint import Checkpointer
+from detclipv2_jax.config import RunConfig
+from detclipv2_jax.data import pipeline
+from detclipv2_jax.data.concepts import CONTEXT, Dictionary
+from detclipv2_jax.data.index import Source
+from detclipv2_jax.data.plan import KindPlan, Plan, StepPlan
+from detclipv2_jax.data.transforms import TransformConfig
+from detclipv2_jax.errors import UserError
+from detclipv2_jax.files import write_json
+from detclipv2_jax.models import detclip
+from detclipv2_jax.predictor import Predictor, detect_config
+from detclipv2_jax.state import TrainState
+from detclipv2_jax.step import Losses, train_step
+from detclipv2_jax.structures import Batch
+
+Program = tuple[str, tuple[int, int]]  # (kind, canvas): what one compiled step is for
+
+
+def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
+    """Trains as `config` says, going on from the newest checkpoint in `workdir` if there is one.
+
+    Returns:
+      The results of the last evaluation; None if the config names no validation set.
+
+    Raises:
+      UserError: for anything the user can mend; nothing is lost, the next start goes on.
+    """
+    # ---- Data: from here on, what each step sees is a function of (seed, step).
+    plan, sources, names = open_data(config)
+    evaluator = Evaluator(config, workdir) if config.eval.dataset else None
+    total_steps = max(1, round(config.train.epochs * plan.steps_per_epoch))
+    batches = ", ".join(f"{count} of {kind}" for kind, count in plan.batches.items())
+    print(f"{total_steps} steps; an epoch is {plan.steps_per_epoch}: {batches}")
+
+    # ---- Model, optimizer, state: restored if this workdir has a checkpoint.
+    mesh = sharding.make_mesh(config.mesh.data)
+    graphdef, params = detclip.create(config.model, config.seed)
+    millions = sum(p.size for p in jax.tree.leaves(params)) / 1e6
+    print(f"{millions:.2f} M parameters on {mesh.size} device(s) ({jax.devices()[0].device_kind})")
+    rule = optimizer.create(config.optimizer, params, total_steps)
+    state = state_lib.create(params, rule)
+    shardings = state_shardings(mesh, state)
+    state = jax.device_put(state, shardings)
+    checkpointer = Checkpointer(workdir, config.train.keep)
+    clock = metrics.Clock()
+    if checkpointer.latest is not None:
+        state, meta = checkpointer.restore(jax.tree.map(_abstract, state, shardings))
+        clock = metrics.Clock(meta["seconds"])
+        print(f"going on after step {int(state.step)}{_changes(meta['config'], config)}")
+    write_json(workdir / "config.json", fields.to_dict(config))
+    start = int(state.step)
+
+    # ---- The input pipeline starts now, so that it fills while the programs compile.
+    feed = pipeline.batches(
+        plan,
+        sources,
+        {
+            kind: TransformConfig(flip=c.flip, scales=c.scales, crop=c.crop)
+            for kind, c in config.data.kinds().items()
+        },
+        start=start,
+        stop=total_steps,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        max_broken_share=config.data.max_broken_share,
+    )
+
+    # ---- One program for every (kind, canvas), compiled before the first step.
+    with clock("compile"):
+        step_fn = functools.partial(
+            train_step,
+            graphdef=graphdef,
+            optimizer=rule,
+            config=config.loss,
+            seed=config.seed,
+        )
+        todo = plan.programs if start < total_steps else []
+        programs = {p: compile_program(step_fn, p, state, shardings, mesh, config) for p in todo}
+
+    # ---- The loop. A step's figures are read when the next one is under way.
+    log = metrics.MetricsLog(workdir, start)
+    progress = metrics.Progress(total_steps, start)
+    recorder = Recorder(config, log, progress, checkpointer)
+    results = None
+    for step in range(start, total_steps):
+        with clock("data"):
+            planned, batch = next(feed)
+            batch = sharding.put_batch(batch, sharding.batch_shardings(mesh, batch))
+        with clock("train"):
+            state, values = programs[planned.kind, planned.shape](state, batch)
+            recorder.add(planned, values)
+        last, score = step + 1 == total_steps, None
+        if evaluator and (last or _is_due(step + 1, config.train.eval_every)):
+            recorder.finish()
+            with clock("evaluate"):
+                results = evaluator(graphdef, state)
+                score = headline(results)
+                log.write(step + 1, scalars(results))
+                progress.say(f"step {step + 1}: {score:.4f} AP")
+        if last or _is_due(step + 1, config.train.checkpoint_every):
+            recorder.finish()
+            with clock("checkpoint"):
+                meta = {"config": fields.to_dict(config), "names": names, "seconds": clock.seconds}
+                checkpointer.save(state, meta, score)
+    progress.close()
+    log.close()
+    checkpointer.close()
+
+    # ---- What came of it.
+    if evaluator and results is None:
+        results = evaluator(graphdef, state)
+    report(workdir, results, clock, int(state.skipped), feed)
+    feed.close()
+    return results
+
+
+def open_data(config: RunConfig) -> tuple[Plan, dict[str, Source], list[str]]:
+    """The plan, the open sources by name, and the names that detection data knows."""
+    kinds = config.data.kinds()
+    if not kinds:
+        raise UserError("config.data names no source: set config.data.detection.sources.")
+    try:
+        sources = {
+            name: Source.open(Path(config.data.dir) / name)
+            for kind in kinds.values()
+            for name in kind.sources
+        }
+    except UserError as error:
+        hint = f"; to make it: {config.data.prepare}" if config.data.prepare else ""
+        raise UserError(f"{error}{hint}") from None
+    plans = [
+        KindPlan(
+            kind=kind,
+            sources=c.sources,
+            batch_size=c.batch_size,
+            shapes=c.shapes,
+            table_size=c.table_size,
+            negatives=c.negatives,
+            max_boxes=c.max_boxes,
+            texts_per_image=c.texts_per_image,
+        )
+        for kind, c in kinds.items()
+    ]
+    dictionary = Dictionary(sources)
+    names = dictionary.names(dictionary.pool("detection"))
+    return Plan(sources, dictionary, plans, config.seed), sources, names
+
+
+def state_shardings(mesh: jax.sharding.Mesh, state: TrainState) -> TrainState:
+    """Parameters by their rules, moments and average like their parameter, counters everywhere."""
+    like_params = sharding.parameter_shardings(mesh, state.params)
+    whole, structure = sharding.replicated(mesh), jax.tree.structure(state.params)
+
+    def is_params(node: PyTree) -> bool:
+        return jax.tree.structure(node) == structure
+
+    return jax.tree.map(
+        lambda node: like_params if is_params(node) else whole, state, is_leaf=is_params
+    )
+
+
+def abstract_batch(kind: str, shape: tuple[int, int], config: config_lib.KindConfig) -> Batch:
+    """Shapes and types of one global batch."""
+    array, images, boxes = jax.ShapeDtypeStruct, config.batch_size, config.max_boxes
+    return Batch(
+        images=array((images, *shape, 3), np.uint8),
+        sizes=array((images, 2), np.int32),
+        boxes=array((images, boxes, 4), np.float32),
+        labels=array((images, boxes), np.int32),
+        texts=array((images, config.texts_per_image), np.int32),
+        tokens=array((config.table_size, CONTEXT), np.int32),
+        token_mask=array((config.table_size,), np.bool_),
+        kind=kind,
+    )
+
+
+def compile_program(
+    step_fn: Any,
+    program: Program,
+    state: TrainState,
+    shardings: TrainState,
+    mesh: jax.sharding.Mesh,
+    config: RunConfig,
+) -> Any:
+    """The compiled step of one (kind, canvas); prints what it costs."""
+    kind, shape = program
+    began = time.monotonic()
+    kind_config = config.data.kinds()[kind]
+    batch = abstract_batch(kind, shape, kind_config)
+    compiled = (
+        jax.jit(
+            step_fn,
+            donate_argnums=0,
+            in_shardings=(shardings, sharding.batch_shardings(mesh, batch)),
+            out_shardings=(shardings, sharding.replicated(mesh)),
+        )
+        .lower(state, batch)
+        .compile()
+    )
+    memory, seconds = compiled.memory_analysis(), time.monotonic() - began
+    print(
+        f"compiled {kind}, {kind_config.batch_size} × {shape[0]}×{shape[1]}, in {seconds:.0f} s: "
+        f"{compiled.cost_analysis().get('flops', 0) / 1e9:.1f} GFLOP a device, "
+        f"{memory.temp_size_in_bytes / 2**30:.2f} GiB beside the state's "
+        f"{memory.argument_size_in_bytes / 2**30:.2f}",
+        flush=True,
+    )
+    return compiled
+
+
+class Recorder:
+    """Shows and writes a step's figures once the next step is under way, so that none is waited for."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        log: metrics.MetricsLog,
+        progress: metrics.Progress,
+        checkpointer: Checkpointer,
+    ):
+        """Nothing is pending."""
+        self._config, self._log, self._progress = config.train, log, progress
+        self._checkpointer = checkpointer
+        self._pending: tuple[StepPlan, Losses] | None = None
+
+    def add(self, planned: StepPlan, values: Losses) -> None:
+        """Takes the figures of the step just started; finishes with those of the one before."""
+        done, self._pending = self._pending, (planned, values)
+        if done is not None:
+            self._write(*done)
+
+    def finish(self) -> None:
+        """Writes what is pending."""
+        if self._pending is not None:
+            self._write(*self._pending)
+            self._pending = None
+
+    def _write(self, planned: StepPlan, values: Losses) -> None:
+        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        step = planned.step + 1
+        self._progress.update(planned.kind, int((planned.records >= 0).sum()), values)
+        if _is_due(step, self._config.log_every):
+            self._log.write(step, {"kind": planned.kind, "epoch": planned.epoch} | values)
+        if values["skipped_in_row"] >= self._config.max_skipped:
+            records = planned.records[planned.records >= 0][:4].tolist()
+            raise UserError(
+                f"the last {self._config.max_skipped} steps up to step {step} ({planned.kind}, records "
+                f"{records} …) had a loss or gradient that is not finite; the last good checkpoint is "
+                f"{self._checkpointer.latest}: start again from it with a lower "
+                "config.optimizer.learning_rate, or look at these records."
+            )
+
+
+class Evaluator:
+    """Measures the averaged parameters on the config's validation set and draws some of it."""
+
+    def __init__(self, config: RunConfig, workdir: Path):
+        """Reads the ground truth, so that a missing file is found before the training."""
+        self._config, self._workdir = config, workdir
+        root = Path(config.data.dir)
+        self._truth = evaluate.load_ground_truth(root / config.eval.dataset)
+        self._images = root / config.eval.images
+        self._predictor: Predictor | None = None
+
+    def __call__(self, graphdef: Any, state: TrainState) -> dict[str, Any]:
+        """The results, also written to results.json and detections/ of the workdir."""
+        config = self._config.eval
+        if self._predictor is None:
+            self._predictor = Predictor(
+                graphdef,
+                state.ema,
+                canvas=config.canvas,
+                config=detect_config(fields.to_dict(self._config)),
+                batch_size=config.batch_size,
+            )
+        self._predictor.params = state.ema
+        return evaluate.evaluate(
+            self._predictor,
+            self._truth,
+            self._images,
+            step=int(state.step),
+            output=self._workdir,
+            pictures=config.pictures,
+        )
+
+
+def headline(results: dict[str, Any]) -> float:
+    """The one figure by which checkpoints are compared: fixed AP, or COCO's AP; 0 without truth."""
+    return (results["fixed"] if "fixed" in results else results["coco"])["AP"] or 0.0
+
+
+def scalars(results: dict[str, Any]) -> dict[str, float | None]:
+    """Results as one flat line for the log: 'fixed/AP', 'novel/fixed/AP', …"""
+    tables = {name: results[name] for name in ("standard", "fixed", "coco") if name in results}
+    for group, protocols in results.get("groups", {}).items():
+        tables |= {f"{group}/{protocol}": figures for protocol, figures in protocols.items()}
+    return {f"{name}/{key}": value for name, row in tables.items() for key, value in row.items()}
+
+
+def report(
+    workdir: Path,
+    results: dict[str, Any] | None,
+    clock: metrics.Clock,
+    skipped: int,
+    feed: pipeline.Batches,
+) -> None:
+    """Prints the table, where the time went and what was left out; draws the loss curves."""
+    drawing.loss_curves(workdir / "metrics.jsonl", workdir / "losses.png")
+    if results is not None:
+        print(evaluate.table(results))
+    print("\nseconds: " + ", ".join(f"{part} {s:.0f}" for part, s in clock.seconds.items()))
+    for source, count in feed.broken.items():
+        if count:
+            print(f"{source}: {count} of {feed.read[source]} records could not be read")
+    if skipped:
+        print(f"{skipped} updates were skipped: their loss or gradient was not finite")
+    print(f"\n{workdir}/: detections/*.png, losses.png, results.json, metrics.jsonl, checkpoints/")
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _abstract(array: jax.Array, sharding_: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding_)
+
+
+def _changes(before: dict[str, Any], config: RunConfig) -> str:
+    """The fields that differ from the config of the checkpoint, for the eye."""
+    now = json.loads(json.dumps(fields.to_dict(config)))  # as the checkpoint's went through JSON
+    old, new = _flat(before), _flat(now)
+    changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in old | new if old.get(k) != new.get(k)]
+    return f", with a changed config ({'; '.join(changed)})" if changed else ""
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return result

@@ -1,0 +1,347 @@
+import collections
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from detclipv2_jax.data import plan as plan_lib
+from detclipv2_jax.data.concepts import Dictionary
+from detclipv2_jax.data.index import Source
+from detclipv2_jax.data.plan import KindPlan, Plan
+from detclipv2_jax.errors import UserError
+
+
+def source(name, kind, positives, concepts, sizes=None, captions=0, first_key=0):
+    """A source in memory. Keys fall as local ids rise, so that no global id equals its local one."""
+    keys = first_key + np.arange(concepts, 0, -1).astype(np.uint64)
+    vocabulary = np.arange(concepts) < concepts - captions
+    sizes = np.array([(60, 80)] * len(positives) if sizes is None else sizes).reshape(-1, 2)
+    return Source(
+        directory=pathlib.Path("nowhere"),
+        name=name,
+        kind=kind,
+        info={"records": len(positives), "shards": [len(positives)]},
+        height=sizes[:, 0].astype(np.uint16),
+        width=sizes[:, 1].astype(np.uint16),
+        positives_offsets=np.cumsum([0] + [len(p) for p in positives]),
+        positives=np.array([i for p in positives for i in p], np.int32),
+        tokens=np.zeros((concepts, 16), np.uint16),
+        keys=keys,
+        vocabulary=vocabulary,
+    )
+
+
+def random_positives(records, concepts, most=5, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        sorted(rng.choice(concepts, rng.integers(0, most + 1), replace=False).tolist())
+        for _ in range(records)
+    ]
+
+
+def three_kinds(seed=0, **changes):
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(40, 90, (53, 2))
+    captioned = [[60 + i, *p] for i, p in enumerate(random_positives(37, 60, seed=5))]
+    sources = {
+        "boxes": source("boxes", "detection", random_positives(53, 40), 40, sizes),
+        "more": source("more", "detection", random_positives(20, 30, seed=3), 30, first_key=25),
+        "phrases": source("phrases", "grounding", random_positives(29, 50, seed=4), 50),
+        "pairs": source("pairs", "image_text", captioned, 97, captions=37),
+    }
+    kinds = {
+        "detection": dict(
+            sources=("boxes", "more"), batch_size=8, shapes=((48, 64), (64, 48)), table_size=45
+        ),
+        "grounding": dict(sources=("phrases",), batch_size=5, shapes=((48, 64),), table_size=50),
+        "image_text": dict(sources=("pairs",), batch_size=6, shapes=((32, 32),), table_size=64),
+    }
+    kinds["detection"] |= dict(negatives=12, max_boxes=4)
+    kinds["grounding"] |= dict(negatives=9, max_boxes=4)
+    kinds["image_text"] |= dict(texts_per_image=4)
+    for name, change in changes.items():
+        kinds[name] |= change
+    plans = [KindPlan(kind=kind, **fields) for kind, fields in kinds.items()]
+    return Plan(sources, Dictionary(sources), plans, seed), sources
+
+
+def positives_of(plan, sources, step):
+    """The global ids that each slot of a step owns, in order: by Python loops over the index."""
+    kind = plan.kinds[step.kind]
+    owned = []
+    for index, record in zip(step.sources, step.records):
+        if record < 0:
+            owned.append([])
+            continue
+        name = kind.sources[index]
+        local = sources[name].positives_of(record)
+        ids = [int(plan.dictionary.local_to_global[name][i]) for i in local]
+        owned.append(ids[: kind.texts_per_image] if step.kind == "image_text" else ids)
+    return owned
+
+
+def steps_equal(a, b):
+    same = (a.step, a.epoch, a.kind, a.shape, a.dropped, a.positives) == (
+        (b.step, b.epoch, b.kind, b.shape, b.dropped, b.positives)
+    )
+    arrays = ("sources", "records", "concepts", "texts")
+    return same and all(np.array_equal(getattr(a, f), getattr(b, f)) for f in arrays)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 5])
+def test_an_epoch_holds_each_record_exactly_once(epoch):
+    plan, sources = three_kinds()
+    seen = collections.Counter()
+    first = epoch * plan.steps_per_epoch
+    for step in range(first, first + plan.steps_per_epoch):
+        planned = plan.plan(step)
+        assert planned.epoch == epoch
+        for index, record in zip(planned.sources, planned.records):
+            if record >= 0:
+                seen[plan.kinds[planned.kind].sources[index], int(record)] += 1
+    everything = {(name, i) for name, s in sources.items() for i in range(len(s))}
+    assert set(seen) == everything
+    assert set(seen.values()) == {1}
+
+
+def test_a_kind_is_drawn_in_proportion_to_its_batches():
+    plan, _ = three_kinds()
+    kinds = collections.Counter(plan.plan(s).kind for s in range(plan.steps_per_epoch))
+    assert kinds == plan.batches
+    assert plan.batches["grounding"] == math.ceil(29 / 5)
+    assert plan.batches["image_text"] == math.ceil(37 / 6)
+    assert sum(plan.batches.values()) == plan.steps_per_epoch
+    # Shuffled through one another, and another way in the next epoch.
+    sequence = [plan.plan(s).kind for s in range(2 * plan.steps_per_epoch)]
+    changes = sum(a != b for a, b in zip(sequence, sequence[1:]))
+    assert changes > 2 * len(kinds)
+    assert sequence[: plan.steps_per_epoch] != sequence[plan.steps_per_epoch :]
+
+
+def test_empty_slots_are_only_the_tail_of_the_last_batch_of_a_bucket():
+    plan, _ = three_kinds()
+    steps = [plan.plan(s) for s in range(plan.steps_per_epoch)]
+    for kind, shape in plan.programs:
+        counts = [int((s.records >= 0).sum()) for s in steps if (s.kind, s.shape) == (kind, shape)]
+        size = plan.kinds[kind].batch_size
+        assert sum(count < size for count in counts) <= 1
+        assert min(counts) > 0
+    for step in steps:
+        used = step.records >= 0
+        assert not (np.diff(used.astype(int)) > 0).any()
+        assert len(step.records) == plan.kinds[step.kind].batch_size
+
+
+def test_records_go_to_the_canvas_of_nearest_aspect():
+    plan, sources = three_kinds()
+    shapes = plan.kinds["detection"].shapes
+    seen = set()
+    for step in (plan.plan(s) for s in range(plan.steps_per_epoch)):
+        if step.kind != "detection":
+            continue
+        for index, record in zip(step.sources, step.records):
+            if record >= 0:
+                where = sources[plan.kinds["detection"].sources[index]]
+                aspect = math.log(int(where.height[record]) / int(where.width[record]))
+                distance = {s: abs(aspect - math.log(s[0] / s[1])) for s in shapes}
+                assert distance[step.shape] <= min(distance.values()) + 1e-6
+                seen.add(step.shape)
+    assert seen == set(shapes)
+
+
+def test_a_step_depends_on_seed_and_step_alone():
+    one, _ = three_kinds()
+    other, _ = three_kinds()
+    steps = [0, 5, one.steps_per_epoch + 3, 4 * one.steps_per_epoch, 1]
+    forward = {s: one.plan(s) for s in steps}
+    backward = {s: other.plan(s) for s in reversed(steps)}
+    assert all(steps_equal(forward[s], backward[s]) for s in steps)
+    # Long after its epoch left the cache it is still the same.
+    assert steps_equal(one.plan(5), forward[5])
+    different, _ = three_kinds(seed=1)
+    assert not all(steps_equal(different.plan(s), forward[s]) for s in steps)
+
+
+def test_the_table_is_the_batch_s_positives_then_negatives_that_are_nobodys():
+    plan, sources = three_kinds()
+    seen_negatives = 0
+    for step in (plan.plan(s) for s in range(2 * plan.steps_per_epoch)):
+        owned = positives_of(plan, sources, step)
+        wanted = set().union(*map(set, owned))
+        used = step.concepts[step.concepts >= 0].tolist()
+        positives, negatives = used[: step.positives], used[step.positives :]
+        assert len(used) == len(set(used))
+        assert (step.concepts[len(used) :] == -1).all()
+        assert len(step.concepts) == plan.kinds[step.kind].table_size
+        assert step.dropped == 0
+        assert positives == sorted(wanted)
+        assert not wanted & set(negatives)
+        assert set(negatives) <= set(plan.dictionary.pool(step.kind).tolist())
+        seen_negatives += len(negatives)
+        if step.kind == "image_text":
+            assert not negatives
+    assert seen_negatives
+
+
+def test_one_image_sees_exactly_as_many_concepts_as_asked():
+    plan, sources = three_kinds(detection=dict(batch_size=1), grounding=dict(batch_size=1))
+    for step in (plan.plan(s) for s in range(plan.steps_per_epoch)):
+        asked = plan.kinds[step.kind].negatives
+        if asked:
+            assert (step.concepts >= 0).sum() == asked
+
+
+def test_every_negative_is_drawn_equally_often():
+    sources = {"s": source("s", "detection", [[0]] * 400, 41)}
+    kind = KindPlan("detection", ("s",), 1, ((8, 8),), 64, negatives=11)
+    plan = Plan(sources, Dictionary(sources), [kind], 0)
+    count = np.zeros(41)
+    for step in range(400):
+        concepts = plan.plan(step).concepts
+        count[concepts[1:11]] += 1
+    assert count[plan.plan(0).concepts[0]] == 0
+    others = np.delete(count, plan.plan(0).concepts[0])
+    # 10 of 40 in each of 400 draws: mean 100, deviation sqrt(400 * 0.25 * 0.75) = 8.7.
+    assert others.sum() == 4000
+    assert abs(others - 100).max() < 5 * 8.7
+
+
+def test_a_small_pool_gives_all_it_has():
+    sources = {"s": source("s", "detection", [[0], [1]], 6, captions=2)}
+    kind = KindPlan("detection", ("s",), 2, ((8, 8),), 32, negatives=30)
+    step = Plan(sources, Dictionary(sources), [kind], 0).plan(0)
+    dictionary = Dictionary(sources)
+    # Two positives, two more names; whole captions are never drawn.
+    assert set(step.concepts[:4].tolist()) == set(dictionary.local_to_global["s"][:4].tolist())
+    assert (step.concepts[4:] == -1).all()
+
+
+def test_negatives_fill_the_table_and_no_more():
+    plan, sources = three_kinds(detection=dict(table_size=30, negatives=29))
+    for step in (plan.plan(s) for s in range(plan.steps_per_epoch)):
+        if step.kind == "detection":
+            wanted = set().union(*map(set, positives_of(plan, sources, step)))
+            assert step.dropped == max(len(wanted) - 30, 0)
+            if (step.records >= 0).sum() == 8:
+                assert (step.concepts >= 0).all()
+
+
+def test_too_many_positives_are_dropped_by_chance_and_counted():
+    plan, sources = three_kinds(detection=dict(table_size=7))
+    overflown, kept_lowest = 0, 0
+    for step in (plan.plan(s) for s in range(4 * plan.steps_per_epoch)):
+        if step.kind != "detection":
+            continue
+        wanted = sorted(set().union(*map(set, positives_of(plan, sources, step))))
+        assert step.dropped == max(len(wanted) - 7, 0)
+        assert set(step.concepts[step.concepts >= 0][: step.positives].tolist()) <= set(wanted)
+        if step.dropped:
+            assert step.positives == 7
+            overflown += 1
+            kept_lowest += step.concepts[:7].tolist() == wanted[:7]
+            lost = [i for i in wanted if i not in step.concepts]
+            assert (step.rows(np.array(lost)) == -1).all()
+    assert overflown > 10
+    assert kept_lowest < overflown / 2
+
+
+def test_captions_outlive_phrases():
+    plan, sources = three_kinds(image_text=dict(table_size=7))
+    dropped = 0
+    for step in (plan.plan(s) for s in range(plan.steps_per_epoch)):
+        if step.kind == "image_text":
+            owned = positives_of(plan, sources, step)
+            captions = [ids[0] for ids in owned if ids]
+            assert (step.rows(np.array(captions)) >= 0).all()
+            assert (step.texts[: len(captions), 0] >= 0).all()
+            dropped += step.dropped
+    assert dropped
+
+
+@pytest.mark.parametrize("limit", [1, 3, 20])
+def test_texts_are_rows_of_the_table_caption_first(limit):
+    change = dict(texts_per_image=limit, table_size=100)
+    plan, sources = three_kinds(image_text=change)
+    for step in (plan.plan(s) for s in range(plan.steps_per_epoch)):
+        width = limit if step.kind == "image_text" else 0
+        assert step.texts.shape == (len(step.records), width)
+        if step.kind == "image_text":
+            for ids, rows in zip(positives_of(plan, sources, step), step.texts):
+                assert step.concepts[rows[: len(ids)]].tolist() == ids
+                assert (rows[len(ids) :] == -1).all()
+
+
+def test_rows_of_finds_what_is_there():
+    concepts = np.array([4, 9, 30, 2, 7, -1, -1], np.int32)
+    ids = np.array([2, 4, 5, 30, -1, 31, 7, 0])
+    assert plan_lib.rows_of(concepts, ids).tolist() == [3, 0, -1, 2, -1, -1, 4, -1]
+    assert plan_lib.rows_of(np.full(3, -1, np.int32), ids).tolist() == [-1] * 8
+    assert plan_lib.rows_of(concepts, ids[:0]).shape == (0,)
+
+
+def test_a_source_without_a_single_concept():
+    sources = {"s": source("s", "detection", [[], [], []], 0)}
+    kind = KindPlan("detection", ("s",), 2, ((8, 8),), 4, negatives=3)
+    plan = Plan(sources, Dictionary(sources), [kind], 0)
+    assert plan.steps_per_epoch == 2
+    assert (plan.plan(0).concepts == -1).all()
+    assert plan.plan(1).records.tolist()[1] == -1
+
+
+def test_large_sources_are_planned_in_seconds():
+    records = 2_000_000
+    many = source("s", "image_text", [[0]], 1)
+    rng = np.random.default_rng(0)
+    fields = dict(
+        height=rng.integers(200, 400, records).astype(np.uint16),
+        width=rng.integers(200, 400, records).astype(np.uint16),
+        positives_offsets=np.arange(records + 1),
+        positives=np.zeros(records, np.int32),
+    )
+    many = Source(**{**many.__dict__, **fields, "info": {"records": records}})
+    kind = KindPlan("image_text", ("s",), 6144, ((320, 320),), 64, texts_per_image=8)
+    plan = Plan({"s": many}, Dictionary({"s": many}), [kind], 0)
+    first = plan.plan(3 * plan.steps_per_epoch)
+    assert len(np.unique(first.records)) == 6144
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(kind="boxes"), "kind 'boxes' is unknown"),
+        (dict(sources=()), "`sources` is empty"),
+        (dict(shapes=()), "`shapes`"),
+        (dict(shapes=((0, 8),)), "`shapes`"),
+        (dict(batch_size=0), "`batch_size` is 0"),
+        (dict(table_size=0), "`table_size` is 0"),
+        (dict(negatives=-1), "`negatives` is -1"),
+    ],
+)
+def test_a_bad_kind_is_told(change, words):
+    good = dict(kind="detection", sources=("s",), batch_size=2, shapes=((8, 8),), table_size=4)
+    with pytest.raises(UserError, match=words):
+        KindPlan(**{**good, **change})
+
+
+def test_bad_plans_are_told():
+    sources = {
+        "s": source("s", "detection", [[0]], 2),
+        "t": source("t", "grounding", [[0]], 2),
+        "none": source("none", "detection", [], 2),
+    }
+    dictionary = Dictionary(sources)
+    kind = lambda *names: KindPlan("detection", names, 2, ((8, 8),), 4)
+    with pytest.raises(UserError, match="no kind"):
+        Plan(sources, dictionary, [], 0)
+    with pytest.raises(UserError, match="planned twice"):
+        Plan(sources, dictionary, [kind("s"), kind("s")], 0)
+    with pytest.raises(UserError, match="'absent' is not among"):
+        Plan(sources, dictionary, [kind("s", "absent")], 0)
+    with pytest.raises(UserError, match="prepared as grounding"):
+        Plan(sources, dictionary, [kind("t")], 0)
+    with pytest.raises(UserError, match="no record"):
+        Plan(sources, dictionary, [kind("none")], 0)
+    with pytest.raises(UserError, match="seed"):
+        Plan(sources, dictionary, [kind("s")], -1)
+    assert Plan(sources, dictionary, [kind("s", "none")], 0).steps_per_epoch == 1

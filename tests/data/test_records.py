@@ -1,0 +1,151 @@
+"""Records survive the way to disk and back; a source appears whole or not at all."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from miniature_archives import jpeg
+
+from detclipv2_jax.data.concepts import ConceptTable
+from detclipv2_jax.data.index import Source
+from detclipv2_jax.data.records import Record, RecordWriter, decode, encode, parse
+from detclipv2_jax.errors import UserError
+
+
+def record(boxes=((1, 2, 30.5, 20),), labels=(1,), texts=(), image_id="7", **more) -> Record:
+    return Record(
+        image=jpeg(),
+        height=40,
+        width=60,
+        image_id=image_id,
+        boxes=np.array(boxes, np.float32).reshape(-1, 4),
+        labels=np.array(labels, np.int32),
+        texts=np.array(texts, np.int32),
+        **more,
+    )
+
+
+def table(*names) -> ConceptTable:
+    result = ConceptTable()
+    for name in names:
+        result.add(name)
+    return result
+
+
+def assert_same(a: Record, b: Record):
+    for field in dataclasses.fields(Record):
+        left, right = getattr(a, field.name), getattr(b, field.name)
+        np.testing.assert_array_equal(left, right)
+        assert getattr(left, "dtype", None) == getattr(right, "dtype", None)
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        record(),
+        record(boxes=(), labels=()),
+        record(boxes=(), labels=(), texts=(5, 1, 3)),
+        record(boxes=[(0, 0, 60, 40)] * 300, labels=range(300), image_id="Straße/日.jpg#2"),
+    ],
+)
+def test_round_trip(one):
+    data = encode(one)
+    assert_same(decode(data), one)
+    parsed = {name: value.numpy() for name, value in parse(data).items()}
+    assert parsed["boxes"].shape == one.boxes.shape
+    np.testing.assert_array_equal(parsed["boxes"], one.boxes)
+    np.testing.assert_array_equal(parsed["labels"], one.labels)
+    np.testing.assert_array_equal(parsed["texts"], one.texts)
+    assert (parsed["height"], parsed["width"]) == (40, 60)
+    assert parsed["image"] == one.image and parsed["image_id"].decode() == one.image_id
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"boxes": np.array([[0, 0, 61, 40]], np.float32)}, "outside"),
+        ({"boxes": np.array([[-0.1, 0, 6, 4]], np.float32)}, "outside"),
+        ({"boxes": np.array([[5, 5, 5, 9]], np.float32)}, "no area"),
+        ({"boxes": np.array([[np.nan, 0, 6, 4]], np.float32)}, "outside"),
+        ({"boxes": np.zeros((2, 4), np.float32)}, "2, 4"),
+        ({"boxes": np.zeros(4, np.float32)}, "1 labels"),
+        ({"image": b"\x89PNG"}, "no JPEG"),
+        ({"height": 0}, "0x60"),
+        ({"width": 70_000}, "70000"),
+    ],
+)
+def test_contradictions_are_refused(changes, told):
+    with pytest.raises(ValueError, match=told):
+        encode(dataclasses.replace(record(), **changes))
+
+
+@pytest.mark.parametrize("data", [b"", b"nonsense", encode(record())[:-7]])
+def test_damaged_record(data):
+    with pytest.raises(UserError, match="not a valid record"):
+        decode(data)
+
+
+def test_writer_spreads_shards_and_any_record_is_found(tmp_path):
+    written = [record(labels=[i % 3], image_id=str(i)) for i in range(11)]
+    size = len(encode(written[0]))
+    with RecordWriter(tmp_path / "s", name="n", kind="detection", shard_bytes=4 * size) as writer:
+        for one in written:
+            writer.write(one)
+        source = writer.finish(table("a", "b", "c"), dropped={"boxes: crowd": 2})
+    assert source.info["shards"] == [4, 4, 3] and len(source) == 11
+    assert source.info["dropped"] == {"boxes: crowd": 2}
+    stored = ArrayRecordDataSource(list(source.shard_paths))
+    for i in (10, 0, 7, 3, 4):
+        assert_same(decode(stored[i]), written[i])
+        shard = int(np.searchsorted(source.shard_starts, i, side="right")) - 1
+        within = ArrayRecordDataSource(source.shard_paths[shard])
+        assert_same(decode(within[i - source.shard_starts[shard]]), written[i])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s"]
+
+
+def test_index_of_positives(tmp_path):
+    boxes = [(0, 0, 9, 9)] * 4
+    with RecordWriter(tmp_path / "d", name="d", kind="detection") as writer:
+        writer.write(record(boxes=boxes, labels=[2, 0, 2, 0]))
+        writer.write(record(boxes=(), labels=()))
+        writer.write(record())
+        detection = writer.finish(table("a", "b", "c"))
+    positives = [detection.positives_of(i).tolist() for i in range(3)]
+    assert positives == [[0, 2], [], [1]]  # sorted, each once
+    with RecordWriter(tmp_path / "t", name="t", kind="image_text") as writer:
+        writer.write(record(boxes=(), labels=(), texts=[2, 0, 1]))
+        pairs = writer.finish(table("a", "b", "c"))
+    assert pairs.positives_of(0).tolist() == [2, 0, 1]  # the caption stays first
+    assert (detection.height.tolist(), detection.width.tolist()) == ([40] * 3, [60] * 3)
+
+
+def test_nothing_appears_where_writing_failed(tmp_path):
+    with pytest.raises(RuntimeError), RecordWriter(tmp_path / "s", name="n", kind="grounding") as w:
+        w.write(record())
+        raise RuntimeError("the disk burns")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rest_of_a_killed_run_is_no_obstacle_and_the_old_source_gives_way(tmp_path):
+    (tmp_path / "s.partial").mkdir()
+    (tmp_path / "s.partial" / "records-00000").write_bytes(b"half a file")
+    for count in (2, 5):
+        with RecordWriter(tmp_path / "s", name="n", kind="detection") as writer:
+            for _ in range(count):
+                writer.write(record(labels=[0]))
+            writer.finish(table("a"))
+        assert len(Source.open(tmp_path / "s")) == count
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_writer_never_replaces_a_directory_of_something_else(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="no prepared source"):
+        RecordWriter(tmp_path, name="n", kind="detection")
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_unknown_kind(tmp_path):
+    with pytest.raises(ValueError, match="'boxes'"):
+        RecordWriter(tmp_path / "s", name="n", kind="boxes")

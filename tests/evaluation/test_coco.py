@@ -1,0 +1,148 @@
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detclipv2_jax.errors import UserError
+from detclipv2_jax.evaluation import coco
+
+
+def world(seed, images=8, categories=(0, 3, 4, 90), per_image=12):
+    """A generated split with crowds, masks smaller than boxes and ties, and detections for it."""
+    rng = np.random.default_rng(seed)
+    content = {
+        "images": [
+            {"id": 7 * n, "height": 400, "width": 400, "file_name": f"{n}.jpg"}
+            for n in rng.permutation(images).tolist()
+        ],
+        "categories": [{"id": c, "name": f"thing {c}"} for c in categories],
+        "annotations": [],
+    }
+    detections = []
+    for image in content["images"]:
+        for _ in range(rng.integers(0, per_image)):
+            x, y, w, h = (8 * rng.integers(1, (20, 20, 18, 18))).tolist()
+            label = int(rng.choice(categories[:-1]))
+            row = {"image_id": image["id"], "category_id": label, "bbox": [x, y, w, h]}
+            row |= {"id": len(content["annotations"]) + 1, "iscrowd": int(rng.random() < 0.15)}
+            content["annotations"].append(row | {"area": w * h * float(rng.choice([1, 0.5]))})
+            for _ in range(rng.integers(0, 4)):
+                box = np.array([x, y, x + w, y + h]) + 8.0 * rng.integers(-1, 2, 4)
+                box[2:] = np.maximum(box[2:], box[:2] + 1)
+                other = int(rng.choice(categories))
+                label = row["category_id"] if rng.random() < 0.8 else other
+                detections.append((image["id"], box, float(rng.integers(1, 12)) / 16, label))
+    return content, detections
+
+
+def ours(path, detections):
+    evaluator = coco.CocoEvaluator(coco.load_ground_truth(path))
+    for image in dict.fromkeys(row[0] for row in detections):
+        rows = [row for row in detections if row[0] == image]
+        evaluator.add(image, *(np.array([row[k] for row in rows]) for k in (1, 2, 3)))
+    return evaluator.result()
+
+
+def theirs(path, detections):
+    results = [
+        {"image_id": i, "category_id": c, "bbox": [*b[:2], *(b[2:] - b[:2])], "score": s}
+        for i, b, s, c in detections
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(path))
+        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats
+
+
+def save(tmp_path, content):
+    path = tmp_path / "coco.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_twelve_figures_equal_pycocotools(tmp_path, seed):
+    content, detections = world(seed)
+    path = save(tmp_path, content)
+    found = ours(path, detections)
+    wanted = theirs(path, detections)
+    assert tuple(found) == coco.FIGURES
+    assert [-1 if v is None else v for v in found.values()] == pytest.approx(list(wanted), abs=1e-9)
+    assert 0 < found["AP"] < 1
+
+
+def test_more_than_a_hundred_boxes_an_image(tmp_path):
+    content, detections = world(5, images=2, per_image=90)
+    detections = [row for row in detections for _ in range(3)]
+    path = save(tmp_path, content)
+    wanted = theirs(path, detections)
+    assert list(ours(path, detections).values()) == pytest.approx(list(wanted), abs=1e-9)
+
+
+def test_nothing_detected_and_nothing_to_detect(tmp_path):
+    content, detections = world(1)
+    path = save(tmp_path, content)
+    assert ours(path, [])["AP"] == 0
+    content["annotations"] = []
+    path = save(tmp_path, content)
+    assert set(ours(path, detections).values()) == {None}
+    assert set(ours(path, []).values()) == {None}
+
+
+def test_area_falls_back_to_the_box(tmp_path):
+    content, _ = world(2)
+    for row in content["annotations"]:
+        del row["area"], row["iscrowd"]
+    truth = coco.load_ground_truth(save(tmp_path, content))
+    sides = truth.boxes[:, 2:] - truth.boxes[:, :2]
+    np.testing.assert_allclose(truth.areas, sides.prod(axis=1))
+
+
+def test_rows_follow_the_images(tmp_path):
+    content, _ = world(3)
+    truth = coco.load_ground_truth(save(tmp_path, content))
+    for image in truth.images:
+        wanted = [r["bbox"][:2] for r in content["annotations"] if r["image_id"] == image.id]
+        np.testing.assert_array_equal(truth.boxes[truth.rows[image.id], :2].tolist(), wanted)
+
+
+@pytest.mark.parametrize(
+    "place, value, named",
+    [
+        (("images", 0, "height"), None, r"images\[0\]\.height"),
+        (("images", 1, "id"), True, r"images\[1\]\.id"),
+        (("images", 1, "file_name"), "", r"images\[1\].*file_name"),
+        (("annotations", 2, "bbox"), "1,2,3,4", r"annotations\[2\]\.bbox"),
+        (("annotations", 2, "category_id"), 12, r"annotations\[2\]\.category_id 12"),
+        (("categories", 1, "id"), 0, r"categories\[1\]\.id 0 occurs twice"),
+    ],
+)
+def test_broken_entries_are_named(tmp_path, place, value, named):
+    content, _ = world(0)
+    content[place[0]][place[1]][place[2]] = value
+    path = save(tmp_path, content)
+    with pytest.raises(UserError, match=rf"coco\.json: .*{named}"):
+        coco.load_ground_truth(path)
+
+
+def test_heights_may_be_strings(tmp_path):
+    content, _ = world(0)
+    content["images"][0]["height"] = "400"
+    assert coco.load_ground_truth(save(tmp_path, content)).images[0].height == 400
+
+
+def test_unknown_images_and_repeats_are_refused(tmp_path):
+    content, _ = world(0)
+    evaluator = coco.CocoEvaluator(coco.load_ground_truth(save(tmp_path, content)))
+    arrays = (np.ones((1, 4)), np.ones(1), np.zeros(1, int))
+    evaluator.add(7, *arrays)
+    for image in (7, 8):
+        with pytest.raises(ValueError, match=f"image {image}"):
+            evaluator.add(image, *arrays)

@@ -1,0 +1,154 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from detclipv2_jax.ops import losses
+
+focal = jax.jit(losses.sigmoid_focal, static_argnames=("alpha", "gamma"))
+focal_slope = jax.jit(
+    jax.grad(lambda *a, **k: losses.sigmoid_focal(*a, **k).sum()),
+    static_argnames=("alpha", "gamma"),
+)
+alignment = jax.jit(jax.value_and_grad(losses.alignment_loss))
+giou_loss = jax.jit(losses.giou_loss)
+cross_entropy = jax.jit(losses.binary_cross_entropy)
+cross_entropy_slope = jax.jit(jax.grad(lambda *a: losses.binary_cross_entropy(*a).sum()))
+
+LOGITS = np.array([-30.0, -5.0, -1.5, -1e-3, 0.0, 0.7, 4.0, 25.0])
+
+
+def reference_focal(logit, target, alpha, gamma):
+    # -log(p) and 1 - p of the right answer's probability, precise on both sides in float64.
+    z = logit if target else -logit
+    miss, q = np.logaddexp(0, -z), 1 / (1 + math.exp(z))
+    return (alpha if target else 1 - alpha) * q**gamma * miss
+
+
+def grid(values):
+    logits, targets = np.meshgrid(values, [0, 1])
+    return logits.ravel(), targets.ravel()
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.5, 0.0), (0.9, 0.5), (0.25, 3.0)])
+def test_focal(alpha, gamma):
+    logits, targets = grid(LOGITS)
+    got = focal(np.float32(logits), targets, alpha=alpha, gamma=gamma)
+    expected = [reference_focal(z, t, alpha, gamma) for z, t in zip(logits, targets)]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1.2e-38)  # float32's least normal
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.5, 0.0), (0.9, 0.5), (0.25, 3.0)])
+def test_focal_gradient_against_differences(alpha, gamma):
+    logits, targets = grid(LOGITS)
+    got = focal_slope(np.float32(logits), targets, alpha=alpha, gamma=gamma)
+    for z, t, g in zip(logits, targets, got):
+        above, below = (reference_focal(z + d, t, alpha, gamma) for d in (1e-5, -1e-5))
+        assert g == pytest.approx((above - below) / 2e-5, rel=1e-4, abs=1e-8)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_is_finite_at_the_ends(gamma):
+    logits, targets = grid([-1e30, -1e4, -200.0, 200.0, 1e4, 1e30])
+    value = focal(np.float32(logits), targets, gamma=gamma)
+    gradient = focal_slope(np.float32(logits), targets, gamma=gamma)
+    assert np.isfinite(value).all() and np.isfinite(gradient).all()
+    assert value[0] == 0 and value[-1] == 0  # certain and right
+    assert gradient[-6] == pytest.approx(-0.25)  # certain and wrong: the slope of -log p
+
+
+def test_focal_in_any_type():
+    logits, targets = grid(LOGITS)
+    expected = focal(np.float32(logits), targets)
+    for kind in (bool, np.float32):
+        got = focal(np.float32(logits), targets.astype(kind))
+        np.testing.assert_array_equal(got, expected)
+    half = focal(jnp.bfloat16(logits), targets)
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, expected, rtol=0.15)
+
+
+def alignment_case():
+    rng = np.random.default_rng(0)
+    batch, anchors, concepts = 3, 7, 5
+    logits = rng.normal(-2, 2, (batch, anchors, concepts)).astype(np.float32)
+    labels = rng.integers(-1, concepts, (batch, anchors), dtype=np.int32)
+    labels[1] = -1  # an image without boxes
+    anchor_mask = rng.random((batch, anchors)) < 0.7
+    anchor_mask[2] = False  # an empty slot
+    concept_mask = np.array([True, True, False, True, True])
+    return logits, labels, anchor_mask, concept_mask
+
+
+def test_alignment_loss():
+    logits, labels, anchor_mask, concept_mask = alignment_case()
+    expected = 0.0
+    for b, k, m in np.ndindex(*logits.shape):
+        if anchor_mask[b, k] and concept_mask[m]:
+            expected += reference_focal(float(logits[b, k, m]), labels[b, k] == m, 0.25, 2.0)
+    got, _ = alignment(logits, labels, anchor_mask, concept_mask)
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_alignment_ignores_what_is_masked_even_if_not_finite():
+    logits, labels, anchor_mask, concept_mask = alignment_case()
+    valid = anchor_mask[..., None] & concept_mask
+    value, gradient = alignment(logits, labels, anchor_mask, concept_mask)
+    poisoned = np.where(valid, logits, np.nan)
+    value_2, gradient_2 = alignment(poisoned, labels, anchor_mask, concept_mask)
+    assert value == value_2
+    np.testing.assert_array_equal(gradient, gradient_2)
+    assert (np.asarray(gradient) != 0).sum() == valid.sum()
+
+
+@pytest.mark.parametrize("nothing", ["anchors", "concepts"])
+def test_alignment_of_nothing(nothing):
+    logits, labels, anchor_mask, concept_mask = alignment_case()
+    if nothing == "anchors":
+        anchor_mask = np.zeros_like(anchor_mask)
+    else:
+        concept_mask = np.zeros_like(concept_mask)
+    value, gradient = alignment(logits, labels, anchor_mask, concept_mask)
+    assert value == 0 and not np.asarray(gradient).any()
+
+
+def test_giou_loss():
+    a = np.array([[0, 0, 10, 10], [0, 0, 10, 10], [3, 3, 3, 3]], np.float32)
+    b = np.array([[0, 0, 10, 10], [10, 0, 20, 10], [3, 3, 3, 3]], np.float32)
+    np.testing.assert_allclose(giou_loss(a, b), [0, 1, 1], atol=1e-6)
+    far = giou_loss(a, a + 1000)
+    assert 1.99 < far[0] < 2
+    assert giou_loss(jnp.bfloat16(a), jnp.bfloat16(b)).dtype == jnp.float32
+
+
+def test_giou_loss_pulls_a_disjoint_box_nearer():
+    target = np.float32([[50, 50, 60, 60]])
+    box = np.float32([[0, 0, 10, 10]])
+    loss = jax.jit(jax.value_and_grad(lambda box: losses.giou_loss(box, target).sum()))
+    value, gradient = loss(box)
+    gradient = np.asarray(gradient)
+    assert loss(box - 10 * gradient)[0] < value
+    assert (gradient[0, 2:] < 0).all()  # the near edges go right and down
+
+
+@pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
+def test_binary_cross_entropy(target):
+    targets = np.full(len(LOGITS), target, np.float32)
+    got = cross_entropy(np.float32(LOGITS), targets)
+    slope = cross_entropy_slope(np.float32(LOGITS), targets)
+    for z, value, gradient in zip(LOGITS, got, slope):
+        cross = lambda z: target * np.logaddexp(0, -z) + (1 - target) * np.logaddexp(0, z)
+        # The terms are of the logit's size, and so is their rounding.
+        assert value == pytest.approx(cross(z), rel=1e-5, abs=6e-8 * max(abs(z), 1))
+        difference = (cross(z + 1e-5) - cross(z - 1e-5)) / 2e-5
+        assert gradient == pytest.approx(difference, rel=1e-4, abs=1e-6)
+
+
+def test_binary_cross_entropy_at_the_ends():
+    logits = np.float32([-1e30, -1e3, 1e3, 1e30])
+    value = cross_entropy(logits, np.float32([0, 0, 1, 1]))
+    gradient = cross_entropy_slope(logits, np.float32([0.5] * 4))
+    np.testing.assert_array_equal(value, 0)
+    np.testing.assert_allclose(gradient, [-0.5, -0.5, 0.5, 0.5])

@@ -1,0 +1,268 @@
+"""Suppression against the textbook loop in float64. Coordinates are multiples of 1/4, so exact."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from detclipv2_jax.ops import nms as ops
+from detclipv2_jax.ops.boxes import AnchorConfig, anchor_grid, level_sizes
+
+COUNT = 60
+
+
+def iou(a, b):
+    w = max(min(a[2], b[2]) - max(a[0], b[0]), 0.0)
+    h = max(min(a[3], b[3]) - max(a[1], b[1]), 0.0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - w * h
+    return w * h / union if union > 0 else 0.0
+
+
+def greedy(boxes, scores, mask, threshold, labels=None):
+    """Indices that are kept, best first."""
+    boxes = np.asarray(boxes, np.float64)
+    order = sorted(np.flatnonzero(mask), key=lambda i: (-scores[i], i))
+    kept = []
+    for i in order:
+        rivals = [j for j in kept if labels is None or labels[i] == labels[j]]
+        if all(iou(boxes[i], boxes[j]) <= threshold for j in rivals):
+            kept.append(i)
+    return kept
+
+
+def clustered(seed, count=COUNT):
+    """Boxes in piles, scores with many ties, some boxes twice, some without area."""
+    rng = np.random.default_rng(seed)
+    piles = rng.uniform(0, 100, (6, 2))
+    centres = piles[rng.integers(0, 6, count)] + rng.normal(0, 4, (count, 2))
+    half = rng.uniform(5, 15, (count, 2))
+    boxes = np.round(np.concatenate([centres - half, centres + half], axis=1) * 4) / 4
+    boxes[5:8] = boxes[0]
+    boxes[10, 2:] = boxes[10, :2]
+    boxes[11] = boxes[10]
+    scores = np.round(rng.uniform(0, 1, count), 1)
+    return boxes.astype(np.float32), scores.astype(np.float32), rng.random(count) < 0.9
+
+
+suppress = jax.jit(ops.nms)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("seed", range(4))
+def test_nms(seed, threshold):
+    boxes, scores, mask = clustered(seed)
+    kept = suppress(boxes, scores, mask, threshold)
+    assert list(np.flatnonzero(kept)) == sorted(greedy(boxes, scores, mask, threshold))
+    assert 0 < kept.sum() < mask.sum()
+
+
+def test_nms_settles_a_long_chain():
+    # Each box overlaps its neighbours only: every second one stays, decided one after the other.
+    x = np.arange(COUNT, dtype=np.float32)
+    boxes = np.stack([x, 0 * x, x + 1.9, 0 * x + 1], axis=1)
+    kept = suppress(boxes, -x, np.ones(COUNT, bool), 0.3)
+    np.testing.assert_array_equal(kept, np.arange(COUNT) % 2 == 0)
+
+
+def test_nms_ties_go_to_the_lower_index():
+    boxes = np.tile(np.float32([[0, 0, 8, 8]]), (COUNT, 1))
+    kept = suppress(boxes, np.zeros(COUNT, np.float32), np.arange(COUNT) >= 3, 0.5)
+    assert list(np.flatnonzero(kept)) == [3]
+
+
+def test_nms_keeps_at_the_threshold_and_without_area():
+    boxes = np.zeros((COUNT, 4), np.float32)
+    boxes[0], boxes[1] = [0, 0, 8, 8], [0, 0, 8, 4]  # IoU 1/2 exactly
+    scores = np.linspace(1, 0, COUNT, dtype=np.float32)
+    everything = np.ones(COUNT, bool)
+    assert suppress(boxes, scores, everything, 0.5).all()  # the other boxes are points
+    assert not suppress(boxes, scores, everything, 0.499)[1]
+
+
+def test_nms_of_nothing():
+    boxes, scores, _ = clustered(0)
+    assert not suppress(boxes, scores, np.zeros(COUNT, bool), 0.5).any()
+
+
+def test_nms_under_vmap():
+    cases = [clustered(seed) for seed in range(3)]
+    boxes, scores, mask = (np.stack(x) for x in zip(*cases))
+    mask[1] = False
+    got = jax.jit(jax.vmap(ops.nms, in_axes=(0, 0, 0, None)))(boxes, scores, mask, 0.4)
+    for b in range(3):
+        np.testing.assert_array_equal(got[b], suppress(boxes[b], scores[b], mask[b], 0.4))
+
+
+# Classes -----------------------------------------------------------------------------------------
+
+class_nms = jax.jit(
+    ops.class_nms, static_argnames=("iou_threshold", "score_threshold", "candidates", "keep")
+)
+
+
+def reference_class_nms(boxes, scores, mask, iou_threshold, score_threshold, candidates, keep):
+    """(anchor, class, score) of the detections, best first."""
+    pairs = [(k, c) for k, c in np.ndindex(*scores.shape) if mask[k]]
+    pairs = sorted(pairs, key=lambda p: -scores[p])[:candidates]  # sorted is stable: index order
+    pairs = [p for p in pairs if scores[p] > score_threshold]
+    values = [scores[p] for p in pairs]
+    kept = greedy(
+        [boxes[k] for k, _ in pairs],
+        values,
+        np.ones(len(pairs), bool),
+        iou_threshold,
+        [c for _, c in pairs],
+    )
+    return [(*pairs[i], values[i]) for i in kept[:keep]]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # classes, candidates, keep, score_threshold
+        (5, 80, 30, 0.1),
+        (5, 1000, 60, 0.0),  # more candidates than pairs
+        (5, 20, 50, 0.0),  # more asked for than candidates
+        (1, 40, 20, 0.3),
+        (40, 30, 10, 0.5),
+    ],
+)
+def test_class_nms(case):
+    classes, candidates, keep, score_threshold = case
+    for seed in range(3):
+        boxes, _, mask = clustered(seed)
+        rng = np.random.default_rng(seed)
+        scores = np.round(rng.uniform(0, 1, (COUNT, classes)), 2).astype(np.float32)
+        expected = reference_class_nms(
+            boxes, scores, mask, 0.5, np.float32(score_threshold), candidates, keep
+        )
+        got_boxes, got_scores, got_labels, got_mask = class_nms(
+            boxes,
+            scores,
+            mask,
+            iou_threshold=0.5,
+            score_threshold=score_threshold,
+            candidates=candidates,
+            keep=keep,
+        )
+        assert got_boxes.shape == (keep, 4) and got_mask.sum() == len(expected) > 0
+        for i, (anchor, label, score) in enumerate(expected):
+            np.testing.assert_array_equal(got_boxes[i], boxes[anchor])
+            assert got_labels[i] == label and got_scores[i] == score and got_mask[i]
+        for padding in (got_boxes, got_scores, got_labels, got_mask):
+            assert not padding[len(expected) :].any()
+
+
+def test_class_nms_suppresses_within_a_class_only():
+    boxes = np.tile(np.float32([[0, 0, 8, 8]]), (4, 1))
+    scores = np.float32([[0.9, 0.8], [0.7, 0.6], [0.5, 0.4], [0.3, 0.2]])
+    _, values, labels, mask = class_nms(
+        boxes, scores, np.ones(4, bool), iou_threshold=0.5, score_threshold=0, candidates=8, keep=4
+    )
+    np.testing.assert_array_equal(mask, [True, True, False, False])
+    np.testing.assert_array_equal(labels[:2], [0, 1])
+    np.testing.assert_allclose(values[:2], [0.9, 0.8])
+
+
+def test_class_nms_of_nothing():
+    boxes, scores, _ = clustered(0)
+    nothing = np.zeros(COUNT, bool)
+    result = class_nms(
+        boxes, scores[:, None], nothing, iou_threshold=0.5, score_threshold=0, candidates=9, keep=4
+    )
+    assert not any(np.asarray(x).any() for x in result)
+
+
+def test_class_nms_under_vmap():
+    cases = [clustered(seed) for seed in range(3)]
+    boxes, _, mask = (np.stack(x) for x in zip(*cases))
+    scores = np.random.default_rng(0).random((3, COUNT, 5)).astype(np.float32)
+    options = {"iou_threshold": 0.5, "score_threshold": 0.1, "candidates": 80, "keep": 30}
+    together = jax.jit(jax.vmap(lambda *x: ops.class_nms(*x, **options)))(boxes, scores, mask)
+    for b in range(3):
+        for got, expected in zip(together, class_nms(boxes[b], scores[b], mask[b], **options)):
+            np.testing.assert_array_equal(got[b], expected)
+
+
+def test_class_nms_makes_no_copy_of_a_huge_score_table():
+    anchors, classes, candidates = 2000, 20000, 100
+    run = jax.vmap(
+        lambda *x: ops.class_nms(
+            *x, iou_threshold=0.5, score_threshold=0.1, candidates=candidates, keep=50
+        )
+    )
+    shapes = [
+        jax.ShapeDtypeStruct((1, anchors, *rest), kind)
+        for rest, kind in [((4,), jnp.float32), ((classes,), jnp.float32), ((), jnp.bool_)]
+    ]
+    memory = jax.jit(run).lower(*shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.2 * 4 * anchors * classes
+
+
+# Proposals ---------------------------------------------------------------------------------------
+
+CFG = AnchorConfig()
+ANCHORS = anchor_grid(64, 64, CFG)
+LEVELS = level_sizes(64, 64, CFG)  # 64, 16, 4, 1, 1
+
+select_proposals = jax.jit(
+    lambda *x, **options: ops.select_proposals(*x, LEVELS, **options),
+    static_argnames=("pre_nms_per_level", "iou_threshold", "k"),
+)
+
+
+def reference_proposals(boxes, objectness, mask, pre_nms, threshold, k):
+    entrants, start = [], 0
+    for size in LEVELS:
+        level = [i for i in range(start, start + size) if mask[i]]
+        entrants += sorted(level, key=lambda i: (-objectness[i], i))[:pre_nms]
+        start += size
+    entering = np.isin(np.arange(len(boxes)), entrants)
+    return greedy(boxes, objectness, entering, threshold)[:k]
+
+
+def proposal_case(seed):
+    rng = np.random.default_rng(seed)
+    boxes = np.round((ANCHORS / 4 + rng.normal(0, 6, ANCHORS.shape)) * 4) / 4
+    boxes = np.concatenate([boxes[:, :2], np.maximum(boxes[:, 2:], boxes[:, :2])], axis=1)
+    objectness = np.round(rng.normal(0, 1, len(boxes)), 1)
+    return boxes.astype(np.float32), objectness.astype(np.float32), rng.random(len(boxes)) < 0.8
+
+
+@pytest.mark.parametrize(
+    ("pre_nms", "threshold", "k"), [(1000, 0.5, 20), (6, 0.5, 20), (1000, 0.1, 100), (3, 0.9, 4)]
+)
+def test_select_proposals(pre_nms, threshold, k):
+    for seed in range(3):
+        boxes, objectness, mask = proposal_case(seed)
+        expected = reference_proposals(boxes, objectness, mask, pre_nms, threshold, k)
+        indices, found = select_proposals(
+            boxes, objectness, mask, pre_nms_per_level=pre_nms, iou_threshold=threshold, k=k
+        )
+        assert indices.shape == found.shape == (k,)
+        assert list(indices[: len(expected)]) == expected
+        np.testing.assert_array_equal(found, np.arange(k) < len(expected))
+        assert not indices[len(expected) :].any()
+
+
+def test_select_proposals_of_an_empty_image():
+    boxes, objectness, _ = proposal_case(0)
+    nothing = np.zeros(len(boxes), bool)
+    _, found = select_proposals(
+        boxes, objectness, nothing, pre_nms_per_level=10, iou_threshold=0.5, k=5
+    )
+    assert not found.any()
+
+
+def test_no_gradient_passes_the_choice():
+    boxes, objectness, mask = proposal_case(1)
+
+    def chosen_sum(boxes, objectness):
+        indices, found = ops.select_proposals(
+            boxes, objectness, mask, LEVELS, pre_nms_per_level=10, iou_threshold=0.5, k=7
+        )
+        return jnp.where(found, objectness[indices], 0.0).sum()
+
+    of_boxes, of_objectness = jax.jit(jax.grad(chosen_sum, (0, 1)))(boxes, objectness)
+    assert not of_boxes.any()
+    assert sorted(np.unique(of_objectness)) == [0, 1] and of_objectness.sum() == 7

@@ -1,0 +1,130 @@
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+from jax.sharding import NamedSharding, PartitionSpec
+
+from detclipv2_jax import checkpoint, fields, optimizer, sharding, state, train
+from detclipv2_jax.checkpoint import Checkpointer
+from detclipv2_jax.errors import UserError
+from detclipv2_jax.models import detclip
+from detclipv2_jax.optimizer import OptimizerConfig
+
+META = {"config": {"model": tiny_model.CONFIG.to_dict()}, "names": ["cat", "dog"], "seconds": {}}
+
+
+def _state(seed=0, step=0):
+    _, params = tiny_model.parts(seed)
+    rule = optimizer.create(OptimizerConfig(), params, 10)
+    return dataclasses.replace(state.create(params, rule), step=jnp.asarray(step, jnp.int32))
+
+
+def _abstract(tree, shardings):
+    return jax.tree.map(train._abstract, tree, shardings)
+
+
+def test_a_state_comes_back_bit_for_bit_on_another_mesh(tmp_path):
+    old = _state(step=3)
+    old = dataclasses.replace(old, ema=jax.tree.map(lambda p: p + 1, old.params))
+    one = sharding.make_mesh(1)
+    old = jax.device_put(old, train.state_shardings(one, old))
+    saver = Checkpointer(tmp_path, 2)
+    saver.save(old, META, None)
+    saver.close()
+
+    four = sharding.make_mesh(4)
+    shardings = train.state_shardings(four, old)
+    new, meta = Checkpointer(tmp_path, 2).restore(_abstract(old, shardings))
+    jax.tree.map(np.testing.assert_array_equal, new, old)
+    assert meta == META
+    assert all(leaf.sharding.mesh.size == 4 for leaf in jax.tree.leaves(new))
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    saver = Checkpointer(tmp_path, 2)
+    for step, score in [(1, None), (2, 0.9), (3, 0.1), (4, None), (5, 0.2), (6, None)]:
+        saver.save(_state(step=step), META, score)
+    saver.close()
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [2, 5, 6]
+
+
+def test_saving_the_same_step_twice_is_harmless(tmp_path):
+    saver = Checkpointer(tmp_path, 2)
+    saver.save(_state(step=1), META, None)
+    saver.save(_state(step=1), META, None)
+    saver.close()
+    assert Checkpointer(tmp_path, 2).latest == 1
+
+
+def test_load_model_gives_the_average_and_what_is_needed_to_use_it(tmp_path):
+    old = dataclasses.replace(_state(step=4), ema=tiny_model.parts(1)[1])
+    saver = Checkpointer(tmp_path, 1)
+    saver.save(old, META, None)
+    saver.close()
+    for directory in (tmp_path, tmp_path / "checkpoints"):
+        loaded = checkpoint.load_model(directory)
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, old.ema)
+        assert (loaded.step, loaded.names) == (4, ["cat", "dog"])
+        detclip.build(loaded.graphdef, loaded.params)
+
+
+def test_an_unfinished_checkpoint_is_not_taken_for_one(tmp_path):
+    saver = Checkpointer(tmp_path, 3)
+    saver.save(_state(step=1), META, None)
+    saver.close()
+    root = tmp_path / "checkpoints"
+    shutil.copytree(root / "1", root / "2.orbax-checkpoint-tmp-0")
+    assert checkpoint.load_model(tmp_path).step == 1
+    assert Checkpointer(tmp_path, 3).latest == 1
+
+
+@pytest.mark.parametrize(
+    ("directory", "step", "message"),
+    [("nowhere", None, "no checkpoint in .*nowhere"), (".", 9, "no checkpoint of step 9: it has 1")],
+)
+def test_what_is_not_there_is_said(tmp_path, directory, step, message):
+    saver = Checkpointer(tmp_path, 1)
+    saver.save(_state(step=1), META, None)
+    saver.close()
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_model(tmp_path / directory, step)
+
+
+def test_a_checkpoint_of_another_model_is_named_with_the_parameter(tmp_path):
+    saver = Checkpointer(tmp_path, 1)
+    saver.save(_state(step=1), META, None)
+    saver.close()
+    other = dataclasses.replace(
+        tiny_model.CONFIG, swin=dataclasses.replace(tiny_model.CONFIG.swin, embed_dim=16)
+    )
+    _, params = detclip.abstract(other)
+    mesh = sharding.make_mesh(1)
+    rule = optimizer.create(OptimizerConfig(), params, 10)
+    target = jax.eval_shape(lambda: state.create(jax.tree.map(lambda p: jnp.zeros(p.shape), params), rule))
+    target = _abstract(target, jax.tree.map(lambda _: sharding.replicated(mesh), target))
+    with pytest.raises(UserError, match="of another model: backbone/.* is .* there and .* in this"):
+        Checkpointer(tmp_path, 1).restore(target)
+    wrong = META | {"config": {"model": fields.to_dict(other)}}
+    saver = Checkpointer(tmp_path / "b", 1)
+    saver.save(_state(step=1), wrong, None)
+    saver.close()
+    with pytest.raises(UserError, match="of another model"):
+        checkpoint.load_model(tmp_path / "b")
+
+
+def test_optimizer_state_and_average_are_laid_out_like_their_parameters(monkeypatch):
+    rules = ((".*embedding", PartitionSpec(None, "data")), (".*", PartitionSpec()))
+    monkeypatch.setattr(sharding, "PARAMETER_RULES", rules)
+    mesh, tree = sharding.make_mesh(4), _state()
+    shardings = train.state_shardings(mesh, tree)
+    wanted = NamedSharding(mesh, PartitionSpec(None, "data"))
+    for part in (shardings.params, shardings.ema, shardings.moments.mean, shardings.moments.square):
+        paths = detclip.parameter_paths(part)
+        split = [path for path, value in paths.items() if value == wanted]
+        assert split and all(path.endswith("embedding") for path in split)
+    jax.device_put(tree, shardings)

@@ -1,0 +1,58 @@
+import json
+from pathlib import Path
+
+import pytest
+from configs_under_test import load
+
+from detclipv2_jax import config, fields
+from detclipv2_jax.errors import UserError
+
+
+@pytest.mark.parametrize("size", ["nano", "swin_t", "swin_l"])
+def test_recipes_parse_and_survive_json(size):
+    values = load("pretrain").get_config(size).to_dict()
+    parsed = config.parse(values)
+    assert config.parse(json.loads(json.dumps(fields.to_dict(parsed)))) == parsed
+
+
+def test_the_papers_numbers_are_in_the_recipe():
+    t, l = (config.parse(load("pretrain").get_config(s).to_dict()) for s in ("swin_t", "swin_l"))
+    assert (t.data.detection.batch_size, l.data.detection.batch_size) == (128, 256)
+    assert t.data.image_text.batch_size == l.data.image_text.batch_size == 6144
+    assert t.data.image_text.shapes == ((320, 320),)
+    assert (t.optimizer.learning_rate, l.optimizer.learning_rate) == (2.8e-4, 4e-4)
+    assert t.optimizer.lr_rules[0] == ("text/.*", 0.1)
+    assert (t.optimizer.weight_decay, t.optimizer.warmup_steps, t.train.epochs) == (0.05, 1000, 12)
+    assert (t.loss.box, t.loss.centerness, t.loss.contrastive) == (2, 1, 0.1)
+    assert (t.loss.proposals.k, t.loss.proposals.score) == (100, "batch")
+    assert (t.loss.word_region.temperature, t.loss.word_region.label_smoothing) == (0.5, 0.1)
+    assert t.loss.word_region.direction == "text_to_image" and t.loss.word_region.matching == "max"
+    assert (t.data.detection.negatives, t.data.grounding.negatives) == (150, 100)
+    assert t.model.swin.drop_path == 0.2 and (t.model.swin.window, l.model.swin.window) == (7, 12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sed": 1}, "config.sed is no field.*did you mean seed"),
+        ({"train": {"epoch": 1.0}}, "config.train.epoch is no field.*epochs"),
+        ({"train": {"epochs": "many"}}, "config.train.epochs must be of type float, not 'many'"),
+        ({"train": 3}, "config.train must be a section"),
+        ({"data": {"detection": {"shapes": ((1, 2, 3),)}}}, r"config.data.detection.shapes\[0\] must have 2"),
+        ({"loss": {"proposals": {"score": "best"}}}, "config.loss.proposals.score must be one of"),
+        ({"seed": True}, "config.seed must be of type int, not True"),
+        ({"model": {"swin": {"depth": 3}}}, "config.model.swin.depth is no field.*depths"),
+    ],
+)
+def test_a_wrong_field_is_named(change, message):
+    values = load("pretrain").get_config("nano").to_dict()
+    with pytest.raises(UserError, match=message):
+        config.parse(values | change)
+
+
+def test_every_field_is_read_somewhere():
+    package = Path(config.__file__).parent
+    code = "".join(p.read_text() for p in package.rglob("*.py") if p.name != "config.py")
+    for cls in (config.KindConfig, config.DataConfig, config.TrainConfig, config.EvalConfig):
+        for name in cls.__dataclass_fields__:
+            assert f".{name}" in code or f"{name}: " in code, f"{cls.__name__}.{name}"

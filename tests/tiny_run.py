@@ -1,0 +1,66 @@
+"""A whole run of seconds: a few scenes, prepared by the script, and the nano recipe made tiny."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SCENES = {"detection_scenes": 24, "grounding_scenes": 16, "image_text_scenes": 40, "val_scenes": 8}
+OVERRIDES = {
+    "model.swin.embed_dim": 8,
+    "model.swin.depths": (1, 1, 1, 1),
+    "model.swin.num_heads": (1, 1, 1, 1),
+    "model.neck_channels": 8,
+    "model.head.channels": 8,
+    "model.head.convs": 1,
+    "model.head.groups": 2,
+    "model.head.embed_dim": 8,
+    "model.text.width": 16,
+    "model.text.layers": 1,
+    "model.text.heads": 2,
+    "model.text.embed_dim": 8,
+    "data.detection.batch_size": 8,
+    "data.grounding.batch_size": 8,
+    "data.image_text.batch_size": 8,
+    "data.image_text.table_size": 64,
+    "loss.proposals.group": 4,
+    "train.epochs": 2.0,
+    "train.checkpoint_every": 4,
+    "eval.batch_size": 8,
+    "eval.candidates": 50,
+    "eval.keep": 20,
+    "eval.pictures": 2,
+}
+
+
+def environment():
+    """One device, and this repository's package and compilation cache."""
+    return os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+
+
+def prepare(to):
+    """Draws and prepares `symbols` at the size above into `to`."""
+    command = [sys.executable, str(ROOT / "scripts/prepare_data.py"), "symbols", f"--to={to}"]
+    command += [f"--option={name}={value}" for name, value in SCENES.items()]
+    subprocess.run(command, check=True, env=environment(), capture_output=True)
+
+
+def command(data, workdir, **overrides):
+    """The command line of a tiny run."""
+    fields = OVERRIDES | {"data.dir": str(data)} | overrides
+    return [
+        sys.executable,
+        "-m",
+        "detclipv2_jax.main",
+        f"--config={ROOT}/configs/pretrain.py:nano",
+        f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in fields.items()),
+    ]
+
+
+def run(data, workdir, **overrides):
+    """Runs it to its end; returns the finished process, its output as text."""
+    return subprocess.run(
+        command(data, workdir, **overrides), env=environment(), capture_output=True, text=True, cwd=ROOT
+    )
