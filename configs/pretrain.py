@@ -4,12 +4,12 @@
     python -m detclipv2_jax.main --config=configs/pretrain.py:swin_l --workdir=runs/swin_l
     python -m detclipv2_jax.main --config=configs/pretrain.py:nano   --workdir=runs/nano
 
-`swin_t` (the default) and `swin_l` are the paper's: Objects365, GoldG and CC15M, 12 epochs, about 159,000
-steps; the paper reports 40.4 and 44.7 fixed AP on LVIS minival. They need the sources prepared under
-`--config.data.dir` (default `data/`).
+`swin_t` (the default) and `swin_l` are the paper's: Objects365, GoldG and CC15M, 12 epochs, about
+159,000 steps; the paper reports 40.4 and 44.7 fixed AP on LVIS minival. They need the sources
+prepared under `--config.data_dir` (default `data/`).
 
-`nano` is the same on the built-in data, `symbols`, on two CPU cores; `./scripts/quickstart.sh` prepares the
-data and runs it. docs/paper_vs_ours.md says which value is the paper's.
+`nano` is the same on the built-in data, `symbols`, on two CPU cores; `./scripts/quickstart.sh`
+prepares the data and runs it. docs/paper_vs_ours.md says which value is the paper's.
 """
 
 from ml_collections import ConfigDict
@@ -30,12 +30,12 @@ def get_config(size: str = "swin_t") -> ConfigDict:
 
 
 def swin_t() -> ConfigDict:
-    """Paper §4.1, Swin-T: 32 GPUs, detection and grounding 1333×800 in batches of 128, pairs 320² of 6144."""
+    """Paper §4.1, Swin-T: boxes at 1333×800 in batches of 128, pairs at 320² in batches of 6144."""
     config = ConfigDict(fields.to_dict(config_lib.RunConfig(model=sizes.SWIN_T)))
     data = config.data
     data.prepare = (
-        "python scripts/prepare_data.py SOURCE --from=DIR --to=data/SOURCE for objects365 (COCO JSON), goldg "
-        "(MDETR JSON) and cc15m (captions)."
+        "python scripts/prepare_data.py coco|goldg|image_text --from=DIR --to=data/NAME for the "
+        "names objects365 (COCO JSON), goldg (MDETR JSON) and cc15m (captions)"
     )
     data.detection.sources = ("objects365",)
     data.grounding.sources = ("goldg",)
@@ -72,7 +72,7 @@ def nano() -> ConfigDict:
     config = swin_t()
     config.model = ConfigDict(sizes.NANO.to_dict())
     data = config.data
-    data.dir = "data/symbols"
+    config.data_dir = "data/symbols"
     data.prepare = "python scripts/prepare_data.py symbols --to=data/symbols"
     for kind in (data.detection, data.grounding):
         kind.batch_size = 16

@@ -1,1 +1,1 @@
-"""DetCLIPv2 in JAX: open-vocabulary detection pre-training from boxes, phrases and captions at once."""
+"""DetCLIPv2 in JAX: open-vocabulary detection pre-training on boxes, phrases and captions."""

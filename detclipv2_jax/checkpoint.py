@@ -58,7 +58,7 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, meta: dict[str, Any], score: float | None) -> None:
-        """Starts to write the state after `state.step` steps; returns once it is off the devices."""
+        """Starts to write the state after `state.step` steps; returns when it left the devices."""
         step = int(state.step)
         if step in self._manager.all_steps():
             return
@@ -104,7 +104,9 @@ class Checkpointer:
 
 
 def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
-    """The model of a run's checkpoint (`directory` is its workdir or its `checkpoints/`), newest by default.
+    """The model of a run's newest checkpoint, or of `step`.
+
+    `directory` is the run's workdir or its `checkpoints/`.
 
     Raises:
       UserError: if there is no checkpoint, not that step, or it does not fit its own config.
@@ -114,7 +116,7 @@ def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
     steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
     if not steps:
         raise UserError(
-            f"There is no checkpoint in {directory}: give the --workdir of a training run."
+            f"there is no checkpoint in {directory}: give the --workdir of a training run."
         )
     if step is not None and step not in steps:
         raise UserError(
@@ -152,10 +154,11 @@ def _check_shapes(manager: ocp.CheckpointManager, step: int, target: PyTree, whe
     found = _shapes(manager.item_metadata(step).model.tree)
     wanted = _shapes(target)
     for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
+        there, here = (tree.get(name, "absent") for tree in (found, wanted))
+        if there != here:
             raise UserError(
-                f"The checkpoint {where} is of another model: {name} is {found.get(name, 'absent')} there and "
-                f"{wanted.get(name, 'absent')} in this config; use the config it was made with or another --workdir."
+                f"the checkpoint {where} is of another model: {name} is {there} there, {here} in "
+                "this config; use the config it was made with, or another --workdir."
             )
 
 

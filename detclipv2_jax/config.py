@@ -1,7 +1,7 @@
 """The schema of a run: every field a config may set, typed, with what it means.
 
-A config file (`configs/*.py`) returns an `ml_collections.ConfigDict`; `RunConfig` is what the rest of the
-code sees. A field that is not listed here is refused by name.
+A config file (`configs/*.py`) returns an `ml_collections.ConfigDict`; `RunConfig` is what the rest
+of the code sees. A field that is not listed here is refused by name.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ from detclipv2_jax.structures import KINDS
 
 @dataclasses.dataclass(frozen=True)
 class KindConfig:
-    """One kind of data: its prepared sources, its batch and how its pictures are brought to size."""
+    """One kind of data: its prepared sources, its batch, how its pictures are brought to size."""
 
-    sources: tuple[str, ...] = ()  # directories of prepared sources, relative to data.dir; () = off
+    sources: tuple[str, ...] = ()  # directories of prepared sources, relative to data_dir; () = off
     batch_size: int = 128  # images a global step
     shapes: tuple[tuple[int, int], ...] = (
         (800, 1344),
@@ -38,10 +38,10 @@ class KindConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the prepared sources lie and what each kind takes from them."""
+    """What each kind of data takes from the prepared sources."""
 
-    dir: str = "data"
     prepare: str = ""  # the command that would make the data, shown where it is missing
+    skip_missing: bool = False  # train without the kinds whose sources are not there
     detection: KindConfig = KindConfig()
     grounding: KindConfig = KindConfig()
     image_text: KindConfig = KindConfig()
@@ -68,8 +68,8 @@ class TrainConfig:
 class EvalConfig(DetectConfig):
     """The validation set and how the detector is asked; the checkpoint carries it to later jobs."""
 
-    dataset: str = ""  # LVIS or COCO JSON, relative to data.dir; "" = no evaluation
-    images: str = ""  # folder of its images, relative to data.dir
+    dataset: str = ""  # LVIS or COCO JSON, relative to data_dir; "" = no evaluation
+    images: str = ""  # folder of its images, relative to data_dir
     canvas: tuple[int, int] = (800, 1344)  # (height, width) that pictures are scaled into
     batch_size: int = 8
     pictures: int = 8  # validation pictures drawn at each evaluation
@@ -87,6 +87,7 @@ class RunConfig:
     """All of a run."""
 
     model: DetCLIPConfig
+    data_dir: str = "data"  # where the prepared sources lie
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -97,5 +98,5 @@ class RunConfig:
 
 
 def parse(values: Mapping[str, Any]) -> RunConfig:
-    """The run that nested dicts describe; UserError names a field that is unknown or of a wrong type."""
+    """The run that nested dicts describe; UserError names a field that is unknown or mistyped."""
     return fields.from_dict(RunConfig, values, "config")

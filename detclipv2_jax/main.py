@@ -1,14 +1,16 @@
-"""Pre-training: `python -m detclipv2_jax.main --config=configs/pretrain.py[:nano|swin_t|swin_l] --workdir=DIR`.
+"""Pre-training.
 
-Any field of the config can be set behind it: `--config.train.epochs=1 --config.optimizer.learning_rate=1e-4`.
-The same command goes on where a killed run stopped.
+    python -m detclipv2_jax.main --config=configs/pretrain.py[:nano|swin_t|swin_l] --workdir=DIR
+
+Any field of the config can be set behind it: `--config.train.epochs=1`. The same command goes on
+where a killed run stopped.
 """
 
 import os
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from detclipv2_jax.errors import UserError
@@ -30,9 +32,15 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"Unexpected argument {argv[1]!r}: options start with --config. or --workdir."
         )
+    logging.set_verbosity(logging.WARNING)  # orbax tells of every file
+    parsed, workdir = config.parse(_CONFIG.value.to_dict()), Path(_WORKDIR.value).absolute()
     if os.environ.get("JAX_COORDINATOR_ADDRESS"):
         jax.distributed.initialize()
-    train.train(config.parse(_CONFIG.value.to_dict()), Path(_WORKDIR.value))
+    if not jax.config.jax_compilation_cache_dir:
+        # A run that goes on, or that only evaluates, finds its programs compiled.
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    train.train(parsed, workdir)
 
 
 def run() -> None:

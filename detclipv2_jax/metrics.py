@@ -1,4 +1,4 @@
-"""What a run writes down and shows: metrics.jsonl, TensorBoard events, a progress line, its clock."""
+"""What a run writes down and shows: metrics.jsonl, TensorBoard, a progress line, its clock."""
 
 import contextlib
 import json
@@ -15,10 +15,10 @@ from detclipv2_jax.files import replacing
 
 
 class MetricsLog:
-    """`metrics.jsonl`, one JSON object a line with `step` in each, and the same as TensorBoard events."""
+    """`metrics.jsonl`, a JSON object a line with `step` in each, and the same for TensorBoard."""
 
     def __init__(self, workdir: Path, resumed_at: int):
-        """Continues the log of a run that goes on after step `resumed_at`; later lines are of a lost branch."""
+        """Goes on after step `resumed_at`; what was logged later is of a branch that was lost."""
         path = workdir / "metrics.jsonl"
         lines = list(read_log(path, resumed_at)) if path.exists() else []
         with replacing(path) as partial:

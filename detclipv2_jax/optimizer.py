@@ -29,7 +29,7 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     clip_norm: float = 10.0  # global norm of the gradient [ours]
     ema_decay: float = 0.9998  # moving average of the parameters, used to evaluate [ours]
-    # (regular expression on a parameter's path, factor on the learning rate): the first that matches.
+    # (pattern on a parameter's path, factor on its learning rate or decay): the first that matches.
     lr_rules: tuple[tuple[str, float], ...] = ((r"text/.*", 0.1), (r".*", 1.0))
     decay_rules: tuple[tuple[str, float], ...] = ((NO_DECAY, 0.0), (r".*", 1.0))
 

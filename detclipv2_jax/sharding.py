@@ -22,7 +22,7 @@ def make_mesh(data: int = -1, devices: Sequence[jax.Device] | None = None) -> Me
     size = len(devices) if data == -1 else data
     if not 1 <= size <= len(devices):
         raise UserError(
-            f"config.mesh.data is {data}, but there are {len(devices)} devices: use 1 to that, or -1."
+            f"config.mesh.data is {data}, the devices are {len(devices)}: use 1 to that, or -1."
         )
     return Mesh(np.array(devices[:size]), ("data",), axis_types=(AxisType.Auto,))
 

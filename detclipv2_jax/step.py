@@ -50,8 +50,8 @@ def dense_losses(
 ) -> tuple[Array, Losses]:
     """Detection and grounding: every anchor against every concept of the global batch.
 
-    L = L_align + α L_box + β L_ctr, and L_align alone for grounding (paper eq. 6). Normalised as in ATSS
-    by the positives of the global batch; GIoU is weighted by the centerness target.
+    L = L_align + α L_box + β L_ctr, and L_align alone for grounding (paper eq. 6). Normalised as in
+    ATSS by the positives of the global batch; GIoU is weighted by the centerness target.
     """
     height, width = batch.images.shape[1:3]
     anchors = jnp.asarray(box_ops.anchor_grid(height, width, model.cfg.anchors))
@@ -103,7 +103,7 @@ def _box_losses(
 def image_text_losses(
     model: DetCLIP, batch: Batch, config: LossConfig, key: PRNGKeyArray | None
 ) -> tuple[Array, Losses]:
-    """Image-text pairs: λ L_cts between captions' concepts and the regions chosen for them (eq. 3–5)."""
+    """Image-text pairs: λ L_cts between the captions' concepts and chosen regions (eq. 3–5)."""
     regions = model.encode_image(batch.images, key)
     concepts = model.encode_text(batch.tokens)
     chosen, mask, areas = select_regions(model, batch, regions, concepts, config.proposals)
@@ -120,9 +120,9 @@ def select_regions(
     concepts: Float[Array, "M D"],
     config: ProposalConfig,
 ) -> tuple[Float[Array, "B P D"], Bool[Array, "B P"], Float[Array, "B P"]]:
-    """The k regions of each image that its batch's concepts like best, after NMS: features, mask, areas.
+    """The k regions of each image that its batch's concepts like best: features, mask, areas.
 
-    The choice carries no gradient (paper §3.3); the features do.
+    NMS comes before the cut. The choice carries no gradient (paper §3.3); the features do.
     """
     height, width = batch.images.shape[1:3]
     grid = model.cfg.anchors

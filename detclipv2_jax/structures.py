@@ -16,8 +16,8 @@ class Batch:
     """One global step's data, all of one kind and one static shape.
 
     Boxes are (x_min, y_min, x_max, y_max) in absolute pixels of the canvas, continuous coordinates.
-    A slot without an image (the padded tail of an epoch, an unreadable record) has size (0, 0), no box
-    and no text; every loss ignores it.
+    A slot without an image (the padded tail of an epoch, an unreadable record) has size (0, 0), no
+    box and no text; every loss ignores it.
     """
 
     images: UInt8[Array, "B H W 3"]  # the picture in the top-left corner, zeros around it

@@ -2,7 +2,10 @@
 
 import functools
 import json
+import os
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
         {
             kind: TransformConfig(flip=c.flip, scales=c.scales, crop=c.crop)
             for kind, c in config.data.kinds().items()
+            if kind in plan.kinds
         },
         start=start,
         stop=total_steps,
@@ -90,7 +94,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
             seed=config.seed,
         )
         todo = plan.programs if start < total_steps else []
-        programs = {p: compile_program(step_fn, p, state, shardings, mesh, config) for p in todo}
+        programs = compile_programs(step_fn, todo, state, shardings, mesh, config)
 
     # ---- The loop. A step's figures are read when the next one is under way.
     log = metrics.MetricsLog(workdir, start)
@@ -131,15 +135,15 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
 
 def open_data(config: RunConfig) -> tuple[Plan, dict[str, Source], list[str]]:
     """The plan, the open sources by name, and the names that detection data knows."""
-    kinds = config.data.kinds()
-    if not kinds:
-        raise UserError("config.data names no source: set config.data.detection.sources.")
-    try:
-        sources = {
-            name: Source.open(Path(config.data.dir) / name)
-            for kind in kinds.values()
-            for name in kind.sources
+    root, kinds = Path(config.data_dir), config.data.kinds()
+    if config.data.skip_missing:
+        kinds = {
+            k: c for k, c in kinds.items() if all((root / name).exists() for name in c.sources)
         }
+    try:
+        if not kinds:
+            raise UserError(f"{root}: none of the config's prepared sources is there")
+        sources = {name: Source.open(root / name) for c in kinds.values() for name in c.sources}
     except UserError as error:
         hint = f"; to make it: {config.data.prepare}" if config.data.prepare else ""
         raise UserError(f"{error}{hint}") from None
@@ -189,42 +193,47 @@ def abstract_batch(kind: str, shape: tuple[int, int], config: config_lib.KindCon
     )
 
 
-def compile_program(
+def compile_programs(
     step_fn: Any,
-    program: Program,
+    programs: Sequence[Program],
     state: TrainState,
     shardings: TrainState,
     mesh: jax.sharding.Mesh,
     config: RunConfig,
-) -> Any:
-    """The compiled step of one (kind, canvas); prints what it costs."""
-    kind, shape = program
-    began = time.monotonic()
-    kind_config = config.data.kinds()[kind]
-    batch = abstract_batch(kind, shape, kind_config)
-    compiled = (
-        jax.jit(
-            step_fn,
-            donate_argnums=0,
-            in_shardings=(shardings, sharding.batch_shardings(mesh, batch)),
-            out_shardings=(shardings, sharding.replicated(mesh)),
+) -> dict[Program, Any]:
+    """The compiled step of every (kind, canvas), several at a time; prints what each costs."""
+
+    def compile_one(program: Program) -> Any:
+        kind, shape = program
+        began = time.monotonic()
+        kind_config = config.data.kinds()[kind]
+        batch = abstract_batch(kind, shape, kind_config)
+        compiled = (
+            jax.jit(
+                step_fn,
+                donate_argnums=0,
+                in_shardings=(shardings, sharding.batch_shardings(mesh, batch)),
+                out_shardings=(shardings, sharding.replicated(mesh)),
+            )
+            .lower(state, batch)
+            .compile()
         )
-        .lower(state, batch)
-        .compile()
-    )
-    memory, seconds = compiled.memory_analysis(), time.monotonic() - began
-    print(
-        f"compiled {kind}, {kind_config.batch_size} × {shape[0]}×{shape[1]}, in {seconds:.0f} s: "
-        f"{compiled.cost_analysis().get('flops', 0) / 1e9:.1f} GFLOP a device, "
-        f"{memory.temp_size_in_bytes / 2**30:.2f} GiB beside the state's "
-        f"{memory.argument_size_in_bytes / 2**30:.2f}",
-        flush=True,
-    )
-    return compiled
+        memory, seconds = compiled.memory_analysis(), time.monotonic() - began
+        print(
+            f"compiled {kind}, {kind_config.batch_size} × {shape[0]}×{shape[1]}: {seconds:.0f} s, "
+            f"{compiled.cost_analysis().get('flops', 0) / 1e9:.1f} GFLOP a device, "
+            f"{memory.temp_size_in_bytes / 2**30:.2f} GiB beside the state's "
+            f"{memory.argument_size_in_bytes / 2**30:.2f}",
+            flush=True,
+        )
+        return compiled
+
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        return dict(zip(programs, pool.map(compile_one, programs)))
 
 
 class Recorder:
-    """Shows and writes a step's figures once the next step is under way, so that none is waited for."""
+    """Shows and writes a step's figures once the next step is under way: no step is waited for."""
 
     def __init__(
         self,
@@ -259,9 +268,9 @@ class Recorder:
         if values["skipped_in_row"] >= self._config.max_skipped:
             records = planned.records[planned.records >= 0][:4].tolist()
             raise UserError(
-                f"the last {self._config.max_skipped} steps up to step {step} ({planned.kind}, records "
-                f"{records} …) had a loss or gradient that is not finite; the last good checkpoint is "
-                f"{self._checkpointer.latest}: start again from it with a lower "
+                f"the last {self._config.max_skipped} steps up to step {step} ({planned.kind}, "
+                f"records {records} …) had a loss or gradient that is not finite; the last good "
+                f"checkpoint is {self._checkpointer.latest}: start again from it with a lower "
                 "config.optimizer.learning_rate, or look at these records."
             )
 
@@ -272,7 +281,7 @@ class Evaluator:
     def __init__(self, config: RunConfig, workdir: Path):
         """Reads the ground truth, so that a missing file is found before the training."""
         self._config, self._workdir = config, workdir
-        root = Path(config.data.dir)
+        root = Path(config.data_dir)
         self._truth = evaluate.load_ground_truth(root / config.eval.dataset)
         self._images = root / config.eval.images
         self._predictor: Predictor | None = None

@@ -1,4 +1,4 @@
-"""Shared by all tests: CPU only, four virtual devices, and programs compiled once and for all runs."""
+"""Shared by all tests: CPU only, four virtual devices, programs compiled once for all runs."""
 
 import os
 import sys

@@ -85,7 +85,7 @@ def test_an_unfinished_checkpoint_is_not_taken_for_one(tmp_path):
 
 @pytest.mark.parametrize(
     ("directory", "step", "message"),
-    [("nowhere", None, "no checkpoint in .*nowhere"), (".", 9, "no checkpoint of step 9: it has 1")],
+    [("nowhere", None, "no checkpoint in .*nowhere"), (".", 9, "checkpoint of step 9: it has 1")],
 )
 def test_what_is_not_there_is_said(tmp_path, directory, step, message):
     saver = Checkpointer(tmp_path, 1)
@@ -105,7 +105,8 @@ def test_a_checkpoint_of_another_model_is_named_with_the_parameter(tmp_path):
     _, params = detclip.abstract(other)
     mesh = sharding.make_mesh(1)
     rule = optimizer.create(OptimizerConfig(), params, 10)
-    target = jax.eval_shape(lambda: state.create(jax.tree.map(lambda p: jnp.zeros(p.shape), params), rule))
+    zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape), params)
+    target = jax.eval_shape(lambda: state.create(zeros(), rule))
     target = _abstract(target, jax.tree.map(lambda _: sharding.replicated(mesh), target))
     with pytest.raises(UserError, match="of another model: backbone/.* is .* there and .* in this"):
         Checkpointer(tmp_path, 1).restore(target)

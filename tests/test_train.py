@@ -8,8 +8,6 @@ import pytest
 import tiny_run
 from PIL import Image
 
-STEPS = 22  # two epochs of 3 + 3 (grounding has second captions) or so + 5 steps; checked below
-
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
@@ -55,7 +53,7 @@ def test_a_run_killed_three_times_ends_with_the_same_losses(data, finished, tmp_
     expected = _losses(finished[0])
     log = tmp_path / "metrics.jsonl"
     for kill in range(3):
-        # Somewhere in the next third of the run, a step or a fraction of one after a line was written.
+        # Somewhere in the next third of the run, and within a step of a line being written.
         after = moments.randint(kill * len(expected) // 3 + 1, (kill + 1) * len(expected) // 3)
         process = subprocess.Popen(
             tiny_run.command(data, tmp_path), env=tiny_run.environment(), cwd=tiny_run.ROOT,
@@ -93,7 +91,7 @@ def test_another_model_in_the_same_workdir_is_one_sentence(data, finished):
     ("overrides", "message"),
     [
         ({"train.epoch": 3}, "epoch"),
-        ({"data.dir": "/nowhere"}, "prepare_data.py symbols --to=data/symbols"),
+        ({"data_dir": "/nowhere"}, "prepare_data.py symbols --to=data/symbols"),
         ({"train.epochs": "many"}, "many"),
         ({"eval.dataset": "none.json"}, "none.json"),
         ({"data.detection.sources": "('grounding',)"}, "grounding"),

@@ -48,7 +48,7 @@ def prepare(to):
 
 def command(data, workdir, **overrides):
     """The command line of a tiny run."""
-    fields = OVERRIDES | {"data.dir": str(data)} | overrides
+    fields = OVERRIDES | {"data_dir": str(data)} | overrides
     return [
         sys.executable,
         "-m",
@@ -61,6 +61,5 @@ def command(data, workdir, **overrides):
 
 def run(data, workdir, **overrides):
     """Runs it to its end; returns the finished process, its output as text."""
-    return subprocess.run(
-        command(data, workdir, **overrides), env=environment(), capture_output=True, text=True, cwd=ROOT
-    )
+    line = command(data, workdir, **overrides)
+    return subprocess.run(line, env=environment(), capture_output=True, text=True, cwd=ROOT)

@@ -1,1 +1,1 @@
-"""From archives on disk to batches. The only room that imports TensorFlow (and only inside pipeline, records, transforms)."""
+"""From archives on disk to batches. The only room that imports TensorFlow, where it must."""

@@ -11,7 +11,6 @@ seconds that the import takes are spent while the caller compiles its first step
 import collections
 import contextlib
 import dataclasses
-import functools
 import logging
 import os
 import queue
@@ -421,7 +420,7 @@ def _dataset(generate, parallel: int):
     tf.config.set_visible_devices([], "GPU")
 
     @tf.autograph.experimental.do_not_convert
-    def picture(slot, record, frame, concepts, canvas):
+    def picture(slot, record, frame, concepts):
         example = records.parse(record)
         labels = tf.cast(example["labels"], tf.int32)
         valid = [
@@ -430,7 +429,7 @@ def _dataset(generate, parallel: int):
             tf.debugging.assert_non_negative(labels),
         ]
         with tf.control_dependencies(valid):
-            image = transforms_lib.draw(example["image"], frame, canvas)
+            image = transforms_lib.draw(example["image"], frame)
         return {"slot": slot, "image": image, "boxes": example["boxes"], "labels": labels}
 
     @tf.autograph.experimental.do_not_convert
@@ -438,11 +437,13 @@ def _dataset(generate, parallel: int):
         canvas = step["canvas"]
         rows = tuple(step[name] for name in ("slot", "record", "frame", "concepts"))
         pictures = tf.data.Dataset.from_tensor_slices(rows)
-        draw = functools.partial(picture, canvas=canvas)
-        pictures = pictures.map(draw, num_parallel_calls=parallel).ignore_errors()
+        pictures = pictures.map(picture, num_parallel_calls=parallel).ignore_errors()
         count = tf.maximum(tf.size(step["slot"], out_type=tf.int64), 1)
+        # Stacking pads each picture to the canvas, in the one copy that it has to make.
+        shape = tf.concat([tf.cast(canvas, tf.int64), [3]], axis=0)
+        shapes = {"slot": [], "image": shape, "boxes": [None, 4], "labels": [None]}
         padding = {"slot": -1, "image": tf.constant(0, tf.uint8), "boxes": 0.0, "labels": -1}
-        pictures = pictures.padded_batch(count, padding_values=padding)
+        pictures = pictures.padded_batch(count, shapes, padding)
         # A step without a single picture is an element too.
         nothing = {
             "slot": tf.zeros([0], tf.int32),

@@ -134,8 +134,8 @@ def move_boxes(
     return np.where(kept[..., None], moved, 0).astype(np.float32), kept
 
 
-def draw(jpeg, frame, canvas):
-    """Execute one row of `Placement.frames` in a TensorFlow graph: uint8, `canvas` (h, w) by 3.
+def draw(jpeg, frame):
+    """Execute one row of `Placement.frames` in a TensorFlow graph: uint8, (height, width, 3).
 
     Raises the graph's `InvalidArgumentError` where the bytes are no whole JPEG, or one too small
     for the window. The accurate integer DCT and bilinear sampling without antialiasing are OpenCV's
@@ -157,9 +157,7 @@ def draw(jpeg, frame, canvas):
     same = tf.reduce_all(frame[3:5] == frame[5:7])
     image = tf.cond(same, lambda: image, lambda: resize(image))
     # Along axis 1 or along none: a slice with step -1 takes as long as decoding a small picture.
-    image = tf.reverse(image, tf.fill([frame[7]], 1))
-    below, right = canvas[0] - frame[5], canvas[1] - frame[6]
-    return tf.pad(image, [[0, below], [0, right], [0, 0]])
+    return tf.reverse(image, tf.fill([frame[7]], 1))
 
 
 def _mix(state: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:

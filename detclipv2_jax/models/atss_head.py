@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from detclipv2_jax.errors import UserError
+from detclipv2_jax.models.canvas import Canvas
 from detclipv2_jax.models.deform_conv import deform_conv_levels
 from detclipv2_jax.models.fpn import conv3x3
 from detclipv2_jax.models.initialise import Draws, normal
@@ -49,19 +51,19 @@ class ConvNormRelu(nnx.Module):
         self.conv = conv3x3(
             width, cfg.channels, dtype, rngs, use_bias=False, kernel_init=_CONV_INIT
         )
-        self.norm = GroupNorm(cfg.channels, cfg.groups, rngs=rngs)
+        self.norm = GroupNorm(cfg.channels, cfg.groups)
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
-        """Same height and width."""
-        return jax.nn.relu(self.norm(self.conv(x)))
+    def __call__(self, x: Float[Array, "B H W C"], canvas: Canvas) -> Float[Array, "B H W D"]:
+        """Same canvas, zeros in its gaps."""
+        return jnp.where(canvas.mask, jax.nn.relu(self.norm(self.conv(x), canvas)), 0)
 
 
 class DeformConv(nnx.Module):
     """The deformable convolution at the start of the classification branch.
 
-    It samples the FPN's feature at places that the regression branch's feature chooses, which is how
-    the contrastive gradient of box-free pairs reaches that branch. Offsets start at zero and the
-    modulation at a half: their convolution starts as zeros, as DCNv2's does.
+    It samples the FPN's feature at places that the regression branch's feature chooses, which is
+    how the contrastive gradient of box-free pairs reaches that branch. Offsets start at zero and
+    the modulation at a half: their convolution starts as zeros, as DCNv2's does.
     """
 
     def __init__(self, width: int, cfg: HeadConfig, *, dtype, rngs: Draws):
@@ -71,15 +73,12 @@ class DeformConv(nnx.Module):
         self.kernel = nnx.Param(_CONV_INIT(rngs, (3, 3, width, cfg.channels)))
 
     def __call__(
-        self,
-        levels: Sequence[Float[Array, "B H W C"]],
-        regression: Sequence[Float[Array, "B H W D"]],
-    ) -> list[Float[Array, "B H W D"]]:
-        """Convolve each level where its regression feature says."""
-        outputs = [self.offset(x).astype(jnp.float32) for x in regression]
-        offsets = [x[..., :18] for x in outputs]
-        masks = [jax.nn.sigmoid(x[..., 18:]) for x in outputs]
-        return deform_conv_levels(levels, offsets, masks, self.kernel[...])
+        self, x: Float[Array, "B H W C"], regression: Float[Array, "B H W D"], canvas: Canvas
+    ) -> Float[Array, "B H W D"]:
+        """Convolve the canvas `x` where `regression` says, level by level."""
+        outputs = canvas.flatten(self.offset(regression)).astype(jnp.float32)
+        offsets, mask = outputs[..., :18], jax.nn.sigmoid(outputs[..., 18:])
+        return canvas.unflatten(deform_conv_levels(x, canvas, offsets, mask, self.kernel[...]))
 
 
 class ATSSHead(nnx.Module):
@@ -90,8 +89,8 @@ class ATSSHead(nnx.Module):
         levels: how many there are; each has its own learned factor on the box deltas.
         cfg: its sizes.
         dtype: of the activations; parameters and norms' statistics are float32.
-        remat: recompute the deformable convolution's samples in the backward pass: they are nine times
-            the size of the map they come from.
+        remat: recompute the deformable convolution's samples in the backward pass: they are nine
+            times the size of the map they come from.
         rngs: initialises the parameters.
     """
 
@@ -119,26 +118,28 @@ class ATSSHead(nnx.Module):
 
     def __call__(self, levels: Sequence[Float[Array, "B H W C"]]) -> RegionOutputs:
         """Outputs of all anchors of all levels, fine to coarse, each level row by row."""
-        regression = [_apply(self.reg_convs, x) for x in levels]
-        region = levels
+        canvas = Canvas(tuple(x.shape[1:3] for x in levels))
+        x = canvas.place(levels)
+        regression = region = x
+        for conv in self.reg_convs:
+            regression = conv(regression, canvas)
         if self.dcn is not None:
-            run = nnx.remat(DeformConv.__call__) if self.remat else DeformConv.__call__
-            region = run(self.dcn, levels, regression)
-        region = [_apply(self.cls_convs, x) for x in region]
-        scales = self.scales[...]
+            run = nnx.remat(_run_deform_conv, static_argnums=3) if self.remat else _run_deform_conv
+            region = run(self.dcn, x, regression, canvas)
+        for conv in self.cls_convs:
+            region = conv(region, canvas)
+        embeddings, deltas, centerness = (
+            canvas.flatten(output).astype(jnp.float32)
+            for output in (self.embed(region), self.box(regression), self.centerness(regression))
+        )
+        pixels = [height * width for height, width in canvas.sizes]
+        scales = jnp.repeat(self.scales[...], np.asarray(pixels), total_repeat_length=sum(pixels))
         return RegionOutputs(
-            embeddings=_flatten([self.embed(x) for x in region]),
-            deltas=_flatten([self.box(x).astype(jnp.float32) * scales[i] for i, x in enumerate(regression)]),
-            centerness=_flatten([self.centerness(x) for x in regression])[..., 0],
+            embeddings=embeddings,
+            deltas=deltas * scales[:, None],
+            centerness=centerness[..., 0],
         )
 
 
-def _apply(convs: Sequence[ConvNormRelu], x: Array) -> Array:
-    for conv in convs:
-        x = conv(x)
-    return x
-
-
-def _flatten(maps: list[Float[Array, "B H W C"]]) -> Float[Array, "B K C"]:
-    flat = [x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1]) for x in maps]
-    return jnp.concatenate(flat, axis=1)
+def _run_deform_conv(module: DeformConv, x, regression, canvas: Canvas):
+    return module(x, regression, canvas)

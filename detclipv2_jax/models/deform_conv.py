@@ -1,15 +1,14 @@
 """Modulated deformable convolution (DCNv2, Zhu et al. 2019), 3×3, stride 1, padding 1.
 
-All levels of a pyramid share the kernel, so they are sampled by one gather and projected by one
-matmul. A gather reads the four bilinear neighbours of a point as a single wide row, because gathers are
-what accelerators are worst at.
+A gather reads the four bilinear neighbours of a point as a single wide row, because gathers are
+what accelerators are worst at; one gather and one matmul serve all levels of a pyramid.
 """
-
-from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from detclipv2_jax.models.canvas import Canvas
 
 # (dy, dx) of the nine taps, row by row.
 TAPS = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1], indexing="ij"), -1).reshape(9, 2)
@@ -29,88 +28,67 @@ def deform_conv2d(
         mask: weight of each tap (already through its sigmoid).
         kernel: of the projection. Accumulates in float32, returns x's dtype.
     """
-    return deform_conv_levels([x], [offsets], [mask], kernel)[0]
+    batch, height, width, _ = x.shape
+    canvas = Canvas(((height, width),))
+    offsets, mask = offsets.reshape(batch, -1, 18), mask.reshape(batch, -1, 9)
+    return deform_conv_levels(x, canvas, offsets, mask, kernel).reshape(batch, height, width, -1)
 
 
 def deform_conv_levels(
-    levels: Sequence[Float[Array, "B H W C"]],
-    offsets: Sequence[Float[Array, "B H W 18"]],
-    masks: Sequence[Float[Array, "B H W 9"]],
+    x: Float[Array, "B H W C"],
+    canvas: Canvas,
+    offsets: Float[Array, "B K 18"],
+    mask: Float[Array, "B K 9"],
     kernel: Float[Array, "3 3 C O"],
-) -> list[Float[Array, "B H W O"]]:
-    """`deform_conv2d` of each level with one kernel."""
-    batch, _, _, channels = levels[0].shape
-    sizes = [x.shape[1:3] for x in levels]
-    table, stride = pack_neighbours(levels)
-    index, weights = sampling_points(_flatten(offsets), sizes, stride)
-    weights = weights * _flatten(masks).reshape(batch, -1, 1).astype(jnp.float32)
-    rows = jnp.take_along_axis(table, index[..., None], axis=1, mode="clip")
+) -> Float[Array, "B K O"]:
+    """`deform_conv2d` of each of the levels that lie on `x`, for their K pixels in anchor order."""
+    batch, _, _, channels = x.shape
+    index, weights = sampling_points(offsets, canvas)
+    weights = weights * mask.reshape(batch, -1, 1).astype(jnp.float32)
+    rows = jnp.take_along_axis(pack_neighbours(x), index[..., None], axis=1, mode="clip")
     rows = rows.reshape(batch, -1, 4, channels)
-    samples = jnp.einsum("bpn,bpnc->bpc", weights.astype(rows.dtype), rows)
+    samples = jnp.einsum("bpn,bpnc->bpc", weights.astype(x.dtype), rows)
     out = jnp.matmul(
         samples.reshape(batch, -1, 9 * channels),
-        kernel.astype(rows.dtype).reshape(9 * channels, -1),
+        kernel.astype(x.dtype).reshape(9 * channels, -1),
         preferred_element_type=jnp.float32,
-    ).astype(rows.dtype)
-    ends = np.cumsum([height * width for height, width in sizes])[:-1]
-    parts = jnp.split(out, ends, axis=1)
-    return [part.reshape(batch, *size, -1) for part, size in zip(parts, sizes)]
+    )
+    return out.astype(x.dtype)
 
 
-def pack_neighbours(
-    levels: Sequence[Float[Array, "B H W C"]],
-) -> tuple[Float[Array, "B Q C4"], int]:
+def pack_neighbours(x: Float[Array, "B H W C"]) -> Float[Array, "B Q C4"]:
     """Beside every pixel its right, lower and lower-right neighbours: what a bilinear sample needs.
 
-    The levels stand below each other on one canvas, each in a frame of zeros one pixel thick. Row
-    (i, j) of level l, counted from (-1, -1), is entry (first row of l + i + 1) · stride + j + 1.
-
-    Returns:
-        The entries of the canvas row by row, and its stride (the widest level and its frame).
+    From pixel (-1, -1) on, row by row, W + 1 a row; zeros outside the map.
     """
-    stride = max(x.shape[2] for x in levels) + 2
-    framed = [jnp.pad(x, ((0, 0), (1, 1), (1, stride - 1 - x.shape[2]), (0, 0))) for x in levels]
-    canvas = jnp.concatenate(framed, axis=1)
-    batch, height, _, channels = canvas.shape
-    flat = canvas.reshape(batch, height * stride, channels)
-    flat = jnp.pad(flat, ((0, 0), (0, stride + 1), (0, 0)))  # below the last row: never sampled
-    entries = height * stride
-    shifts = [flat[:, shift : shift + entries] for shift in (0, 1, stride, stride + 1)]
-    return jnp.concatenate(shifts, axis=-1), stride
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    packed = [x[:, :-1, :-1], x[:, :-1, 1:], x[:, 1:, :-1], x[:, 1:, 1:]]
+    packed = jnp.concatenate(packed, axis=-1)
+    return packed.reshape(x.shape[0], -1, packed.shape[-1])
 
 
 def sampling_points(
-    offsets: Float[Array, "B K 18"], sizes: Sequence[tuple[int, int]], stride: int
+    offsets: Float[Array, "B K 18"], canvas: Canvas
 ) -> tuple[Int[Array, "B P"], Float[Array, "B P 4"]]:
-    """Which entry each of the P = 9K taps of K pixels reads, and the weights of the four pixels there.
+    """Which packed row each of the P = 9K taps reads, and the weights of the four pixels there.
 
-    Coordinates are float32 whatever the activations are: bfloat16 cannot tell pixels apart past 256.
-
-    Args:
-        offsets: (dy, dx) of each tap of each pixel of each level.
-        sizes: (height, width) of the levels.
-        stride: of `pack_neighbours`.
+    Coordinates are float32 whatever the activations are: bfloat16 has no odd pixels past 256.
     """
-    grids = [np.moveaxis(np.indices(size), 0, -1).reshape(-1, 1, 2) for size in sizes]
+    grids = [np.moveaxis(np.indices(size), 0, -1).reshape(-1, 1, 2) for size in canvas.sizes]
     taps = np.concatenate(grids).astype(np.float32) + TAPS.astype(np.float32)  # (K, 9, 2)
-    pixels = [height * width for height, width in sizes]
-    size = np.repeat(np.asarray(sizes, np.float32), pixels, axis=0)[:, None]  # (K, 1, 2)
-    frames = [height + 2 for height, _ in sizes]
-    first = np.repeat(np.cumsum([0, *frames[:-1]]), pixels).astype(np.int32)[:, None]  # (K, 1)
+    pixels = [height * width for height, width in canvas.sizes]
+    size = np.repeat(np.asarray(canvas.sizes, np.float32), pixels, axis=0)[:, None]  # (K, 1, 2)
+    start = np.repeat(np.asarray(canvas.corners, np.int32), pixels, axis=0)[:, None]
 
     batch = offsets.shape[0]
     point = taps + offsets.astype(jnp.float32).reshape(batch, -1, 9, 2)
-    # Beyond one pixel outside nothing is left to sample: stopping there keeps every index valid.
+    # A pixel outside its level nothing is left to sample: stopping there keeps every index valid.
     point = jnp.clip(point, -1.0, size)
     corner = jnp.clip(jnp.floor(point), -1.0, size - 1.0)
     high = point - corner  # 0..1; 1 only at the far border, where the sample is zero
     low = 1.0 - high
     pairs = [(low, low), (low, high), (high, low), (high, high)]
     weights = jnp.stack([down[..., 0] * right[..., 1] for down, right in pairs], axis=-1)
-    place = corner.astype(jnp.int32) + 1
-    index = (first + place[..., 0]) * stride + place[..., 1]
+    place = corner.astype(jnp.int32) + start + 1  # the packed map starts at pixel (-1, -1)
+    index = place[..., 0] * (canvas.shape[1] + 1) + place[..., 1]
     return index.reshape(batch, -1), weights.reshape(batch, -1, 4)
-
-
-def _flatten(maps: Sequence[Float[Array, "B H W C"]]) -> Float[Array, "B K C"]:
-    return jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in maps], axis=1)

@@ -33,12 +33,15 @@ _SIMILARITIES = ("cosine", "dot")
 class DetCLIPConfig:
     """The whole model's sizes.
 
-    `similarity` is how regions and texts are compared: 'cosine' (both L2-normalised) or 'dot' (raw).
-    `initial_scale` is what cosines are multiplied by at the start: 1/0.07, CLIP's. With D = 256 the
-    cosines of unrelated features spread by 1/16, so negatives stay within ±2 of the bias at first, and a
-    cosine of 0.5 is already a confident yes: 0.5/0.07 - 4.6 = 2.5. Raw dot products start unscaled.
-    `prior` is the probability that an untrained model gives any concept anywhere (RetinaNet's 0.01); it
-    sets the initial bias to log(prior / (1 - prior)).
+    similarity: how regions and texts are compared: 'cosine' (both L2-normalised) or 'dot' (raw).
+    initial_scale: what cosines are multiplied by at the start: 1/0.07, CLIP's. With D = 256 the
+        cosines of unrelated features spread by 1/16, so logits of negatives start within ±2 of the
+        bias, and a cosine of 0.5 is already a confident yes: 0.5/0.07 - 4.6 = 2.5. Raw dot products
+        start unscaled.
+    prior: the probability that an untrained model gives any concept anywhere (RetinaNet's 0.01);
+        the bias starts at log(prior / (1 - prior)).
+    dtype: of the activations; parameters, norms' statistics and softmax are float32.
+    remat: recompute blocks in the backward pass instead of storing what is inside them.
     """
 
     swin: SwinConfig = SwinConfig()
@@ -67,7 +70,7 @@ class DetCLIPConfig:
         strides = tuple(self.swin.patch_size * 2**level for level in range(1, 6))
         if tuple(self.anchors.strides) != strides:
             raise UserError(
-                f"anchors.strides {tuple(self.anchors.strides)} must be {strides}, the strides of the"
+                f"anchors.strides {tuple(self.anchors.strides)} must be {strides}, those of the"
                 f" five levels that patches of {self.swin.patch_size} pixels lead to"
             )
         if not 0 < self.prior < 1 or self.initial_scale <= 0:
@@ -126,7 +129,7 @@ class DetCLIP(nnx.Module):
     def encode_image(
         self, images: UInt8[Array, "B H W 3"], key: Array | None = None
     ) -> RegionOutputs:
-        """Embeddings, box deltas and centerness of every anchor of `anchor_grid(H, W, cfg.anchors)`.
+        """Embedding, box and centerness of every anchor of `anchor_grid(H, W, cfg.anchors)`.
 
         Args:
             images: RGB, 0..255, any size; normalised here.
@@ -160,7 +163,6 @@ class DetCLIP(nnx.Module):
         return l2_normalise(x) if self.cfg.similarity == "cosine" else x
 
 
-@functools.cache
 def abstract(cfg: DetCLIPConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """As `create`, with `jax.ShapeDtypeStruct`s for arrays: no memory, no compiling."""
     return jax.eval_shape(lambda: _split(DetCLIP(cfg, rngs=Draws())))

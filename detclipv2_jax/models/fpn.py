@@ -33,8 +33,8 @@ def upsample_to(
 ) -> Float[Array, "B H2 W2 C"]:
     """Nearest-neighbour upsampling to exactly the size of `fine`.
 
-    A stride-2 stage makes ⌈n/2⌉ of n, so `fine` is 2m or 2m - 1 wide; then repeating every pixel twice
-    and cropping is what nearest interpolation to that size gives.
+    A stride-2 stage makes ⌈n/2⌉ of n, so `fine` is 2m or 2m - 1 wide; then repeating every pixel
+    twice and cropping is what nearest interpolation to that size gives.
     """
     batch, height, width, channels = coarse.shape
     shape = (batch, height, 2, width, 2, channels)
@@ -46,7 +46,7 @@ def upsample_to(
 class FPN(nnx.Module):
     """Lin et al. 2017 with two extra levels by stride-2 convolutions on the last output.
 
-    The extra levels follow ATSS's defaults: P6 from P5's *output*, P7 from P6, no activation between.
+    These follow ATSS's defaults: P6 from P5's *output*, P7 from P6, no activation between.
 
     Args:
         in_channels: widths of the incoming maps, fine to coarse.

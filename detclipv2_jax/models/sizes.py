@@ -20,9 +20,9 @@ SWIN_L = DetCLIPConfig(
 # The same parts for two CPU cores [ours].
 NANO = DetCLIPConfig(
     swin=SwinConfig(
-        embed_dim=48, depths=(1, 1, 2, 1), num_heads=(2, 4, 8, 16), window=4, drop_path=0.0
+        embed_dim=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window=4, drop_path=0.0
     ),
     neck_channels=64,
     head=HeadConfig(channels=64, convs=2, groups=8, embed_dim=64),
-    text=TextConfig(width=128, layers=2, heads=4, embed_dim=64),
+    text=TextConfig(width=64, layers=2, heads=2, embed_dim=64),
 )

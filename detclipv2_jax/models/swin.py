@@ -1,7 +1,8 @@
 """Swin Transformer as a detection backbone: any image size in, three normalised maps out.
 
-Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021. Where
-the paper leaves a choice this follows its authors' detection code, so that published weights fit.
+Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021.
+Where the paper leaves a choice this follows its authors' detection code, so that published weights
+fit.
 """
 
 import dataclasses
@@ -65,8 +66,8 @@ def relative_position_index(window: int) -> Int[np.ndarray, "T T"]:
 def shift_mask(height: int, width: int, window: int, shift: int) -> Bool[np.ndarray, "W T T"]:
     """Which keys each query may see once a (height, width) map has been rolled by `shift`.
 
-    The map's sides are multiples of `window`. A window at the bottom or right edge holds tokens from
-    opposite sides of the map after the roll; only those that were neighbours attend to each other.
+    The map's sides are multiples of `window`. After the roll a window at the bottom or right edge
+    holds tokens from opposite sides of the map; only those that were neighbours see each other.
     """
 
     def region(size):
@@ -189,9 +190,9 @@ class SwinBlock(nnx.Module):
     ):
         self.window = cfg.window
         self.shift = cfg.window // 2 if shifted else 0
-        self.norm1 = LayerNorm(width, rngs=rngs)
+        self.norm1 = LayerNorm(width)
         self.attn = WindowAttention(width, heads, cfg, dtype=dtype, rngs=rngs)
-        self.norm2 = LayerNorm(width, rngs=rngs)
+        self.norm2 = LayerNorm(width)
         self.mlp = Mlp(width, int(width * cfg.mlp_ratio), dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -221,7 +222,7 @@ class PatchMerging(nnx.Module):
     """Halve the map: 2×2 neighbours concatenated, normalised, projected from 4C to 2C channels."""
 
     def __init__(self, width: int, *, dtype, rngs: Draws):
-        self.norm = LayerNorm(4 * width, rngs=rngs)
+        self.norm = LayerNorm(4 * width)
         self.reduction = linear(4 * width, 2 * width, dtype, rngs, use_bias=False)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C2"]:
@@ -239,7 +240,7 @@ class PatchEmbed(nnx.Module):
     def __init__(self, cfg: SwinConfig, *, dtype, rngs: Draws):
         self.patch = cfg.patch_size
         self.proj = linear(3 * cfg.patch_size**2, cfg.embed_dim, dtype, rngs)
-        self.norm = LayerNorm(cfg.embed_dim, rngs=rngs)
+        self.norm = LayerNorm(cfg.embed_dim)
 
     def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B H2 W2 C"]:
         """(H, W) pixels to (⌈H/patch⌉, ⌈W/patch⌉) tokens, zeros beyond the bottom and right."""
@@ -281,7 +282,7 @@ class Swin(nnx.Module):
         self.layers = nnx.List(
             Stage(stage, cfg, dtype=dtype, rngs=rngs) for stage in range(len(cfg.depths))
         )
-        self.norms = nnx.List(LayerNorm(width, rngs=rngs) for width in cfg.widths[1:])
+        self.norms = nnx.List(LayerNorm(width) for width in cfg.widths[1:])
 
     def __call__(
         self, x: Float[Array, "B H W 3"], key: Array | None = None

@@ -82,9 +82,9 @@ class TextBlock(nnx.Module):
     """Pre-norm attention and MLP, each a residual branch."""
 
     def __init__(self, cfg: TextConfig, *, dtype, rngs: Draws):
-        self.ln_1 = LayerNorm(cfg.width, rngs=rngs)
+        self.ln_1 = LayerNorm(cfg.width)
         self.attn = TextAttention(cfg, dtype=dtype, rngs=rngs)
-        self.ln_2 = LayerNorm(cfg.width, rngs=rngs)
+        self.ln_2 = LayerNorm(cfg.width)
         self.mlp = TextMlp(cfg, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "M L C"]) -> Float[Array, "M L C"]:
@@ -109,15 +109,15 @@ class TextTower(nnx.Module):
         self.token_embedding = nnx.Param(normal(0.02)(rngs, (cfg.vocab, cfg.width)))
         self.positional_embedding = nnx.Param(normal(0.01)(rngs, (cfg.context, cfg.width)))
         self.resblocks = nnx.List(TextBlock(cfg, dtype=dtype, rngs=rngs) for _ in range(cfg.layers))
-        self.ln_final = LayerNorm(cfg.width, rngs=rngs)
+        self.ln_final = LayerNorm(cfg.width)
         self.text_projection = nnx.Param(normal(cfg.width**-0.5)(rngs, (cfg.width, cfg.embed_dim)))
 
     def __call__(self, tokens: Int[Array, "M L"]) -> Float[Array, "M D"]:
         """Features of M concepts, not normalised, float32.
 
         Args:
-            tokens: [SOT] … [EOS] then pads, L <= context. [EOS] has the largest id of the vocabulary,
-                so the first place of the row's largest id is where the feature is read.
+            tokens: [SOT] … [EOS] then pads, L <= context. [EOS] has the largest id of the
+                vocabulary: the feature is read where the row's largest id first stands.
         """
         length = tokens.shape[1]
         # Gathered in float32, so that the gradient of a token that occurs often sums in float32.

@@ -13,7 +13,7 @@ from detclipv2_jax.errors import UserError
 
 
 def source(name, kind, positives, concepts, sizes=None, captions=0, first_key=0):
-    """A source in memory. Keys fall as local ids rise, so that no global id equals its local one."""
+    """A source in memory. Keys fall as local ids rise: global ids are not the local ones."""
     keys = first_key + np.arange(concepts, 0, -1).astype(np.uint64)
     vocabulary = np.arange(concepts) < concepts - captions
     sizes = np.array([(60, 80)] * len(positives) if sizes is None else sizes).reshape(-1, 2)
@@ -131,6 +131,30 @@ def test_empty_slots_are_only_the_tail_of_the_last_batch_of_a_bucket():
         used = step.records >= 0
         assert not (np.diff(used.astype(int)) > 0).any()
         assert len(step.records) == plan.kinds[step.kind].batch_size
+
+
+def test_every_epoch_has_its_own_order():
+    plan, _ = three_kinds()
+    orders = collections.defaultdict(list)
+    for step in (plan.plan(s) for s in range(3 * plan.steps_per_epoch)):
+        used = step.records >= 0
+        pairs = zip(step.sources[used].tolist(), step.records[used].tolist())
+        orders[step.kind, step.shape, step.epoch] += pairs
+    for kind, shape in plan.programs:
+        epochs = [orders[kind, shape, epoch] for epoch in range(3)]
+        # Batches come shuffled, so it is batch-mates that tell: hardly a pair stays together.
+        size = plan.kinds[kind].batch_size
+        mates = [
+            {
+                frozenset(pair)
+                for i in range(0, len(e), size)
+                for pair in zip(e[i:], e[i + 1 : i + size])
+            }
+            for e in epochs
+        ]
+        for one, other in ((0, 1), (0, 2), (1, 2)):
+            assert len(mates[one] & mates[other]) < 0.5 * len(mates[one])
+            assert epochs[one] != sorted(epochs[one])
 
 
 def test_records_go_to_the_canvas_of_nearest_aspect():

@@ -143,6 +143,15 @@ def test_only_anchors_on_the_picture_take_part(size):
     assert (got != assign(boxes)).any()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_few_scattered_anchors(seed):
+    # Most levels have fewer than nine left, so that the nearest are filled up with masked ones.
+    mask = np.random.default_rng(seed).random(len(ANCHORS)) < 0.03
+    boxes = random_boxes(seed, BOXES, 20, 100)
+    got = check(boxes, mask)
+    assert (got >= 0).any() and (got[~mask] == -1).all()
+
+
 def test_a_lone_anchor_takes_its_box():
     mask = np.zeros_like(EVERYWHERE)
     mask[np.flatnonzero((ANCHORS == [12, 12, 76, 76]).all(axis=1))] = True
@@ -156,10 +165,11 @@ def test_no_anchor_at_all():
 
 
 def test_equal_overlaps_pass_their_own_mean():
-    # Three anchors of one level, all in a huge box: mean + 0 must not round above their overlap.
-    anchors = np.array([[0, 0, 7, 7], [10, 0, 17, 7], [20, 0, 27, 7]], np.float32)
-    run = jax.jit(lambda box: atss_assign(anchors, np.ones(3, bool), (3,), box, np.ones(1, bool)))
-    for side in range(40, 140, 7):
+    # Seven anchors of one level, all in a huge box: mean + 0 must not round above their overlap.
+    x = 10 * np.arange(7, dtype=np.float32)
+    anchors = np.stack([x, 0 * x, x + 7, 0 * x + 7], axis=1)
+    run = jax.jit(lambda box: atss_assign(anchors, np.ones(7, bool), (7,), box, np.ones(1, bool)))
+    for side in range(70, 570, 7):
         got = run(np.array([[-5, -5, side, 3 * side]], np.float32))
         assert (np.asarray(got) == 0).all()
 

@@ -74,12 +74,14 @@ def reference_loss(regions, mask, areas, concepts, ids, scale, cfg):
 
 
 def float32(*arrays):
-    return [jnp.float32(a) if a.dtype == np.float64 else jnp.asarray(a) for a in arrays]
+    return [np.float32(a) if a.dtype == np.float64 else a for a in arrays]
 
 
 def variant(direction="both", matching="max"):
-    """One config for each variant, so that each compiles once for all tests."""
-    return ops.ContrastiveConfig(direction, matching, temperature=0.4, soft_temperature=0.7)
+    """One config for each variant, no number its default, so that each compiles once for all."""
+    return ops.ContrastiveConfig(
+        direction, matching, 0.4, label_smoothing=0.2, soft_temperature=0.7
+    )
 
 
 def compile_for(cfg):
@@ -95,7 +97,7 @@ compiled = functools.cache(compile_for)
 def loss_and_gradients(cfg, arrays, scale, function=None):
     regions, mask, areas, concepts, ids = float32(*arrays)
     function = function or compiled(cfg)
-    return function(regions, concepts, jnp.float32(scale), mask, areas, ids)
+    return jax.device_get(function(regions, concepts, np.float32(scale), mask, areas, ids))
 
 
 def check_differences(got, arrays, scale, cfg, indices):
@@ -124,17 +126,6 @@ def test_every_variant(direction, matching):
         check_differences(gradients, arrays, 3.0, cfg, range(0, 400, 23))
 
 
-@pytest.mark.parametrize("field", ["temperature", "label_smoothing", "soft_temperature"])
-def test_every_number_counts(field):
-    arrays = case()
-    losses = []
-    for value in (0.05, 0.9):
-        cfg = ops.ContrastiveConfig(matching="soft", **{field: value})
-        losses.append(loss_and_gradients(cfg, arrays, 2.0)[0])
-        assert losses[-1] == pytest.approx(reference_loss(*arrays, 2.0, cfg), rel=1e-5)
-    assert abs(losses[0] - losses[1]) > 1e-3
-
-
 @pytest.mark.parametrize("matching", MATCHINGS)
 def test_blocks_change_nothing(matching, monkeypatch):
     cfg = variant("both", matching)
@@ -147,7 +138,8 @@ def test_blocks_change_nothing(matching, monkeypatch):
 def test_similarity_of_images_with_other_texts():
     regions, mask, areas, concepts, _ = with_gaps()
     ids = np.array([[6, 0], [-1, -1]], np.int32)
-    got = ops.image_text_similarity(*float32(regions, mask, areas, concepts, ids), 2.0)
+    run = jax.jit(ops.image_text_similarity)
+    got = np.asarray(run(*float32(regions, mask, areas, concepts, ids), 2.0))
     expected = reference_similarity(
         regions, mask, areas, concepts, ids, 2.0, ops.ContrastiveConfig()
     )
@@ -167,7 +159,7 @@ def test_descent_finds_the_images():
     _, mask, areas, concepts, _ = case()
     regions = np.random.default_rng(1).normal(0, 0.1, (IMAGES, REGIONS, DIM))
     ids = np.array([[0], [1], [2], [3], [4]], np.int32)
-    cfg = ops.ContrastiveConfig(label_smoothing=0.0)
+    cfg = ops.ContrastiveConfig(temperature=0.5, label_smoothing=0.0)
     loss, gradients = loss_and_gradients(cfg, (regions, mask, areas, concepts, ids), 10.0)
     for _ in range(20):
         regions = regions - 0.1 * np.asarray(gradients[0], np.float64)
@@ -215,7 +207,7 @@ def test_half_precision_features_give_a_float32_loss():
     regions, mask, areas, concepts, ids = float32(*case())
     cfg = variant("text_to_image")
     loss, gradients = compiled(cfg)(
-        regions.astype(jnp.bfloat16), concepts.astype(jnp.bfloat16), 3.0, mask, areas, ids
+        regions.astype(jnp.bfloat16), concepts.astype(jnp.bfloat16), np.float32(3), mask, areas, ids
     )
     assert gradients[0].dtype == jnp.bfloat16
     assert loss.dtype == jnp.float32
@@ -243,7 +235,8 @@ def proposal_case(seed=0, images=6):
 
 def score_function():
     # A function of its own: jit remembers functions, and a test changes a constant under it.
-    return jax.jit(lambda *a, **k: ops.proposal_scores(*a, **k), static_argnames=("score", "group"))
+    run = jax.jit(lambda *a, **k: ops.proposal_scores(*a, **k), static_argnames=("score", "group"))
+    return lambda *a, scale=2.0, bias=-1.5, **k: np.asarray(run(*a, scale=scale, bias=bias, **k))
 
 
 proposal_scores = score_function()
@@ -271,12 +264,14 @@ def reference_scores(regions, concepts, ids, centerness, score, group, scale, bi
 SCORES = ("batch", "sample", "classification", "centerness", "batch_centerness")
 
 
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("group", [1, 2, 3, 6])
+@pytest.mark.parametrize(
+    ("score", "group"),
+    [*((score, 2) for score in SCORES), ("batch", 1), ("batch", 6), ("batch_centerness", 6)],
+)
 def test_proposal_scores(score, group):
     # 3 texts an image against 7 concepts: small groups gather rows, large ones score the table.
     arrays = proposal_case()
-    got = proposal_scores(*float32(*arrays), score=score, group=group, scale=2.0, bias=-1.5)
+    got = proposal_scores(*float32(*arrays), score=score, group=group)
     expected = reference_scores(*arrays, score, group, 2.0, -1.5)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
@@ -299,29 +294,28 @@ def test_another_group_has_no_say():
     ids[4:] = (ids[4:] + 2) % CONCEPTS
     after = run(ids)
     np.testing.assert_array_equal(before[:4], after[:4])
-    assert (np.asarray(before[4:]) != np.asarray(after[4:])).any()
+    assert (before[4:] != after[4:]).any()
 
 
 def test_a_group_without_concepts_scores_very_low():
     regions, concepts, ids, centerness = proposal_case()
     ids[2:4] = -1
     for score in ("batch", "sample", "batch_centerness"):
-        got = proposal_scores(
-            *float32(regions, concepts, ids, centerness), score=score, group=2, scale=3.0
-        )
+        got = proposal_scores(*float32(regions, concepts, ids, centerness), score=score, group=2)
         assert np.isfinite(got).all()
-        assert np.asarray(got)[2:4].max() < np.delete(got, [2, 3], axis=0).min()
+        assert got[2:4].max() < np.delete(got, [2, 3], axis=0).min()
 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_no_gradient_passes_the_scores(score):
     arrays = float32(*proposal_case())
-    gradients = jax.grad(
-        lambda r, t, c, a: proposal_scores(
+    run = jax.grad(
+        lambda r, t, c, a: ops.proposal_scores(
             r, t, arrays[2], c, score=score, group=3, scale=a, bias=a
         ).sum(),
         (0, 1, 2, 3),
-    )(arrays[0], arrays[1], arrays[3], 2.0)
+    )
+    gradients = jax.jit(run)(arrays[0], arrays[1], arrays[3], 2.0)
     assert not any(np.asarray(g).any() for g in gradients)
 
 

@@ -44,7 +44,11 @@ def clustered(seed, count=COUNT):
     return boxes.astype(np.float32), scores.astype(np.float32), rng.random(count) < 0.9
 
 
-suppress = jax.jit(ops.nms)
+run_nms = jax.jit(ops.nms)
+
+
+def suppress(*arguments):
+    return np.asarray(run_nms(*arguments))
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.6, 0.9])
@@ -88,16 +92,19 @@ def test_nms_under_vmap():
     cases = [clustered(seed) for seed in range(3)]
     boxes, scores, mask = (np.stack(x) for x in zip(*cases))
     mask[1] = False
-    got = jax.jit(jax.vmap(ops.nms, in_axes=(0, 0, 0, None)))(boxes, scores, mask, 0.4)
+    run = jax.jit(jax.vmap(ops.nms, in_axes=(0, 0, 0, None)))
+    got = np.asarray(run(boxes, scores, mask, 0.4))
     for b in range(3):
         np.testing.assert_array_equal(got[b], suppress(boxes[b], scores[b], mask[b], 0.4))
 
 
 # Classes -----------------------------------------------------------------------------------------
 
-class_nms = jax.jit(
-    ops.class_nms, static_argnames=("iou_threshold", "score_threshold", "candidates", "keep")
-)
+run_class_nms = jax.jit(ops.class_nms, static_argnames=("candidates", "keep"))
+
+
+def class_nms(*arrays, **options):
+    return jax.device_get(run_class_nms(*arrays, **options))
 
 
 def reference_class_nms(boxes, scores, mask, iou_threshold, score_threshold, candidates, keep):
@@ -164,11 +171,20 @@ def test_class_nms_suppresses_within_a_class_only():
     np.testing.assert_allclose(values[:2], [0.9, 0.8])
 
 
+def test_class_nms_wants_more_than_the_threshold():
+    boxes = np.float32([[9 * i, 0, 9 * i + 8, 8] for i in range(4)])
+    scores = np.float32([[0.75, 0.25], [0.5, 0.5], [0.25, 0.5], [0.125, 0.625]])
+    everything = np.ones(4, bool)
+    options = {"iou_threshold": 0.5, "candidates": 8, "keep": 4}
+    _, values, _, mask = class_nms(boxes, scores, everything, score_threshold=0.5, **options)
+    assert mask.sum() == 2 and list(values) == [0.75, 0.625, 0, 0]
+
+
 def test_class_nms_of_nothing():
     boxes, scores, _ = clustered(0)
     nothing = np.zeros(COUNT, bool)
     result = class_nms(
-        boxes, scores[:, None], nothing, iou_threshold=0.5, score_threshold=0, candidates=9, keep=4
+        boxes, scores[:, None], nothing, iou_threshold=0.5, score_threshold=0, candidates=8, keep=4
     )
     assert not any(np.asarray(x).any() for x in result)
 
@@ -178,7 +194,8 @@ def test_class_nms_under_vmap():
     boxes, _, mask = (np.stack(x) for x in zip(*cases))
     scores = np.random.default_rng(0).random((3, COUNT, 5)).astype(np.float32)
     options = {"iou_threshold": 0.5, "score_threshold": 0.1, "candidates": 80, "keep": 30}
-    together = jax.jit(jax.vmap(lambda *x: ops.class_nms(*x, **options)))(boxes, scores, mask)
+    run = jax.jit(jax.vmap(lambda *x: ops.class_nms(*x, **options)))
+    together = jax.device_get(run(boxes, scores, mask))
     for b in range(3):
         for got, expected in zip(together, class_nms(boxes[b], scores[b], mask[b], **options)):
             np.testing.assert_array_equal(got[b], expected)
@@ -205,10 +222,14 @@ CFG = AnchorConfig()
 ANCHORS = anchor_grid(64, 64, CFG)
 LEVELS = level_sizes(64, 64, CFG)  # 64, 16, 4, 1, 1
 
-select_proposals = jax.jit(
+run_select_proposals = jax.jit(
     lambda *x, **options: ops.select_proposals(*x, LEVELS, **options),
-    static_argnames=("pre_nms_per_level", "iou_threshold", "k"),
+    static_argnames=("pre_nms_per_level", "k"),
 )
+
+
+def select_proposals(*arrays, **options):
+    return jax.device_get(run_select_proposals(*arrays, **options))
 
 
 def reference_proposals(boxes, objectness, mask, pre_nms, threshold, k):
@@ -263,6 +284,7 @@ def test_no_gradient_passes_the_choice():
         )
         return jnp.where(found, objectness[indices], 0.0).sum()
 
-    of_boxes, of_objectness = jax.jit(jax.grad(chosen_sum, (0, 1)))(boxes, objectness)
+    run = jax.jit(jax.grad(chosen_sum, (0, 1)))
+    of_boxes, of_objectness = jax.device_get(run(boxes, objectness))
     assert not of_boxes.any()
     assert sorted(np.unique(of_objectness)) == [0, 1] and of_objectness.sum() == 7

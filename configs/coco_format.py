@@ -1,0 +1,53 @@
+"""Training on anyone's own folder of COCO-format boxes, with phrases and captions if it has some.
+
+    python scripts/prepare_data.py custom --from=my_photos --to=data/my_photos
+    python -m detclipv2_jax.main --config=configs/coco_format.py \
+        --config.data_dir=data/my_photos --workdir=runs/my_photos
+
+Kinds of data that the folder lacks are left out. `:nano` (the default) trains on two CPU cores,
+`:swin_t` wants a GPU. To be evaluated in the run, name a validation file:
+`--config.val=my_photos/annotations/instances_val.json --config.val_images=my_photos/images`.
+"""
+
+from ml_collections import ConfigDict
+
+from detclipv2_jax import config as config_lib
+from detclipv2_jax import fields
+from detclipv2_jax.models import sizes
+
+
+def get_config(size: str = "nano") -> ConfigDict:
+    """For a folder of a few hundred to a few thousand photos: 'nano' (default) or 'swin_t'."""
+    if size not in ("nano", "swin_t"):
+        raise ValueError(f"configs/coco_format.py:{size} is no size: choose nano or swin_t.")
+    nano = size == "nano"
+    model = sizes.NANO if nano else sizes.SWIN_T
+    config = ConfigDict(fields.to_dict(config_lib.RunConfig(model=model)))
+    data = config.data
+    data.skip_missing = True
+    data.prepare = "python scripts/prepare_data.py custom --from=YOUR_FOLDER --to=DATA_DIR"
+    for kind in ("detection", "grounding", "image_text"):
+        data[kind].sources = (kind,)
+    for kind in (data.detection, data.grounding):
+        kind.batch_size = 8
+        kind.table_size = 512
+        kind.shapes = ((192, 256), (256, 192)) if nano else ((800, 1344), (1344, 800))
+    data.image_text.batch_size = 32
+    data.image_text.shapes = ((128, 128),) if nano else ((320, 320),)
+    data.image_text.table_size = 256
+    data.image_text.texts_per_image = 8
+    data.image_text.max_boxes = 0
+    data.image_text.negatives = 0
+    data.image_text.scales = (1.0, 1.3)
+    data.image_text.crop = True
+    config.loss.proposals.group = 32
+    config.loss.proposals.k = 32 if nano else 100
+    config.optimizer.learning_rate = 1e-3 if nano else 1e-4
+    config.optimizer.warmup_steps = 100
+    config.optimizer.ema_decay = 0.998
+    if nano:  # its text tower starts from noise, not from CLIP
+        config.optimizer.lr_rules = ((".*", 1.0),)
+    config.train.epochs = 12.0
+    config.train.log_every = 1
+    config.eval.canvas = (192, 256) if nano else (800, 1344)
+    return config

@@ -1,0 +1,470 @@
+import io
+import logging
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+
+import cv2
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+from PIL import Image
+
+from detclipv2_jax.data import pipeline, records
+from detclipv2_jax.data import transforms as transforms_lib
+from detclipv2_jax.data.concepts import ConceptTable, Dictionary, tokenize
+from detclipv2_jax.data.index import Source
+from detclipv2_jax.data.plan import KindPlan, Plan
+from detclipv2_jax.data.transforms import TransformConfig
+from detclipv2_jax.errors import UserError
+
+NAMES = [f"thing number {i}" for i in range(30)]
+TRANSFORMS = {
+    "detection": TransformConfig(flip=0.5, scales=(0.6, 1.5), crop=True),
+    "grounding": TransformConfig(scales=(0.5, 1.0)),
+    "image_text": TransformConfig(flip=0.5),
+}
+
+
+def jpeg(height, width, seed=0):
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(cv2.resize(coarse, (width, height))).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def record(i, kind, rng, image=None):
+    height, width = (int(v) for v in rng.integers(40, 130, 2))
+    count = 0 if kind == "image_text" else int(rng.integers(0, 6))
+    low = rng.uniform(0, 0.6, (count, 2))
+    high = low + rng.uniform(0.1, 0.4, (count, 2))
+    boxes = np.concatenate([low, high], 1) * [width, height, width, height]
+    texts = [len(NAMES) + i, *rng.choice(len(NAMES), 3, False)] if kind == "image_text" else []
+    return records.Record(
+        image=jpeg(height, width, i) if image is None else image,
+        height=height,
+        width=width,
+        image_id=f"{kind}-{i}",
+        boxes=boxes.astype(np.float32),
+        labels=rng.integers(0, len(NAMES), count).astype(np.int32),
+        texts=np.array(texts, np.int32),
+    )
+
+
+def write(directory, kind, count, broken=()):
+    """A prepared source of several shards; the records in `broken` hold no picture."""
+    rng = np.random.default_rng(count)
+    table = ConceptTable()
+    for name in NAMES:
+        table.add(name)
+    if kind == "image_text":
+        for i in range(count):
+            table.add(f"caption {i}", vocabulary=False)
+    with records.RecordWriter(
+        directory, name=directory.name, kind=kind, shard_bytes=100_000
+    ) as writer:
+        for i in range(count):
+            writer.write(record(i, kind, rng, b"\xff\xd8 no picture" if i in broken else None))
+        return writer.finish(table)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    root = tmp_path_factory.mktemp("prepared")
+    return {
+        "boxes": write(root / "boxes", "detection", 45),
+        "more": write(root / "more", "detection", 10),
+        "phrases": write(root / "phrases", "grounding", 26),
+        "pairs": write(root / "pairs", "image_text", 37),
+    }
+
+
+def make_plan(sources, **changes):
+    kinds = {
+        "detection": dict(sources=("boxes", "more"), batch_size=8, shapes=((48, 64), (64, 48))),
+        "grounding": dict(sources=("phrases",), batch_size=4, shapes=((64, 64),), max_boxes=6),
+        "image_text": dict(sources=("pairs",), batch_size=12, shapes=((40, 40),)),
+    }
+    kinds["detection"] |= dict(table_size=30, negatives=10, max_boxes=3)
+    kinds["grounding"] |= dict(table_size=24, negatives=5)
+    kinds["image_text"] |= dict(table_size=48, texts_per_image=4)
+    kinds = {kind: fields | changes.get(kind, {}) for kind, fields in kinds.items()}
+    kinds = {k: f for k, f in kinds.items() if set(f["sources"]) <= set(sources)}
+    plans = [KindPlan(kind=kind, **fields) for kind, fields in kinds.items()]
+    return Plan(sources, Dictionary(sources), plans, seed=3)
+
+
+def collect(plan, sources, start, stop, **options):
+    feed = pipeline.batches(plan, sources, TRANSFORMS, start=start, stop=stop, **options)
+    return list(feed), feed
+
+
+FIELDS = ("images", "sizes", "boxes", "labels", "texts", "tokens", "token_mask")
+SHARED = ("tokens", "token_mask")
+
+
+def assert_same(a, b):
+    assert a.kind == b.kind
+    for field in FIELDS:
+        one, other = getattr(a, field), getattr(b, field)
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.fixture(scope="module")
+def run(sources):
+    """The batches of two epochs, and the counts at their end."""
+    plan = make_plan(sources)
+    steps, feed = collect(plan, sources, 0, 2 * plan.steps_per_epoch)
+    return plan, steps, feed
+
+
+def test_batches_come_in_order_in_their_types(run):
+    plan, steps, _ = run
+    assert [planned.step for planned, _ in steps] == list(range(2 * plan.steps_per_epoch))
+    for planned, batch in steps:
+        kind = plan.kinds[planned.kind]
+        size, boxes, texts = kind.batch_size, kind.max_boxes, kind.texts_per_image
+        expected = {
+            "images": ((size, *planned.shape, 3), np.uint8),
+            "sizes": ((size, 2), np.int32),
+            "boxes": ((size, boxes, 4), np.float32),
+            "labels": ((size, boxes), np.int32),
+            "texts": ((size, texts), np.int32),
+            "tokens": ((kind.table_size, 16), np.int32),
+            "token_mask": ((kind.table_size,), np.bool_),
+        }
+        for field, (shape, dtype) in expected.items():
+            assert getattr(batch, field).shape == shape
+            assert getattr(batch, field).dtype == dtype
+        assert batch.kind == planned.kind
+
+
+def test_batches_hold_what_the_records_say(run, sources):
+    """Every slot of an epoch against a reading of its record by other means."""
+    plan, steps, _ = run
+    cut = 0
+    for planned, batch in steps[: plan.steps_per_epoch]:
+        kind = plan.kinds[planned.kind]
+        assert batch.token_mask.tolist() == (planned.concepts >= 0).tolist()
+        for slot, (index, number) in enumerate(zip(planned.sources, planned.records)):
+            if number < 0:
+                assert batch.sizes[slot].tolist() == [0, 0]
+                assert not batch.images[slot].any()
+                assert (batch.labels[slot] == -1).all()
+                assert (batch.texts[slot] == -1).all()
+                continue
+            name = kind.sources[index]
+            source = sources[name]
+            shard = int(np.searchsorted(source.shard_starts, number, side="right") - 1)
+            reader = array_record_module.ArrayRecordReader(source.shard_paths[shard])
+            stored = records.decode(reader.read([int(number - source.shard_starts[shard])])[0])
+            seeds = transforms_lib.seeds(plan.seed, planned.epoch, name, np.array([number]))
+            placement = transforms_lib.place(
+                TRANSFORMS[planned.kind],
+                planned.shape,
+                np.array([stored.height]),
+                np.array([stored.width]),
+                seeds,
+            )
+            moved, kept = transforms_lib.move_boxes(placement, stored.boxes[None])
+            expected = [
+                (*moved[0, i], tokenize([NAMES[stored.labels[i]]])[0].tolist())
+                for i in np.flatnonzero(kept[0])
+            ]
+            cut += max(len(expected) - kind.max_boxes, 0)
+            expected.sort(key=lambda b: (b[2] - b[0]) * (b[3] - b[1]), reverse=True)
+            expected = expected[: kind.max_boxes]
+            got = [
+                (*box, batch.tokens[label].tolist())
+                for box, label in zip(batch.boxes[slot], batch.labels[slot])
+                if label >= 0
+            ]
+            assert sorted(got) == sorted(expected)
+            texts = [source.concepts[i]["name"] for i in stored.texts]
+            rows = batch.texts[slot][batch.texts[slot] >= 0]
+            assert batch.tokens[rows].tolist() == tokenize(texts).tolist()
+            assert batch.sizes[slot].tolist() == placement.size[0].tolist()
+            assert_picture(batch.images[slot], stored, placement)
+    assert cut
+
+
+def assert_picture(image, stored, placement):
+    if placement.ratio[0] > 1:  # compared with OpenCV in test_transforms
+        return
+    pixels = cv2.imdecode(np.frombuffer(stored.image, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    y, x, height, width = placement.crop[0]
+    h, w = (int(v) for v in placement.size[0])
+    part = np.ascontiguousarray(pixels[y : y + height, x : x + width])
+    expected = cv2.resize(part, (w, h), interpolation=cv2.INTER_LINEAR)
+    expected = expected[:, ::-1] if placement.flip[0] else expected
+    # A decoder that is given a window has other neighbours at its edge to smooth colours with.
+    difference = abs(image[:h, :w].astype(int) - expected)
+    assert difference.mean() < 1
+    assert not image[h:].any()
+    assert not image[:, w:].any()
+
+
+def test_boxes_of_concepts_that_found_no_room_are_gone(run, sources):
+    plan, steps, _ = run
+    small = make_plan(sources, detection=dict(table_size=4, max_boxes=20))
+    large = make_plan(sources, detection=dict(max_boxes=20))
+    stop = plan.steps_per_epoch
+    tight, feed = collect(small, sources, 0, stop)
+    roomy, _ = collect(large, sources, 0, stop)
+    assert feed.dropped_concepts > 0
+    lost = 0
+    for (planned, batch), (_, full) in zip(tight, roomy):
+        if planned.kind != "detection":
+            assert_same(batch, full)
+            continue
+        kept = set(map(tuple, batch.tokens[batch.token_mask].tolist()))
+        assert not batch.boxes[batch.labels < 0].any()
+        for slot in range(len(batch.labels)):
+            everything = named_boxes(full, slot)
+            found = named_boxes(batch, slot)
+            assert found == {entry for entry in everything if entry[4:] in kept}
+            lost += len(everything) - len(found)
+    assert lost > 0
+
+
+def named_boxes(batch, slot):
+    return {
+        (*box.tolist(), *batch.tokens[label].tolist())
+        for box, label in zip(batch.boxes[slot], batch.labels[slot])
+        if label >= 0
+    }
+
+
+def test_nothing_is_broken_and_what_is_cut_is_counted(run, sources):
+    plan, steps, feed = run
+    assert feed.broken == dict.fromkeys(sources, 0)
+    assert feed.read == {name: 2 * len(source) for name, source in sources.items()}
+    assert feed.cut_boxes > 0
+    assert feed.dropped_concepts == sum(planned.dropped for planned, _ in steps)
+    assert feed.counts["cut_boxes"] == feed.cut_boxes
+    assert feed.counts["broken/pairs"] == 0
+
+
+def test_a_second_epoch_augments_differently(run):
+    plan, steps, _ = run
+    first, second = {}, {}
+    for planned, batch in steps:
+        for index, number, size in zip(planned.sources, planned.records, batch.sizes):
+            where = first if planned.epoch == 0 else second
+            where[planned.kind, int(index), int(number)] = size.tolist()
+    names = [key for key in first if key[0] == "detection" and key[2] >= 0]
+    assert sum(first[key] != second[key] for key in names) > len(names) / 2
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_the_same_global_batch(run, sources, count):
+    plan, steps, _ = run
+    stop = plan.steps_per_epoch
+    parts = [
+        collect(make_plan(sources), sources, 0, stop, process_index=i, process_count=count)[0]
+        for i in range(count)
+    ]
+    for number, (_, whole) in enumerate(steps[:stop]):
+        pieces = [part[number][1] for part in parts]
+        for field in FIELDS:
+            arrays = [getattr(piece, field) for piece in pieces]
+            joined = arrays[0] if field in SHARED else np.concatenate(arrays)
+            np.testing.assert_array_equal(joined, getattr(whole, field))
+            if field in SHARED:
+                assert all(np.array_equal(array, joined) for array in arrays)
+
+
+@pytest.mark.parametrize("start", [1, 7, 16, 23])
+def test_any_step_can_be_the_first(run, sources, start):
+    plan, steps, _ = run
+    again, _ = collect(make_plan(sources), sources, start, start + 3)
+    assert len(again) == 3
+    for (planned, batch), (expected_plan, expected) in zip(again, steps[start:]):
+        assert planned.step == expected_plan.step
+        assert_same(batch, expected)
+
+
+@pytest.mark.parametrize("cores", [1, 7])
+def test_threads_do_not_matter(run, sources, cores, monkeypatch):
+    plan, steps, _ = run
+    monkeypatch.setattr(pipeline, "_cores", lambda: cores)
+    monkeypatch.setattr(pipeline, "_READ_THREADS", cores)
+    again, _ = collect(make_plan(sources), sources, 0, plan.steps_per_epoch, prefetch=cores)
+    for (_, batch), (_, expected) in zip(again, steps):
+        assert_same(batch, expected)
+
+
+def test_no_steps_and_a_step_of_empty_slots_only(sources):
+    plan = make_plan({"more": sources["more"]}, detection=dict(sources=("more",), batch_size=16))
+    assert collect(plan, sources, 3, 3)[0] == []
+    steps, feed = collect(plan, sources, 0, 2, process_index=3, process_count=4)
+    # At most ten records a canvas: the last quarter of sixteen slots has none.
+    assert len(steps) == 2
+    for _, batch in steps:
+        assert batch.images.shape[0] == 4
+        assert not batch.sizes.any()
+        assert not batch.images.any()
+        assert batch.token_mask.any()
+    assert feed.read == {"more": 0}
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    root = tmp_path_factory.mktemp("damaged")
+    return write(root / "spoilt", "detection", 40, broken=(3, 17))
+
+
+def spoilt_plan(source, **fields):
+    fields = dict(batch_size=4, shapes=((48, 64),), table_size=30, max_boxes=6) | fields
+    kind = KindPlan("detection", ("spoilt",), **fields)
+    sources = {"spoilt": source}
+    return Plan(sources, Dictionary(sources), [kind], 0), sources
+
+
+def test_an_undecodable_picture_is_an_empty_slot_counted_and_told_once(damaged, caplog):
+    plan, sources = spoilt_plan(damaged)
+    with caplog.at_level(logging.WARNING):
+        steps, feed = collect(plan, sources, 0, 2 * plan.steps_per_epoch, max_broken_share=0.2)
+    assert feed.broken == {"spoilt": 4}
+    assert feed.read == {"spoilt": 80}
+    messages = [r.getMessage() for r in caplog.records if r.name == pipeline.__name__]
+    assert len(messages) == 2
+    assert any("record 17 of source 'spoilt': image 'detection-17'" in m for m in messages)
+    for planned, batch in steps:
+        for slot, number in enumerate(planned.records):
+            empty = number in (3, 17)
+            assert (batch.sizes[slot] == 0).all() == empty
+            assert batch.images[slot].any() != empty
+            if empty:
+                assert (batch.labels[slot] == -1).all()
+                assert not batch.boxes[slot].any()
+
+
+def test_batches_of_nothing_but_broken_pictures(damaged):
+    plan, sources = spoilt_plan(damaged, batch_size=1)
+    steps, _ = collect(plan, sources, 0, plan.steps_per_epoch, max_broken_share=1)
+    assert [p.records[0] in (3, 17) for p, _ in steps] == [b.sizes[0, 0] == 0 for _, b in steps]
+
+
+def test_too_many_broken_records_end_the_run(damaged):
+    plan, sources = spoilt_plan(damaged)
+    feed = pipeline.batches(
+        plan, sources, TRANSFORMS, start=0, stop=plan.steps_per_epoch, max_broken_share=0.04
+    )
+    with pytest.raises(UserError, match="source 'spoilt': 2 of .* broken.*image 'detection-") as e:
+        list(feed)
+    assert "max_broken_share" in str(e.value)
+    assert next(feed, None) is None
+    # The same records are tolerated where the share allows them.
+    steps, _ = collect(plan, sources, 0, plan.steps_per_epoch, max_broken_share=0.05)
+    assert len(steps) == plan.steps_per_epoch
+
+
+def test_a_damaged_file_costs_only_the_records_it_holds_there(tmp_path):
+    source = write(tmp_path / "spoilt", "detection", 40)
+    path = pathlib.Path(source.shard_paths[0])
+    content = bytearray(path.read_bytes())
+    content[70_000:70_020] = bytes(20)
+    path.write_bytes(content)
+    plan, sources = spoilt_plan(Source.open(source.directory))
+    steps, feed = collect(plan, sources, 0, plan.steps_per_epoch, max_broken_share=0.5)
+    assert len(steps) == plan.steps_per_epoch
+    assert 1 <= feed.broken["spoilt"] <= 2
+    empty = sum(int((batch.sizes[:, 0] == 0).sum()) for _, batch in steps)
+    assert empty == feed.broken["spoilt"] + 4 * plan.steps_per_epoch - 40
+
+
+def test_a_file_that_is_no_record_file_is_told(tmp_path):
+    source = write(tmp_path / "spoilt", "detection", 5)
+    pathlib.Path(source.shard_paths[0]).write_bytes(b"nothing")
+    plan, sources = spoilt_plan(source)
+    with pytest.raises(UserError, match="records-00000.*cannot be opened"):
+        collect(plan, sources, 0, 1)
+
+
+def test_contradictory_records_are_left_out():
+    rng = np.random.default_rng(0)
+    good = records.encode(record(0, "detection", rng))
+    whole = records.decode(good)
+    frame = [0, 0, 0, whole.height, whole.width, 20, 20, 0]
+    element = {
+        "slot": np.arange(5, dtype=np.int32),
+        "record": np.array([good, good, good[:40], b"", good], object),
+        # The second belongs to a smaller dictionary, the last to a larger picture.
+        "concepts": np.array([30, max(whole.labels), 30, 30, 30], np.int32),
+        "frame": np.array([frame] * 4 + [[0, 0, 0, 400, 400, 20, 20, 0]], np.int32),
+        "canvas": np.array([20, 20], np.int32),
+    }
+    drawn = list(pipeline._dataset(lambda: iter([element]), 2).as_numpy_iterator())
+    assert len(whole.labels)
+    assert [out["slot"].tolist() for out in drawn] == [[0]]
+    assert drawn[0]["image"].shape == (1, 20, 20, 3)
+    assert "does not fit" in pipeline._explain(good)
+    assert "no valid record" in pipeline._explain(b"\x00nonsense")
+    assert "damaged" in pipeline._explain(None)
+
+
+def test_errors_of_the_reading_thread_reach_the_caller(sources, monkeypatch):
+    plan = make_plan(sources)
+    real = Plan.plan
+
+    def failing(self, step):
+        if step == 2:
+            raise UserError("the disk is on fire")
+        return real(self, step)
+
+    monkeypatch.setattr(Plan, "plan", failing)
+    feed = pipeline.batches(plan, sources, TRANSFORMS, start=0, stop=9)
+    assert next(feed)[0].step == 0
+    assert next(feed)[0].step == 1
+    with pytest.raises(UserError, match="the disk is on fire"):
+        next(feed)
+
+
+def test_bad_arguments_are_told_at_once(sources):
+    plan = make_plan(sources)
+    with pytest.raises(UserError, match="grounding: `batch_size` 4 .* 8 processes"):
+        pipeline.batches(plan, sources, TRANSFORMS, start=0, stop=1, process_count=8)
+    with pytest.raises(UserError, match="detection: no transform"):
+        pipeline.batches(plan, sources, {}, start=0, stop=1)
+
+
+def running():
+    return [t for t in threading.enumerate() if t.name == "batches"]
+
+
+@pytest.mark.parametrize("way", ["close", "drop"])
+def test_an_iterator_left_early_ends_its_thread(sources, way):
+    feed = pipeline.batches(make_plan(sources), sources, TRANSFORMS, start=0, stop=10**6)
+    next(feed)
+    assert len(running()) == 1
+    if way == "close":
+        feed.close()
+        assert next(feed, None) is None
+    del feed
+    deadline = time.monotonic() + 20
+    while running() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not running()
+
+
+def test_tensorflow_waits_for_the_thread_and_ends_with_the_interpreter(sources):
+    """The module loads without TensorFlow, and a process that just ends does so in peace."""
+    script = f"""
+import sys
+from detclipv2_jax.data import concepts, index, pipeline, plan, transforms
+assert "tensorflow" not in sys.modules
+sources = {{"more": index.Source.open({str(sources["more"].directory)!r})}}
+kind = plan.KindPlan("detection", ("more",), 4, ((48, 64),), 30)
+planned = plan.Plan(sources, concepts.Dictionary(sources), [kind], 0)
+config = transforms.TransformConfig()
+feed = pipeline.batches(planned, sources, {{"detection": config}}, start=0, stop=1000)
+print(next(feed)[1].images.shape)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "(4, 48, 64, 3)\n"
+    assert "Traceback" not in done.stderr
