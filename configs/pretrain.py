@@ -103,6 +103,6 @@ def nano() -> ConfigDict:
     config.eval.images = "archives/images/val"
     config.eval.canvas = (128, 128)
     config.eval.batch_size = 50
-    config.eval.candidates = 400
+    config.eval.candidates = 600
     config.eval.keep = 300
     return config

@@ -46,7 +46,7 @@ class Checkpointer:
         )
         self._manager = ocp.CheckpointManager(
             Path(workdir).absolute() / SUBDIRECTORY,
-            item_names=("model", "state", "meta"),
+            item_handlers=_handlers(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy, cleanup_tmp_directories=True
             ),
@@ -123,11 +123,8 @@ def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
             f"{root} has no checkpoint of step {step}: it has {', '.join(map(str, steps))}."
         )
     step = steps[-1] if step is None else step
-    with ocp.CheckpointManager(
-        root,
-        item_names=("model", "state", "meta"),
-        options=ocp.CheckpointManagerOptions(read_only=True),
-    ) as manager:
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(root, item_handlers=_handlers(), options=options) as manager:
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
         graphdef, target = detclip.abstract(
             detclip.DetCLIPConfig.from_dict(meta["config"]["model"])
@@ -143,6 +140,11 @@ def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
     return LoadedModel(graphdef, params, meta["config"], step, meta["names"])
 
 
+def _handlers() -> dict[str, Any]:
+    standard = ocp.StandardCheckpointHandler
+    return {"model": standard(), "state": standard(), "meta": ocp.JsonCheckpointHandler()}
+
+
 def _without_average(state: TrainState) -> dict[str, Any]:
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     del fields["ema"]
@@ -151,7 +153,7 @@ def _without_average(state: TrainState) -> dict[str, Any]:
 
 def _check_shapes(manager: ocp.CheckpointManager, step: int, target: PyTree, where: Any) -> None:
     """One sentence instead of a traceback when a checkpoint holds another model."""
-    found = _shapes(manager.item_metadata(step).model.tree)
+    found = _shapes(manager.item_metadata(step).model)
     wanted = _shapes(target)
     for name in sorted(found.keys() | wanted.keys()):
         there, here = (tree.get(name, "absent") for tree in (found, wanted))

@@ -14,7 +14,7 @@ from detclipv2_jax.errors import UserError
 
 # Parameters that weight decay would only hurt: biases, norms, Swin's bias tables, learned positions
 # and scalars. The rest are the kernels of convolutions and dense layers, and the token embedding.
-NO_DECAY = r".*(bias|scale|position.*|relative_position_bias_table)"
+NO_DECAY = r".*(bias|scales?|position.*|relative_position_bias_table)"
 
 
 @dataclasses.dataclass(frozen=True)

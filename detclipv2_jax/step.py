@@ -184,7 +184,7 @@ def train_step(
         return losses_of(batch.kind)(detclip.build(graphdef, params), batch, config, key)
 
     (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     params, ema, moments = optimizer.update(
         state.params, state.ema, state.moments, gradients, norm, state.step, finite

@@ -47,7 +47,7 @@ def test_update_equals_the_same_chain_of_optax_transformations():
         grads = jax.tree.map(lambda p, s=size: jnp.float32(rng.normal(size=p.shape) * s), params)
         before = ours
         ours, ema, moments = update(
-            ours, ema, moments, grads, optax.global_norm(grads), jnp.int32(step), jnp.bool_(True)
+            ours, ema, moments, grads, optax.tree.norm(grads), jnp.int32(step), jnp.bool_(True)
         )
         updates, state = chain.update(grads, state, before)
         updates = jax.tree.map(jnp.multiply, updates, factors)

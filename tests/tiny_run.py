@@ -36,7 +36,7 @@ OVERRIDES = {
 
 def environment():
     """One device, and this repository's package and compilation cache."""
-    return os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    return os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
 
 
 def prepare(to):

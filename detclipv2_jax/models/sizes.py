@@ -5,7 +5,7 @@ from detclipv2_jax.models.detclip import DetCLIPConfig
 from detclipv2_jax.models.swin import SwinConfig
 from detclipv2_jax.models.text import TextConfig
 
-# Paper §4.1: Swin with ImageNet weights, window 7 (T) and 12 (L), drop path 0.2; FPN and head of 256
+# Paper §4.1: Swin with window 7 (T) and 12 (L), drop path 0.2; FPN and head of 256
 # channels; CLIP ViT-B's text tower.
 SWIN_T = DetCLIPConfig(
     swin=SwinConfig(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window=7),

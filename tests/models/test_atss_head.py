@@ -1,0 +1,106 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from detclipv2_jax.errors import UserError
+from detclipv2_jax.models.atss_head import ATSSHead, HeadConfig
+from detclipv2_jax.models.initialise import Draws
+
+CONFIG = HeadConfig(channels=8, convs=2, groups=2, embed_dim=6)
+SIZES = ((6, 5), (3, 3), (2, 2), (1, 1), (1, 1))
+
+
+def levels():
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=(2, *size, 4)), jnp.float32) for size in SIZES]
+
+
+def make(cfg=CONFIG, levels=5, **kwargs):
+    """Graph and pure state of a head whose parameters are all drawn anew."""
+    head = ATSSHead(4, levels, cfg, rngs=Draws(), **kwargs)
+    graph, state = nnx.split(head)
+    rng = np.random.default_rng(1)
+    draw = lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32)
+    return graph, jax.tree.map(draw, state)
+
+
+@pytest.fixture(scope="module")
+def head():
+    graph, state = make()
+    return state, jax.jit(lambda state, levels: nnx.merge(graph, state)(levels))
+
+
+def test_levels_are_answered_one_by_one_in_anchor_order(head):
+    """The head of all levels equals that of each level alone, with that level's scale."""
+    state, run = head
+    x = levels()
+    outputs = run(state, x)
+    graph, _ = make(levels=1)
+    alone = jax.jit(lambda state, level: nnx.merge(graph, state)([level]))
+    start = 0
+    for index, level in enumerate(x):
+        pure = nnx.to_pure_dict(state)
+        pure["scales"] = pure["scales"][index : index + 1]
+        expected = alone(nnx.State(pure), level)
+        end = start + level.shape[1] * level.shape[2]
+        for field in dataclasses.fields(outputs):
+            got = getattr(outputs, field.name)[:, start:end]
+            np.testing.assert_allclose(got, getattr(expected, field.name), atol=1e-4)
+        start = end
+    assert outputs.embeddings.shape == (2, start, 6)
+    assert outputs.deltas.shape == (2, start, 4)
+    assert outputs.centerness.shape == (2, start)
+
+
+def test_scales_act_on_the_boxes_of_their_level_only(head):
+    state, run = head
+    x = levels()
+    before = run(state, x)
+    pure = nnx.to_pure_dict(state)
+    pure["scales"] = pure["scales"].at[1].multiply(3)
+    after = run(nnx.State(pure), x)
+    factor = np.ones(45)
+    factor[30:39] = 3
+    np.testing.assert_allclose(after.deltas, before.deltas * factor[:, None], rtol=1e-5)
+    np.testing.assert_array_equal(after.embeddings, before.embeddings)
+
+
+def gradients(cfg, loss, **kwargs):
+    graph, state = make(cfg, **kwargs)
+    x = levels()
+    grad = jax.jit(jax.grad(lambda state: loss(nnx.merge(graph, state)(x))))
+    return nnx.to_pure_dict(grad(state))
+
+
+@pytest.mark.parametrize("deformable", [True, False])
+def test_embeddings_teach_the_regression_branch_through_the_deformable_convolution(deformable):
+    cfg = dataclasses.replace(CONFIG, deformable=deformable)
+    grad = gradients(cfg, lambda outputs: jnp.sum(jnp.sin(outputs.embeddings)))
+    reached = [bool((g != 0).any()) for g in jax.tree.leaves(grad["reg_convs"])]
+    assert all(reached) if deformable else not any(reached)
+    assert not np.any(grad["box"]["kernel"])
+
+
+def test_boxes_do_not_reach_the_classification_branch():
+    grad = gradients(CONFIG, lambda o: jnp.sum(jnp.sin(o.deltas)) + jnp.sum(jnp.sin(o.centerness)))
+    for part in ("cls_convs", "dcn", "embed"):
+        assert not any(np.any(g) for g in jax.tree.leaves(grad[part]))
+    assert np.any(grad["reg_convs"][0]["conv"]["kernel"])
+
+
+def test_bfloat16_answers_in_float32():
+    graph, state = make(dtype=jnp.bfloat16)
+    run = jax.jit(lambda levels: nnx.merge(graph, state)(levels))
+    outputs = run([x.astype(jnp.bfloat16) for x in levels()])
+    for x in jax.tree.leaves(outputs):
+        assert x.dtype == jnp.float32
+        assert np.isfinite(x).all()
+
+
+def test_groups_must_divide_channels():
+    with pytest.raises(UserError, match="head.groups 5 must divide head.channels 8"):
+        HeadConfig(channels=8, groups=5)
