@@ -40,11 +40,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def split(mesh: Mesh) -> NamedSharding:
+    """Split over `data` along its first axis."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
 def batch_shardings(mesh: Mesh, batch: Batch) -> Batch:
     """Images and what belongs to them split over `data`; the concept table held by all."""
-    split, whole = NamedSharding(mesh, PartitionSpec("data")), replicated(mesh)
+    images, whole = split(mesh), replicated(mesh)
     return Batch(
-        images=split, sizes=split, boxes=split, labels=split, texts=split,
+        images=images, sizes=images, boxes=images, labels=images, texts=images,
         tokens=whole, token_mask=whole, kind=batch.kind,
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ class Batch:
     images: UInt8[Array, "B H W 3"]  # the picture in the top-left corner, zeros around it
     sizes: Int[Array, "B 2"]  # valid (height, width) of each picture on its canvas, in pixels
     boxes: Float[Array, "B N 4"]
-    labels: Int[Array, "B N"]  # row of `tokens` that names the box; -1 where there is no box
+    labels: Int[Array, "B N"]  # row of `tokens` that names the box; -1: no box, or none of them
     texts: Int[
         Array, "B C"
     ]  # image_text: rows of `tokens` that belong to the image, caption first; -1 pads

@@ -45,13 +45,13 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
     """
     # ---- Data: from here on, what each step sees is a function of (seed, step).
     plan, sources, names = open_data(config)
-    evaluator = Evaluator(config, workdir) if config.eval.dataset else None
     total_steps = max(1, round(config.train.epochs * plan.steps_per_epoch))
     batches = ", ".join(f"{count} of {kind}" for kind, count in plan.batches.items())
     print(f"{total_steps} steps; an epoch is {plan.steps_per_epoch}: {batches}")
 
     # ---- Model, optimizer, state: restored if this workdir has a checkpoint.
     mesh = sharding.make_mesh(config.mesh.data)
+    evaluator = Evaluator(config, workdir, mesh) if config.eval.dataset else None
     graphdef, params = detclip.create(config.model, config.seed)
     millions = sum(p.size for p in jax.tree.leaves(params)) / 1e6
     print(f"{millions:.2f} M parameters on {mesh.size} device(s) ({jax.devices()[0].device_kind})")
@@ -278,9 +278,9 @@ class Recorder:
 class Evaluator:
     """Measures the averaged parameters on the config's validation set and draws some of it."""
 
-    def __init__(self, config: RunConfig, workdir: Path):
+    def __init__(self, config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh):
         """Reads the ground truth, so that a missing file is found before the training."""
-        self._config, self._workdir = config, workdir
+        self._config, self._workdir, self._mesh = config, workdir, mesh
         root = Path(config.data_dir)
         self._truth = evaluate.load_ground_truth(root / config.eval.dataset)
         self._images = root / config.eval.images
@@ -295,7 +295,8 @@ class Evaluator:
                 state.ema,
                 canvas=config.canvas,
                 config=detect_config(fields.to_dict(self._config)),
-                batch_size=config.batch_size,
+                batch_size=-(-config.batch_size // self._mesh.size) * self._mesh.size,
+                batch_sharding=sharding.split(self._mesh),
             )
         self._predictor.params = state.ema
         return evaluate.evaluate(

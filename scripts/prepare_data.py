@@ -223,7 +223,7 @@ def _symbols_options(settings: list[str]):
             raise UserError(f"--option={setting}: no such option; there are {', '.join(defaults)}")
         try:
             if isinstance(defaults[name], tuple):
-                first, second = value.split(",")
+                first, second = value.strip("()").split(",")
                 kind = type(defaults[name][0])
                 chosen[name] = (kind(first), kind(second))
             else:

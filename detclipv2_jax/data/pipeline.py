@@ -317,7 +317,11 @@ class _Reader:
     def _boxes(
         self, part: _Slice, good: np.ndarray, drawn: Mapping[str, np.ndarray]
     ) -> tuple[Float[np.ndarray, "b N 4"], Int[np.ndarray, "b N"], int]:
-        """Boxes on the canvas and their rows of the table, largest first; how many are too many."""
+        """Boxes on the canvas and their rows of the table, largest first; how many are too many.
+
+        A box whose concept found no row keeps its place with label -1: the loss must know that
+        something is there.
+        """
         kind = self.plan.kinds[part.plan.kind]
         ids = np.full((len(good), drawn["labels"].shape[1]), -1, np.int32)
         boxes = np.zeros((*ids.shape, 4), np.float32)
@@ -328,7 +332,7 @@ class _Reader:
             ids[mine] = np.where(ids[mine] >= 0, to_global[ids[mine]], -1)
         labels = part.plan.rows(ids.reshape(-1)).reshape(ids.shape)
         boxes, kept = transforms_lib.move_boxes(part.placement, boxes)
-        kept &= labels >= 0
+        kept &= ids >= 0
         area = np.where(kept, (boxes[..., 2:] - boxes[..., :2]).prod(-1), -1)
         order = np.argsort(-area, axis=1, kind="stable")[:, : kind.max_boxes]
         chosen = np.take_along_axis(kept, order, axis=1)
