@@ -80,9 +80,9 @@ def nano() -> ConfigDict:
         kind.max_boxes = 8
         kind.table_size = 256
         kind.scales = (0.9, 1.0)
+        kind.flip = 0.0  # phrases say left and right, and a mirrored glyph is another glyph
     data.detection.sources = ("detection",)
     data.grounding.sources = ("grounding",)
-    data.grounding.flip = 0.0  # its phrases say left and right
     data.image_text.sources = ("image_text",)
     data.image_text.batch_size = 96
     data.image_text.shapes = ((96, 96),)
@@ -94,7 +94,7 @@ def nano() -> ConfigDict:
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 50
     config.optimizer.ema_decay = 0.995
-    config.optimizer.lr_rules = ((".*", 1.0),)  # its text tower starts from noise, not from CLIP
+    config.optimizer.beta2 = 0.99  # a thousand steps in all
     config.train.epochs = 1.0
     config.train.log_every = 1
     config.train.checkpoint_every = 200
