@@ -5,8 +5,9 @@
         --config.data_dir=data/my_photos --workdir=runs/my_photos
 
 Kinds of data that the folder lacks are left out. `:nano` (the default) trains on two CPU cores,
-`:swin_t` wants a GPU. To be evaluated in the run, name a validation file:
-`--config.val=my_photos/annotations/instances_val.json --config.val_images=my_photos/images`.
+`:swin_t` wants a GPU. To be evaluated in the run, name a validation file and
+its images, absolute or relative to the data_dir: `--config.eval.dataset=$PWD/my_photos/val.json
+--config.eval.images=$PWD/my_photos/images`.
 """
 
 from ml_collections import ConfigDict
