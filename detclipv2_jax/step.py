@@ -1,6 +1,7 @@
 """One training step: where model, losses and optimizer meet (paper §3)."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ class LossConfig:
     box: float = 2.0  # α
     centerness: float = 1.0  # β
     contrastive: float = 0.1  # λ
+    candidates: int = 9  # anchors a level that ATSS considers for a box
     grounding_boxes: bool = False  # L_box and L_ctr on grounding data too; its boxes are loose
     word_region: ContrastiveConfig = ContrastiveConfig()
     proposals: ProposalConfig = ProposalConfig()
@@ -63,7 +65,8 @@ def dense_losses(
 
     # A box whose concept found no row in the step's table is neither object nor background.
     real = batch.boxes[..., 2] > batch.boxes[..., 0]
-    matched = jax.vmap(atss_assign, in_axes=(None, 0, None, 0, 0))(
+    assign = functools.partial(atss_assign, topk=config.candidates)
+    matched = jax.vmap(assign, in_axes=(None, 0, None, 0, 0))(
         anchors, anchor_mask, sizes, batch.boxes, real
     )
     positive = matched >= 0

@@ -120,6 +120,27 @@ def test_a_box_without_a_row_is_neither_object_nor_background():
     np.testing.assert_allclose(parts[0]["align"] - parts[1]["align"], missing, rtol=1e-3)
 
 
+def test_candidates_decide_how_many_anchors_learn_a_box():
+    batch = make_batch("detection")
+    positives = [float(loss(batch, config=LossConfig(candidates=n))[1]["positives"]) for n in (1, 9)]
+    assert positives == [_positives(batch, 1), _positives(batch, 9)]
+    assert positives[0] < positives[1]
+
+
+def _positives(batch, topk):
+    from detclipv2_jax.ops import boxes
+    from detclipv2_jax.ops.assign import atss_assign
+
+    grid = tiny_model.CONFIG.anchors
+    anchors = jnp.asarray(boxes.anchor_grid(64, 64, grid))
+    inside = boxes.anchors_inside(anchors, batch.sizes)
+    levels = boxes.level_sizes(64, 64, grid)
+    return sum(
+        int((atss_assign(anchors, mask, levels, box, label >= 0, topk=topk) >= 0).sum())
+        for mask, box, label in zip(inside, batch.boxes, batch.labels)
+    )
+
+
 def test_every_image_is_scored_against_the_concepts_of_all():
     """A concept that only another image has is a negative here: more concepts, more loss."""
     batch = make_batch("detection")

@@ -16,18 +16,24 @@ from detclipv2_jax.models.fpn import conv3x3
 from detclipv2_jax.models.initialise import Draws, normal
 from detclipv2_jax.models.norms import GroupNorm
 
-_CONV_INIT = normal(0.01)  # ATSS's, all convolutions of the head
+_OUTPUT_STD = 0.01  # ATSS's, of the kernels that end the branches
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
-    """Sizes of the head. `convs` counts the convolutions of each branch, `groups` GroupNorm's."""
+    """Sizes of the head.
+
+    convs: convolutions of each branch; groups: GroupNorm's.
+    branch_std: of the initial kernels inside the branches: ATSS's 0.01. A GroupNorm undoes their
+        scale, so it only sets how fast they turn: by rate / std a step.
+    """
 
     channels: int = 256
     convs: int = 4
     groups: int = 32
     embed_dim: int = 256
     deformable: bool = True
+    branch_std: float = 0.01
 
     def __post_init__(self):
         if self.channels % self.groups:
@@ -49,7 +55,7 @@ class ConvNormRelu(nnx.Module):
 
     def __init__(self, width: int, cfg: HeadConfig, *, dtype, rngs: Draws):
         self.conv = conv3x3(
-            width, cfg.channels, dtype, rngs, use_bias=False, kernel_init=_CONV_INIT
+            width, cfg.channels, dtype, rngs, use_bias=False, kernel_init=normal(cfg.branch_std)
         )
         self.norm = GroupNorm(cfg.channels, cfg.groups)
 
@@ -70,7 +76,7 @@ class DeformConv(nnx.Module):
         self.offset = conv3x3(
             cfg.channels, 27, dtype, rngs, kernel_init=nnx.initializers.zeros_init()
         )
-        self.kernel = nnx.Param(_CONV_INIT(rngs, (3, 3, width, cfg.channels)))
+        self.kernel = nnx.Param(normal(cfg.branch_std)(rngs, (3, 3, width, cfg.channels)))
 
     def __call__(
         self, x: Float[Array, "B H W C"], regression: Float[Array, "B H W D"], canvas: Canvas
@@ -112,7 +118,7 @@ class ATSSHead(nnx.Module):
         self.reg_convs = nnx.List(ConvNormRelu(w, cfg, dtype=dtype, rngs=rngs) for w in widths)
         outputs = {"embed": cfg.embed_dim, "box": 4, "centerness": 1}
         for name, out in outputs.items():
-            conv = conv3x3(cfg.channels, out, dtype, rngs, kernel_init=_CONV_INIT)
+            conv = conv3x3(cfg.channels, out, dtype, rngs, kernel_init=normal(_OUTPUT_STD))
             setattr(self, name, conv)
         self.scales = nnx.Param(jnp.ones((levels,), jnp.float32))
 

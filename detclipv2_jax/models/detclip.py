@@ -33,6 +33,9 @@ _SIMILARITIES = ("cosine", "dot")
 class DetCLIPConfig:
     """The whole model's sizes.
 
+    neck_coarse_gain: on the initial laterals of the FPN's two coarser maps. 1 is FPN's own, right
+        for a backbone that is pretrained. From noise, what comes from above tells fine positions
+        nothing of themselves and drowns what the finest map tells: start it small.
     similarity: how regions and texts are compared: 'cosine' (both L2-normalised) or 'dot' (raw).
     initial_scale: what cosines are multiplied by at the start: 1/0.07, CLIP's. With D = 256 the
         cosines of unrelated features spread by 1/16, so logits of negatives start within ±2 of the
@@ -46,6 +49,7 @@ class DetCLIPConfig:
 
     swin: SwinConfig = SwinConfig()
     neck_channels: int = 256
+    neck_coarse_gain: float = 1.0
     head: HeadConfig = HeadConfig()
     text: TextConfig = TextConfig()
     anchors: AnchorConfig = AnchorConfig()
@@ -117,7 +121,7 @@ class DetCLIP(nnx.Module):
         options = {"dtype": _DTYPES[cfg.dtype], "rngs": rngs}
         self.cfg = cfg
         self.backbone = Swin(cfg.swin, remat=cfg.remat, **options)
-        self.neck = FPN(cfg.swin.widths[1:], cfg.neck_channels, **options)
+        self.neck = FPN(cfg.swin.widths[1:], cfg.neck_channels, cfg.neck_coarse_gain, **options)
         levels = len(cfg.anchors.strides)
         self.head = ATSSHead(cfg.neck_channels, levels, cfg.head, remat=cfg.remat, **options)
         self.text = TextTower(cfg.text, remat=cfg.remat, **options)

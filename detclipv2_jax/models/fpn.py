@@ -51,22 +51,31 @@ class FPN(nnx.Module):
     Args:
         in_channels: widths of the incoming maps, fine to coarse.
         channels: width of every outgoing map.
+        coarse_gain: on the initial laterals of all but the finest map.
         dtype: of the activations.
         rngs: initialises the parameters (Xavier, as the reference's).
     """
 
     def __init__(
-        self, in_channels: tuple[int, ...], channels: int, *, dtype=jnp.float32, rngs: Draws
+        self,
+        in_channels: tuple[int, ...],
+        channels: int,
+        coarse_gain: float = 1.0,
+        *,
+        dtype=jnp.float32,
+        rngs: Draws,
     ):
+        gains = [1.0] + [coarse_gain] * (len(in_channels) - 1)
         self.lateral = nnx.List(
-            nnx.Linear(width, channels, kernel_init=xavier, dtype=dtype, rngs=rngs)
-            for width in in_channels
+            nnx.Linear(width, channels, kernel_init=xavier(gain), dtype=dtype, rngs=rngs)
+            for width, gain in zip(in_channels, gains)
         )
         self.output = nnx.List(
-            conv3x3(channels, channels, dtype, rngs, kernel_init=xavier) for _ in in_channels
+            conv3x3(channels, channels, dtype, rngs, kernel_init=xavier()) for _ in in_channels
         )
         self.extra = nnx.List(
-            conv3x3(channels, channels, dtype, rngs, stride=2, kernel_init=xavier) for _ in range(2)
+            conv3x3(channels, channels, dtype, rngs, stride=2, kernel_init=xavier())
+            for _ in range(2)
         )
 
     def __call__(

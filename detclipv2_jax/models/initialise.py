@@ -45,7 +45,14 @@ def normal(std: float):
     return initialise
 
 
-def xavier(draws: Draws, shape, dtype=jnp.float32, **_) -> Array:
-    """Glorot & Bengio's variance 2 / (inputs + outputs) for kernels (*window, in, out)."""
-    window = math.prod(shape[:-2])
-    return normal(math.sqrt(2 / (window * (shape[-2] + shape[-1]))))(draws, shape, dtype)
+def xavier(gain: float = 1.0):
+    """An initialiser of kernels (*window, in, out) with variance gain² · 2 / (inputs + outputs).
+
+    Glorot & Bengio 2010.
+    """
+
+    def initialise(draws: Draws, shape, dtype=jnp.float32, **_) -> Array:
+        fans = math.prod(shape[:-2]) * (shape[-2] + shape[-1])
+        return normal(gain * math.sqrt(2 / fans))(draws, shape, dtype)
+
+    return initialise

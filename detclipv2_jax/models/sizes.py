@@ -17,12 +17,15 @@ SWIN_L = DetCLIPConfig(
     dtype="bfloat16",
     remat=True,
 )
-# The same parts for two CPU cores [ours].
+# The same parts for two CPU cores [ours]. It starts from noise where the paper's towers are
+# pretrained, so it starts differently: docs/paper_vs_ours.md says what each of these is for.
 NANO = DetCLIPConfig(
     swin=SwinConfig(
         embed_dim=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window=4, drop_path=0.0
     ),
     neck_channels=64,
-    head=HeadConfig(channels=64, convs=2, groups=8, embed_dim=64),
-    text=TextConfig(width=64, layers=2, heads=2, embed_dim=64),
+    neck_coarse_gain=0.1,
+    head=HeadConfig(channels=64, convs=2, groups=8, embed_dim=64, branch_std=0.06),
+    text=TextConfig(width=64, layers=2, heads=2, embed_dim=64, projection_gain=0.1),
+    similarity="dot",
 )

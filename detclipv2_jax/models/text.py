@@ -20,7 +20,10 @@ from detclipv2_jax.models.swin import linear
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Sizes of the text tower. `context` is the number of tokens a concept may have."""
+    """Sizes of the text tower. `context` is the number of tokens a concept may have.
+
+    projection_gain: on the initial projection; CLIP's is 1.
+    """
 
     width: int = 512
     layers: int = 12
@@ -28,6 +31,7 @@ class TextConfig:
     vocab: int = 49408
     context: int = 16
     embed_dim: int = 256
+    projection_gain: float = 1.0
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -110,7 +114,8 @@ class TextTower(nnx.Module):
         self.positional_embedding = nnx.Param(normal(0.01)(rngs, (cfg.context, cfg.width)))
         self.resblocks = nnx.List(TextBlock(cfg, dtype=dtype, rngs=rngs) for _ in range(cfg.layers))
         self.ln_final = LayerNorm(cfg.width)
-        self.text_projection = nnx.Param(normal(cfg.width**-0.5)(rngs, (cfg.width, cfg.embed_dim)))
+        std = cfg.projection_gain * cfg.width**-0.5
+        self.text_projection = nnx.Param(normal(std)(rngs, (cfg.width, cfg.embed_dim)))
 
     def __call__(self, tokens: Int[Array, "M L"]) -> Float[Array, "M D"]:
         """Features of M concepts, not normalised, float32.

@@ -99,6 +99,22 @@ def test_initial_deviations_are_the_references(model):
     for path, deviation in expected.items():
         assert float(paths[path].std()) == pytest.approx(deviation, rel=0.1), path
     assert not np.any(paths["head/dcn/offset/kernel"])
+    smaller = dataclasses.replace(
+        wide,
+        neck_coarse_gain=0.1,
+        head=dataclasses.replace(wide.head, branch_std=0.06),
+        text=dataclasses.replace(wide.text, projection_gain=0.1),
+    )
+    factors = {path: 1.0 for path in paths} | {
+        "neck/lateral/1/kernel": 0.1,
+        "neck/lateral/2/kernel": 0.1,
+        "head/dcn/kernel": 6.0,
+        "text/text_projection": 0.1,
+    }
+    branches = ("head/cls_convs", "head/reg_convs")
+    factors |= {p: 6.0 for p in paths if p.startswith(branches) and p.endswith("conv/kernel")}
+    for path, value in detclip.parameter_paths(detclip.create(smaller, 3)[1]).items():
+        np.testing.assert_allclose(value, factors[path] * paths[path], rtol=1e-5, err_msg=path)
     values = np.concatenate([np.ravel(p) for k, p in paths.items() if k.endswith("kernel")])
     values = values[values != 0]
     assert len(np.unique(values)) > 0.99 * len(values)

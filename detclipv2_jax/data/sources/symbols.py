@@ -46,21 +46,21 @@ _CHUNK = 50  # scenes a task of the process pool
 class SymbolsOptions:
     """Size, difficulty and the split of concepts. Lengths in pixels, shares as fractions of one."""
 
-    detection_scenes: int = 6000
-    grounding_scenes: int = 3000
-    image_text_scenes: int = 16000
+    detection_scenes: int = 6400
+    grounding_scenes: int = 1600
+    image_text_scenes: int = 8064
     val_scenes: int = 500
     canvas: int = 128  # longer side of a boxed scene; the shorter one is 0.8 to 1.0 of it
     caption_canvas: int = 96  # side of a captioned scene
-    objects: tuple[int, int] = (1, 6)  # in a boxed scene
-    caption_objects: tuple[int, int] = (1, 3)  # in a captioned scene
+    objects: tuple[int, int] = (2, 5)  # in a boxed scene
+    caption_objects: tuple[int, int] = (1, 2)  # in a captioned scene
     symbol_size: tuple[float, float] = (
-        24.0,
-        64.0,
+        40.0,
+        60.0,
     )  # long side before rotation; half a canvas at most
-    rotation: float = 25.0  # degrees either way
+    rotation: float = 15.0  # degrees either way
     overlap: float = 0.1  # of the smaller of two boxes that may lie under the other
-    difficulty: float = 0.2  # of the background: 0 soft, 1 garish
+    difficulty: float = 0.1  # of the background: 0 soft, 1 garish
     colour_share: float = 0.4  # of the phrases that name the colour
     novel: int = 45  # symbols that never get a training box
     novel_share: float = 0.35  # of the objects in captioned scenes that are novel
