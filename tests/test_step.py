@@ -122,7 +122,9 @@ def test_a_box_without_a_row_is_neither_object_nor_background():
 
 def test_candidates_decide_how_many_anchors_learn_a_box():
     batch = make_batch("detection")
-    positives = [float(loss(batch, config=LossConfig(candidates=n))[1]["positives"]) for n in (1, 9)]
+    positives = [
+        float(loss(batch, config=LossConfig(candidates=n))[1]["positives"]) for n in (1, 9)
+    ]
     assert positives == [_positives(batch, 1), _positives(batch, 9)]
     assert positives[0] < positives[1]
 
