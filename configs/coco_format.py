@@ -46,6 +46,8 @@ def get_config(size: str = "nano") -> ConfigDict:
     config.optimizer.learning_rate = 1e-3 if nano else 1e-4
     config.optimizer.warmup_steps = 100
     config.optimizer.ema_decay = 0.998
+    if nano:  # its text tower starts from noise, not from CLIP
+        config.optimizer.lr_rules = ((r".*", 1.0),)
     config.train.epochs = 12.0
     config.train.log_every = 1
     config.eval.canvas = (192, 256) if nano else (800, 1344)

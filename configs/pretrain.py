@@ -68,7 +68,7 @@ def swin_l() -> ConfigDict:
 
 
 def nano() -> ConfigDict:
-    """The built-in data on two CPU cores in about ten minutes; every part at its true shape."""
+    """The built-in data on two CPU cores in about twelve minutes; every part at its true shape."""
     config = swin_t()
     config.model = ConfigDict(sizes.NANO.to_dict())
     data = config.data

@@ -10,6 +10,8 @@ import tiny_model
 from detclipv2_jax import optimizer, sharding, state, step, train
 from detclipv2_jax.data.concepts import tokenize
 from detclipv2_jax.models import detclip
+from detclipv2_jax.ops import boxes, losses
+from detclipv2_jax.ops.assign import atss_assign
 from detclipv2_jax.ops.contrastive import ContrastiveConfig
 from detclipv2_jax.optimizer import OptimizerConfig
 from detclipv2_jax.step import LossConfig, ProposalConfig
@@ -102,9 +104,6 @@ def test_a_box_without_a_row_is_neither_object_nor_background():
     parts = [loss(b)[1] for b in (batch, dropped)]
     assert parts[0]["positives"] == parts[1]["positives"]
     # By hand: all logits of the anchors that belong to this box leave the sum.
-    from detclipv2_jax.ops import boxes, losses
-    from detclipv2_jax.ops.assign import atss_assign
-
     anchors = jnp.asarray(boxes.anchor_grid(64, 64, model.cfg.anchors))
     inside = boxes.anchors_inside(anchors, batch.sizes)
     levels = boxes.level_sizes(64, 64, model.cfg.anchors)
@@ -130,9 +129,6 @@ def test_candidates_decide_how_many_anchors_learn_a_box():
 
 
 def _positives(batch, topk):
-    from detclipv2_jax.ops import boxes
-    from detclipv2_jax.ops.assign import atss_assign
-
     grid = tiny_model.CONFIG.anchors
     anchors = jnp.asarray(boxes.anchor_grid(64, 64, grid))
     inside = boxes.anchors_inside(anchors, batch.sizes)

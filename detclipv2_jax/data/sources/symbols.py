@@ -54,10 +54,8 @@ class SymbolsOptions:
     caption_canvas: int = 96  # side of a captioned scene
     objects: tuple[int, int] = (2, 5)  # in a boxed scene
     caption_objects: tuple[int, int] = (1, 2)  # in a captioned scene
-    symbol_size: tuple[float, float] = (
-        40.0,
-        60.0,
-    )  # long side before rotation; half a canvas at most
+    # Long side before rotation; half a canvas at most.
+    symbol_size: tuple[float, float] = (40.0, 60.0)
     rotation: float = 15.0  # degrees either way
     overlap: float = 0.1  # of the smaller of two boxes that may lie under the other
     difficulty: float = 0.1  # of the background: 0 soft, 1 garish
