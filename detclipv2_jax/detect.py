@@ -57,7 +57,6 @@ class Detector:
             evaluation,
             score_threshold=score_threshold,
             keep=keep,
-            candidates=max(keep, evaluation.candidates),
         )
         self.predictor = Predictor(
             checkpoint.graphdef,

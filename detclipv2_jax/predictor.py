@@ -32,14 +32,14 @@ class DetectConfig:
       'alignment' leaves the centerness out.
     * `score_threshold`: a detection scores more than this; 0 for measuring AP.
     * `nms_iou`: ATSS's 0.6; a box suppresses only boxes of its own name.
-    * `candidates`: the best pairs (anchor, name) of an image that enter suppression.
-    * `keep`: the best detections of an image that come back. Above 300, so that standard AP sees
-      its 300 and fixed AP, which has no limit an image, has more to choose from.
+    * `candidates`: the best anchors of each name that enter suppression.
+    * `keep`: the best detections of an image that come back, whatever their names. Above 300, so
+      that standard AP sees its 300 and fixed AP, which has no limit an image, more than that.
     """
 
     score_threshold: float = 0.0
     nms_iou: float = 0.6
-    candidates: int = 3000
+    candidates: int = 100
     keep: int = 1000
     score: Literal["alignment*centerness", "alignment"] = "alignment*centerness"
 
@@ -53,9 +53,9 @@ class DetectConfig:
                 f"score_threshold {self.score_threshold} must lie in [0, 1) and nms_iou "
                 f"{self.nms_iou} in (0, 1]."
             )
-        if not 1 <= self.keep <= self.candidates:
+        if self.keep < 1 or self.candidates < 1:
             raise UserError(
-                f"keep {self.keep} must be at least 1 and at most candidates {self.candidates}."
+                f"keep {self.keep} and candidates {self.candidates} must be at least 1."
             )
 
 

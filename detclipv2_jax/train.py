@@ -157,6 +157,7 @@ def open_data(config: RunConfig) -> tuple[Plan, dict[str, Source], list[str]]:
             negatives=c.negatives,
             max_boxes=c.max_boxes,
             texts_per_image=c.texts_per_image,
+            begin=c.begin,
         )
         for kind, c in kinds.items()
     ]

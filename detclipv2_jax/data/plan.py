@@ -42,6 +42,7 @@ class KindPlan:
     )
     max_boxes: int = 0  # box slots N an image
     texts_per_image: int = 0  # image_text: concepts C an image, its caption first
+    begin: float = 0.0  # share of the first epoch's other batches that come before this kind's
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -52,6 +53,8 @@ class KindPlan:
             raise UserError(
                 f"{self.kind}: `shapes` {self.shapes} must name canvases (height, width)"
             )
+        if not 0 <= self.begin < 1:
+            raise UserError(f"{self.kind}: `begin` is {self.begin}, must lie in [0, 1)")
         for field in ("batch_size", "table_size"):
             if getattr(self, field) < 1:
                 raise UserError(
@@ -101,7 +104,8 @@ class Plan:
 
     An epoch is each record of each kind exactly once. Its batches are those of all (kind, canvas)
     buckets in one shuffled sequence, so a kind is drawn in proportion to its batches left (paper
-    section 4). The last batch of a bucket is filled up with empty slots.
+    section 4); in the first epoch a kind may `begin` late. The last batch of a bucket is filled up
+    with empty slots.
 
     Args:
         sources: the prepared sources by name, at least those that `kinds` name.
@@ -213,7 +217,11 @@ class Plan:
                 batch = np.concatenate(
                     [np.arange(b.batches, dtype=np.int32) for b in self._buckets]
                 )
-                shuffled = self._generator(_SEQUENCE, epoch).permutation(len(numbers))
+                # Batches in the order of their moments, uniform in [begin, 1).
+                begins = [self.kinds[b.kind].begin * (epoch == 0) for b in self._buckets]
+                begin = np.asarray(begins)[numbers]
+                moments = self._generator(_SEQUENCE, epoch).random(len(numbers))
+                shuffled = np.argsort(begin + (1 - begin) * moments, kind="stable")
                 while len(self._epochs) >= 2:
                     self._epochs.pop(next(iter(self._epochs)))
                 self._epochs[epoch] = (numbers[shuffled], batch[shuffled], {})

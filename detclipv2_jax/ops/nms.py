@@ -12,6 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from detclipv2_jax.ops.boxes import area
 
+_CLASS_BLOCK = 512  # classes suppressed at a time, so that a huge vocabulary costs no more memory
+
 
 def nms(
     boxes: Float[Array, "N 4"],
@@ -54,29 +56,53 @@ def class_nms(
 ) -> tuple[Float[Array, "T 4"], Float[Array, " T"], Int[Array, " T"], Bool[Array, " T"]]:
     """The best `keep` detections of one image, where a box suppresses only boxes of its own class.
 
-    Of the pairs (anchor, class) with a score above `score_threshold`, the best `candidates` enter.
+    Of each class the best `candidates` anchors enter, if they score above `score_threshold`: no
+    class loses its place to another one's scores, which fixed AP, a measure a class, must not see.
     Returns boxes, scores, labels (columns of `scores`) and a mask, best first, padded with zeros to
-    T = keep. Beside `scores` it holds at most `candidates` rows of it.
+    T = keep. Equal scores rank by class, then by anchor. Beside `scores` it holds `_CLASS_BLOCK`
+    columns of it, and six numbers for each of the C * candidates that enter.
     """
     boxes, scores, mask = jnp.asarray(boxes), jnp.asarray(scores), jnp.asarray(mask)
-    # The best n pairs lie in the n anchors with the best scores; kept in order of their indices,
-    # so that equal scores still rank by index.
-    best = jnp.where(mask, scores.max(axis=-1), -jnp.inf)
-    anchors = jnp.sort(jax.lax.top_k(best, min(candidates, len(boxes)))[1])
-    rows = jnp.where(mask[anchors, None], scores[anchors], -jnp.inf)
-    values, pairs = jax.lax.top_k(rows.reshape(-1), min(candidates, rows.size))
-    labels = (pairs % scores.shape[-1]).astype(jnp.int32)
-    boxes = boxes[anchors[pairs // scores.shape[-1]]]
+    classes, size = scores.shape[-1], min(scores.shape[-1], _CLASS_BLOCK)
+    count = min(candidates, len(boxes))
 
-    picks, found = _pick_greedily(
-        _columns(boxes), values > score_threshold, iou_threshold, keep, labels
-    )
+    def suppress_block(first):
+        """Scores, anchors and classes of `size` columns: those from `first` on, if still new."""
+        start = jnp.minimum(first, classes - size)  # the last block begins in the one before it
+        table = jax.lax.dynamic_slice_in_dim(scores, start, size, axis=1).T
+        values, anchors = jax.lax.top_k(jnp.where(mask, table, -jnp.inf), count)
+        labels = start + jnp.arange(size)[:, None]
+        alive = (values > score_threshold) & (labels >= first)
+        kept = _suppress_rows(_columns(boxes)[:, anchors], alive, iou_threshold)
+        return jnp.where(kept, values, -jnp.inf), anchors, jnp.broadcast_to(labels, kept.shape)
+
+    found = jax.lax.map(suppress_block, jnp.arange(0, classes, size))
+    values, anchors, labels = (x.reshape(-1) for x in found)
+    values = jnp.pad(values, (0, max(0, keep - len(values))), constant_values=-jnp.inf)
+    values, picks = jax.lax.top_k(values, keep)
+    there = values > -jnp.inf
+    picks = jnp.where(there, picks, 0)
     return (
-        jnp.where(found[:, None], boxes[picks], 0.0),
-        jnp.where(found, values[picks], 0.0),
-        jnp.where(found, labels[picks], 0),
-        found,
+        jnp.where(there[:, None], boxes[anchors[picks]], 0.0),
+        jnp.where(there, values, 0.0),
+        jnp.where(there, labels[picks].astype(jnp.int32), 0),
+        there,
     )
+
+
+def _suppress_rows(
+    columns: Float[Array, "5 C N"], alive: Bool[Array, "C N"], iou_threshold: float
+) -> Bool[Array, "C N"]:
+    """What greedy suppression keeps of each row of boxes sorted best first, rows side by side."""
+    ranks = jnp.arange(alive.shape[1])
+
+    def step(kept, rank):
+        box = jax.lax.dynamic_slice_in_dim(columns, rank, 1, axis=2)
+        acts = jax.lax.dynamic_slice_in_dim(kept, rank, 1, axis=1)
+        overlaps = _overlap_more(box, columns, iou_threshold)
+        return kept & ~(acts & overlaps & (ranks > rank)), None
+
+    return jax.lax.scan(step, alive, ranks)[0]
 
 
 def select_proposals(
@@ -118,7 +144,6 @@ def _pick_greedily(
     alive: Bool[Array, " N"],
     iou_threshold: float,
     count: int,
-    labels: Int[Array, " N"] | None = None,
 ) -> tuple[Int[Array, " count"], Bool[Array, " count"]]:
     """Positions of the first `count` boxes that suppression keeps of boxes sorted best first.
 
@@ -135,8 +160,6 @@ def _pick_greedily(
         here = positions == first
         box = jnp.sum(jnp.where(here, columns, 0.0), axis=-1, keepdims=True)
         suppressed = _overlap_more(box, columns, iou_threshold)
-        if labels is not None:
-            suppressed &= labels == jnp.sum(jnp.where(here, labels, 0))
         return alive & ~suppressed & ~here, first
 
     _, picks = jax.lax.scan(pick, alive, length=count)

@@ -119,6 +119,20 @@ def test_a_kind_is_drawn_in_proportion_to_its_batches():
     assert sequence[: plan.steps_per_epoch] != sequence[plan.steps_per_epoch :]
 
 
+def test_a_kind_may_join_late_in_the_first_epoch():
+    plan, _ = three_kinds(
+        detection=dict(batch_size=1), grounding=dict(batch_size=1), image_text=dict(begin=0.6)
+    )
+    others = plan.batches["detection"] + plan.batches["grounding"]
+    sequence = [plan.plan(s).kind for s in range(2 * plan.steps_per_epoch)]
+    first, second = sequence[: plan.steps_per_epoch], sequence[plan.steps_per_epoch :]
+    assert collections.Counter(first) == collections.Counter(second) == plan.batches
+    # 102 batches at independent moments: 0.6 of them before, with a deviation of 0.05.
+    assert 0.45 < first.index("image_text") / others < 0.8
+    assert second.index("image_text") / others < 0.45
+    assert "detection" in first[first.index("image_text") :]
+
+
 def test_empty_slots_are_only_the_tail_of_the_last_batch_of_a_bucket():
     plan, _ = three_kinds()
     steps = [plan.plan(s) for s in range(plan.steps_per_epoch)]
@@ -340,6 +354,7 @@ def test_large_sources_are_planned_in_seconds():
         (dict(batch_size=0), "`batch_size` is 0"),
         (dict(table_size=0), "`table_size` is 0"),
         (dict(negatives=-1), "`negatives` is -1"),
+        (dict(begin=1.0), "`begin` is 1.0"),
     ],
 )
 def test_a_bad_kind_is_told(change, words):

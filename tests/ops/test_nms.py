@@ -109,9 +109,11 @@ def class_nms(*arrays, **options):
 
 def reference_class_nms(boxes, scores, mask, iou_threshold, score_threshold, candidates, keep):
     """(anchor, class, score) of the detections, best first."""
-    pairs = [(k, c) for k, c in np.ndindex(*scores.shape) if mask[k]]
-    pairs = sorted(pairs, key=lambda p: -scores[p])[:candidates]  # sorted is stable: index order
-    pairs = [p for p in pairs if scores[p] > score_threshold]
+    pairs = []
+    for c in range(scores.shape[1]):
+        anchors = sorted(np.flatnonzero(mask), key=lambda k: -scores[k, c])  # stable: index order
+        pairs += [(k, c) for k in anchors[:candidates] if scores[k, c] > score_threshold]
+    pairs = sorted(pairs, key=lambda p: -scores[p])  # equal scores by class, then by anchor
     values = [scores[p] for p in pairs]
     kept = greedy(
         [boxes[k] for k, _ in pairs],
@@ -127,11 +129,12 @@ def reference_class_nms(boxes, scores, mask, iou_threshold, score_threshold, can
     "case",
     [
         # classes, candidates, keep, score_threshold
-        (5, 80, 30, 0.1),
-        (5, 1000, 60, 0.0),  # more candidates than pairs
-        (5, 20, 50, 0.0),  # more asked for than candidates
+        (5, 16, 30, 0.1),
+        (5, 1000, 60, 0.0),  # more candidates than anchors
+        (5, 4, 50, 0.0),  # more asked for than enter
         (1, 40, 20, 0.3),
-        (40, 30, 10, 0.5),
+        (40, 1, 10, 0.5),
+        (700, 3, 500, 0.5),  # two blocks of classes, the second one not full
     ],
 )
 def test_class_nms(case):
@@ -171,6 +174,16 @@ def test_class_nms_suppresses_within_a_class_only():
     np.testing.assert_allclose(values[:2], [0.9, 0.8])
 
 
+def test_class_nms_gives_every_class_its_own_candidates():
+    """A class whose scores are all low is not crowded out by one whose scores are all high."""
+    boxes = np.float32([[9 * i, 0, 9 * i + 8, 8] for i in range(6)])
+    scores = np.stack([np.linspace(0.9, 0.8, 6), np.linspace(0.02, 0.01, 6)], 1).astype(np.float32)
+    _, _, labels, mask = class_nms(
+        boxes, scores, np.ones(6, bool), iou_threshold=0.5, score_threshold=0, candidates=3, keep=9
+    )
+    np.testing.assert_array_equal(labels[mask], [0, 0, 0, 1, 1, 1])
+
+
 def test_class_nms_wants_more_than_the_threshold():
     boxes = np.float32([[9 * i, 0, 9 * i + 8, 8] for i in range(4)])
     scores = np.float32([[0.75, 0.25], [0.5, 0.5], [0.25, 0.5], [0.125, 0.625]])
@@ -193,7 +206,7 @@ def test_class_nms_under_vmap():
     cases = [clustered(seed) for seed in range(3)]
     boxes, _, mask = (np.stack(x) for x in zip(*cases))
     scores = np.random.default_rng(0).random((3, COUNT, 5)).astype(np.float32)
-    options = {"iou_threshold": 0.5, "score_threshold": 0.1, "candidates": 80, "keep": 30}
+    options = {"iou_threshold": 0.5, "score_threshold": 0.1, "candidates": 16, "keep": 30}
     run = jax.jit(jax.vmap(lambda *x: ops.class_nms(*x, **options)))
     together = jax.device_get(run(boxes, scores, mask))
     for b in range(3):

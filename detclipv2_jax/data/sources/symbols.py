@@ -39,6 +39,7 @@ RARE, COMMON = 10, 100  # LVIS: a category in at most so many training images is
 
 _SECOND_CAPTION = 0.3  # share of the grounding pictures that have two captions
 _NOT_EXHAUSTIVE = 0.1  # share of the validation pictures that list a category as such
+_FITS = 0.7  # of a canvas, the long side that fits at any rotation
 _CHUNK = 50  # scenes a task of the process pool
 
 
@@ -46,15 +47,15 @@ _CHUNK = 50  # scenes a task of the process pool
 class SymbolsOptions:
     """Size, difficulty and the split of concepts. Lengths in pixels, shares as fractions of one."""
 
-    detection_scenes: int = 6400
-    grounding_scenes: int = 1600
-    image_text_scenes: int = 8064
+    detection_scenes: int = 7600
+    grounding_scenes: int = 1200
+    image_text_scenes: int = 9600
     val_scenes: int = 500
     canvas: int = 128  # longer side of a boxed scene; the shorter one is 0.8 to 1.0 of it
-    caption_canvas: int = 96  # side of a captioned scene
+    caption_canvas: int = 64  # side of a captioned scene
     objects: tuple[int, int] = (2, 5)  # in a boxed scene
-    caption_objects: tuple[int, int] = (1, 2)  # in a captioned scene
-    # Long side before rotation; half a canvas at most.
+    caption_objects: tuple[int, int] = (1, 1)  # in a captioned scene
+    # Long side before rotation; at most 0.7 of a canvas, so that it fits at any rotation.
     symbol_size: tuple[float, float] = (40.0, 60.0)
     rotation: float = 15.0  # degrees either way
     overlap: float = 0.1  # of the smaller of two boxes that may lie under the other
@@ -75,7 +76,7 @@ class SymbolsOptions:
             "objects": 1 <= self.objects[0] <= self.objects[1],
             "caption_objects": 1 <= self.caption_objects[0] <= self.caption_objects[1],
             "symbol_size": 8 <= self.symbol_size[0] <= self.symbol_size[1]
-            and self.symbol_size[0] <= smallest_side / 2,
+            and self.symbol_size[0] <= _FITS * smallest_side,
             "overlap": 0 <= self.overlap <= 1,
             "difficulty": 0 <= self.difficulty <= 1,
             "colour_share": 0 <= self.colour_share <= 1,
@@ -198,7 +199,7 @@ def make_example(
         objects=options.caption_objects if captioned else options.objects,
         size=(
             options.symbol_size[0],
-            max(options.symbol_size[0], min(options.symbol_size[1], canvas / 2)),
+            max(options.symbol_size[0], min(options.symbol_size[1], _FITS * canvas)),
         ),
         rotation=options.rotation,
         overlap=options.overlap,
