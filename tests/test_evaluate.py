@@ -93,6 +93,15 @@ def test_right_answers_score_one(tmp_path):
     assert sheet.width > 4 * 480  # two pairs a row
 
 
+def test_pictures_show_the_best_name_of_a_place():
+    boxes = np.float32([[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [0, 0, 9, 10]])
+    scores = np.float32([0.9, 0.8, 0.7, 0.6])
+    found = ImageDetections(boxes, scores, np.arange(4), ("a", "b", "c", "d"), (40, 40))
+    np.testing.assert_array_equal(evaluate._best_names(found), [0, 2])
+    nothing = ImageDetections(boxes[:0], scores[:0], np.arange(0), (), (40, 40))
+    assert not len(evaluate._best_names(nothing))
+
+
 def test_coco_sets_get_the_twelve_figures(tmp_path):
     truth = evaluate.load_ground_truth(make_set(tmp_path, federated=False))
     results = evaluate.evaluate(Oracle(truth), truth, tmp_path / "images", progress=False)
