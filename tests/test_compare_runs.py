@@ -1,0 +1,51 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from detclipv2_jax.errors import UserError
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts/compare_runs.py"
+
+
+@pytest.fixture(scope="module")
+def compare_runs():
+    spec = importlib.util.spec_from_file_location("compare_runs", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_run(directory, **figures):
+    results = {"fixed": {"AP": figures.pop("all")}}
+    results["groups"] = {name: {"fixed": {"AP": value}} for name, value in figures.items()}
+    directory.mkdir()
+    (directory / "results.json").write_text(json.dumps(results))
+    return str(directory)
+
+
+def test_a_table_and_a_picture(compare_runs, tmp_path):
+    runs = [
+        make_run(tmp_path / "a", all=0.25, base=0.3, novel=0.2),
+        make_run(tmp_path / "b", all=0.35, base=0.4, novel=0.1),
+        make_run(tmp_path / "c", all=0.5, base=None),
+    ]
+    groups = compare_runs.read_groups([f"with={runs[0]},{runs[1]}", f"without={runs[2]}"])
+    assert compare_runs.table(groups).splitlines() == [
+        "| | runs | all | base | novel |",
+        "|---|---|---|---|---|",
+        "| with | 2 | 0.300 (0.250–0.350) | 0.350 (0.300–0.400) | 0.150 (0.100–0.200) |",
+        "| without | 1 | 0.500 | – | – |",
+    ]
+    compare_runs.draw(groups, tmp_path / "pictures/comparison.png")
+    assert Image.open(tmp_path / "pictures/comparison.png").width > 900
+
+
+def test_what_is_no_run_is_told(compare_runs, tmp_path):
+    with pytest.raises(UserError, match="results.json: no results of an evaluation"):
+        compare_runs.read_groups([f"with={tmp_path}"])
+    for argument in ("with", "with=", "=runs/a"):
+        with pytest.raises(UserError, match="NAME=DIR"):
+            compare_runs.read_groups([argument])
