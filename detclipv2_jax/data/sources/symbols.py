@@ -16,6 +16,7 @@ Every `file_name` is relative to the image folder of its own kind.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import json
 import multiprocessing
@@ -240,9 +241,11 @@ def _results(tasks: list[tuple], processes: int) -> Iterator[tuple[str, list[Exa
     if processes <= 1 or len(tasks) <= 1:
         yield from map(_draw_chunk, tasks)
         return
-    # Not forked: the caller may run threads (JAX, TensorFlow), which a fork would not survive.
-    with multiprocessing.get_context("spawn").Pool(min(processes, len(tasks))) as pool:
-        yield from pool.imap(_draw_chunk, tasks)  # in the order of the tasks
+    # Not forked: the caller may run threads (JAX, TensorFlow), which a fork would not survive. An
+    # executor, since a pool starts anew for ever the workers that fail to start.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(processes, len(tasks)), context) as pool:
+        yield from pool.map(_draw_chunk, tasks)  # in the order of the tasks
 
 
 def _draw_chunk(task: tuple) -> tuple[str, list[Example]]:
