@@ -245,7 +245,13 @@ def _results(tasks: list[tuple], processes: int) -> Iterator[tuple[str, list[Exa
     # executor, since a pool starts anew for ever the workers that fail to start.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(min(processes, len(tasks)), context) as pool:
-        yield from pool.map(_draw_chunk, tasks)  # in the order of the tasks
+        try:
+            yield from pool.map(_draw_chunk, tasks)  # in the order of the tasks
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise UserError(
+                "symbols: a worker process died or could not start (out of memory, or called "
+                "outside an importable file): use one process (--jobs=1, processes=1)."
+            ) from error
 
 
 def _draw_chunk(task: tuple) -> tuple[str, list[Example]]:
