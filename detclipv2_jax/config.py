@@ -33,9 +33,8 @@ class KindConfig:
     texts_per_image: int = 0  # image_text: concepts an image, caption first (ours: 8)
     flip: float = 0.5  # chance of a horizontal flip
     scales: tuple[float, float] = (0.6, 1.0)  # size of the picture relative to fitting its canvas
-    # Share of the first epoch that passes before this kind joins (paper: 0; plan.py says exactly).
-    begin: float = 0.0
     crop: bool = False  # may a picture exceed its canvas and be cropped at random?
+    begin: float = 0.0  # share of the first epoch's other batches before this kind's (paper: 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,8 @@ from detclipv2_jax.files import replacing
 Figures = dict[str, float]  # 'all', 'base', 'novel': AP as a fraction of one
 
 
-def read_run(directory: str) -> Figures:
-    """The fixed AP (COCO's, for a COCO-format set) of all categories and of each group.
+def read_run(directory: str) -> tuple[str, Figures]:
+    """What is measured ('fixed AP'; 'coco AP' on a COCO-format set), of all and of each group.
 
     Raises:
       UserError: there is no results.json, or it holds no such figure.
@@ -34,7 +34,7 @@ def read_run(directory: str) -> Figures:
         results = json.loads(path.read_text(encoding="utf-8"))
         protocol = "fixed" if "fixed" in results else "coco"
         groups = results.get("groups", {})
-        return {
+        return f"{protocol} AP", {
             "all": results[protocol]["AP"],
             **{name: group[protocol]["AP"] for name, group in groups.items()},
         }
@@ -44,16 +44,25 @@ def read_run(directory: str) -> Figures:
         ) from None
 
 
-def read_groups(arguments: Sequence[str]) -> dict[str, list[Figures]]:
-    """The figures of each run of each NAME=DIR,DIR,…"""
-    groups = {}
+def read_groups(arguments: Sequence[str]) -> tuple[str, dict[str, list[Figures]]]:
+    """What is measured, and the figures of each run of each NAME=DIR,DIR,…
+
+    Raises:
+      UserError: an argument is no group, a run has no results, or two measure different things.
+    """
+    measured, groups = "", {}
     for argument in arguments:
         name, _, directories = argument.partition("=")
         runs = [directory for directory in directories.split(",") if directory]
         if not name or not runs:
             raise UserError(f"{argument}: write a group as NAME=DIR,DIR,…")
-        groups[name] = [read_run(directory) for directory in runs]
-    return groups
+        for directory in runs:
+            here, figures = read_run(directory)
+            if measured not in ("", here):
+                raise UserError(f"{directory}: holds {here}, the runs before it {measured}.")
+            measured = here
+            groups.setdefault(name, []).append(figures)
+    return measured, groups
 
 
 def columns(groups: Mapping[str, Sequence[Figures]]) -> list[str]:
@@ -61,10 +70,10 @@ def columns(groups: Mapping[str, Sequence[Figures]]) -> list[str]:
     return list(dict.fromkeys(key for runs in groups.values() for run in runs for key in run))
 
 
-def table(groups: Mapping[str, Sequence[Figures]]) -> str:
+def table(measured: str, groups: Mapping[str, Sequence[Figures]]) -> str:
     """Markdown: a row a group, a column a figure; '–' where no run of the group has it."""
     names = columns(groups)
-    lines = ["| | runs | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    lines = [f"| {measured} | runs | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for group, runs in groups.items():
         cells = [_cell([run[name] for run in runs if run.get(name) is not None]) for name in names]
         lines.append(f"| {group} | {len(runs)} | " + " | ".join(cells) + " |")
@@ -78,7 +87,7 @@ def _cell(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.3f}–{max(values):.3f})"
 
 
-def draw(groups: Mapping[str, Sequence[Figures]], picture: Path) -> None:
+def draw(measured: str, groups: Mapping[str, Sequence[Figures]], picture: Path) -> None:
     """A panel a figure: each group's mean as a bar, each run as a dot. Writes a PNG, atomically."""
     names = columns(groups)
     figure = Figure(figsize=(3.2 * len(names), 3.4), layout="constrained")
@@ -90,7 +99,7 @@ def draw(groups: Mapping[str, Sequence[Figures]], picture: Path) -> None:
                 panel.plot([place] * len(values), values, "o", color="black", markersize=4)
         panel.set(title=name, xticks=range(len(groups)), xticklabels=list(groups))
         panel.grid(axis="y", alpha=0.3)
-    figure.axes[0].set_ylabel("AP")
+    figure.axes[0].set_ylabel(measured)
     with replacing(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
@@ -104,12 +113,12 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="PNG to draw (default: none)")
     args = parser.parse_args()
     try:
-        groups = read_groups(args.groups)
+        measured, groups = read_groups(args.groups)
+        print(table(measured, groups))
+        if args.picture:
+            draw(measured, groups, args.picture)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(table(groups))
-    if args.picture:
-        draw(groups, args.picture)
 
 
 if __name__ == "__main__":

@@ -32,14 +32,15 @@ def test_a_table_and_a_picture(compare_runs, tmp_path):
         make_run(tmp_path / "b", all=0.35, base=0.4, novel=0.1),
         make_run(tmp_path / "c", all=0.5, base=None),
     ]
-    groups = compare_runs.read_groups([f"with={runs[0]},{runs[1]}", f"without={runs[2]}"])
-    assert compare_runs.table(groups).splitlines() == [
-        "| | runs | all | base | novel |",
+    arguments = [f"with={runs[0]}", f"without={runs[2]}", f"with={runs[1]}"]
+    measured, groups = compare_runs.read_groups(arguments)
+    assert compare_runs.table(measured, groups).splitlines() == [
+        "| fixed AP | runs | all | base | novel |",
         "|---|---|---|---|---|",
         "| with | 2 | 0.300 (0.250–0.350) | 0.350 (0.300–0.400) | 0.150 (0.100–0.200) |",
         "| without | 1 | 0.500 | – | – |",
     ]
-    compare_runs.draw(groups, tmp_path / "pictures/comparison.png")
+    compare_runs.draw(measured, groups, tmp_path / "pictures/comparison.png")
     assert Image.open(tmp_path / "pictures/comparison.png").width > 900
 
 
@@ -49,3 +50,11 @@ def test_what_is_no_run_is_told(compare_runs, tmp_path):
     for argument in ("with", "with=", "=runs/a"):
         with pytest.raises(UserError, match="NAME=DIR"):
             compare_runs.read_groups([argument])
+
+
+def test_fixed_and_coco_ap_never_share_a_table(compare_runs, tmp_path):
+    lvis = make_run(tmp_path / "lvis", all=0.25)
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco/results.json").write_text(json.dumps({"coco": {"AP": 0.3}}))
+    with pytest.raises(UserError, match="holds coco AP, the runs before it fixed AP"):
+        compare_runs.read_groups([f"a={lvis},{tmp_path / 'coco'}"])
