@@ -15,16 +15,21 @@ def to_dict(config: Any) -> dict[str, Any]:
     return _plain(dataclasses.asdict(config))
 
 
+def check_path(cls: type, path: str, where: str) -> None:
+    """`UserError` unless a path like 'train.epochs' leads to a field of the dataclass `cls`."""
+    for name in path.split("."):
+        hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+        _check_name(name, hints, where)
+        cls, where = hints[name], f"{where}.{name}"
+
+
 def from_dict(cls: type, values: Any, where: str) -> Any:
     """An instance of the frozen dataclass `cls` from a mapping; `where` names it in errors."""
     if not isinstance(values, Mapping):
         raise UserError(f"{where} must be a section with fields, not {values!r}.")
     hints = typing.get_type_hints(cls)
     for key in values:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(hints)}."
-            raise UserError(f"{where}.{key} is no field of the config: {hint}")
+        _check_name(key, hints, where)
     missing = [
         f.name
         for f in dataclasses.fields(cls)
@@ -35,6 +40,13 @@ def from_dict(cls: type, values: Any, where: str) -> Any:
     if missing:
         raise UserError(f"{where}.{missing[0]} is missing from the config.")
     return cls(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()})
+
+
+def _check_name(name: Any, hints: Mapping[str, Any], where: str) -> None:
+    if name not in hints:
+        near = difflib.get_close_matches(str(name), hints, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(hints) or 'no fields'}."
+        raise UserError(f"{where}.{name} is no field of the config: {hint}")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -86,9 +86,20 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (AttributeError, KeyError) as error:
+        _check_fields(argv)
         raise UserError(f"{str(error).splitlines()[0]} (in {' '.join(argv[1:])})") from None
     except (flags.Error, OSError, TypeError, ValueError) as error:
         raise UserError(str(error).splitlines()[0]) from None
+
+
+def _check_fields(argv: list[str]) -> None:
+    """Names the first `--config.FIELD=…` that is no field of a run."""
+    from detclipv2_jax import config, fields
+
+    for argument in argv:
+        name = argument.lstrip("-").split("=")[0]
+        if name.startswith("config."):
+            fields.check_path(config.RunConfig, name.removeprefix("config."), "--config")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,21 @@ def test_a_wrong_field_is_named(change, message):
         config.parse(values | change)
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("train.epoch", "^--config.train.epoch is no field.*did you mean epochs"),
+        ("trian.epochs", "^--config.trian is no field.*did you mean train"),
+        ("train.epochs.all", "^--config.train.epochs.all is no field.*no fields"),
+        ("", "^--config. is no field.*it has model, init, data_dir"),
+    ],
+)
+def test_a_wrong_path_is_named(path, message):
+    fields.check_path(config.RunConfig, "model.swin.depths", "--config")
+    with pytest.raises(UserError, match=message):
+        fields.check_path(config.RunConfig, path, "--config")
+
+
 def test_every_field_is_read_somewhere():
     package = Path(config.__file__).parent
     code = "".join(p.read_text() for p in package.rglob("*.py") if p.name != "config.py")
