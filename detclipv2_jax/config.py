@@ -14,6 +14,7 @@ from detclipv2_jax.optimizer import OptimizerConfig
 from detclipv2_jax.predictor import DetectConfig
 from detclipv2_jax.step import LossConfig
 from detclipv2_jax.structures import KINDS
+from detclipv2_jax.weights.initialise import InitConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,7 @@ class RunConfig:
     """All of a run."""
 
     model: DetCLIPConfig
+    init: InitConfig = InitConfig()
     data_dir: str = "data"  # where the prepared sources lie
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()

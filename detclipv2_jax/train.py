@@ -30,6 +30,7 @@ from detclipv2_jax.predictor import Predictor, detect_config
 from detclipv2_jax.state import TrainState
 from detclipv2_jax.step import Losses, train_step
 from detclipv2_jax.structures import Batch
+from detclipv2_jax.weights import initialise
 
 Program = tuple[str, tuple[int, int]]  # (kind, canvas): what one compiled step is for
 
@@ -56,10 +57,13 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
     millions = sum(p.size for p in jax.tree.leaves(params)) / 1e6
     print(f"{millions:.2f} M parameters on {mesh.size} device(s) ({jax.devices()[0].device_kind})")
     rule = optimizer.create(config.optimizer, params, total_steps)
+    checkpointer = Checkpointer(workdir, config.train.keep)
+    if checkpointer.latest is None:
+        params, origins = initialise.initialise(params, config.init)
+        print(initialise.table(origins), end="\n" * bool(origins))
     state = state_lib.create(params, rule)
     shardings = state_shardings(mesh, state)
     state = jax.device_put(state, shardings)
-    checkpointer = Checkpointer(workdir, config.train.keep)
     clock = metrics.Clock()
     if checkpointer.latest is not None:
         state, meta = checkpointer.restore(jax.tree.map(_abstract, state, shardings))

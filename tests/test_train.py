@@ -1,5 +1,8 @@
 import json
+import math
 import random
+import re
+import shutil
 import signal
 import subprocess
 import time
@@ -7,6 +10,8 @@ import time
 import pytest
 import tiny_run
 from PIL import Image
+
+from detclipv2_jax import export
 
 
 @pytest.fixture(scope="session")
@@ -73,12 +78,51 @@ def test_a_run_killed_three_times_ends_with_the_same_losses(data, finished, tmp_
     assert a["fixed"] == b["fixed"]
 
 
+def _spoil(source, count):
+    """Overwrites the first bytes of some of a source's stored pictures, as a bad disk would."""
+    shards = sorted(source.glob("records-*"))
+    content = bytearray(shards[0].read_bytes())
+    starts = [found.start() for found in re.finditer(b"\xff\xd8\xff", content)]
+    for start in random.Random(0).sample(starts, count):
+        content[start : start + 3] = bytes(3)
+    shards[0].write_bytes(content)
+
+
+def test_a_run_over_data_with_broken_pictures_finishes_and_counts_them(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    _spoil(tmp_path / "data/detection", 1)
+    _spoil(tmp_path / "data/image_text", 2)
+    share = {"data.max_broken_share": 0.06}
+    process = tiny_run.run(tmp_path / "data", tmp_path / "run", **share)
+    assert process.returncode == 0, process.stderr[-3000:]
+    # Two epochs of 24, 16 and 40 records.
+    assert "\ndetection: 2 of 48 records could not be read" in process.stdout
+    assert "\nimage_text: 4 of 80 records could not be read" in process.stdout
+    assert "\ngrounding: " not in process.stdout
+    assert "record" in process.stderr and "source 'detection'" in process.stderr
+    assert all(math.isfinite(loss) for _, _, loss, _ in _losses(tmp_path / "run"))
+    assert (tmp_path / "run/results.json").is_file()
+
+
 def test_a_finished_run_started_again_only_reports(data, finished):
     before = (finished[0] / "metrics.jsonl").read_text()
     process = tiny_run.run(data, finished[0])
     assert process.returncode == 0, process.stderr[-3000:]
     assert "going on after step" in process.stdout and "compiled " not in process.stdout
     assert (finished[0] / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_starts_from_an_exported_model(data, finished, tmp_path):
+    directory = tmp_path / "exported"
+    assert export.main([f"--checkpoint={finished[0]}", f"--output={directory}"]) == 0
+    start = {"init.model": directory / "model.safetensors", "optimizer.learning_rate": 0.0}
+    process = tiny_run.run(data, tmp_path / "run", **start, **{"train.epochs": 0.01})
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert f"model from {directory}/model.safetensors (detclipv2_jax)" in process.stdout
+    a, b = (json.loads((w / "results.json").read_text()) for w in (tmp_path / "run", finished[0]))
+    assert a["step"] < b["step"] and a["fixed"] == b["fixed"] and a["standard"] == b["standard"]
+    process = tiny_run.run(data, tmp_path / "other", **{"init.backbone": tmp_path / "none.pth"})
+    assert process.returncode == 2 and "none.pth: no such file" in process.stderr
 
 
 def test_another_model_in_the_same_workdir_is_one_sentence(data, finished):
@@ -90,7 +134,8 @@ def test_another_model_in_the_same_workdir_is_one_sentence(data, finished):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"train.epoch": 3}, "epoch"),
+        ({"train.epoch": 3}, "--config.train.epoch is no field of the config: did you mean"),
+        ({"trian.epochs": 3}, "--config.trian is no field of the config: did you mean train?"),
         ({"data_dir": "/nowhere"}, "prepare_data.py symbols --to=data/symbols"),
         ({"train.epochs": "many"}, "many"),
         ({"eval.dataset": "none.json"}, "none.json"),

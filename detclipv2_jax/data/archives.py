@@ -64,7 +64,7 @@ def discover(directory: Path) -> tuple[dict[str, list[Path]], dict[Path, str]]:
         if _EVALUATION_WORDS & set(re.split(r"[\W_]+", path.stem.lower())):
             left_out[path] = "by its name it is for evaluation"
         elif (name := format_of(path)) is None:
-            left_out[path] = "its fields are those of no known training format"
+            left_out[path] = "it is no JSON with the fields of a known training format"
         else:
             found.setdefault(FORMATS[name][0], []).append(path)
     return found, left_out

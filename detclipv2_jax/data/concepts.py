@@ -10,11 +10,11 @@ import functools
 import gzip
 import hashlib
 import html
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import ftfy
 import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt16, UInt64
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
@@ -35,8 +35,11 @@ _CHUNK = 65536  # texts handed to the tokenizer at once: bounds its memory
 
 
 def normalise(text: str) -> str:
-    """A concept as CLIP cleans text: HTML unescaped twice, NFC, single spaces, lower case."""
-    text = unicodedata.normalize("NFC", html.unescape(html.unescape(text)))
+    """A concept as CLIP cleans text: by ftfy (NFC, straight quotes, mended encodings, …), HTML
+    unescaped twice, single spaces, lower case."""
+    if not (text.isascii() and text.isprintable()):  # in which ftfy finds nothing but HTML to mend
+        text = ftfy.fix_text(text)
+    text = html.unescape(html.unescape(text))
     return " ".join(text.split()).lower()
 
 

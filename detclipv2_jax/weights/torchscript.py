@@ -1,0 +1,106 @@
+"""The tensors of a TorchScript archive (OpenAI's CLIP files), without running what it holds.
+
+PyTorch opens such an archive by loading its code. Here its one pickle, `data.pkl`, is read with
+every class and function replaced by an inert stand-in: what can come out is numbers and tensors.
+"""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from detclipv2_jax.errors import UserError
+
+_STORAGES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+
+
+def is_archive(path: Path) -> bool:
+    """Is a file a zip archive that holds code beside its data?"""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/code/" in name for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """Parameters and buffers by the dotted names that `state_dict()` would give them.
+
+    Raises:
+        UserError: cut off, or not an archive of a module.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (pickled,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
+            root = pickled.removesuffix("data.pkl")
+            with archive.open(pickled) as file:
+                module = _Reader(file, archive, f"{root}data/").load()
+    except Exception as error:  # whatever a damaged pickle or archive comes to
+        raise UserError(
+            f"{path}: not a whole TorchScript archive ({error}); download it again"
+        ) from None
+    return dict(_tensors(module, ""))
+
+
+class _Inert:
+    """Stands for an object of any class: it keeps its state and can do nothing."""
+
+    def __init__(self, *_: Any):
+        self.state: Any = {}
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Reader(pickle.Unpickler):
+    """Builds tensors from the archive's storages and stand-ins for everything else."""
+
+    def __init__(self, file: Any, archive: zipfile.ZipFile, storages: str):
+        super().__init__(file)
+        self._archive, self._storages = archive, storages
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Never what the file names."""
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _tensor
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        return _Inert
+
+    def persistent_load(self, pid: Any) -> np.ndarray:
+        """A storage: ('storage', type, key, device, number of elements)."""
+        _, dtype, key, _, count = pid
+        return np.frombuffer(self._archive.read(self._storages + key), dtype)[:count]
+
+
+def _tensor(
+    storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> np.ndarray:
+    """A strided view of a storage, copied; it cannot reach beyond the storage."""
+    place = np.full(size, offset, np.int64)
+    for axis, (extent, step) in enumerate(zip(size, stride, strict=True)):
+        place += (np.arange(extent) * step).reshape(-1, *[1] * (len(size) - axis - 1))
+    return np.asarray(storage[place])
+
+
+def _tensors(node: Any, prefix: str):
+    state = node.state if isinstance(node, _Inert) else node
+    if isinstance(state, np.ndarray):
+        yield prefix, state
+    elif isinstance(state, dict):
+        for name, child in state.items():
+            yield from _tensors(child, f"{prefix}.{name}" if prefix else str(name))
