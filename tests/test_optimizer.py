@@ -1,13 +1,18 @@
+import collections
 import dataclasses
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from configs_under_test import load
 
-from detclipv2_jax import optimizer
+from detclipv2_jax import config as config_lib
+from detclipv2_jax import optimizer, sharding
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.models import detclip, sizes
 from detclipv2_jax.optimizer import OptimizerConfig
@@ -106,6 +111,37 @@ def test_rules_cover_the_model_and_split_it_as_the_paper_says():
             assert decays[path] == 0.0, path
     kept = {path for path, value in decays.items() if value == 0.0 and len(shapes[path]) > 1}
     assert kept and all("position" in path for path in kept)
+
+
+def _table(config):
+    """A line for parameters whose paths differ only in numbers: their rate, decay and sharding."""
+    _, params = detclip.abstract(config.model)
+    rule = optimizer.create(config.optimizer, params, 10)
+    specs = optimizer.match_rules(sharding.PARAMETER_RULES, params, "sharding")
+    trees = (rule.factors, rule.decays, jax.tree.map(str, specs, is_leaf=_is_spec))
+    columns = [detclip.parameter_paths(tree) for tree in trees]
+    rows = collections.Counter(
+        (re.sub(r"(?<=/)\d+(?=/)", "*", path), *(column[path] for column in columns))
+        for path in columns[0]
+    )
+    head = f"{'parameters':<68}{'count':>6}{'rate':>6}{'decay':>7}  sharding"
+    lines = [
+        f"{path:<68}{count:>6}{config.optimizer.learning_rate * rate:>9.2g}"
+        f"{config.optimizer.weight_decay * decay:>7g}  {spec}"
+        for (path, rate, decay, spec), count in sorted(rows.items())
+    ]
+    return "\n".join([head.replace("  rate", "     rate"), *lines]) + "\n"
+
+
+def _is_spec(node):
+    return isinstance(node, jax.sharding.PartitionSpec)
+
+
+def test_every_parameter_of_swin_t_is_updated_as_the_stored_table_says():
+    """If a rule was meant to change, put what this prints into tests/parameter_rules.txt."""
+    table = _table(config_lib.parse(load("pretrain").get_config("swin_t").to_dict()))
+    print(table)
+    assert table == (Path(__file__).parent / "parameter_rules.txt").read_text()
 
 
 def test_a_parameter_that_no_rule_matches_is_named():
