@@ -61,7 +61,7 @@ def dense_losses(
     anchor_mask = box_ops.anchors_inside(anchors, batch.sizes)
 
     regions = model.encode_image(batch.images, key)
-    logits = model.logits(regions.embeddings, model.encode_text(batch.tokens))
+    texts = model.scale() * model.encode_text(batch.tokens)
 
     # A box whose concept found no row in the step's table is neither object nor background.
     real = batch.boxes[..., 2] > batch.boxes[..., 0]
@@ -77,7 +77,9 @@ def dense_losses(
     scored = anchor_mask & ~(positive & (label < 0))
 
     positives = jnp.maximum(positive.sum(), 1).astype(jnp.float32)
-    align = losses.alignment_loss(logits, label, scored, batch.token_mask)
+    align = losses.alignment_loss(
+        regions.embeddings, texts, model.logit_bias[...], label, scored, batch.token_mask
+    )
     parts = {"align": align / positives}
     total = parts["align"]
     if batch.kind == "detection" or config.grounding_boxes:
