@@ -51,7 +51,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
     print(f"{total_steps} steps; an epoch is {plan.steps_per_epoch}: {batches}")
 
     # ---- Model, optimizer, state: restored if this workdir has a checkpoint.
-    mesh = sharding.make_mesh(config.mesh.data)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     evaluator = Evaluator(config, workdir, mesh) if config.eval.dataset else None
     graphdef, params = detclip.create(config.model, config.seed)
     millions = sum(p.size for p in jax.tree.leaves(params)) / 1e6
@@ -96,6 +96,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
             optimizer=rule,
             config=config.loss,
             seed=config.seed,
+            gathered=sharding.replicated(mesh),
         )
         todo = plan.programs if start < total_steps else []
         programs = compile_programs(step_fn, todo, state, shardings, mesh, config)

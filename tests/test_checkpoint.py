@@ -38,7 +38,7 @@ def test_a_state_comes_back_bit_for_bit_on_another_mesh(tmp_path):
     saver.save(old, META, None)
     saver.close()
 
-    four = sharding.make_mesh(4)
+    four = sharding.make_mesh(2, 2)
     shardings = train.state_shardings(four, old)
     new, meta = Checkpointer(tmp_path, 2).restore(_abstract(old, shardings))
     jax.tree.map(np.testing.assert_array_equal, new, old)
