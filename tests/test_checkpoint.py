@@ -120,14 +120,15 @@ def test_a_checkpoint_of_another_model_is_named_with_the_parameter(tmp_path):
         checkpoint.load_model(tmp_path / "b")
 
 
-def test_optimizer_state_and_average_are_laid_out_like_their_parameters(monkeypatch):
-    rules = ((".*embedding", PartitionSpec(None, "data")), (".*", PartitionSpec()))
-    monkeypatch.setattr(sharding, "PARAMETER_RULES", rules)
-    mesh, tree = sharding.make_mesh(4), _state()
+def test_optimizer_state_and_average_are_laid_out_like_their_parameters():
+    mesh, tree = sharding.make_mesh(1, 4), _state()
     shardings = train.state_shardings(mesh, tree)
-    wanted = NamedSharding(mesh, PartitionSpec(None, "data"))
+    wanted = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
     for part in (shardings.params, shardings.ema, shardings.moments.mean, shardings.moments.square):
         paths = detclip.parameter_paths(part)
-        split = [path for path, value in paths.items() if value == wanted]
-        assert split and all(path.endswith("embedding") for path in split)
+        assert paths["text/token_embedding"] == wanted
+        split = [path for path, value in paths.items() if not value.is_fully_replicated]
+        assert len(split) > 10 and all(
+            path.endswith(("embedding", "projection", "kernel")) for path in split
+        )
     jax.device_put(tree, shardings)
