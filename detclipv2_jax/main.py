@@ -8,6 +8,7 @@ where a killed run stopped.
 
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,20 @@ def _split_cpu(parsed: Any) -> None:
 
 
 def run() -> None:
-    """`main` with every error a user can mend as one sentence and exit status 2."""
+    """`main` with every error a user can mend as one sentence and exit status 2.
+
+    A run that SIGTERM ended in good order has exit status 143, as one that it killed.
+    """
+    from detclipv2_jax.interruption import Interrupted
+
     try:
         app.run(main, flags_parser=_parse_flags)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as interrupted:
+        print(f"{interrupted}; the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

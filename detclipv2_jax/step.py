@@ -206,6 +206,8 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
     def loss_of(params: PyTree) -> tuple[Array, Losses]:
+        if gathered is not None:  # else the compiler would split activations as parameters are
+            params = jax.lax.with_sharding_constraint(params, gathered)
         model = detclip.build(graphdef, params)
         return losses_of(batch.kind)(model, batch, config, key, gathered)
 

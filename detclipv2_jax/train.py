@@ -25,6 +25,7 @@ from detclipv2_jax.data.plan import KindPlan, Plan, StepPlan
 from detclipv2_jax.data.transforms import TransformConfig
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.files import write_json
+from detclipv2_jax.interruption import Interrupted, StopRequest
 from detclipv2_jax.models import detclip
 from detclipv2_jax.predictor import Predictor, detect_config
 from detclipv2_jax.state import TrainState
@@ -43,6 +44,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
 
     Raises:
       UserError: for anything the user can mend; nothing is lost, the next start goes on.
+      Interrupted: by SIGTERM; the state is saved, the next start goes on.
     """
     # ---- Data: from here on, what each step sees is a function of (seed, step).
     plan, sources, names = open_data(config)
@@ -105,7 +107,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
     log = metrics.MetricsLog(workdir, start)
     progress = metrics.Progress(total_steps, start)
     recorder = Recorder(config, log, progress, checkpointer)
-    results = None
+    results, stop = None, StopRequest()
     for step in range(start, total_steps):
         with clock("data"):
             planned, batch = next(feed)
@@ -113,6 +115,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
         with clock("train"):
             state, values = programs[planned.kind, planned.shape](state, batch)
             recorder.add(planned, values)
+        stopping = stop.is_due(step + 1)
         last, score = step + 1 == total_steps, None
         if evaluator and (last or _is_due(step + 1, config.train.eval_every)):
             recorder.finish()
@@ -121,11 +124,14 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
                 score = headline(results)
                 log.write(step + 1, scalars(results))
                 progress.say(f"step {step + 1}: {score:.4f} AP")
-        if last or _is_due(step + 1, config.train.checkpoint_every):
+        if last or stopping or _is_due(step + 1, config.train.checkpoint_every):
             recorder.finish()
             with clock("checkpoint"):
                 meta = {"config": fields.to_dict(config), "names": names, "seconds": clock.seconds}
                 checkpointer.save(state, meta, score)
+        if stopping and not last:
+            checkpointer.wait()
+            raise Interrupted(f"stopped by {stop.reason} after step {step + 1}, which is saved")
     progress.close()
     log.close()
     checkpointer.close()
@@ -199,6 +205,26 @@ def abstract_batch(kind: str, shape: tuple[int, int], config: config_lib.KindCon
     )
 
 
+def lower_program(
+    step_fn: Any,
+    program: Program,
+    state: TrainState,
+    shardings: TrainState,
+    mesh: jax.sharding.Mesh,
+    config: RunConfig,
+) -> jax.stages.Lowered:
+    """The step of one (kind, canvas), traced for a mesh; `state` may be abstract."""
+    kind, shape = program
+    batch = abstract_batch(kind, shape, config.data.kinds()[kind])
+    run = jax.jit(
+        step_fn,
+        donate_argnums=0,
+        in_shardings=(shardings, sharding.batch_shardings(mesh, batch)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
+    return run.lower(state, batch)
+
+
 def compile_programs(
     step_fn: Any,
     programs: Sequence[Program],
@@ -210,25 +236,13 @@ def compile_programs(
     """The compiled step of every (kind, canvas), several at a time; prints what each costs."""
 
     def compile_one(program: Program) -> Any:
-        kind, shape = program
-        began = time.monotonic()
-        kind_config = config.data.kinds()[kind]
-        batch = abstract_batch(kind, shape, kind_config)
-        compiled = (
-            jax.jit(
-                step_fn,
-                donate_argnums=0,
-                in_shardings=(shardings, sharding.batch_shardings(mesh, batch)),
-                out_shardings=(shardings, sharding.replicated(mesh)),
-            )
-            .lower(state, batch)
-            .compile()
-        )
+        (kind, shape), began = program, time.monotonic()
+        compiled = lower_program(step_fn, program, state, shardings, mesh, config).compile()
         memory, seconds = compiled.memory_analysis(), time.monotonic() - began
         print(
-            f"compiled {kind}, {kind_config.batch_size} × {shape[0]}×{shape[1]}: {seconds:.0f} s, "
-            f"{compiled.cost_analysis().get('flops', 0) / 1e9:.1f} GFLOP a device, "
-            f"{memory.temp_size_in_bytes / 2**30:.2f} GiB beside the state's "
+            f"compiled {kind}, {config.data.kinds()[kind].batch_size} × {shape[0]}×{shape[1]}: "
+            f"{seconds:.0f} s, {compiled.cost_analysis().get('flops', 0) / 1e9:.1f} GFLOP a "
+            f"device, {memory.temp_size_in_bytes / 2**30:.2f} GiB beside the state's "
             f"{memory.argument_size_in_bytes / 2**30:.2f}",
             flush=True,
         )
