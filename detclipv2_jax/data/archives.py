@@ -100,6 +100,7 @@ def fingerprint(
         result["files"][str(path.resolve())] = digest[:32]
     if options is not None:
         result["phrases"] = {"model": options.phrase_model, "limit": options.phrase_limit}
+        result["store_side"] = options.store_side
     return result
 
 

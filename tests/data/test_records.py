@@ -89,8 +89,7 @@ def test_damaged_record(data):
 
 def test_writer_spreads_shards_and_any_record_is_found(tmp_path):
     written = [record(labels=[i % 3], image_id=str(i)) for i in range(11)]
-    size = len(encode(written[0]))
-    with RecordWriter(tmp_path / "s", name="n", kind="detection", shard_bytes=4 * size) as writer:
+    with RecordWriter(tmp_path / "s", name="n", kind="detection", shard_records=4) as writer:
         for one in written:
             writer.write(one)
         source = writer.finish(dropped={"boxes: crowd": 2})
