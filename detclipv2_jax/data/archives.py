@@ -3,6 +3,7 @@
 All of it without TensorFlow, so that a command that finds its work done ends at once.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -84,6 +85,54 @@ def open_archives(files: Sequence[Path], images: ImageFolder, kind: str) -> list
             )
         archives.append(FORMATS[name][1](path, images))
     return archives
+
+
+@dataclasses.dataclass(frozen=True)
+class ArchiveSource:
+    """A source that people name: how its annotation files are found and opened."""
+
+    kind: str  # "detection" | "grounding" | "image_text"
+    about: str  # for people
+    find: Callable[[Path], list[Path]]  # the annotation files for training in a folder
+    read: Callable[[Path, ImageFolder], Archive]
+
+    def open_all(self, directory: Path) -> list[Archive]:
+        """The archives of a folder; `UserError` where it has none."""
+        images = image_folder(directory, self.kind)
+        return [self.read(path, images) for path in self.files(directory)]
+
+    def files(self, directory: Path) -> list[Path]:
+        """The annotation files of a folder; `UserError` where it has none."""
+        if not (found := self.find(directory)):
+            raise UserError(
+                f"{directory}: no {self.kind} file for training in it or in its annotations/; name "
+                "one with --annotations=FILE"
+            )
+        return found
+
+
+def image_folder(directory: Path, kind: str) -> ImageFolder:
+    """Where the images of a folder with annotation files are, unless they are elsewhere."""
+    return ImageFolder(directory / "images" / kind, directory / "images", directory)
+
+
+def _of_kind(kind: str, about: str) -> ArchiveSource:
+    """Any of FORMATS that is of this kind, told by its fields."""
+    return ArchiveSource(
+        kind=kind,
+        about=about,
+        find=lambda directory: discover(directory)[0].get(kind, []),
+        read=lambda path, images: open_archives([path], images, kind)[0],
+    )
+
+
+SOURCES: dict[str, ArchiveSource] = {
+    "objects365": _of_kind("detection", "Objects365's JSON and its patches of pictures"),
+    "coco": _of_kind("detection", "COCO instances JSON: boxes with category names"),
+    "goldg": _of_kind("grounding", "MDETR JSON: captions whose phrases have boxes"),
+    "conceptual_captions": _of_kind("image_text", "Conceptual Captions, fetched: captions"),
+    "image_text": _of_kind("image_text", "captions: JSON lines, TSV or COCO captions JSON"),
+}
 
 
 def fingerprint(

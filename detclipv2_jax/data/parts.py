@@ -7,6 +7,7 @@ processes import this module and have no use for it.
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,8 @@ class PartWriter:
         drops, indexer = Drops(), merge.Indexer(self.kind)
         images, boxes = {"bytes": 0, "reencoded": 0, "shrunk": 0}, 0
         with ShardWriter(self.shard(number)) as shard:
-            for done, (example, phrases) in enumerate(self._with_phrases(examples), 1):
-                picture = open_image(example.image, self.options.store_side)
-                record = _record(example, picture, phrases, self.kind, drops)
+            made = records_of(examples, self.kind, self.options, drops)
+            for done, (picture, record) in enumerate(made, 1):
                 if record is not None:
                     shard.write(record)
                     indexer.add(record)
@@ -84,16 +84,23 @@ class PartWriter:
         path = self.shard(number)
         return path.stat().st_size if path.is_file() else 0
 
-    def _with_phrases(
-        self, examples: Sequence[RawExample]
-    ) -> Iterable[tuple[RawExample, Sequence[str]]]:
-        if self.kind != "image_text":
-            return ((example, ()) for example in examples)
-        captions = (example.caption for example in examples)
-        found: Iterator[list[str]] = phrases_lib.noun_phrases(
-            captions, model=self.options.phrase_model, limit=self.options.phrase_limit
+
+def records_of(
+    examples: Iterable[RawExample], kind: str, options: Options, drops: Drops
+) -> Iterator[tuple[Picture, Record | None]]:
+    """Each example's picture and record; None, counted in `drops`, where it is of no use."""
+    examples, captioned = itertools.tee(examples)
+    phrases: Iterable[Sequence[str]] = itertools.repeat(())
+    if kind == "image_text":
+        captions = (example.caption for example in captioned)
+        phrases = phrases_lib.noun_phrases(
+            captions, model=options.phrase_model, limit=options.phrase_limit
         )
-        return zip(examples, found, strict=True)
+    else:
+        del captioned  # or tee would keep every example for it
+    for example, found in zip(examples, phrases):
+        picture = open_image(example.image, options.store_side if kind == "image_text" else None)
+        yield picture, _record(example, picture, found, kind, drops)
 
 
 def clip_boxes(

@@ -6,18 +6,13 @@ stopped, by Ctrl-C or for good, goes on with the parts that are missing. Same in
 whatever the number of processes and of interruptions.
 """
 
-import concurrent.futures
-import concurrent.futures.process
 import contextlib
 import dataclasses
 import fcntl
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,11 +26,11 @@ from detclipv2_jax.data.examples import Archive, Drops, RawExample
 from detclipv2_jax.data.index import FORMAT, Source
 from detclipv2_jax.data.parts import PartWriter
 from detclipv2_jax.data.pictures import Options
+from detclipv2_jax.data.workers import run
 from detclipv2_jax.errors import UserError
 
 # Examples a part, and so records a file: some ten seconds of work, 100 to 200 MB.
 PART_EXAMPLES = {"detection": 1024, "grounding": 1024, "image_text": 4096}
-_AHEAD = 1  # parts cut beside those that are worked on: bounds the memory of examples
 
 
 def prepare(
@@ -95,8 +90,9 @@ def report(source: Source) -> str:
     left_out = sum(n for reason, n in info["dropped"].items() if not reason.startswith("boxes"))
     rows = [("read", len(source) + left_out), ("records", len(source)), ("concepts", concepts)]
     rows += [("of which captions", concepts - int(np.count_nonzero(source.vocabulary)))]
-    rows += [("images stored anew as JPEG", info["images"]["reencoded"])]
-    rows += [("images stored smaller", info["images"]["shrunk"])]
+    images = info.get("images", {})  # TFDS does not count them
+    rows += [("images stored anew as JPEG", images.get("reencoded", 0))]
+    rows += [("images stored smaller", images.get("shrunk", 0))]
     lines = [f"{source.name} ({source.kind}) in {source.directory}"]
     lines += [f"  {label:<36}{count:>10,}" for label, count in rows if count or label == "records"]
     for title, field in (("dropped", "dropped"), ("mended", "mended")):
@@ -156,7 +152,7 @@ def _clear(partial: Path) -> None:
             path.unlink()
 
 
-def _cut(archives: Sequence[Archive], size: int) -> Iterator[tuple[int, list[RawExample]]]:
+def cut(archives: Sequence[Archive], size: int) -> Iterator[tuple[int, list[RawExample]]]:
     """Numbered parts of `size` examples, the last one smaller."""
     examples = itertools.chain.from_iterable(archive.examples for archive in archives)
     parts = iter(lambda: list(itertools.islice(examples, size)), [])
@@ -174,72 +170,14 @@ def _write_parts(writer: PartWriter, archives: Sequence[Archive], jobs: int, nam
 
     def missing():
         nonlocal count
-        for number, examples in _cut(archives, PART_EXAMPLES[writer.kind]):
+        for number, examples in cut(archives, PART_EXAMPLES[writer.kind]):
             count = number + 1
             if number not in finished:
                 yield number, examples
 
     with tqdm(desc=name, total=total, initial=done, unit=" images", disable=None) as bar:
-        if jobs == 1:
-            for number, examples in missing():
-                writer.write(number, examples, bar.update)
-        else:
-            _write_with(writer, missing(), jobs, bar)
+        run(writer.write, missing(), jobs, bar.update)
     return count
-
-
-def _write_with(writer: PartWriter, parts: Iterator, jobs: int, bar: tqdm) -> None:
-    """Have `jobs` processes write the parts."""
-    # Fresh processes, not forked ones: spaCy's and JAX's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    done, stopped = context.Value("q", 0), context.Event()
-    pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, context, initializer=_start_worker, initargs=(done, stopped)
-    )
-    shown, working = 0, set()
-    try:
-        for part in itertools.chain(parts, [None]):
-            if part is not None:
-                working.add(pool.submit(_write_part, writer, *part))
-            while len(working) >= jobs + _AHEAD or (part is None and working):
-                ready, working = concurrent.futures.wait(
-                    working, timeout=0.5, return_when=concurrent.futures.FIRST_COMPLETED
-                )
-                bar.update(done.value - shown)
-                shown += done.value - shown
-                for future in ready:
-                    future.result()
-    except concurrent.futures.process.BrokenProcessPool as error:
-        raise UserError(
-            "a process that decodes images was killed, probably for lack of memory; use fewer with "
-            f"--jobs={max(1, jobs // 2)}, the finished parts are kept"
-        ) from error
-    finally:
-        stopped.set()
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(done, stopped) -> None:
-    """A worker leaves Ctrl-C to its parent, and ends when that is gone, even by SIGKILL."""
-    global _done, _stopped
-    _done, _stopped = done, stopped
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def follow():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def _write_part(writer: PartWriter, number: int, examples: list[RawExample]) -> None:
-    def told(more: int) -> None:
-        if _stopped.is_set():
-            raise InterruptedError
-        with _done.get_lock():
-            _done.value += more
-
-    writer.write(number, examples, told)
 
 
 @dataclasses.dataclass

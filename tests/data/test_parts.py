@@ -237,11 +237,11 @@ def test_memory_is_bounded_by_parts(archive, tmp_path, small_parts):
     opened = archives.open_archives(
         [archive / "annotations" / "train.json"], ImageFolder(archive / "images"), "detection"
     )
-    taken = [(number, len(examples)) for number, examples in prepare._cut(opened, 25)]
+    taken = [(number, len(examples)) for number, examples in prepare.cut(opened, 25)]
     assert taken == [(0, 25), (1, 25), (2, 11)]
     first = iter(range(10**9))
     one = archives.Archive(Path("x"), "detection", 10**9, first, None)
-    stream = prepare._cut([one], 10)
+    stream = prepare.cut([one], 10)
     next(stream)
     assert next(first) == 10
 

@@ -4,11 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from miniature_archives import jpeg
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from detclipv2_jax.data.index import Source
-from detclipv2_jax.data.records import Record, RecordWriter, decode, encode, parse
+from detclipv2_jax.data.records import Record, RecordWriter, decode, encode, features, parse
 from detclipv2_jax.errors import UserError
 
 CONCEPTS = ("cat", "dog", "traffic light")
@@ -33,6 +35,13 @@ def assert_same(a: Record, b: Record):
         assert getattr(left, "dtype", None) == getattr(right, "dtype", None)
 
 
+def written_by_tfds(one: Record) -> bytes:
+    fields = dict(vars(one), concepts=list(one.concepts), labels=one.labels.astype(np.int64))
+    serializer = ExampleSerializer(features().get_serialized_info())
+    example = serializer.get_tf_example(features().encode_example(fields))
+    return example.SerializeToString(deterministic=True)
+
+
 @pytest.mark.parametrize(
     "one",
     [
@@ -49,6 +58,8 @@ def assert_same(a: Record, b: Record):
 )
 def test_round_trip(one):
     data = encode(one)
+    assert data == tf.train.Example.FromString(data).SerializeToString(deterministic=True)
+    assert data == written_by_tfds(one)
     assert_same(decode(data), one)
     parsed = {name: value.numpy() for name, value in parse(data).items()}
     assert parsed["boxes"].shape == one.boxes.shape
