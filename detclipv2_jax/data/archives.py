@@ -94,7 +94,9 @@ class ArchiveSource:
     kind: str  # "detection" | "grounding" | "image_text"
     about: str  # for people
     find: Callable[[Path], list[Path]]  # the annotation files for training in a folder
-    read: Callable[[Path, ImageFolder], Archive]
+    read: Callable[..., Archive]  # (annotation file, images, options as keywords)
+    options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    # what may be asked of `read`: an option's name and how argparse takes it
 
     def open_all(self, directory: Path) -> list[Archive]:
         """The archives of a folder; `UserError` where it has none."""
@@ -103,6 +105,8 @@ class ArchiveSource:
 
     def files(self, directory: Path) -> list[Path]:
         """The annotation files of a folder; `UserError` where it has none."""
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such directory; check --from")
         if not (found := self.find(directory)):
             raise UserError(
                 f"{directory}: no {self.kind} file for training in it or in its annotations/; name "
@@ -116,41 +120,64 @@ def image_folder(directory: Path, kind: str) -> ImageFolder:
     return ImageFolder(directory / "images" / kind, directory / "images", directory)
 
 
+def discovered(directory: Path) -> dict[str, list[Path]]:
+    """What `discover` finds; what it leaves out is said."""
+    found, left_out = discover(directory)
+    for path, reason in left_out.items():
+        print(f"{path}: left out, {reason}")
+    return found
+
+
 def _of_kind(kind: str, about: str) -> ArchiveSource:
     """Any of FORMATS that is of this kind, told by its fields."""
     return ArchiveSource(
         kind=kind,
         about=about,
-        find=lambda directory: discover(directory)[0].get(kind, []),
+        find=lambda directory: discovered(directory).get(kind, []),
         read=lambda path, images: open_archives([path], images, kind)[0],
     )
 
 
+#: Files of each kind in any of FORMATS: what people export, and the built-in data.
+OF_KIND: dict[str, ArchiveSource] = {
+    "detection": _of_kind("detection", "COCO instances JSON: boxes with category names"),
+    "grounding": _of_kind("grounding", "MDETR JSON: captions whose phrases have boxes"),
+    "image_text": _of_kind("image_text", "captions: JSON lines, TSV or COCO captions JSON"),
+}
+#: Archives by the name that people know them by: the subcommands of prepare_data.py, and what
+#: builders.py offers to TensorFlow Datasets.
 SOURCES: dict[str, ArchiveSource] = {
     "objects365": _of_kind("detection", "Objects365's JSON and its patches of pictures"),
-    "coco": _of_kind("detection", "COCO instances JSON: boxes with category names"),
-    "goldg": _of_kind("grounding", "MDETR JSON: captions whose phrases have boxes"),
+    "coco": OF_KIND["detection"],
+    "goldg": OF_KIND["grounding"],
     "conceptual_captions": _of_kind("image_text", "Conceptual Captions, fetched: captions"),
-    "image_text": _of_kind("image_text", "captions: JSON lines, TSV or COCO captions JSON"),
+    "image_text": OF_KIND["image_text"],
 }
 
 
 def fingerprint(
     files: Iterable[Path], images: ImageFolder, options: Options | None
 ) -> dict[str, Any]:
-    """What a source was made from: digests of the annotation files, folders, and phrase options.
+    """What a source was made from: digests of the annotation files, folders, and options.
 
     The images themselves are not read for it; if they change, prepare with --overwrite.
     """
     result: dict[str, Any] = {"images": [str(root.resolve()) for root in images.roots], "files": {}}
     for path in files:
-        with open(_existing(path), "rb") as file:
-            digest = hashlib.file_digest(file, "blake2b").hexdigest()
-        result["files"][str(path.resolve())] = digest[:32]
+        result["files"][str(path.resolve())] = _digest(path)
     if options is not None:
         result["phrases"] = {"model": options.phrase_model, "limit": options.phrase_limit}
         result["store_side"] = options.store_side
     return result
+
+
+def _digest(path: Path) -> str:
+    """Of a file's content; of a folder that is an archive itself, of its files' names and sizes."""
+    if path.is_dir():
+        sizes = sorted((str(f.relative_to(path)), f.stat().st_size) for f in path.rglob("*.*"))
+        return hashlib.blake2b(json.dumps(sizes).encode()).hexdigest()[:32]
+    with open(_existing(path), "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
 
 def _existing(path: Path) -> Path:

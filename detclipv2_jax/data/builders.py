@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from detclipv2_jax.data.archives import SOURCES
+from detclipv2_jax.data.archives import OF_KIND, SOURCES, ArchiveSource
 from detclipv2_jax.data.examples import Archive, Drops, ImageFile, RawBox, RawExample
 from detclipv2_jax.data.parts import records_of
 from detclipv2_jax.data.pictures import Options
@@ -43,7 +43,7 @@ class _Source(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """One of `archives.SOURCES`: the class says which."""
 
     VERSION = tfds.core.Version("1.0.0")
-    SOURCE: str
+    SOURCE: ArchiveSource
     url_infos = {}  # nothing is downloaded: TFDS need not look for a list of checksums
 
     def __init__(self, *, file_format: str | None = None, **kwargs: Any):
@@ -54,7 +54,7 @@ class _Source(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     @property
     def MANUAL_DOWNLOAD_INSTRUCTIONS(self) -> str:  # noqa: N802 - TFDS names it
         """What is asked for where --manual_dir is not there."""
-        return f"{SOURCES[self.SOURCE].about}. docs/data.md tells where it comes from."
+        return f"{self.SOURCE.about}. docs/data.md tells where it comes from."
 
     def download_and_prepare(
         self, *, download_config=None, file_format: str | None = None, **kwargs: Any
@@ -68,23 +68,22 @@ class _Source(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
-            description=SOURCES[self.SOURCE].about,
+            description=self.SOURCE.about,
             features=features(),
             disable_shuffling=True,  # as the archive has them; training shuffles by its plan
             metadata=tfds.core.MetadataDict(),
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        source = SOURCES[self.SOURCE]
-        archives = source.open_all(Path(dl_manager.manual_dir))
+        archives = self.SOURCE.open_all(Path(dl_manager.manual_dir))
         names = itertools.chain.from_iterable(archive.names for archive in archives)
-        self.info.metadata.update(kind=source.kind, names=list(names))
+        self.info.metadata.update(kind=self.SOURCE.kind, names=list(names))
         if self._with_beam:
             return {"train": self._generate_with_beam(archives)}
         return {"train": self._generate_examples(archives)}
 
     def _generate_examples(self, archives: list[Archive]) -> Iterator[tuple[int, dict[str, Any]]]:
-        kind, drops = SOURCES[self.SOURCE].kind, Drops()
+        kind, drops = self.SOURCE.kind, Drops()
         examples = itertools.chain.from_iterable(archive.examples for archive in archives)
         records = (record for _, record in records_of(examples, kind, _OPTIONS, drops))
         for number, record in enumerate(filter(None, records)):
@@ -96,7 +95,7 @@ class _Source(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_with_beam(self, archives: list[Archive]):
         import apache_beam as beam
 
-        kind, folder = SOURCES[self.SOURCE].kind, Path(self.data_path) / _PARTS
+        kind, folder = self.SOURCE.kind, Path(self.data_path) / _PARTS
         folder.mkdir(parents=True)
         for number, examples in cut(archives, PART_EXAMPLES[kind]):
             lines = (json.dumps(dataclasses.asdict(one), default=str) for one in examples)
@@ -126,39 +125,39 @@ class _Source(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 class Objects365(_Source):
     """Objects365, either release."""
 
-    SOURCE = "objects365"
+    SOURCE = SOURCES["objects365"]
 
 
 class Goldg(_Source):
     """GoldG: MDETR's files of Flickr30k and GQA."""
 
-    SOURCE = "goldg"
+    SOURCE = SOURCES["goldg"]
 
 
 class ConceptualCaptions(_Source):
     """Conceptual Captions, CC3M or CC12M."""
 
-    SOURCE = "conceptual_captions"
+    SOURCE = SOURCES["conceptual_captions"]
 
 
 class CocoBoxes(_Source):
     """COCO's instances."""
 
-    SOURCE = "coco"
+    SOURCE = SOURCES["coco"]
 
 
 class Custom(_Source):
-    """A folder of yours: custom/coco (boxes), custom/goldg (phrases), custom/image_text."""
+    """A folder of yours: custom/detection, custom/grounding, custom/image_text."""
 
     BUILDER_CONFIGS = [
-        tfds.core.BuilderConfig(name=name, description=SOURCES[name].about)
-        for name in ("coco", "goldg", "image_text")
+        tfds.core.BuilderConfig(name=kind, description=source.about)
+        for kind, source in OF_KIND.items()
     ]
 
     @property
-    def SOURCE(self) -> str:  # noqa: N802
+    def SOURCE(self) -> ArchiveSource:  # noqa: N802
         """The config's."""
-        return self.builder_config.name
+        return OF_KIND[self.builder_config.name]
 
 
 def _fields(record: Record) -> dict[str, Any]:

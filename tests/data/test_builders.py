@@ -1,8 +1,10 @@
 """Our records in the hands of TensorFlow Datasets, and TFDS's in ours."""
 
 import dataclasses
+import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from detclipv2_jax.data.pictures import Options
 from detclipv2_jax.data.prepare import prepare, report
 from detclipv2_jax.data.records import decode
 from detclipv2_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,7 @@ def assert_same(a: Source, b: Source):
     [
         ("coco_boxes", "coco"),
         ("goldg", "goldg"),
-        ("custom/coco", "coco"),
+        ("custom/detection", "coco"),
         ("custom/image_text", "image_text"),
     ],
 )
@@ -125,6 +129,16 @@ def test_examples_on_the_way_to_beam(archive):
 def built(archive, tmp_path):
     build("objects365", archive, tmp_path, num_shards=3)
     return tmp_path / "objects365" / "1.0.0"
+
+
+def test_command(built, capsys):
+    spec = importlib.util.spec_from_file_location("prepare_data", ROOT / "scripts/prepare_data.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for _ in range(2):
+        assert script.main(["index", f"--from={built}", "--jobs=2"]) == 0
+        assert "dropped images: missing" in capsys.readouterr().out
+    assert len(Source.open(built)) == 6
 
 
 def test_an_index_is_added_once_and_goes_on(built, monkeypatch):

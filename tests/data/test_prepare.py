@@ -425,13 +425,14 @@ def test_command_one_kind_and_named_files(folder, script):
     [
         (("coco", "--from=nowhere", "--to=out"), "nowhere: no such directory"),
         (("coco", "--from=.", "--to=out", "--annotations=no.json"), "no.json: no such file"),
-        (("goldg", "--from=images", "--to=out"), "no goldg file"),
+        (("goldg", "--from=images", "--to=out"), "no grounding file"),
         (("custom", "--from=images", "--to=out"), "--detection=FILE"),
         (("coco", "--from=.", "--to=out", "--images=nowhere"), "--images=DIR"),
         (("coco", "--from=.", "--to=images"), "no prepared source"),
         (("coco", "--from=.", "--to=images", "--overwrite"), "no prepared source"),
         (("image_text", "--from=.", "--to=out", "--spacy-model=xx_none"), "xx_none"),
         (("image_text", "--from=.", "--to=out", "--phrases=-1"), "--phrases=-1"),
+        (("index", "--from=images"), "dataset_info.json"),
         (("image_text", "--from=.", "--to=out", "--store-side=3"), "--store-side=3"),
         (("symbols", "--to=out", "--option=size=3"), "no such option"),
         (("symbols", "--to=out", "--option=novel=many"), "like the default, 45"),
@@ -461,11 +462,13 @@ def test_command_symbols(tmp_path, script, spacy_model, capsys):
 
 
 def test_script_help(script, capsys):
-    for arguments in (["--help"], ["custom", "--help"], ["symbols", "--help"]):
+    commands = [*archives.SOURCES, "custom", "symbols", "index"]
+    for arguments in (["--help"], *([command, "--help"] for command in commands)):
         with pytest.raises(SystemExit) as stopped:
             script.main(arguments)
         assert stopped.value.code == 0
-    assert "--detection" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "--detection" in told and "448" in told and all(name in told for name in commands)
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"the real photos are not at {PHOTOS}")
