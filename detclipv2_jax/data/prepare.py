@@ -81,7 +81,8 @@ def left_behind(to: Path, inputs: Mapping[str, Any]) -> None:
     """Remove what a run that was stopped at the very end left beside its finished source."""
     partial = _partial(to)
     if _stamp_in(partial).get("inputs") == json.loads(json.dumps(inputs)):
-        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(UserError), _locked(partial):  # unless somebody is at it again
+            shutil.rmtree(partial)
 
 
 def report(source: Source) -> str:
@@ -107,14 +108,7 @@ def _workplace(to: Path, stamp: Mapping[str, Any]) -> Iterator[Path]:
     """`TO.partial`, this process's alone, with what an earlier run of the same stamp finished."""
     partial = _partial(to)
     partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{partial}: another process prepares this; wait for it, or name another directory "
-                "with --to"
-            ) from error
+    with _locked(partial):
         if stamp["inputs"] is None or _stamp_in(partial) != json.loads(json.dumps(stamp)):
             _clear(partial)
             (partial / "stamp.json.tmp").write_text(json.dumps(stamp), encoding="utf-8")
@@ -129,6 +123,20 @@ def _workplace(to: Path, stamp: Mapping[str, Any]) -> Iterator[Path]:
             if stamp["inputs"] is None:  # nothing to recognise it by
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+@contextlib.contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """`UserError` while another process has the directory."""
+    with open(partial / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{partial}: another process prepares this; wait for it, or name another directory "
+                "with --to"
+            ) from error
+        yield
 
 
 def _partial(to: Path) -> Path:

@@ -21,9 +21,15 @@ from detclipv2_jax.data.pictures import Options
 from detclipv2_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-# The command with small parts, which may be told to die when it comes to a function of merge.py.
+# The command with small parts that tells if it or a worker imports TensorFlow; it may be told
+# to die when it comes to a function of merge.py.
 COMMAND = """
 import importlib.util, os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "tensorflow.python":
+            print("imports TensorFlow", file=sys.stderr)
+sys.meta_path.insert(0, Watch())
 spec = importlib.util.spec_from_file_location("prepare_data", {script!r})
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
@@ -66,6 +72,7 @@ def start(archive, to, jobs, **environment):
 def finish(process) -> str:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err[-3000:]
+    assert "imports TensorFlow" not in err  # ten seconds a process, and for nothing
     return out
 
 
