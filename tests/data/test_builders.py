@@ -117,6 +117,23 @@ def test_what_is_asked_for_where_nothing_is(tmp_path):
         build("objects365", tmp_path / "empty", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["coco_boxes", "goldg"])
+def test_beam_builds_the_same(name, archive, tmp_path, monkeypatch):
+    beam = pytest.importorskip("apache_beam")
+    for part in builders.PART_EXAMPLES:
+        monkeypatch.setitem(builders.PART_EXAMPLES, part, 3)
+    options = beam.options.pipeline_options.PipelineOptions(["--runner=DirectRunner"])
+    built = [
+        build(name, archive, tmp_path / how, num_shards=shards, beam_options=given)
+        for how, shards, given in (("beam", 2, options), ("plain", 3, None))
+    ]
+    with_beam, plain = (adopt.add_index(Path(builder.data_dir)) for builder in built)
+    assert not (with_beam.directory / "parts").exists()
+    for told in (with_beam.info["explained"], plain.info["explained"]):
+        told.clear()  # what workers explain is not carried home, only counted
+    assert_same(with_beam, plain)
+
+
 def test_examples_on_the_way_to_beam(archive):
     for name in ("coco", "goldg", "image_text"):
         for opened in archives.SOURCES[name].open_all(archive):
