@@ -7,6 +7,7 @@ processes import this module and have no use for it.
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -61,16 +62,21 @@ class PartWriter:
                     told((done - 1) % _TOLD + 1)
         about = {"examples": len(examples), "records": len(indexer), "boxes": boxes}
         about |= {"shard_bytes": self._shard_bytes(number), "images": images}
-        about |= {"drops": vars(drops)}
+        about |= {"drops": vars(drops), "digest": _digest(examples)}
         indexer.finish().save(self.index(number), about)  # last: with it, the part is finished
 
-    def finished(self, number: int) -> dict[str, Any] | None:
-        """What a finished part says of itself; None if it is still to be written."""
+    def about(self, number: int) -> dict[str, Any] | None:
+        """What a part says of itself; None if it is not finished."""
         with contextlib.suppress(OSError, ValueError, KeyError):
             about = merge.about(self.index(number))
             if about["shard_bytes"] == self._shard_bytes(number):
                 return about
         return None
+
+    def finished(self, number: int, examples: Sequence[RawExample]) -> bool:
+        """Whether a part is finished, of these very examples: images may have come or gone."""
+        about = self.about(number)
+        return about is not None and about["digest"] == _digest(examples)
 
     def shard(self, number: int) -> Path:
         """The file of a part's records; not there if it has none."""
@@ -83,6 +89,11 @@ class PartWriter:
     def _shard_bytes(self, number: int) -> int:
         path = self.shard(number)
         return path.stat().st_size if path.is_file() else 0
+
+
+def _digest(examples: Sequence[RawExample]) -> str:
+    names = "\n".join(f"{example.image_id}\0{example.image}" for example in examples)
+    return hashlib.blake2b(names.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def records_of(

@@ -169,9 +169,8 @@ def cut(archives: Sequence[Archive], size: int) -> Iterator[tuple[int, list[RawE
 
 def _write_parts(writer: PartWriter, archives: Sequence[Archive], jobs: int, name: str) -> int:
     """Write the parts that are missing, with a bar for people; how many parts there are."""
-    known = {int(path.stem) for path in writer.directory.glob("[0-9]*.npz")}
-    finished = {number: about for number in known if (about := writer.finished(number))}
-    done = sum(about["examples"] for about in finished.values())
+    known = [int(path.stem) for path in writer.directory.glob("[0-9]*.npz")]
+    done = sum(about["examples"] for about in map(writer.about, known) if about)
     if done:
         tqdm.write(f"{name}: going on after {done:,} images that an earlier run has done")
     total, count = sum(archive.total for archive in archives), 0
@@ -180,7 +179,7 @@ def _write_parts(writer: PartWriter, archives: Sequence[Archive], jobs: int, nam
         nonlocal count
         for number, examples in cut(archives, PART_EXAMPLES[writer.kind]):
             count = number + 1
-            if number not in finished:
+            if not writer.finished(number, examples):
                 yield number, examples
 
     with tqdm(desc=name, total=total, initial=done, unit=" images", disable=None) as bar:
@@ -201,7 +200,7 @@ class _Said:
 def _said(writer: PartWriter, archives: Sequence[Archive], count: int) -> _Said:
     said = _Said(0, 0, {"bytes": 0, "reencoded": 0, "shrunk": 0}, Drops())
     for number in range(count):
-        about = writer.finished(number)
+        about = writer.about(number)
         said.records += about["records"]
         said.boxes += about["boxes"]
         said.drops.add(Drops.from_json(about["drops"]))
@@ -214,7 +213,7 @@ def _said(writer: PartWriter, archives: Sequence[Archive], count: int) -> _Said:
 
 def _merge(writer: PartWriter, count: int, names: Path, name: str, info: Mapping[str, Any]) -> None:
     """Make the directory `merged` of the parts, in a way that `_undo_merge` can take back."""
-    counts = {number: writer.finished(number)["records"] for number in range(count)}
+    counts = {number: writer.about(number)["records"] for number in range(count)}
     files = [(writer.shard(number), records) for number, records in counts.items() if records]
     merged = writer.directory.with_name("merged")
     merged.mkdir()

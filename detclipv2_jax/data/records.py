@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,22 +143,37 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if self._writer is None:
-            return  # a file without records is no file
-        self._writer.close()
-        if kind is None:
-            os.replace(self._temporary, self._path)
-        else:
+        try:
+            if self._writer is not None:  # a file without records is no file
+                with self._explained():
+                    self._writer.close()
+                if kind is None:
+                    os.replace(self._temporary, self._path)
+        except UserError:
+            if kind is None:  # or the first error is the one to tell
+                raise
+        finally:
             self._temporary.unlink(missing_ok=True)
 
     def write(self, record: Record) -> None:
-        """Append a record."""
+        """Append a record; `UserError` where the disk refuses it."""
         data = encode(record)
-        if self._writer is None:
-            self._writer = array_record_module.ArrayRecordWriter(
-                str(self._temporary), _WRITER_OPTIONS
-            )
-        self._writer.write(data)
+        with self._explained():
+            if self._writer is None:
+                self._writer = array_record_module.ArrayRecordWriter(
+                    str(self._temporary), _WRITER_OPTIONS
+                )
+            self._writer.write(data)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            why = str(error).partition(";")[0]
+            raise UserError(
+                f"{self._path}: {why}; make room, and give the command again"
+            ) from error
 
 
 class RecordWriter:

@@ -216,6 +216,26 @@ def test_a_lost_file_of_a_finished_part_is_written_again(
     assert set(content(tmp_path / "out")) == set(content(undisturbed))
 
 
+def test_images_that_came_while_it_lay_still(archive, tmp_path, small_parts):
+    """The annotations are the same, and yet parts have other examples than before."""
+    hidden = archive / "images" / "9.jpg"
+    content_then = hidden.read_bytes()
+    hidden.unlink()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            stop_after(patch, 22)
+            with pytest.raises(KeyboardInterrupt):
+                run(archive, tmp_path / "out")
+    finally:
+        hidden.write_bytes(content_then)
+    with pytest.MonkeyPatch.context() as patch:
+        opened = stop_after(patch, None)
+        run(archive, tmp_path / "out")
+    assert len(opened) == 61 - 8  # two parts are before the picture that came
+    run(archive, tmp_path / "afresh")
+    assert content(tmp_path / "out") == content(tmp_path / "afresh")
+
+
 def test_other_inputs_start_over(archive, tmp_path, small_parts):
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 22)

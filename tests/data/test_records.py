@@ -1,6 +1,7 @@
 """Records survive the way to disk and back; a source appears whole or not at all."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +11,15 @@ from miniature_archives import jpeg
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from detclipv2_jax.data.index import Source
-from detclipv2_jax.data.records import Record, RecordWriter, decode, encode, features, parse
+from detclipv2_jax.data.records import (
+    Record,
+    RecordWriter,
+    ShardWriter,
+    decode,
+    encode,
+    features,
+    parse,
+)
 from detclipv2_jax.errors import UserError
 
 CONCEPTS = ("cat", "dog", "traffic light")
@@ -164,6 +173,16 @@ def test_writer_never_replaces_a_directory_of_something_else(tmp_path):
     with pytest.raises(UserError, match="no prepared source"):
         RecordWriter(tmp_path, name="n", kind="detection")
     assert (tmp_path / "thesis.txt").exists()
+
+
+def test_a_full_disk_is_told(tmp_path):
+    path = tmp_path / "0.array_record"
+    (tmp_path / f"0.array_record.{os.getpid()}.tmp").symlink_to("/dev/full")
+    told = pytest.raises(UserError, match="No space left on device; make room")
+    with told, ShardWriter(path) as writer:
+        for _ in range(2000):
+            writer.write(record())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_kind(tmp_path):
