@@ -1,0 +1,107 @@
+"""The 13 sets of Object Detection in the Wild, COCO format in the layout that GLIP publishes.
+
+ROOT/DIRECTORY/{train,valid,test}/annotations_without_background.json with the pictures beside it:
+Roboflow exports from which the empty category 0 was taken away. Paths, names and prompts are those
+of GLIP's configs/odinw_35.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from detclipv2_jax.data.examples import Archive, ImageFolder
+from detclipv2_jax.data.sources import coco
+from detclipv2_jax.errors import UserError
+
+SPLITS = ("train", "valid", "test")
+_FILE = "annotations_without_background.json"
+_NONE: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclasses.dataclass(frozen=True)
+class OdinwSet:
+    """One of the sets; `directory` is its place under the root."""
+
+    name: str
+    directory: str
+    evaluation: str = "valid/" + _FILE  # what GLIP measures zero-shot detection on
+    files: Mapping[str, str] = _NONE  # splits that lie elsewhere than SPLIT/_FILE
+    names: Mapping[str, str] = _NONE  # the benchmark's names, by the file's in lower case
+    prompts: Mapping[str, str] = _NONE  # GLIP's prompt for a name, where it is not the name
+
+    def annotation_file(self, split: str) -> str:
+        """The file of "train", "valid" or "test", relative to the set's directory."""
+        return self.files.get(split, f"{split}/{_FILE}")
+
+
+SETS = (
+    OdinwSet("AerialMaritimeDrone", "AerialMaritimeDrone/large"),
+    OdinwSet(
+        "Aquarium",
+        "Aquarium/Aquarium Combined.v2-raw-1024.coco",
+        prompts={
+            "penguin": "penguin, which is black and white",
+            "puffin": "puffin with orange beaks",
+            "stingray": "stingray which is flat and round",
+        },
+    ),
+    OdinwSet("CottontailRabbits", "CottontailRabbits", names={"cottontail-rabbit": "rabbit"}),
+    OdinwSet(
+        "EgoHands",
+        "EgoHands/generic",
+        evaluation="mini_val/" + _FILE,
+        prompts={"hand": "hand of a person"},
+    ),
+    OdinwSet(
+        "NorthAmericaMushrooms",
+        "NorthAmericaMushrooms/North American Mushrooms.v1-416x416.coco",
+        names={"cow": "flat mushroom", "chanterelle": "yellow mushroom"},
+    ),
+    OdinwSet("Packages", "Packages/Raw", prompts={"package": "there is a package on the porch"}),
+    # It has no test split: GLIP names valid for both.
+    OdinwSet("PascalVOC", "PascalVOC", files={"test": "valid/" + _FILE}),
+    OdinwSet(
+        "pistols",
+        "pistols/export",
+        evaluation="val_" + _FILE,
+        files={
+            "train": "train_" + _FILE,
+            "valid": "val_" + _FILE,
+            "test": "test_" + _FILE,
+        },
+    ),
+    OdinwSet("pothole", "pothole", prompts={"pothole": "there are some holes on the road"}),
+    OdinwSet("Raccoon", "Raccoon/Raccoon.v2-raw.coco"),
+    OdinwSet("ShellfishOpenImages", "ShellfishOpenImages/raw"),
+    OdinwSet("thermalDogsAndPeople", "thermalDogsAndPeople"),
+    OdinwSet("VehiclesOpenImages", "VehiclesOpenImages/416x416", evaluation="mini_val/" + _FILE),
+)
+
+
+def find(name: str) -> OdinwSet:
+    """The set of a name; `UserError` where there is none."""
+    for one in SETS:
+        if one.name.lower() == name.lower():
+            return one
+    raise UserError(f"{name}: no such set; ODinW's are {', '.join(one.name for one in SETS)}")
+
+
+def evaluation_files(root: str | Path) -> dict[str, Path]:
+    """The file to evaluate each set on, by the set's name; `UserError` where one is missing."""
+    files = {one.name: Path(root) / one.directory / one.evaluation for one in SETS}
+    missing = [str(path) for path in files.values() if not path.is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{missing[0]}: no such file{more}; unpack ODinW's sets under {root}")
+    return files
+
+
+def read(name: str, root: str | Path, split: str = "train") -> Archive:
+    """Open a split of a set: detection examples with the benchmark's names; see `coco.read`."""
+    if split not in SPLITS:
+        raise UserError(f"{split}: no such split; there are {', '.join(SPLITS)}")
+    one = find(name)
+    directory = Path(root) / one.directory
+    path = directory / one.annotation_file(split)
+    return coco.read(path, ImageFolder(path.parent, directory), names=one.names)
