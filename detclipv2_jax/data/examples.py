@@ -84,7 +84,8 @@ class Drops:
     def _explain(self, reason: str, explanation: str) -> None:
         told = self.explained.setdefault(reason, [])
         if len(told) < _EXPLAINED:
-            told.append(explanation)
+            # It may quote the file: half of a surrogate pair cannot be printed.
+            told.append(explanation.encode("utf-8", "backslashreplace").decode())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,8 +103,8 @@ class _Scanner:
             except ValueError as error:  # a number of thousands of digits
                 raise self._malformed(str(error), self._at) from error
             else:
-                # A number at the window's end may go on behind it.
-                if end == len(self._text) and self._more():
+                # A number at the window's end may go on behind it: 1, 1.|5, 1e|5.
+                if len(self._text) - end < _TOKEN and self._more():
                     continue
                 self._at = end
                 return value

@@ -29,7 +29,7 @@ class ImageEntry:
     file_names: tuple[str, ...]  # where its file may be, in the order to look
     size: tuple[int, int] | None  # (height, width), where the file tells
     caption: str | None
-    coco_id: int | None  # of the same picture in COCO, where that is known
+    collection: str | None  # MDETR's files: which archive the picture is of
 
 
 def problem(error: Exception) -> str:
@@ -76,10 +76,15 @@ class ImageEntries(dict[Any, ImageEntry]):
                 file_names=file_names(entry),
                 size=annotated_size(entry),
                 caption=None if caption is None else text(caption, "caption"),
-                coco_id=None,
+                collection=_collection(entry),
             )
         except BROKEN as error:
             self._drops.drop("images: malformed entry", f"{where}: {problem(error)}")
+
+
+def _collection(entry: dict[str, Any]) -> str | None:
+    told = [entry.get(field) for field in ("data_source", "dataset_name")]
+    return next((name for name in told if isinstance(name, str)), None)
 
 
 def file_names(entry: dict[str, Any]) -> tuple[str, ...]:

@@ -7,7 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from detclipv2_jax.data.examples import Archive, Drops, ImageFolder, RawExample, parse_xywh
+from detclipv2_jax.data.examples import (
+    Archive,
+    Drops,
+    ImageFile,
+    ImageFolder,
+    RawExample,
+    parse_xywh,
+)
 from detclipv2_jax.data.json_stream import read_lists
 from detclipv2_jax.data.phrases import spanned_phrase
 from detclipv2_jax.data.sources.entries import (
@@ -22,17 +29,19 @@ from detclipv2_jax.data.sources.entries import (
 )
 from detclipv2_jax.errors import UserError
 
-#: Where people keep the images: MDETR's, GLIP's and the archives' own folders.
-IMAGE_FOLDERS = (
-    "flickr30k_images",
-    "flickr30k-images",
-    "flickr30k_images/train",
-    "flickr30k/flickr30k_images",
-    "flickr30k/flickr30k_images/train",
-    "gqa/images",
-    "train2014",
-    "coco/train2014",
-)
+#: Where people keep each archive's pictures: its own folders, MDETR's and GLIP's. Both Flickr30k
+#: and Visual Genome call them by numbers, so neither is looked for in the other's.
+IMAGE_FOLDERS = {
+    "flickr": (
+        "flickr30k_images",
+        "flickr30k-images",
+        "flickr30k_images/train",
+        "flickr30k/flickr30k_images",
+        "flickr30k/flickr30k_images/train",
+    ),
+    "vg": ("gqa/images", "gqa", "vg", "VG_100K", "VG_100K_2", "vg/VG_100K", "vg/VG_100K_2"),
+    "coco": ("train2014", "coco/train2014"),
+}
 GENOME = "image_data.json"  # Visual Genome's, which tells which of its pictures are COCO's too
 _COCO_NAME = re.compile(r"(?:COCO_\w+2014_)?(\d{12})\.jpg")
 
@@ -118,7 +127,6 @@ def read(path: str | Path, images: ImageFolder, *, exclude: Exclusion | None = N
         else:
             entries.read(place, entry)
     boxes = _boxes(path, entries, excluded, drops)
-    images = widened(images, *IMAGE_FOLDERS)
     return Archive(
         path=path,
         kind="grounding",
@@ -162,7 +170,22 @@ def _boxes(path: Path, entries: ImageEntries, excluded: set, drops: Drops) -> Bo
 def _examples(
     path: Path, entries: ImageEntries, boxes: Boxes, images: ImageFolder, drops: Drops
 ) -> Iterator[RawExample]:
+    places = {
+        collection: [
+            root / name for root in images.roots for name in names if (root / name).is_dir()
+        ]
+        for collection, names in IMAGE_FOLDERS.items()
+    }
+    images = widened(images, path.parent)
     for image_id, entry, of_it in boxes.by_image(entries):
-        image = find(entry, str(path), images, drops)
+        found = _first(places.get(entry.collection, ()), entry.file_names[0])
+        image = ImageFile(found) if found else find(entry, str(path), images, drops)
         if image is not None:
             yield RawExample(image=image, image_id=str(image_id), size=entry.size, boxes=of_it)
+
+
+def _first(places: Iterable[Path], name: str) -> Path | None:
+    try:
+        return next((place / name for place in places if (place / name).is_file()), None)
+    except OSError:  # a name longer than the file system allows
+        return None

@@ -8,7 +8,6 @@ of GLIP's configs/odinw_35.
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from detclipv2_jax.data.examples import Archive, ImageFolder
 from detclipv2_jax.data.sources import coco
@@ -16,7 +15,10 @@ from detclipv2_jax.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 _FILE = "annotations_without_background.json"
-_NONE: Mapping[str, str] = MappingProxyType({})
+
+
+def _none() -> Mapping[str, str]:
+    return dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +28,9 @@ class OdinwSet:
     name: str
     directory: str
     evaluation: str = "valid/" + _FILE  # what GLIP measures zero-shot detection on
-    files: Mapping[str, str] = _NONE  # splits that lie elsewhere than SPLIT/_FILE
-    names: Mapping[str, str] = _NONE  # the benchmark's names, by the file's in lower case
-    prompts: Mapping[str, str] = _NONE  # GLIP's prompt for a name, where it is not the name
+    files: Mapping[str, str] = _none()  # splits that lie elsewhere than SPLIT/_FILE
+    names: Mapping[str, str] = _none()  # the benchmark's names, by the file's in lower case
+    prompts: Mapping[str, str] = _none()  # GLIP's prompt for a name, where it is not the name
 
     def annotation_file(self, split: str) -> str:
         """The file of "train", "valid" or "test", relative to the set's directory."""
