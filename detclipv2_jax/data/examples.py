@@ -84,8 +84,8 @@ class Drops:
     def _explain(self, reason: str, explanation: str) -> None:
         told = self.explained.setdefault(reason, [])
         if len(told) < _EXPLAINED:
-            # It may quote the file: half of a surrogate pair cannot be printed.
-            told.append(explanation.encode("utf-8", "backslashreplace").decode())
+            # It may quote the file, which may hold line ends, escapes, halves of characters.
+            told.append("".join(c if c.isprintable() else ascii(c)[1:-1] for c in explanation))
 
 
 @dataclasses.dataclass(frozen=True)

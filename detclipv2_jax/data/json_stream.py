@@ -5,6 +5,7 @@ texts and whatever else `json.loads` takes is taken here too. docs/data.md has w
 """
 
 import codecs
+import contextlib
 import json
 import re
 from collections.abc import Collection, Iterator
@@ -26,9 +27,24 @@ def read_lists(path: Path, fields: Collection[str]) -> Iterator[tuple[str, int, 
     They come in the file's order, of lists and of entries. `UserError` where the file cannot be
     read or is no JSON object, and at the end where one of `fields` is missing or no list.
     """
+    with _open(path) as scanner:
+        yield from _lists(scanner, path, fields)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file whole, whatever it holds; `UserError` where it cannot be read or is no JSON."""
+    with _open(path) as scanner:
+        value = scanner.value()
+        scanner.end()
+        return value
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> "Iterator[_Scanner]":
+    """A scanner of a file; what goes wrong while it is used becomes a `UserError`."""
     try:
         with open(path, "rb") as file:
-            yield from _lists(_Scanner(file), path, fields)
+            yield _Scanner(file)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; check the path") from error
     except OSError as error:
@@ -41,21 +57,25 @@ def read_lists(path: Path, fields: Collection[str]) -> Iterator[tuple[str, int, 
 def _lists(
     scanner: "_Scanner", path: Path, fields: Collection[str]
 ) -> Iterator[tuple[str, int, Any]]:
-    missing = dict.fromkeys(fields)
+    is_list: dict[str, bool] = {}
     if scanner.peek() != "{":
         scanner.value()
     else:
         for field in scanner.fields():
-            if scanner.peek() != "[":
+            if field in is_list:
+                raise UserError(f'{path}: its top level has "{field}" twice; export the file again')
+            is_list[field] = scanner.peek() == "["
+            if not is_list[field]:
                 scanner.value()
                 continue
             # The lists that nobody asked for are read entry by entry too: they may be long.
             for number, entry in enumerate(scanner.entries()):
                 if field in fields:
                     yield field, number, entry
-            missing.pop(field, None)
     scanner.end()
-    for field in missing:
+    for field in fields:
+        if is_list.get(field):
+            continue
         raise UserError(
             f'{path}: its top level has no list "{field}"; give the file in the format that '
             "`python scripts/prepare_data.py --help` describes"

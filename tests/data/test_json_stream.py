@@ -59,6 +59,7 @@ def test_spaces_and_empty_lists(tmp_path):
         (b'{"a": [], "b": []} 7', "Extra data"),
         (b'{"a": [], "b": {}}', 'no list "b"'),
         (b'{"a": [nul], "b": []}', "column 8"),
+        (b'{"a": [1], "b": [], "a": [2]}', 'its top level has "a" twice'),
         (b'{"a": [' + b"9" * 5000 + b'], "b": []}', "not valid JSON (Exceeds"),
         (b'{"a": [' + b"[" * 100_000 + b"]}", "not JSON text"),
         (b'{"a": ["\xff"], "b": []}', "not JSON text"),

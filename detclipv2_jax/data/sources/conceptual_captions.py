@@ -18,6 +18,7 @@ from detclipv2_jax.data.sources.entries import (
     missing_image,
     problem,
     shortly,
+    text,
     widened,
 )
 from detclipv2_jax.data.sources.img2dataset import checked_caption
@@ -117,7 +118,7 @@ def _from_annotations(
         try:
             image_id, caption = annotation["image_id"], annotation["caption"]
             entry = entries.get(image_id)
-            full_id = f"{image_id}#{annotation.get('id', place)}"
+            full_id = text(f"{image_id}#{annotation.get('id', place)}", "id")
         except BROKEN as error:
             drops.drop("captions: malformed entry", f"{where}: {problem(error)}")
             continue

@@ -3,7 +3,7 @@
 import dataclasses
 from array import array
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,11 +92,11 @@ def file_names(entry: dict[str, Any]) -> tuple[str, ...]:
 
     COCO names "000000391895.jpg" and by its `coco_url` tells the folder too; LVIS has that alone.
     """
-    names = []
-    if "file_name" in entry or "coco_url" not in entry:
+    names, address = [], entry.get("coco_url")
+    if "file_name" in entry or not address:
         names.append(text(entry["file_name"], "file_name"))
-    if isinstance(entry.get("coco_url"), str) and entry["coco_url"]:
-        names.append(str(PurePosixPath(*PurePosixPath(text(entry["coco_url"], "")).parts[-2:])))
+    if address:
+        names.append("/".join(text(address, "coco_url").split("/")[-2:]))
     return tuple(dict.fromkeys(names))
 
 

@@ -1,7 +1,6 @@
 """MDETR's JSON (GoldG: Flickr30k Entities, GQA): boxes tied to spans of their image's caption."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from detclipv2_jax.data.examples import (
     RawExample,
     parse_xywh,
 )
-from detclipv2_jax.data.json_stream import read_lists
+from detclipv2_jax.data.json_stream import read_json, read_lists
 from detclipv2_jax.data.phrases import spanned_phrase
 from detclipv2_jax.data.sources.entries import (
     BROKEN,
@@ -87,11 +86,9 @@ def exclusion(directory: Path, evaluation: Iterable[Path] = ()) -> Exclusion:
 
 
 def _genome(path: Path) -> dict[int, int]:
+    rows = read_json(path)
     try:
-        rows = json.loads(path.read_bytes())
         return {int(r["image_id"]): int(r["coco_id"]) for r in rows if r["coco_id"] is not None}
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except BROKEN as error:
         raise UserError(
             f'{path}: no list of images with "image_id" and "coco_id" ({problem(error)}); get it '

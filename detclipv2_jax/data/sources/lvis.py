@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from detclipv2_jax.data.examples import Archive, ImageFolder
-from detclipv2_jax.data.json_stream import read_lists
+from detclipv2_jax.data.json_stream import read_json, read_lists
 from detclipv2_jax.data.sources import coco
 from detclipv2_jax.data.sources.entries import BROKEN, problem, text
 from detclipv2_jax.errors import UserError
-from detclipv2_jax.evaluation.coco import read_annotations
 from detclipv2_jax.files import replacing
 
 MINIVAL_FOLDER = "val2017"
@@ -53,15 +52,18 @@ def write_minival(val: str | Path, to: str | Path) -> int:
     of the images that stay. The same val gives the same bytes, whole or not at all. `UserError`
     where val is no LVIS file or has no picture of val2017.
     """
-    content = read_annotations(val)
-    images = [entry for entry in content["images"] if _is_minival(entry)]
+    content = read_json(Path(val))
+    try:
+        images = [entry for entry in content["images"] if _is_minival(entry)]
+        ids = {entry["id"] for entry in images}
+        annotations = [entry for entry in content["annotations"] if entry["image_id"] in ids]
+        content |= {"images": images, "annotations": annotations}
+    except BROKEN as error:
+        raise UserError(f"{val}: {problem(error)}; give lvis_v1_val.json") from error
     if not images:
         raise UserError(
             f'{val}: no image whose "coco_url" is in {MINIVAL_FOLDER}; give lvis_v1_val.json'
         )
-    ids = {entry["id"] for entry in images}
-    annotations = [entry for entry in content["annotations"] if entry.get("image_id") in ids]
-    content |= {"images": images, "annotations": annotations}
     with replacing(to) as temporary:
         temporary.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
     return len(images)
