@@ -130,10 +130,10 @@ def openers(root):
     miniature.write_images(root, 4)
     images = ImageFolder(root / "images")
     names = [f"{number}.jpg" for number in range(4)]
-    vg = {4: 9}
     captions = [{"id": n, "image_id": n % 4, "caption": f"a cat on mat {n}"} for n in range(6)]
     _, lvis_val = miniature.lvis(root / "lvis")
-    excluded = goldg.Exclusion(frozenset({9}), vg)
+    excluded = goldg.Exclusion([], [miniature.write_json(root / "val.json", VAL)])
+    excluded.genome = {4: 9}
     mixed = miniature.mdetr([*names, "4.jpg", "COCO_train2014_000000000009.jpg"])
     for entry in mixed["images"]:
         entry["data_source"] = "vg"
@@ -204,6 +204,7 @@ def check_counts(archive, examples, document) -> None:
         assert told == len(document["annotations"])
 
 
+VAL = {"images": [{"id": 9}]}
 IDS = "images: id given twice"
 
 
@@ -279,7 +280,7 @@ def test_visual_genomes_list(tmp_path, seeds):
             data = encoded(twisted(rng, document))
             path.write_bytes(damaged(rng, data) if rng.random() < 0.5 else data)
             try:
-                genome = goldg.exclusion(tmp_path).genome
+                genome = goldg.Exclusion([tmp_path]).genome
             except UserError as error:
                 assert "image_data.json" in str(error)
             else:

@@ -105,15 +105,15 @@ def test_the_subset_of_a_file(tmp_path):
 
 def test_goldg(tmp_path):
     flickr, mixed = miniature.goldg(tmp_path)
-    exclude = goldg.exclusion(tmp_path)
-    archive = goldg.read(flickr, ImageFolder(tmp_path), exclude=exclude)
+    assert goldg.training_files(tmp_path) == [flickr, mixed]
+    archive = goldg.read_without_coco(flickr, ImageFolder(tmp_path))
     examples = list(archive.examples)
     assert [e.image.path for e in examples] == [tmp_path / "flickr30k_images/2354786.jpg"] * 2
     assert [e.size for e in examples] == [(40, 60)] * 2  # written as strings
     names = [[box.name for box in e.boxes] for e in examples]
     assert names == [["wet boys", "blue swimming suits"], ["boys", "suits"]]
     assert not archive.drops.dropped  # a number that is a COCO picture's in Visual Genome
-    archive = goldg.read(mixed, ImageFolder(tmp_path), exclude=exclude)
+    archive = goldg.read_without_coco(mixed, ImageFolder(tmp_path))
     examples = list(archive.examples)
     assert [e.image.path for e in examples] == [tmp_path / "gqa/images/2331819.jpg"] * 2
     assert [box.name for box in examples[0].boxes] == ["man", "pink tie"]
@@ -127,7 +127,7 @@ def test_goldg(tmp_path):
 
 def test_goldg_with_coco(tmp_path):
     _, mixed = miniature.goldg(tmp_path)
-    archive = goldg.read(mixed, ImageFolder(tmp_path))
+    archive = goldg.read_without_coco(mixed, ImageFolder(tmp_path), keep_coco=True)
     places = [e.image.path.relative_to(tmp_path) for e in archive.examples]
     assert [str(place.parent) for place in places] == ["train2014"] + ["gqa/images"] * 3
     assert not archive.drops.dropped
@@ -138,22 +138,29 @@ def test_goldg_without_the_images_of_evaluation(tmp_path):
     evaluation = miniature.write_json(
         tmp_path / "lvis.json", {"images": [{"id": 318219}, None, {}]}
     )
-    exclude = goldg.exclusion(tmp_path, [evaluation])
-    archive = goldg.read(mixed, ImageFolder(tmp_path), exclude=exclude)
+    images = ImageFolder(tmp_path)
+    archive = goldg.read_without_coco(mixed, images, exclude=[evaluation])
     assert [e.image_id for e in archive.examples] == ["0", "2", "3"]
     assert archive.drops.dropped == {"images: a COCO image in Visual Genome": 1}
 
 
 def test_goldg_without_visual_genomes_list(tmp_path):
+    flickr, mixed = miniature.goldg(tmp_path)
+    (tmp_path / "image_data.json").unlink()
+    images = ImageFolder(tmp_path)
+    assert len(list(goldg.read_without_coco(flickr, images).examples)) == 2  # which needs none
     with pytest.raises(UserError, match="no image_data.json in it"):
-        goldg.exclusion(tmp_path)
+        goldg.read_without_coco(mixed, images)
     for content in ({"image_id": 1}, [{"image_id": 1}], [3], [{"image_id": "x", "coco_id": 1}]):
         miniature.write_json(tmp_path / "image_data.json", content)
         with pytest.raises(UserError, match='image_data.json: no list of images with "image_id"'):
-            goldg.exclusion(tmp_path)
+            goldg.read_without_coco(mixed, images)
     (tmp_path / "image_data.json").write_bytes(b"\xff[")
     with pytest.raises(UserError, match="image_data.json"):
-        goldg.exclusion(tmp_path)
+        goldg.read_without_coco(mixed, images)
+    without = mixed.rename(mixed.with_name("final_mixed_train_no_coco.json"))
+    assert goldg.training_files(tmp_path) == [flickr, without]
+    assert goldg.training_files(tmp_path / "gqa") == []
 
 
 def test_coco(tmp_path):
@@ -412,12 +419,11 @@ def open_all(root):
         miniature.webdataset(root / "cc3m", miniature.shard_entries(5, shard), shard)
     miniature.write_parquet(root / "cc12m/00000.parquet", miniature.shard_entries(5), images=True)
     grounding = ImageFolder(root / "goldg")
-    exclude = goldg.exclusion(root / "goldg")
     return {
         "objects365": [
             objects365.read(objects365.training_file(root / "o365"), ImageFolder(root / "o365"))
         ],
-        "goldg": [goldg.read(path, grounding, exclude=exclude) for path in (flickr, mixed)],
+        "goldg": [goldg.read_without_coco(path, grounding) for path in (flickr, mixed)],
         "lvis": [lvis.read(train, ImageFolder(root / "lvis"))],
         "coco": [coco.read(miniature.coco2017(root / "coco"), ImageFolder(root / "coco"))],
         "custom": [coco.read(miniature.roboflow(root / "my"), ImageFolder(root / "my"))],

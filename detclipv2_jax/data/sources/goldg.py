@@ -1,8 +1,8 @@
 """MDETR's JSON (GoldG: Flickr30k Entities, GQA): boxes tied to spans of their image's caption."""
 
-import dataclasses
+import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +41,30 @@ IMAGE_FOLDERS = {
     "vg": ("gqa/images", "gqa", "vg", "VG_100K", "VG_100K_2", "vg/VG_100K", "vg/VG_100K_2"),
     "coco": ("train2014", "coco/train2014"),
 }
+FLICKR_FILE = "final_flickr_separateGT_train.json"
+MIXED_FILES = ("final_mixed_train_no_coco.json", "final_mixed_train.json")
 GENOME = "image_data.json"  # Visual Genome's, which tells which of its pictures are COCO's too
 _COCO_NAME = re.compile(r"(?:COCO_\w+2014_)?(\d{12})\.jpg")
 
 
-@dataclasses.dataclass(frozen=True)
 class Exclusion:
     """Which of COCO's pictures a grounding source must not have."""
 
-    coco_ids: frozenset[int] | None = None  # None: all of them
-    genome: Mapping[int, int] = dataclasses.field(default_factory=dict)  # Visual Genome id -> COCO
+    def __init__(self, directories: Sequence[Path], evaluation: Sequence[Path] = ()):
+        """All of COCO's pictures or, with COCO or LVIS files `evaluation`, only those of these.
+
+        Visual Genome's image_data.json is looked for in `directories` and in their folders.
+        """
+        self._directories = directories
+        ids = [_coco_ids(path) for path in evaluation]
+        self._coco_ids = frozenset().union(*ids) if ids else None
 
     def reason(self, entry: dict[str, Any]) -> str:
-        """Why an image entry is left out; empty if it stays."""
+        """Why an image entry is left out; empty if it stays.
+
+        `UserError` at the first picture of Visual Genome where its image_data.json is missing or
+        broken: half of its pictures are COCO's, and nothing else tells which.
+        """
         name = str(entry.get("file_name", "")).rpartition("/")[2]
         if match := _COCO_NAME.fullmatch(name):
             return "a COCO image" if self._has(int(match[1])) else ""
@@ -65,24 +76,21 @@ class Exclusion:
                 return "a COCO image in Visual Genome"
         return ""
 
-    def _has(self, coco_id: int) -> bool:
-        return self.coco_ids is None or coco_id in self.coco_ids
-
-
-def exclusion(directory: Path, evaluation: Iterable[Path] = ()) -> Exclusion:
-    """All COCO pictures or, with COCO or LVIS files `evaluation`, only the pictures of these.
-
-    Visual Genome's image_data.json is taken from `directory` or a folder in it. `UserError` where
-    it is not there or is broken: half of Visual Genome's pictures are COCO's, by number alone.
-    """
-    found = [*directory.glob(GENOME), *directory.glob(f"*/{GENOME}")]
-    if not found:
+    @functools.cached_property
+    def genome(self) -> dict[int, int]:
+        """COCO's ids of Visual Genome's pictures by their own, of those that have one."""
+        for directory in self._directories:
+            for path in (directory / GENOME, *sorted(directory.glob(f"*/{GENOME}"))):
+                if path.is_file():
+                    return _genome(path)
         raise UserError(
-            f"{directory}: no {GENOME} in it, so nobody can tell which GQA pictures are COCO's; "
-            "get it from Visual Genome, or keep COCO's pictures with --keep-coco"
+            f"{' or '.join(map(str, self._directories))}: no {GENOME} in it, so nobody can tell "
+            "which GQA pictures are COCO's; get it from Visual Genome, or keep them all with "
+            "--keep-coco"
         )
-    ids = [_coco_ids(path) for path in evaluation]
-    return Exclusion(frozenset().union(*ids) if ids else None, _genome(found[0]))
+
+    def _has(self, coco_id: int) -> bool:
+        return self._coco_ids is None or coco_id in self._coco_ids
 
 
 def _genome(path: Path) -> dict[int, int]:
@@ -98,8 +106,33 @@ def _genome(path: Path) -> dict[int, int]:
 
 def _coco_ids(path: Path) -> frozenset[int]:
     """Ids of the images of a COCO or LVIS file, which are COCO's."""
-    ids = [entry.get("id") for _, _, entry in read_lists(path, ("images",)) if entry]
+    entries = (entry for _, _, entry in read_lists(path, ("images",)))
+    ids = (entry.get("id") for entry in entries if isinstance(entry, dict))
     return frozenset(number for number in ids if isinstance(number, int))
+
+
+def training_files(directory: Path) -> list[Path]:
+    """MDETR's training files in a folder or its folders; of mixed, GLIP's without COCO first."""
+    found = {path.name: path for path in (*directory.glob("*/*.json"), *directory.glob("*.json"))}
+    mixed = next((name for name in MIXED_FILES if name in found), None)
+    return [found[name] for name in (FLICKR_FILE, mixed) if name in found]
+
+
+def read_without_coco(
+    path: str | Path,
+    images: ImageFolder,
+    *,
+    keep_coco: bool = False,
+    exclude: Sequence[str | Path] | None = None,
+) -> Archive:
+    """`read` without COCO's pictures, or only without those of the COCO or LVIS files `exclude`."""
+    path = Path(path)
+    if keep_coco:
+        return read(path, images)
+    directories = (path.parent, path.parent.parent)
+    return read(
+        path, images, exclude=Exclusion(directories, [Path(file) for file in exclude or ()])
+    )
 
 
 def read(path: str | Path, images: ImageFolder, *, exclude: Exclusion | None = None) -> Archive:
