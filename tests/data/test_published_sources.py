@@ -13,6 +13,7 @@ from detclipv2_jax.data.pictures import Options
 from detclipv2_jax.data.prepare import prepare
 from detclipv2_jax.data.sources import coco, goldg, img2dataset, lvis, objects365, odinw
 from detclipv2_jax.errors import UserError
+from detclipv2_jax.evaluation import coco as coco_evaluation
 from detclipv2_jax.evaluation import lvis as lvis_evaluation
 
 DETIC = Path(__file__).parents[3] / "shared/data/clip_text/Objects365_names_fix.csv"
@@ -20,7 +21,7 @@ DETIC = Path(__file__).parents[3] / "shared/data/clip_text/Objects365_names_fix.
 
 def test_objects365_v2(tmp_path):
     path = miniature.objects365_v2(tmp_path)
-    assert objects365.training_file(tmp_path) == path
+    assert objects365.training_files(tmp_path) == [path]
     archive = objects365.read(path, ImageFolder(tmp_path))
     examples = list(archive.examples)
     assert archive.kind == "detection" and archive.total == 4
@@ -46,7 +47,7 @@ def test_objects365_v2_unpacked_otherwise(tmp_path, folder):
 
 def test_objects365_v1(tmp_path):
     path = miniature.objects365_v1(tmp_path)
-    assert objects365.training_file(tmp_path) == path
+    assert objects365.training_files(tmp_path) == [path]
     archive = objects365.read(path, ImageFolder(tmp_path))
     examples = list(archive.examples)
     assert archive.names == ("Hami melon", "person")
@@ -65,8 +66,7 @@ def test_objects365_names_are_those_of_detic():
 def test_objects365_without_a_training_file(tmp_path):
     path = miniature.objects365_v2(tmp_path)
     path.unlink()  # val's stays, and is not taken
-    with pytest.raises(UserError, match="none of zhiyuan_objv2_train.json, .*--annotations"):
-        objects365.training_file(tmp_path)
+    assert objects365.training_files(tmp_path) == []
 
 
 def test_the_subset_depends_on_nothing_else(tmp_path):
@@ -179,6 +179,7 @@ def test_roboflow(tmp_path):
 
 def test_lvis_for_training(tmp_path):
     train, _ = miniature.lvis(tmp_path)
+    assert lvis.training_files(tmp_path) == [train] == lvis.training_files(train.parent)
     archive = lvis.read(train, ImageFolder(tmp_path))
     (example,) = archive.examples
     assert example.image.path == tmp_path / "train2017/000000391895.jpg"
@@ -238,22 +239,34 @@ def write_odinw(root):
 def test_odinw(tmp_path):
     write_odinw(tmp_path)
     assert len(odinw.SETS) == 13 == len({one.name for one in odinw.SETS})
-    assert sorted(odinw.evaluation_files(tmp_path)) == sorted(one.name for one in odinw.SETS)
     names = {"CottontailRabbits": "rabbit", "NorthAmericaMushrooms": "flat mushroom"}
-    for one in odinw.SETS:
-        for split in odinw.SPLITS:
-            archive = odinw.read(one.name, tmp_path, split)
-            assert len(list(archive.examples)) == 2
-            assert archive.names[0] == names.get(one.name, "Cat")
-    pistols = odinw.read("PISTOLS", tmp_path, "valid")
-    assert pistols.path == tmp_path / "pistols/export/val_annotations_without_background.json"
+    files = odinw.training_files(tmp_path)
+    assert [odinw.set_of(path) for path in files] == list(odinw.SETS)
+    for path, one in zip(files, odinw.SETS):
+        archive = odinw.read(path, ImageFolder(tmp_path))
+        assert [e.image.path.parent for e in archive.examples] == [path.parent] * 2
+        assert archive.names[0] == names.get(one.name, "Cat")
+    pistols = odinw.find("PISTOLS")
+    assert pistols.annotation_file("valid") == "val_annotations_without_background.json"
+    assert odinw.find("PascalVOC").annotation_file("test").startswith("valid/")
     with pytest.raises(UserError, match="no such set; ODinW's are AerialMaritimeDrone, "):
-        odinw.read("Cars", tmp_path)
-    with pytest.raises(UserError, match="no such split"):
-        odinw.read("pothole", tmp_path, "val")
-    (tmp_path / "pothole/valid/annotations_without_background.json").unlink()
-    with pytest.raises(UserError, match="pothole.*no such file; unpack"):
-        odinw.evaluation_files(tmp_path)
+        odinw.find("Cars")
+    assert odinw.set_of(tmp_path / "pothole.json") is None
+    assert odinw.training_files(tmp_path / "pothole") == []
+
+
+def test_odinw_for_evaluation(tmp_path):
+    write_odinw(tmp_path / "odinw")
+    files = odinw.write_evaluation(tmp_path / "odinw", tmp_path / "to")
+    assert list(files) == [one.name for one in odinw.SETS]
+    truth = coco_evaluation.load_ground_truth(files["CottontailRabbits"])
+    assert truth.categories[0].name == "rabbit"
+    assert all(Path(image.file_name).is_file() for image in truth.images)
+    truth = coco_evaluation.load_ground_truth(files["EgoHands"])
+    assert Path(truth.images[0].file_name).parent.name == "mini_val"
+    miniature.write_json(tmp_path / "odinw/pothole/valid" / odinw._FILE, {"images": 3})
+    with pytest.raises(UserError, match="pothole/valid/.*; unpack"):
+        odinw.write_evaluation(tmp_path / "odinw", tmp_path / "to")
 
 
 # img2dataset
@@ -421,13 +434,14 @@ def open_all(root):
     grounding = ImageFolder(root / "goldg")
     return {
         "objects365": [
-            objects365.read(objects365.training_file(root / "o365"), ImageFolder(root / "o365"))
+            objects365.read(path, ImageFolder(root / "o365"))
+            for path in objects365.training_files(root / "o365")
         ],
         "goldg": [goldg.read_without_coco(path, grounding) for path in (flickr, mixed)],
         "lvis": [lvis.read(train, ImageFolder(root / "lvis"))],
         "coco": [coco.read(miniature.coco2017(root / "coco"), ImageFolder(root / "coco"))],
         "custom": [coco.read(miniature.roboflow(root / "my"), ImageFolder(root / "my"))],
-        "odinw": [odinw.read("CottontailRabbits", root / "odinw")],
+        "odinw": [odinw.read(odinw.training_files(root / "odinw")[2], ImageFolder(root))],
         "cc3m": [img2dataset.read(root / "cc3m")],
         "cc12m": [img2dataset.read(root / "cc12m")],
     }

@@ -15,7 +15,14 @@ from detclipv2_jax.data.sources.entries import BROKEN, problem, text
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.files import replacing
 
+TRAINING_FILE = "lvis_v1_train.json"
 MINIVAL_FOLDER = "val2017"
+
+
+def training_files(directory: Path) -> list[Path]:
+    """`lvis_v1_train.json` in a folder or in its annotations/, if it is there."""
+    places = (directory / TRAINING_FILE, directory / "annotations" / TRAINING_FILE)
+    return [path for path in places if path.is_file()][:1]
 
 
 def read(path: str | Path, images: ImageFolder) -> Archive:

@@ -16,7 +16,6 @@ import numpy as np
 from detclipv2_jax.data.examples import Archive, ImageFolder
 from detclipv2_jax.data.sources import coco
 from detclipv2_jax.data.sources.entries import widened
-from detclipv2_jax.errors import UserError
 
 SUBSET = 660_000  # pictures that DetCLIPv2 samples for pre-training (paper.md §4)
 TRAINING_FILES = (
@@ -49,16 +48,14 @@ NAMES = {
 }
 
 
-def training_file(directory: Path) -> Path:
-    """The training annotations in a folder or in its annotations/, v2 before v1; never val's."""
-    for name in TRAINING_FILES:
-        for folder in (directory, directory / "annotations", directory / "train"):
-            if (folder / name).is_file():
-                return folder / name
-    raise UserError(
-        f"{directory}: none of {', '.join(TRAINING_FILES)} in it, in its annotations/ or train/; "
-        "name the file with --annotations=FILE"
-    )
+def training_files(directory: Path) -> list[Path]:
+    """The training annotations in a folder, its annotations/ or train/: v2's, else v1's.
+
+    Val's are never taken; the two releases share pictures, so they are not mixed either.
+    """
+    folders = (directory, directory / "annotations", directory / "train")
+    places = (folder / name for name in TRAINING_FILES for folder in folders)
+    return [path for path in places if path.is_file()][:1]
 
 
 def read(

@@ -6,12 +6,16 @@ of GLIP's configs/odinw_35.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from detclipv2_jax.data.examples import Archive, ImageFolder
+from detclipv2_jax.data.json_stream import read_json
 from detclipv2_jax.data.sources import coco
+from detclipv2_jax.data.sources.entries import BROKEN, problem
 from detclipv2_jax.errors import UserError
+from detclipv2_jax.files import replacing
 
 SPLITS = ("train", "valid", "test")
 _FILE = "annotations_without_background.json"
@@ -89,21 +93,42 @@ def find(name: str) -> OdinwSet:
     raise UserError(f"{name}: no such set; ODinW's are {', '.join(one.name for one in SETS)}")
 
 
-def evaluation_files(root: str | Path) -> dict[str, Path]:
-    """The file to evaluate each set on, by the set's name; `UserError` where one is missing."""
-    files = {one.name: Path(root) / one.directory / one.evaluation for one in SETS}
-    missing = [str(path) for path in files.values() if not path.is_file()]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{missing[0]}: no such file{more}; unpack ODinW's sets under {root}")
+def set_of(path: str | Path) -> OdinwSet | None:
+    """The set that a file belongs to by the folders it is in; None if to none."""
+    place = Path(path).absolute().as_posix()
+    return next((one for one in SETS if f"/{one.directory}/" in place), None)
+
+
+def training_files(root: Path) -> list[Path]:
+    """The training annotations of those sets that are there."""
+    files = [root / one.directory / one.annotation_file("train") for one in SETS]
+    return [path for path in files if path.is_file()]
+
+
+def read(path: str | Path, images: ImageFolder) -> Archive:
+    """Open a file of a set: detection examples with the benchmark's names; see `coco.read`."""
+    one, beside = set_of(path), ImageFolder(Path(path).parent, *images.roots)
+    return coco.read(path, beside, names=one.names if one else None)
+
+
+def write_evaluation(root: str | Path, to: str | Path) -> dict[str, Path]:
+    """Write the file to evaluate each set on, as TO/NAME.json; returns them by the sets' names.
+
+    They have the benchmark's names, and where each picture is on this machine. `UserError` where a
+    set is missing or broken.
+    """
+    files = {}
+    for one in SETS:
+        path = Path(root) / one.directory / one.evaluation
+        content = read_json(path)
+        try:
+            for entry in content["images"]:
+                entry["file_name"] = str(path.parent.absolute() / entry["file_name"])
+            for category in content["categories"]:
+                category["name"] = one.names.get(category["name"].lower(), category["name"])
+        except BROKEN as error:
+            raise UserError(f"{path}: {problem(error)}; unpack ODinW's sets anew") from error
+        files[one.name] = Path(to) / f"{one.name}.json"
+        with replacing(files[one.name]) as temporary:
+            temporary.write_text(json.dumps(content), encoding="utf-8")
     return files
-
-
-def read(name: str, root: str | Path, split: str = "train") -> Archive:
-    """Open a split of a set: detection examples with the benchmark's names; see `coco.read`."""
-    if split not in SPLITS:
-        raise UserError(f"{split}: no such split; there are {', '.join(SPLITS)}")
-    one = find(name)
-    directory = Path(root) / one.directory
-    path = directory / one.annotation_file(split)
-    return coco.read(path, ImageFolder(path.parent, directory), names=one.names)
