@@ -6,6 +6,7 @@
                                                   phrases, captions, to TO/detection and so on
     prepare_data.py symbols --to=DIR              the built-in data, drawn and prepared
     prepare_data.py index   --from=DIR            for training, beside what `tfds build` wrote
+    prepare_data.py minival --from=FILE --to=FILE LVIS minival, to evaluate on, out of LVIS's val
 
 A folder has its annotation files in it or in annotations/, its images in images/ (or --images=DIR).
 docs/data.md tells where each archive comes from and how it lies on disk.
@@ -78,6 +79,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     index.add_argument("--split", default="train", help="which of its splits (default: train)")
     _add_jobs(index)
+    minival_help = "LVIS minival, to evaluate on: the part of LVIS v1 val that is COCO's val2017"
+    minival = sources.add_parser("minival", help=minival_help, description=minival_help)
+    for flag, field, help_text in (
+        ("--from", "origin", "lvis_v1_val.json"),
+        ("--to", "to", "the file to write, lvis_v1_minival.json"),
+    ):
+        minival.add_argument(
+            flag, dest=field, metavar="FILE", type=Path, required=True, help=help_text
+        )
     symbols = sources.add_parser(
         "symbols",
         help=SYMBOLS_HELP,
@@ -100,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; 0 if all is prepared, 2 (and a sentence) if the user can mend it."""
     args = build_parser().parse_args(arguments)
     try:
-        others = {"custom": _custom, "symbols": _symbols, "index": _index}
+        others = {"custom": _custom, "symbols": _symbols, "index": _index, "minival": _minival}
         run = others.get(args.source, _single)
         run(args)
     except UserError as error:
@@ -251,6 +261,13 @@ def _index(args: argparse.Namespace) -> None:
     from detclipv2_jax.data.prepare import report
 
     print(report(add_index(args.to, split=args.split, jobs=_options(args).jobs)))
+
+
+def _minival(args: argparse.Namespace) -> None:
+    """LVIS minival out of LVIS's val."""
+    from detclipv2_jax.data.sources.lvis import write_minival
+
+    print(f"{args.to}: {write_minival(args.origin, args.to):,} images")
 
 
 def _symbols_options(settings: list[str]):

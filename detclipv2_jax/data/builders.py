@@ -34,8 +34,10 @@ from detclipv2_jax.data.parts import records_of
 from detclipv2_jax.data.pictures import Options
 from detclipv2_jax.data.prepare import PART_EXAMPLES, cut
 from detclipv2_jax.data.records import Record, features
+from detclipv2_jax.data.sources.img2dataset import ParquetImage
 
 _PARTS = "parts"  # folder in a dataset that is being built with Beam
+_PLACES = {place.__name__: place for place in (ImageFile, ParquetImage)}
 _OPTIONS = Options(jobs=1)
 
 
@@ -98,8 +100,7 @@ class _Source(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         kind, folder = self.SOURCE.kind, Path(self.data_path) / _PARTS
         folder.mkdir(parents=True)
         for number, examples in cut(archives, PART_EXAMPLES[kind]):
-            lines = (json.dumps(dataclasses.asdict(one), default=str) for one in examples)
-            (folder / f"{number:06d}.jsonl").write_text("\n".join(lines))
+            (folder / f"{number:06d}.jsonl").write_text("\n".join(map(_line, examples)))
         drops = Drops()
         for archive in archives:
             drops.add(archive.drops)
@@ -138,6 +139,18 @@ class ConceptualCaptions(_Source):
     """Conceptual Captions, CC3M or CC12M."""
 
     SOURCE = SOURCES["conceptual_captions"]
+
+
+class LvisBoxes(_Source):
+    """LVIS v1's training boxes."""
+
+    SOURCE = SOURCES["lvis"]
+
+
+class Odinw(_Source):
+    """The training sets of ODinW."""
+
+    SOURCE = SOURCES["odinw"]
 
 
 class CocoBoxes(_Source):
@@ -181,16 +194,22 @@ def _part(path: str, kind: str) -> Iterator[tuple[int, dict[str, Any]]]:
             Metrics.counter(__name__, f"{field}/{reason}").inc(count)
 
 
+def _line(example: RawExample) -> str:
+    """An example as a line of JSON."""
+    place = {"place": type(example.image).__name__}
+    return json.dumps(dataclasses.asdict(example) | place, default=str)
+
+
 def _example(line: str) -> RawExample:
-    """The inverse of json.dumps(dataclasses.asdict(example), default=str)."""
+    """The inverse of `_line`."""
     fields = json.loads(line)
-    image = fields["image"]
+    image, place = fields["image"], _PLACES[fields.pop("place")]
     boxes = (RawBox(**box | {"xywh": tuple(box["xywh"])}) for box in fields["boxes"])
     size = fields["size"]
     return RawExample(
         **fields
         | {
-            "image": ImageFile(**image | {"path": Path(image["path"])}),
+            "image": place(**image | {"path": Path(image["path"])}),
             "size": size and tuple(size),
             "boxes": tuple(boxes),
         }

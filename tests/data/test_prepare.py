@@ -416,7 +416,9 @@ def test_command_one_kind_and_named_files(folder, script):
     assert [path.name for path in (folder / "a").iterdir()] == ["grounding"]
     path = write_json(folder / "elsewhere" / "instances_val.json", coco(["0.jpg", "1.jpg"]))
     assert run(script, "coco", *base, f"--to={folder / 'b'}", f"--annotations={path}") == 0
-    assert run(script, "goldg", *base, f"--to={folder / 'c'}", "--name=flickr") == 0
+    to = f"--to={folder / 'c'}"
+    assert run(script, "goldg", *base, to, "--name=flickr") == 2  # is it COCO's? nobody can tell
+    assert run(script, "goldg", *base, to, "--name=flickr", "--keep-coco") == 0
     assert Source.open(folder / "c").name == "flickr"
 
 
@@ -462,7 +464,7 @@ def test_command_symbols(tmp_path, script, spacy_model, capsys):
 
 
 def test_script_help(script, capsys):
-    commands = [*archives.SOURCES, "custom", "symbols", "index"]
+    commands = [*archives.SOURCES, "custom", "symbols", "index", "minival"]
     for arguments in (["--help"], *([command, "--help"] for command in commands)):
         with pytest.raises(SystemExit) as stopped:
             script.main(arguments)
