@@ -409,6 +409,18 @@ def test_command_other_inputs(folder, script, capsys):
     assert len(Source.open(folder / "out")) == 2
 
 
+def test_command_where_an_older_format_lies(folder, script, capsys):
+    arguments = ["coco", f"--from={folder}", f"--to={folder / 'out'}"]
+    assert run(script, *arguments) == 0
+    info = folder / "out" / "info.json"
+    info.write_text(json.dumps({**json.loads(info.read_text()), "format": 1}))
+    assert run(script, *arguments) == 2
+    assert "format 1, this version reads 2" in (error := capsys.readouterr().err)
+    assert error.endswith(f"--to={folder / 'out'} --overwrite`\n")
+    assert run(script, *arguments, "--overwrite") == 0
+    assert len(Source.open(folder / "out")) == 4
+
+
 def test_command_one_kind_and_named_files(folder, script):
     base = (f"--from={folder}", f"--images={folder / 'images'}")
     named = "--grounding=annotations/phrases_train.json"
