@@ -85,7 +85,7 @@ def read_annotations(path: str | pathlib.Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file; give the annotation JSON of the set.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not text, nested too deep
         raise UserError(
             f"{path}: not a JSON file ({error}); give the set's annotation JSON."
         ) from None
