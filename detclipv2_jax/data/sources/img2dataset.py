@@ -11,10 +11,10 @@ one of the bytes here. Sites answer dead addresses with one and the same placeho
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -37,27 +37,11 @@ _FAILED = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class ParquetImage:
-    """An image that is a value in a parquet file: what `ImageFile` is for a file."""
-
-    path: Path
-    group: int
-    row: int
-
-    def read(self) -> bytes:
-        """The image as it is stored; raises what pyarrow raises where it cannot be read."""
-        return _jpg_column(self.path, self.group)[self.row].as_py()
-
-    def __str__(self) -> str:
-        return f"{self.path}, row group {self.group}, row {self.row}"
-
-
 @dataclasses.dataclass
 class _Entry:
     """What a shard has of one key."""
 
-    image: ImageFile | ParquetImage | None = None
+    image: ImageFile | None = None
     caption: ImageFile | None = None
     metadata: ImageFile | None = None
     row: Mapping[str, Any] | None = None  # of the parquet beside
@@ -90,7 +74,8 @@ def shards(directory: Path) -> list[Path]:
         for pattern in ("*.tar", "*/*.tar", "*.parquet", "*/*.parquet")
         for path in directory.glob(pattern)
     }
-    found |= {path for path in directory.glob("*") if path.is_dir() and path.name.isdecimal()}
+    folders = (path for path in directory.glob("*") if re.fullmatch(r"\d{5,}", path.name))
+    found |= {path for path in folders if path.is_dir()}
     return sorted(found)
 
 
@@ -214,7 +199,7 @@ def _read_text(file: ImageFile) -> str:
     return file.read().decode("utf-8")
 
 
-def _hash(image: ImageFile | ParquetImage, facts: Mapping[str, Any]) -> int:
+def _hash(image: ImageFile, facts: Mapping[str, Any]) -> int:
     """8 bytes of the picture's hash as a number."""
     noted = facts.get("sha256") or facts.get("md5")
     told = noted.encode() if isinstance(noted, str) else image.read()
@@ -301,17 +286,9 @@ def _in_parquet(path: Path, drops: Drops) -> Iterator[dict[str, _Entry]]:
     for rows in _rows(path, drops, "jpg"):
         entries: dict[str, _Entry] = {}
         for group, number, row in rows:
-            entry = _Entry(ParquetImage(path, group, number), row=row)
+            entry = _Entry(ImageFile(path, value=(group, number)), row=row)
             if str(row["key"]) in entries:
                 drops.drop("images: key given twice", f"{entry.image}: a second {row['key']}")
             else:
                 entries[str(row["key"])] = entry
         yield entries
-
-
-@functools.lru_cache(maxsize=2)
-def _jpg_column(path: Path, group: int) -> Any:
-    """The images of a row group: a worker takes them one after the other."""
-    import pyarrow.parquet
-
-    return pyarrow.parquet.ParquetFile(path).read_row_group(group, columns=["jpg"]).column(0)
