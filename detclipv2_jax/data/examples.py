@@ -23,37 +23,20 @@ class RawBox:
 
 @dataclasses.dataclass(frozen=True)
 class ImageFile:
-    """Where an image's bytes are: a file, a range of one (a member of a tar), a value in one."""
+    """Where an image's bytes are: a file, or a range of one (a member of a tar)."""
 
     path: Path
     offset: int = 0
     size: int | None = None  # bytes; None: to the end
-    value: tuple[int, int] | None = None  # row group and row of a parquet file's column "jpg"
 
     def read(self) -> bytes:
-        """The image as it is stored.
-
-        `OSError` where the file cannot be read; pyarrow has more to raise about broken ones.
-        """
-        if self.value is not None:
-            group, row = self.value
-            return _jpg_column(self.path, group)[row].as_py() or b""
+        """The image as it is stored; `OSError` where the file cannot be read."""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read() if self.size is None else file.read(self.size)
 
     def __str__(self) -> str:
-        if self.value is not None:
-            return f"{self.path}, row group {self.value[0]}, row {self.value[1]}"
         return str(self.path) if self.size is None else f"{self.path}, byte {self.offset}"
-
-
-@functools.lru_cache(maxsize=2)
-def _jpg_column(path: Path, group: int) -> Any:
-    """The images of a row group: whoever reads one, reads the next ones soon."""
-    import pyarrow.parquet  # 0.2 s, and seldom needed
-
-    return pyarrow.parquet.ParquetFile(path).read_row_group(group, columns=["jpg"]).column(0)
 
 
 @dataclasses.dataclass(frozen=True)

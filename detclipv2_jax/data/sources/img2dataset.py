@@ -11,6 +11,7 @@ one of the bytes here. Sites answer dead addresses with one and the same placeho
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -38,11 +39,27 @@ _FAILED = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class ParquetImage:
+    """An image that is a value in a parquet file: what `ImageFile` is for a file."""
+
+    path: Path
+    group: int
+    row: int
+
+    def read(self) -> bytes:
+        """The image as it is stored; raises what pyarrow raises where it cannot be read."""
+        return _jpg_column(self.path, self.group)[self.row].as_py() or b""
+
+    def __str__(self) -> str:
+        return f"{self.path}, row group {self.group}, row {self.row}"
+
+
 @dataclasses.dataclass
 class _Entry:
     """What a shard has of one key."""
 
-    image: ImageFile | None = None
+    image: ImageFile | ParquetImage | None = None
     caption: bytes | None = None  # .txt
     metadata: bytes | None = None  # .json
     row: Mapping[str, Any] | None = None  # of the parquet beside
@@ -193,7 +210,7 @@ def checked_caption(caption: Any) -> str:
     return caption
 
 
-def _hash(image: ImageFile, facts: Mapping[str, Any]) -> int:
+def _hash(image: ImageFile | ParquetImage, facts: Mapping[str, Any]) -> int:
     """8 bytes of the picture's hash as a number."""
     noted = facts.get("sha256") or facts.get("md5")
     told = noted.encode() if isinstance(noted, str) else image.read()
@@ -294,9 +311,17 @@ def _in_parquet(path: Path, drops: Drops) -> Iterator[dict[str, _Entry]]:
     for rows in _rows(path, drops, "jpg"):
         entries: dict[str, _Entry] = {}
         for group, number, row in rows:
-            entry = _Entry(ImageFile(path, value=(group, number)), row=row)
+            entry = _Entry(ParquetImage(path, group, number), row=row)
             if str(row["key"]) in entries:
                 drops.drop("images: key given twice", f"{entry.image}: a second {row['key']}")
             else:
                 entries[str(row["key"])] = entry
         yield entries
+
+
+@functools.lru_cache(maxsize=2)
+def _jpg_column(path: Path, group: int) -> Any:
+    """The images of a row group: whoever reads one, reads the next ones soon."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(path).read_row_group(group, columns=["jpg"]).column(0)
