@@ -69,7 +69,8 @@ class Exclusion:
         if match := _COCO_NAME.fullmatch(name):
             return "a COCO image" if self._has(int(match[1])) else ""
         # Flickr30k's pictures have numbers for names too, but they are not Visual Genome's.
-        if entry.get("data_source") == "vg" and re.fullmatch(r"\d{1,9}\.jpg", name):
+        of_genome = entry.get("data_source", "vg") == "vg" and entry.get("dataset_name") != "flickr"
+        if of_genome and re.fullmatch(r"\d{1,9}\.jpg", name):
             coco_id = self.genome.get(int(name.removesuffix(".jpg")))
             if coco_id is not None and self._has(coco_id):
                 return "a COCO image in Visual Genome"
