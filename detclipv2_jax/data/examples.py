@@ -76,6 +76,15 @@ class Drops:
             for sentence in sentences:
                 self._explain(reason, sentence)
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Drops":
+        """The inverse of `vars`, which is as JSON takes it."""
+        drops = cls()
+        drops.dropped.update(content["dropped"])
+        drops.mended.update(content["mended"])
+        drops.explained.update(content["explained"])
+        return drops
+
     def first(self) -> str:
         """An explanation of the most frequent reason; empty if nothing was dropped."""
         if not self.dropped:

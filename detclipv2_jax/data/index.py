@@ -10,8 +10,8 @@
     tokens.npy keys.npy vocabulary.npy   uint16 (c,16), uint64 (c,), bool (c,)
 
 A record names its concepts by their texts; label k of record i is the local id
-`positives[offsets[i] + k]`. Written by `records.RecordWriter`. No TensorFlow and no strings are
-needed to plan a run.
+`positives[offsets[i] + k]`. Written by `merge.py`. No TensorFlow and no strings are needed to
+plan a run. dataset_info.json and features.json beside it make it a dataset of TensorFlow Datasets.
 """
 
 import dataclasses

@@ -60,7 +60,7 @@ def write(directory, kind, count, broken=()):
     """A prepared source of several shards; the records in `broken` hold no picture."""
     rng = np.random.default_rng(count)
     with records.RecordWriter(
-        directory, name=directory.name, kind=kind, names=NAMES, shard_bytes=100_000
+        directory, name=directory.name, kind=kind, names=NAMES, shard_records=16
     ) as writer:
         for i in range(count):
             writer.write(record(i, kind, rng, b"\xff\xd8 no picture" if i in broken else None))
@@ -364,7 +364,7 @@ def test_a_damaged_file_costs_only_the_records_it_holds_there(tmp_path):
     source = write(tmp_path / "spoilt", "detection", 40)
     path = pathlib.Path(source.shard_paths[0])
     content = bytearray(path.read_bytes())
-    content[70_000:70_020] = bytes(20)
+    content[30_000:30_020] = bytes(20)
     path.write_bytes(content)
     plan, sources = spoilt_plan(Source.open(source.directory))
     steps, feed = collect(plan, sources, 0, plan.steps_per_epoch, max_broken_share=0.5)
