@@ -20,8 +20,9 @@ from PIL import Image
 
 from detclipv2_jax.data import pictures
 from detclipv2_jax.data.examples import Drops, ImageFile, ImageFolder
+from detclipv2_jax.data.parts import clip_boxes
 from detclipv2_jax.data.pictures import Options
-from detclipv2_jax.data.prepare import clip_boxes, prepare
+from detclipv2_jax.data.prepare import prepare
 from detclipv2_jax.data.records import decode
 from detclipv2_jax.data.sources import (
     coco,
