@@ -127,7 +127,9 @@ def _examples(directory: Path, found: Iterable[Path], drops: Drops) -> Iterator[
         name = shard.relative_to(directory)
         for entries in _shard(shard, drops):
             for key, entry in entries.items():
-                example = _example(f"{name}/{key}", entry, seen, drops)
+                # Names in tars and folders may be bytes that are no text.
+                image_id = f"{name}/{key}".encode("utf-8", "backslashreplace").decode()
+                example = _example(image_id, entry, seen, drops)
                 if example is not None:
                     yield example
 
