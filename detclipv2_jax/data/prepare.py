@@ -1,6 +1,6 @@
 """Annotation files and a folder of images become a source of records (its layout: index.py).
 
-The examples of the archives are cut into parts of a fixed number, which processes write one by one
+The examples of the archives are cut into parts of one size, which processes write one by one
 to `TO.partial/parts`; at the end the parts are merged and `TO` appears whole. A run that was
 stopped, by Ctrl-C or for good, goes on with the parts that are missing. Same input, same bytes,
 whatever the number of processes and of interruptions.
@@ -29,8 +29,10 @@ from detclipv2_jax.data.pictures import Options
 from detclipv2_jax.data.workers import run
 from detclipv2_jax.errors import UserError
 
-# Examples a part, and so records a file: some ten seconds of work, 100 to 200 MB.
+# Examples a part at most, and so records a file: some ten seconds of work, 100 to 200 MB.
 PART_EXAMPLES = {"detection": 1024, "grounding": 1024, "image_text": 4096}
+_PARTS = 64  # of a smaller source, so that all cores have something to do
+_LEAST = 64  # examples a part, however small the source
 
 
 def prepare(
@@ -51,10 +53,12 @@ def prepare(
     merge.refuse_foreign(to)
     if kind == "image_text":
         phrases_lib.load(options.phrase_model)  # a missing model is said at once
-    stamp = {"format": FORMAT, "kind": kind, "examples": PART_EXAMPLES[kind], "inputs": inputs}
+    size = sum(archive.total for archive in archives) // _PARTS
+    size = min(max(size, _LEAST), PART_EXAMPLES[kind])
+    stamp = {"format": FORMAT, "kind": kind, "examples": size, "inputs": inputs}
     with _workplace(to, stamp) as partial:
         writer = PartWriter(partial / "parts", kind, options)
-        count = _write_parts(writer, archives, options.jobs, name)
+        count = _write_parts(writer, archives, size, options.jobs, name)
         said = _said(writer, archives, count)
         try:
             _refuse_nothing(archives, kind, said)
@@ -167,7 +171,9 @@ def cut(archives: Sequence[Archive], size: int) -> Iterator[tuple[int, list[RawE
     return enumerate(parts)
 
 
-def _write_parts(writer: PartWriter, archives: Sequence[Archive], jobs: int, name: str) -> int:
+def _write_parts(
+    writer: PartWriter, archives: Sequence[Archive], size: int, jobs: int, name: str
+) -> int:
     """Write the parts that are missing, with a bar for people; how many parts there are."""
     known = [int(path.stem) for path in writer.directory.glob("[0-9]*.npz")]
     done = sum(about["examples"] for about in map(writer.about, known) if about)
@@ -177,7 +183,7 @@ def _write_parts(writer: PartWriter, archives: Sequence[Archive], jobs: int, nam
 
     def missing():
         nonlocal count
-        for number, examples in cut(archives, PART_EXAMPLES[writer.kind]):
+        for number, examples in cut(archives, size):
             count = number + 1
             if not writer.finished(number, examples):
                 yield number, examples

@@ -285,6 +285,15 @@ def test_a_part_without_records_is_no_file(tmp_path):
     assert source.info["shards"] == [4, 4] and len(source.shard_paths) == 2
 
 
+def test_a_small_source_has_parts_for_many_processes(tmp_path):
+    write_json(tmp_path / "annotations" / "train.json", coco(write_images(tmp_path, 130, 8, 8)))
+    document = json.loads((tmp_path / "annotations" / "train.json").read_text())
+    for entry in document["images"]:
+        del entry["height"], entry["width"]
+    write_json(tmp_path / "annotations" / "train.json", document)
+    assert run(tmp_path, tmp_path / "out").info["shards"] == [64, 64, 2]
+
+
 @pytest.mark.parametrize("kind", ["detection", "image_text"])
 def test_merged_parts_equal_one_table(kind, tmp_path):
     """As one ConceptTable gives ids and counts that sees all records in order."""
