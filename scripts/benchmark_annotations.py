@@ -1,18 +1,21 @@
 #!/usr/bin/env python
-"""Time and memory of reading a made-up annotation file, by our reader and by json.loads.
+"""Time and memory of reading made-up annotations: a COCO file, also by json.loads, and a tar.
 
-    benchmark_annotations.py [--images=62000]
+    benchmark_annotations.py [--images=62000] [--entries=10000]
 
-The file is like Objects365 v2's: 15 boxes an image, 16 digits a number. Each way runs in a process
-of its own; peak memory is what it has beyond a process that only imported the same.
+The file is like Objects365 v2's: 15 boxes an image, 16 digits a number. The tar is like one of
+img2dataset's: a "picture" of 30 kB, a caption and a .json an entry, of which the picture is not
+read. Each way runs in a process of its own; memory is what its peak rises by.
 """
 
 import argparse
+import io
 import json
 import random
 import resource
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -54,8 +57,39 @@ def write(path: Path, images: int) -> None:
     path.write_text(json.dumps(document))
 
 
+def write_tar(path: Path, entries: int) -> None:
+    """The made-up tar, all in one file as img2dataset writes 10,000."""
+    picture = random.Random(0).randbytes(30_000)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number in range(entries):
+            noted = {"url": f"https://example.org/{number}.jpg", "sha256": f"{number:064x}"}
+            noted |= {"status": "success", "width": 512, "height": 384, "exif": "{}" * 50}
+            caption = f"a small dog, number {number}, on the grass in front of a house"
+            for suffix, data in (
+                ("jpg", picture),
+                ("txt", caption.encode()),
+                ("json", json.dumps(noted, indent=4).encode()),
+            ):
+                member = tarfile.TarInfo(f"{number:09d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def measure_tar(path: Path) -> None:
+    """Read the tar in this process and print what that took."""
+    from detclipv2_jax.data.sources import img2dataset
+
+    before, begin = _peak(), time.process_time()
+    entries = sum(1 for _ in img2dataset.read(path.parent).examples)
+    seconds, megabytes = time.process_time() - begin, (_peak() - before) / 1e6
+    print(
+        f"img2dataset.read {path.stat().st_size / 1e6:,.0f} MB of tar, {entries:,} entries: "
+        f"{seconds / entries * 1e6:.0f} us of CPU an entry, {megabytes:.0f} MB of memory"
+    )
+
+
 def measure(way: str, path: Path) -> None:
-    """Read it in this process and print what that took."""
+    """Read the COCO file in this process and print what that took."""
     from detclipv2_jax.data.examples import ImageFolder
     from detclipv2_jax.data.sources import coco
 
@@ -82,17 +116,25 @@ def _peak() -> int:
 def main() -> None:
     """Write the file, then one process for each way."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=62_000)
+    parser.add_argument("--images", type=int, default=62_000, help="of the COCO file")
+    parser.add_argument("--entries", type=int, default=10_000, help="of the tar")
     parser.add_argument("--run", nargs=2, metavar=("WAY", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
         way, path = args.run[0], Path(args.run[1])
-        write(path, args.images) if way == "write" else measure(way, path)
+        if way == "write":
+            write(path, args.images)
+            write_tar(path.with_name("00000.tar"), args.entries)
+        elif way == "img2dataset.read":
+            measure_tar(path.with_name("00000.tar"))
+        else:
+            measure(way, path)
         return
     with tempfile.TemporaryDirectory() as folder:
         # Writing in a process of its own too: a child's peak begins with its parent's.
-        for way in ("write", "json.loads", "coco.read"):
+        for way in ("write", "json.loads", "coco.read", "img2dataset.read"):
             command = [sys.executable, __file__, f"--images={args.images}"]
+            command.append(f"--entries={args.entries}")
             subprocess.run([*command, "--run", way, f"{folder}/made_up.json"], check=True)
 
 

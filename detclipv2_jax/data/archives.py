@@ -6,6 +6,7 @@ All of it without TensorFlow, so that a command that finds its work done ends at
 import dataclasses
 import hashlib
 import json
+import mmap
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,8 @@ def format_of(path: Path) -> str | None:
 
     The shards of img2dataset are a folder.
 
-    JSON is searched for the names of its fields and not parsed: Objects365's file has gigabytes.
+    JSON is searched for the names of its fields, neither parsed nor read into memory: Objects365's
+    file has gigabytes.
     """
     if path.is_dir():
         return "img2dataset's shards" if img2dataset.shards(path) else None
@@ -50,17 +52,17 @@ def format_of(path: Path) -> str | None:
         return "TSV"
     if path.suffix == ".jsonl":
         return "JSON lines"
-    if path.suffix != ".json":
+    if path.suffix != ".json" or not path.stat().st_size:
         return None
-    content = path.read_bytes()
-    for mark, name in (
-        (b'"neg_category_ids"', None),  # federated: an unnamed category is not an absent one
-        (b'"tokens_positive"', "MDETR"),
-        (b'"bbox"', "COCO instances"),
-        (b'"caption"', "COCO captions"),
-    ):
-        if mark in content:
-            return name
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for mark, name in (
+            (b'"neg_category_ids"', None),  # federated: an unnamed category is not an absent one
+            (b'"tokens_positive"', "MDETR"),
+            (b'"bbox"', "COCO instances"),
+            (b'"caption"', "COCO captions"),
+        ):
+            if content.find(mark) >= 0:
+                return name
     return None
 
 

@@ -1,6 +1,7 @@
 """What a reader of `sources/` yields before any image is opened, and what it leaves out."""
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,8 @@ class ImageFolder:
             raise UserError(
                 f"{tried}: no such directory; name the images' folder with --images=DIR"
             )
+        # Each place is looked for once and not for each image: on a network that would take hours.
+        self._places = functools.lru_cache(maxsize=4096)(self._existing)
 
     def find(self, file_name: str) -> Path | None:
         """Path of an image, or None.
@@ -130,16 +133,18 @@ class ImageFolder:
         """
         if not file_name or "\0" in file_name:
             return None
-        parts = Path(file_name).parts
+        *folders, name = Path(file_name).parts or ("",)
         try:
-            for first in range(len(parts)):
-                for root in self.roots:
-                    path = root.joinpath(*parts[first:])
-                    if path.is_file():
-                        return path
+            paths = (place / name for place in self._places(tuple(folders)))
+            return next((path for path in paths if path.is_file()), None)
         except OSError:  # a name longer than the file system allows
             return None
-        return None
+
+    def _existing(self, folders: tuple[str, ...]) -> list[Path]:
+        """Where a file in these folders may be, in the order to look."""
+        ends = (folders[first:] for first in range(len(folders) + 1))
+        places = (root.joinpath(*end) for end in ends for root in self.roots)
+        return [place for place in places if place.is_dir()]
 
     def __str__(self) -> str:
         return " or ".join(str(root) for root in self.roots)

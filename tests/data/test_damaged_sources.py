@@ -428,7 +428,7 @@ def image_bytes(format_name: str, mode: str) -> bytes:
     return buffer.getvalue()
 
 
-@seeds(6, 150)
+@seeds(20, 1000)
 def test_prepared(tmp_path, seeds):
     """Damaged annotations and pictures together, through to records: what is read is accounted."""
     for seed in seeds:

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -27,7 +28,8 @@ from detclipv2_jax.data.sources.entries import BROKEN, problem, shortly, text
 from detclipv2_jax.errors import UserError
 
 LONGEST_CAPTION = 10_000  # characters; alt texts that are longer are whole pages
-_IMAGES = ("jpg", "jpeg", "png", "webp")
+_FIELDS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image")
+_FIELDS |= {"txt": "caption", "json": "metadata"}  # by the ends of files' names
 _COLUMNS = ("key", "url", "caption", "status", "error_message", "sha256", "md5")
 _LARGEST_TEXT = 1 << 20  # bytes of a .txt or .json
 _BLOCK = tarfile.BLOCKSIZE
@@ -47,7 +49,7 @@ class ParquetImage:
 
     def read(self) -> bytes:
         """The image as it is stored; raises what pyarrow raises where it cannot be read."""
-        return _jpg_column(self.path, self.group)[self.row].as_py()
+        return _jpg_column(self.path, self.group)[self.row].as_py() or b""
 
     def __str__(self) -> str:
         return f"{self.path}, row group {self.group}, row {self.row}"
@@ -58,8 +60,8 @@ class _Entry:
     """What a shard has of one key."""
 
     image: ImageFile | ParquetImage | None = None
-    caption: ImageFile | None = None
-    metadata: ImageFile | None = None
+    caption: bytes | None = None  # .txt
+    metadata: bytes | None = None  # .json
     row: Mapping[str, Any] | None = None  # of the parquet beside
 
 
@@ -90,7 +92,8 @@ def shards(directory: Path) -> list[Path]:
         for pattern in ("*.tar", "*/*.tar", "*.parquet", "*/*.parquet")
         for path in directory.glob(pattern)
     }
-    found |= {path for path in directory.glob("*") if path.is_dir() and path.name.isdecimal()}
+    folders = (path for path in directory.glob("*") if re.fullmatch(r"\d{5,}", path.name))
+    found |= {path for path in folders if path.is_dir()}
     return sorted(found)
 
 
@@ -115,9 +118,7 @@ def read(directory: str | Path) -> Archive:
 
 def _estimate(found: list[Path]) -> int:
     """Entries of all shards, about: each is taken to have as many as the first."""
-    drops = Drops()
-    first = next(_shard(found[0], drops), None)
-    return (0 if first is None else len(first)) * len(found)
+    return sum(map(len, _shard(found[0], Drops()))) * len(found)
 
 
 def _examples(directory: Path, found: Iterable[Path], drops: Drops) -> Iterator[RawExample]:
@@ -126,7 +127,9 @@ def _examples(directory: Path, found: Iterable[Path], drops: Drops) -> Iterator[
         name = shard.relative_to(directory)
         for entries in _shard(shard, drops):
             for key, entry in entries.items():
-                example = _example(f"{name}/{key}", entry, seen, drops)
+                # Names in tars and folders may be bytes that are no text.
+                image_id = f"{name}/{key}".encode("utf-8", "backslashreplace").decode()
+                example = _example(image_id, entry, seen, drops)
                 if example is not None:
                     yield example
 
@@ -137,7 +140,7 @@ def _shard(shard: Path, drops: Drops) -> Iterator[dict[str, _Entry]]:
     if tar.is_file():
         yield _joined(_in_tar(tar, drops), parquet, drops)
     elif shard.is_dir():
-        yield _joined(_in_folder(shard), parquet, drops)
+        yield _joined(_in_folder(shard, drops), parquet, drops)
     else:
         yield from _in_parquet(parquet, drops)
 
@@ -165,7 +168,7 @@ def _example(name: str, entry: _Entry, seen: Seen, drops: Drops) -> RawExample |
         return None
     try:
         caption = _caption(entry, facts)
-    except (OSError, *BROKEN) as error:
+    except BROKEN as error:
         drops.drop("captions: empty", f"{where}: {problem(error)}")
         return None
     try:
@@ -184,19 +187,20 @@ def _facts(entry: _Entry, where: str, drops: Drops) -> Mapping[str, Any]:
     if entry.row is not None or entry.metadata is None:
         return entry.row or {}
     try:
-        facts = json.loads(_read_text(entry.metadata))
+        facts = json.loads(entry.metadata.decode())
         if not isinstance(facts, dict):
             raise ValueError("not a JSON object")
         return facts
-    except (OSError, *BROKEN) as error:
+    except BROKEN as error:
         drops.mend("images: metadata not read", f"{where}: its .json: {problem(error)}")
         return {}
 
 
 def _caption(entry: _Entry, facts: Mapping[str, Any]) -> str:
     """The caption; `ValueError` where it is empty, too long, or no text."""
-    caption = facts.get("caption") if entry.caption is None else _read_text(entry.caption)
-    return checked_caption(caption)
+    return checked_caption(
+        facts.get("caption") if entry.caption is None else entry.caption.decode()
+    )
 
 
 def checked_caption(caption: Any) -> str:
@@ -208,12 +212,6 @@ def checked_caption(caption: Any) -> str:
     return caption
 
 
-def _read_text(file: ImageFile) -> str:
-    if file.size is not None and file.size > _LARGEST_TEXT:
-        raise ValueError(f"{file.size:,} bytes of text")
-    return file.read().decode("utf-8")
-
-
 def _hash(image: ImageFile | ParquetImage, facts: Mapping[str, Any]) -> int:
     """8 bytes of the picture's hash as a number."""
     noted = facts.get("sha256") or facts.get("md5")
@@ -221,34 +219,42 @@ def _hash(image: ImageFile | ParquetImage, facts: Mapping[str, Any]) -> int:
     return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "little")
 
 
-def _put(entries: dict[str, _Entry], name: str, file: ImageFile, drops: Drops) -> None:
-    """Sort a file of a shard in by its name: the key is what stands before the first dot."""
-    folder, _, base = name.rpartition("/")
-    base, _, suffix = base.partition(".")
-    suffix = suffix.lower()
-    field = {"txt": "caption", "json": "metadata"}.get(suffix)
-    if suffix in _IMAGES:
-        field = "image"
-    if field is None or not base:
-        return
-    entry = entries.setdefault(f"{folder}/{base}" if folder else base, _Entry())
-    if getattr(entry, field) is not None:
-        if field == "image":
-            drops.drop("images: key given twice", f"{file}: a second {shortly(name)}")
-        return
-    setattr(entry, field, file)
+def _part_of(name: str) -> tuple[str, str]:
+    """What a file of a shard is: its key, which ends at the first dot, and its field of _Entry."""
+    folder, slash, base = name.rpartition("/")
+    key, _, suffix = base.partition(".")
+    return folder + slash + key, _FIELDS.get(suffix.lower(), "") if key else ""
 
 
-def _in_folder(folder: Path) -> dict[str, _Entry]:
+def _put(entries: dict[str, _Entry], key: str, field: str, value: Any, drops: Drops) -> None:
+    entry = entries.setdefault(key, _Entry())
+    if getattr(entry, field) is None:
+        setattr(entry, field, value)
+    elif field == "image":
+        drops.drop("images: key given twice", f"{value}: a second {shortly(key)}")
+
+
+def _in_folder(folder: Path, drops: Drops) -> dict[str, _Entry]:
+    """What a folder has; a text that cannot be read is taken for empty."""
     entries: dict[str, _Entry] = {}
-    drops = Drops()  # a folder has no name twice
     for name in sorted(os.listdir(folder)):
-        _put(entries, name, ImageFile(folder / name), drops)
+        key, field = _part_of(name)
+        if field == "image":
+            _put(entries, key, field, ImageFile(folder / name), drops)
+        elif field:
+            _put(entries, key, field, _start_of(folder / name), drops)
     return entries
 
 
+def _start_of(path: Path) -> bytes:
+    try:
+        return ImageFile(path, size=_LARGEST_TEXT).read()
+    except OSError:
+        return b""
+
+
 def _in_tar(path: Path, drops: Drops) -> dict[str, _Entry]:
-    """What a tar has, by its headers alone, up to its end or its first damage."""
+    """What a tar has, up to its end or its first damage; of images only where they are."""
     entries: dict[str, _Entry] = {}
     try:
         with open(path, "rb") as file:
@@ -256,7 +262,13 @@ def _in_tar(path: Path, drops: Drops) -> dict[str, _Entry]:
             for member in _members(file):
                 if member.offset_data + member.size > length:
                     raise tarfile.ReadError("unexpected end of data")
-                _put(entries, member.name, ImageFile(path, member.offset_data, member.size), drops)
+                key, field = _part_of(member.name)
+                value: Any = ImageFile(path, member.offset_data, member.size)
+                if field and field != "image":
+                    file.seek(member.offset_data)
+                    value = file.read(min(member.size, _LARGEST_TEXT))
+                if field:
+                    _put(entries, key, field, value, drops)
     except Exception as error:  # tarfile raises all there is on damaged headers
         told = f"{path}: {shortly(str(error))} behind {len(entries)} images"
         drops.drop("shards: damaged", told)
@@ -311,7 +323,7 @@ def _in_parquet(path: Path, drops: Drops) -> Iterator[dict[str, _Entry]]:
 
 @functools.lru_cache(maxsize=2)
 def _jpg_column(path: Path, group: int) -> Any:
-    """The images of a row group: a worker takes them one after the other."""
+    """The images of a row group: whoever reads one, reads the next ones soon."""
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(path).read_row_group(group, columns=["jpg"]).column(0)
