@@ -86,9 +86,12 @@ class WordNet:
     def head(self, phrase: str) -> str | None:
         """The longest end of a phrase that WordNet knows, as a lemma: its head noun.
 
-        "a tall traffic light pole" ends in "pole"; None where not even its last word is known.
+        "a tall traffic light pole" ends in "pole"; None where not even its last word is known, or
+        is a number.
         """
         words = re.findall(r"[^\s_]+", phrase)
+        if not words or not words[-1].isalpha():
+            words = []
         ends = (" ".join(words[first:]) for first in range(len(words)))
         return next((lemma for lemma in map(self.noun, ends) if lemma), None)
 
