@@ -11,15 +11,16 @@ is called lexicon here, since `concepts.Dictionary` is what gives a run's concep
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, UInt16, UInt64
+from jaxtyping import Bool, Int, Int32, UInt16, UInt64
 
 from detclipv2_jax.data import concepts as concepts_lib
 from detclipv2_jax.data.definitions import Definition, Embed, define, origins, synsets_of
@@ -96,6 +97,47 @@ class Lexicon:
         """The group that each of other names would be in; -1 where it is like no concept."""
         return np.array([self._group_of(name) for name in names], np.int32)
 
+    @property
+    def concepts(self) -> Sequence[Mapping[str, Any]]:
+        """The rows, under the name that a source has for them."""
+        return self.rows
+
+    def meanings(
+        self, dictionary: concepts_lib.Dictionary, defined: Collection[str], template: str
+    ) -> "Meanings":
+        """What is known of a run's concepts, those that the lexicon lacks included.
+
+        Their synonyms in the lexicon are looked up for every kind that has negatives; their
+        definitions, as `definitions.define` finds them without embeddings, for kinds of `defined`.
+        """
+        drawn = self._beside(dictionary, {"detection", "grounding", *defined})
+        groups = np.full(len(dictionary), -1, np.int32)
+        groups[dictionary.lookup(self.names)] = self.groups
+        groups[dictionary.lookup(drawn)] = self.groups_of(drawn)
+        names: list[str] = []
+        texts: list[str] = []
+        if defined:
+            asked = self._beside(dictionary, defined)
+            own = define(asked, dictionary=self.definitions)
+            known = self.definitions | {n: d.text for n, d in zip(asked, own) if d.text}
+            names, texts = list(known), list(known.values())
+        ids = dictionary.lookup(names)
+        order = np.argsort(ids)
+        return Meanings(
+            groups=groups,
+            kinds=frozenset(defined),
+            definitions=dict(zip(names, texts)),
+            ids=ids[order],
+            tokens=concepts_lib.tokenize(concepts_lib.fitted(names, texts, template))[order],
+        )
+
+    def _beside(self, dictionary: concepts_lib.Dictionary, kinds: Collection[str]) -> list[str]:
+        """Names and phrases of sources of some kinds that the lexicon lacks."""
+        sources = [source for source in dictionary.sources.values() if source.kind in kinds]
+        wanted = [source.vocabulary & ~np.isin(source.keys, self.keys) for source in sources]
+        rows = itertools.chain.from_iterable(map(rows_where, sources, wanted))
+        return list(dict.fromkeys(row["name"] for row in rows))
+
     @functools.cached_property
     def _by_mark(self) -> dict[str, int]:
         """What marks a concept → its group: its synsets, and its letters."""
@@ -108,6 +150,27 @@ class Lexicon:
     def _group_of(self, name: str) -> int:
         marks = (_letters(name), *synsets_of(name))
         return next((self._by_mark[mark] for mark in marks if mark in self._by_mark), -1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Meanings:
+    """What is known of the n concepts of a run; e of them have a definition."""
+
+    groups: Int32[np.ndarray, " n"]  # concepts of one group are synonyms; -1: none known
+    kinds: frozenset[str]  # those whose names are encoded with their definitions
+    definitions: Mapping[str, str]  # name → definition; none where no kind uses them
+    ids: Int32[np.ndarray, " e"]  # ascending
+    tokens: Int32[np.ndarray, "e 16"]  # of the name with its definition
+
+    def places(
+        self, ids: Int[np.ndarray, " m"]
+    ) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
+        """Which of `ids` have a definition, and their rows of `tokens`."""
+        if not len(self.ids):
+            return np.zeros((2, 0), int)
+        at = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        known = np.flatnonzero(self.ids[at] == ids)
+        return known, at[known]
 
 
 _FIELDS = {
@@ -146,19 +209,18 @@ def count(sources: Iterable[Source]) -> Counts:
     counts: Counter[str] = Counter()
     categories: set[str] = set()
     for source in sources:
-        for row in vocabulary(source):
+        for row in rows_where(source, source.vocabulary):
             counts[row["name"]] += row["count"]
             if source.kind == "detection":
                 categories.add(row["name"])
     return Counts(counts, frozenset(categories))
 
 
-def vocabulary(source: Source) -> Iterator[dict[str, Any]]:
-    """Rows of a source's concepts that are no captions, without holding all of them at once."""
-    with open(source.directory / "concepts.jsonl", encoding="utf-8") as lines:
-        for line, wanted in zip(lines, source.vocabulary):
-            if wanted:
-                yield json.loads(line)
+def rows_where(source: Source, wanted: Bool[np.ndarray, " c"]) -> Iterator[dict[str, Any]]:
+    """Some rows of a source's concepts.jsonl; the file may be too large to hold all of it."""
+    if wanted.any():
+        with open(source.directory / "concepts.jsonl", encoding="utf-8") as lines:
+            yield from map(json.loads, itertools.compress(lines, wanted))
 
 
 def build(
