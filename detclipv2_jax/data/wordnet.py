@@ -69,9 +69,11 @@ class WordNet:
         """The lemma under which WordNet knows a phrase as a whole; None if it does not.
 
         Case, and how words are joined, do not matter ("T shirt" is "t-shirt"). A phrase that is no
-        lemma itself is tried as a plural.
+        lemma itself is tried as a plural. Numbers and single letters are none.
         """
         joined = "_".join(re.findall(r"[^\s_]+", phrase.lower()))
+        if sum(map(str.isalpha, joined)) < 2:
+            return None
         forms = [joined, *self._singulars(joined)][joined in _RATHER_PLURAL :]
         for form in forms:
             if form in self._senses:
@@ -86,12 +88,9 @@ class WordNet:
     def head(self, phrase: str) -> str | None:
         """The longest end of a phrase that WordNet knows, as a lemma: its head noun.
 
-        "a tall traffic light pole" ends in "pole"; None where not even its last word is known, or
-        is a number.
+        "a tall traffic light pole" ends in "pole"; None where not even its last word is known.
         """
         words = re.findall(r"[^\s_]+", phrase)
-        if not words or not words[-1].isalpha():
-            words = []
         ends = (" ".join(words[first:]) for first in range(len(words)))
         return next((lemma for lemma in map(self.noun, ends) if lemma), None)
 
