@@ -236,7 +236,7 @@ def build(
 
     Args:
         directory: where the file goes.
-        names: different concepts.
+        names: different concepts, normalised.
         counts: mentions of each, as told in the file.
         synsets: normalised name → synset, where one is known to be meant.
         embed: for the nearest concept (`definitions.define`).

@@ -24,6 +24,7 @@ _ENDINGS = (
 )
 # Plurals that are nouns themselves, of a meaning that pictures seldom show ("men": a workforce).
 _RATHER_PLURAL = frozenset({"men"})
+_UNJOINED = 4  # letters of a word that is looked up without its joints; fewer are abbreviations
 _SYNSET = re.compile(r"(.+)\.n\.(\d+)")
 
 
@@ -79,6 +80,8 @@ class WordNet:
             if form in self._senses:
                 return form
         for bare in map(_unjoined, forms):
+            if len(bare) < _UNJOINED:
+                continue
             if bare in self._senses:
                 return bare
             if bare in self._joined:

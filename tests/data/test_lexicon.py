@@ -3,42 +3,18 @@
 import dataclasses
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from concept_sources import source
 from shared_data import clip_text, lvis_categories
 
 from detclipv2_jax.data import concepts, lexicon
 from detclipv2_jax.data.concepts import Dictionary
-from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.lexicon import Lexicon
 from detclipv2_jax.errors import UserError
 
 LONG = "word " * 40
-
-
-def source(directory: Path, kind: str, counts: dict[str, int], captions=()) -> Source:
-    """A source that has concepts and no records; its strings lie on disk."""
-    directory.mkdir(parents=True)
-    names = [*counts, *captions]
-    rows = [{"name": name, "count": counts.get(name, 1)} for name in names]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (directory / "concepts.jsonl").write_text(text, encoding="utf-8")
-    none = np.zeros(0, np.int32)
-    return Source(
-        directory=directory,
-        name=directory.name,
-        kind=kind,
-        info={},
-        height=none,
-        width=none,
-        positives_offsets=np.zeros(1, np.int64),
-        positives=none,
-        tokens=concepts.pack_tokens(concepts.tokenize(names)),
-        keys=concepts.keys(names),
-        vocabulary=np.array([name in counts for name in names], bool),
-    )
 
 
 @pytest.fixture

@@ -64,6 +64,8 @@ def test_synsets_are_in_the_order_of_their_frequency():
         ("", None),
         ("  ", None),
         ("a", None),
+        ("b a", None),  # not barium
+        ("x ray", "x_ray"),
         ("10", None),
         ("🙂", None),
         ("日本語", None),
