@@ -120,6 +120,15 @@ def prompt(name: str, definition: str | None = None) -> str:
     return enriched(normalise(name), definition)
 
 
+def check_names(names: Sequence[str]) -> None:
+    """`UserError` where there are no names, or one of them is empty."""
+    if not len(names):
+        raise UserError("no names were given; name at least one thing to look for.")
+    for number, name in enumerate(names, start=1):
+        if not normalise(name):
+            raise UserError(f"name {number} of {len(names)} is empty; leave it out or spell it.")
+
+
 def table_size(count: int) -> int:
     """Rows to compile for when `count` names are asked: few programs, little waste."""
     if count <= 256:
@@ -208,13 +217,7 @@ class Predictor:
         Raises:
           UserError: no names, or one of them is empty.
         """
-        if not len(names):
-            raise UserError("no names were given; name at least one thing to look for.")
-        for number, name in enumerate(names, start=1):
-            if not normalise(name):
-                raise UserError(
-                    f"name {number} of {len(names)} is empty; leave it out or spell it."
-                )
+        check_names(names)
         prompts = [prompt(name) for name in names] if prompts is None else prompts
         self._encode_new([text for text in dict.fromkeys(prompts) if text not in self._encoded])
         rows = np.stack([self._encoded[text] for text in prompts])

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from detclipv2_jax.data.concepts import TEMPLATE, fitted, normalise
 from detclipv2_jax.data.definitions import define
-from detclipv2_jax.predictor import Predictor, Texts
+from detclipv2_jax.predictor import Predictor, Texts, check_names
 
 Definitions = Literal["as_trained", "on", "off"]
 CHOICES: tuple[Definitions, ...] = ("as_trained", "on", "off")
@@ -41,6 +41,7 @@ class Prompting:
         """
         if not self.enabled:
             return predictor.encode(names)
+        check_names(names)
         given = given or [(None, None)] * len(names)
         own = {normalise(name): text for name, (text, _) in zip(names, given) if text}
         synsets = {
