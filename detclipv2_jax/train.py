@@ -52,9 +52,13 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
     batches = ", ".join(f"{count} of {kind}" for kind, count in plan.batches.items())
     print(f"{total_steps} steps; an epoch is {plan.steps_per_epoch}: {batches}")
 
+    definitions = plan.dictionary.definitions("detection")
+    if definitions:
+        known = sum(name in definitions for name in names)
+        print(f"{known} of {len(names)} detection names have a definition")
+
     # ---- Model, optimizer, state: restored if this workdir has a checkpoint.
     mesh = sharding.make_mesh(config.mesh.data)
-    definitions = plan.dictionary.definitions("detection")
     evaluator = Evaluator(config, definitions, workdir, mesh) if config.eval.dataset else None
     graphdef, params = detclip.create(config.model, config.seed)
     millions = sum(p.size for p in jax.tree.leaves(params)) / 1e6

@@ -46,18 +46,18 @@ class Lexicon:
         directory = Path(directory)
         path = directory / FILE
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; {_remedy(directory)}") from None
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read ({error}); {_remedy(directory)}") from None
-        info = _parse(path, 1, lines[0] if lines else "", {"format": int, "concepts": int})
+        info = _parse(path, 1, lines[0], {"format": int, "concepts": int})
         if info["format"] != FORMAT:
             raise UserError(
                 f"{path}: format {info['format']}, this version reads {FORMAT}; "
                 f"{_remedy(directory)}"
             )
-        rows = [_parse(path, number, line, _FIELDS) for number, line in enumerate(lines[1:], 2)]
+        rows = [_row(path, number, line) for number, line in enumerate(lines[1:], 2)]
         if len(rows) != info["concepts"]:
             raise UserError(
                 f"{path}: has {len(rows)} concepts, its first line says {info['concepts']}; "
@@ -341,6 +341,20 @@ def _letters(name: str) -> str:
     """A name's letters and digits, without a plural's s; the name itself where it has none."""
     letters = re.sub(r"[\W_]+", "", name)
     return letters[:-1] if letters.endswith("s") and not letters.endswith("ss") else letters or name
+
+
+def _row(path: Path, number: int, line: str) -> dict[str, Any]:
+    """A concept's line; somebody may have edited it."""
+    row = _parse(path, number, line, _FIELDS)
+    row["name"] = concepts_lib.normalise(row["name"])
+    for field, holds in (
+        ("name", row["name"]),
+        ("synsets", all(isinstance(synset, str) for synset in row["synsets"])),
+        ("group", 0 <= row["group"] < 2**31),
+    ):
+        if not holds:
+            raise UserError(f"{path}, line {number}: no valid {field!r}; {_remedy(path.parent)}")
+    return row
 
 
 def _parse(path: Path, number: int, line: str, fields: Mapping[str, Any]) -> dict[str, Any]:

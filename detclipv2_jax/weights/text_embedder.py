@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
+from tqdm import tqdm
 
 from detclipv2_jax.data.concepts import tokenize
 from detclipv2_jax.models.initialise import Draws
@@ -42,7 +43,8 @@ def text_embedder(path: str | Path) -> Callable[[Sequence[str]], Float[np.ndarra
     def embed(texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
         rows = tokenize(texts, config.context)
         rows = np.pad(rows, ((0, -len(rows) % _BATCH), (0, 0)))
-        pieces = [encode(params, rows[i : i + _BATCH]) for i in range(0, len(rows), _BATCH)]
+        starts = tqdm(range(0, len(rows), _BATCH), "encoding names", disable=None, leave=False)
+        pieces = [encode(params, rows[i : i + _BATCH]) for i in starts]
         features = np.concatenate([np.asarray(piece) for piece in pieces] or [np.zeros((0, 1))])
         return features[: len(texts)]
 
