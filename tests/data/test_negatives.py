@@ -39,11 +39,14 @@ def with_records(one, positives):
     )
 
 
-def planned(tmp_path, kind, names, positives, *, batch_size=1, seed=0, words=(), **fields):
+def planned(
+    tmp_path, kind, names, positives, *, batch_size=1, seed=0, words=(), only_words=False, **fields
+):
     """(plan, dictionary): one source of a kind, and a dictionary of its names and `words`."""
     one = source(tmp_path / kind, kind, dict.fromkeys(names, 9))
     one = with_records(one, positives)
-    opened = lexicon.build(tmp_path / "to", list(dict.fromkeys([*names, *words])), {})
+    known = [*(() if only_words else names), *words]
+    opened = lexicon.build(tmp_path / "to", list(dict.fromkeys(known)), {})
     dictionary = Dictionary({kind: one}, opened)
     fields = {"table_size": 64, "negatives": 64} | fields
     plans = [KindPlan(kind, (kind,), batch_size, ((8, 8),), **fields)]
@@ -83,6 +86,15 @@ def test_grounding_draws_from_the_dictionary(tmp_path):
     plan, dictionary = planned(tmp_path, "grounding", FURNITURE[:3], [[1]], words=words)
     _, negatives = names_of(dictionary, plan.plan(0))
     assert set(negatives) == {"tree", "bus", "motorbus", "t shirt", "🙂"}
+
+
+def test_names_that_the_dictionary_lacks_are_not_one_thing(tmp_path):
+    options = dict(words=["tree", "couch"], only_words=True)
+    plan, dictionary = planned(tmp_path, "detection", FURNITURE, [[3], [0]], **options)
+    for own, negatives in (names_of(dictionary, plan.plan(number)) for number in range(2)):
+        # "couch" is known, and so are "sofa" and "sofas" beside it.
+        same = SPELT["sofa"] if own == ["sofa"] else {"chair"}
+        assert set(negatives) == set(FURNITURE) - same
 
 
 def test_a_pool_of_nothing_but_synonyms(tmp_path):
