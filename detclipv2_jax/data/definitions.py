@@ -1,8 +1,9 @@
 """What a name means: its own definition where one is known, else that of what is most like it.
 
 The order: a synset given with the name (LVIS has them), the dictionary, WordNet's first sense of
-the whole name. A name that none of these knows borrows the definition of the dictionary concept
-whose text embedding is nearest (paper.md §1); without embeddings that of its head noun.
+the whole name; a plural has what its singular has. A name that none of these knows borrows the
+definition of the dictionary concept whose text embedding is nearest (paper.md §1); without
+embeddings that of its head noun.
 """
 
 import collections
@@ -59,13 +60,13 @@ def define(
     """
     synsets, dictionary = synsets or {}, dictionary or {}
     names = [normalise(name) for name in names]
-    found = [_own(name, synsets.get(name), dictionary) for name in names]
+    found = [_own(name, synsets, dictionary) for name in names]
     missing = [i for i, definition in enumerate(found) if definition is None]
     lenders = dictionary or {n: d.text for n, d in zip(names, found) if d is not None}
     if embed is not None and lenders and missing:
         borrowed = _nearest([names[i] for i in missing], lenders, embed)
     else:
-        borrowed = [_head(names[i]) for i in missing]
+        borrowed = [_head(names[i], synsets, dictionary) for i in missing]
     for i, definition in zip(missing, borrowed):
         found[i] = definition
     return found
@@ -93,13 +94,20 @@ def readings(name: str) -> list[str]:
     return list(dict.fromkeys([*map(" ".join, variants), *wholes]))
 
 
-def synsets_of(name: str, synset: str | None = None) -> list[str]:
-    """The synsets that a name stands for: the given one, else of each reading its first sense."""
-    nouns = wordnet()
-    if synset and (known := nouns.canonical(synset)):
-        return [known]
-    lemmas = dict.fromkeys(map(nouns.noun, readings(name)))
-    return list(dict.fromkeys(nouns.synsets(lemma)[0] for lemma in lemmas if lemma))
+def synsets_of(name: str, synsets: Mapping[str, str] | None = None) -> list[str]:
+    """What a normalised name stands for, the likeliest first: of each reading a sense.
+
+    That is the one which `synsets` (normalised name → synset) gives it or its singular, else
+    WordNet's first. A given synset that has other words than this ("man" given as a person) comes
+    last: the name is a synonym there, and has its own meaning.
+    """
+    nouns, synsets = wordnet(), synsets or {}
+    given = nouns.canonical(synsets.get(name, ""))
+    lemmas = _lemmas(name)
+    if given and (not lemmas or set(lemmas) & set(nouns.lemmas(given))):
+        return [given]
+    own = [_sense(lemma, synsets) for lemma in lemmas]
+    return list(dict.fromkeys([*own, given] if given else own))
 
 
 def nearest(
@@ -112,25 +120,46 @@ def nearest(
     return np.concatenate(rows or [np.zeros(0, np.int64)])
 
 
-def _own(name: str, synset: str | None, dictionary: Mapping[str, str]) -> Definition | None:
-    """The definition that is meant for this very name."""
+def _own(name: str, synsets: Mapping[str, str], dictionary: Mapping[str, str]) -> Definition | None:
+    """The definition that is meant for this very name, or for its singular."""
     nouns = wordnet()
-    if synset and (known := nouns.canonical(synset)):
-        return Definition(nouns.definition(known), "synset", known)
-    if name in dictionary:
-        return Definition(dictionary[name], "dictionary")
-    for known in synsets_of(name)[:1]:
-        return Definition(nouns.definition(known), "wordnet", known)
+    spellings = dict.fromkeys([name, *map(_text, _lemmas(name))])
+    given = {nouns.canonical(synsets[text]) for text in spellings if text in synsets}
+    senses = synsets_of(name, synsets)
+    if senses and senses[0] in given:
+        return Definition(nouns.definition(senses[0]), "synset", senses[0])
+    for text in spellings:
+        if text in dictionary:
+            return Definition(dictionary[text], "dictionary")
+    for sense in senses[:1]:
+        return Definition(nouns.definition(sense), "wordnet", sense)
     return None
 
 
-def _head(name: str) -> Definition:
+def _head(name: str, synsets: Mapping[str, str], dictionary: Mapping[str, str]) -> Definition:
     """The definition of a name's head noun."""
     nouns = wordnet()
     for lemma in filter(None, map(nouns.head, readings(name))):
-        synset = nouns.synsets(lemma)[0]
-        return Definition(nouns.definition(synset), "head", like=lemma.replace("_", " "))
+        text = dictionary.get(_text(lemma)) or nouns.definition(_sense(lemma, synsets))
+        return Definition(text, "head", like=_text(lemma))
     return NONE
+
+
+def _lemmas(name: str) -> list[str]:
+    """The lemmas under which WordNet knows a name as a whole."""
+    found = dict.fromkeys(map(wordnet().noun, readings(name)))
+    return [lemma for lemma in found if lemma]
+
+
+def _sense(lemma: str, synsets: Mapping[str, str]) -> str:
+    """The synset that is given for a lemma, where it is a word for it; else its first."""
+    nouns = wordnet()
+    given = nouns.canonical(synsets.get(_text(lemma), ""))
+    return given if given and lemma in nouns.lemmas(given) else nouns.synsets(lemma)[0]
+
+
+def _text(lemma: str) -> str:
+    return lemma.replace("_", " ")
 
 
 def _nearest(names: list[str], lenders: Mapping[str, str], embed: Embed) -> list[Definition]:

@@ -244,7 +244,7 @@ def build(
     """
     synsets = synsets or {}
     found = define(names, synsets=synsets, embed=embed)
-    meanings = [synsets_of(name, synsets.get(name)) for name in names]
+    meanings = [synsets_of(name, synsets) for name in names]
     rows = [
         {
             "name": name,
