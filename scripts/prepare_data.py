@@ -26,6 +26,7 @@ from typing import Any
 # The package is used from the checkout, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process a core: see phrases.noun_phrases
 
 # The rest is imported by the functions: --help answers at once, and worker processes, which import
 # this file again, start sooner.
