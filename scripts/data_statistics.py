@@ -140,18 +140,20 @@ def duplicates(sources, args: argparse.Namespace) -> dict[str, Any]:
 def leaked(sources, looks, args: argparse.Namespace) -> dict[str, int]:
     """For each source, the pictures that look like one of the evaluation set."""
     from detclipv2_jax.data import statistics
-    from detclipv2_jax.data.examples import ImageFolder, load_json
-    from detclipv2_jax.data.sources.coco import file_name
+    from detclipv2_jax.data.examples import ImageFolder
+    from detclipv2_jax.data.json_stream import read_lists
+    from detclipv2_jax.data.sources.entries import file_names
 
-    folder = ImageFolder(args.images)
+    folder, evaluation = ImageFolder(args.images), Path(args.evaluation)
     names, paths = [], []
-    for number, entry in enumerate(load_json(Path(args.evaluation), ("images",))["images"]):
+    for _, number, entry in read_lists(evaluation, ("images",)):
         try:
-            name = file_name(entry)
+            candidates = file_names(entry)
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise UserError(f"{args.evaluation}: images[{number}] names no file") from None
-        if (path := folder.find(name)) is not None:
-            names.append(name)
+            raise UserError(f"{evaluation}: images[{number}] names no file") from None
+        path = next((p for p in map(folder.find, candidates) if p is not None), None)
+        if path is not None:
+            names.append(candidates[0])
             paths.append(path)
     bar = tqdm(paths, desc="evaluation set: pictures", unit=" pictures", disable=None)
     theirs = np.array([statistics.look(path.read_bytes()) for path in bar], np.uint64)
