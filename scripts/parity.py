@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,12 +59,19 @@ def main() -> int:
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        rows = Path(directory) / "rows.jsonl"
+        rows, report = Path(directory) / "rows.jsonl", Path(directory) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "tests/parity", "-m", "slow or not slow"]
+        command.append(f"--junitxml={report}")
         status = subprocess.run(command, cwd=ROOT, env=os.environ | {"PARITY_ROWS": str(rows)})
         lines = rows.read_text().splitlines() if rows.is_file() else []
+        skipped = skips(report) if report.is_file() else []
     if status.returncode:
         print(f"error: no table is written: pytest ended with {status.returncode}", file=sys.stderr)
+        return 2
+    if skipped:
+        print(
+            f"error: no table is written, since tests were skipped: {skipped[0]}", file=sys.stderr
+        )
         return 2
     found = [json.loads(line) for line in lines]
     missing = [part for part in PARTS if part not in {row["part"] for row in found}]
@@ -74,6 +82,11 @@ def main() -> int:
         temporary.write_text(page(found), encoding="utf-8")
     print(f"{args.output}: {len(found)} comparisons")
     return 0
+
+
+def skips(report: Path) -> list[str]:
+    """Why tests of a JUnit report were skipped."""
+    return [skip.get("message", "") for skip in ElementTree.parse(report).iter("skipped")]
 
 
 def page(rows: list[dict]) -> str:

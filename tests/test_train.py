@@ -80,7 +80,7 @@ def test_a_run_killed_three_times_ends_with_the_same_losses(data, finished, tmp_
 
 def _spoil(source, count):
     """Overwrites the first bytes of some of a source's stored pictures, as a bad disk would."""
-    shards = sorted(source.glob("records-*"))
+    shards = sorted(source.glob("*.array_record-*"))
     content = bytearray(shards[0].read_bytes())
     starts = [found.start() for found in re.finditer(b"\xff\xd8\xff", content)]
     for start in random.Random(0).sample(starts, count):

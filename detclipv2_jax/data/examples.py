@@ -22,10 +22,28 @@ class RawBox:
 
 
 @dataclasses.dataclass(frozen=True)
+class ImageFile:
+    """Where an image's bytes are: a file, or a range of one (a member of a tar)."""
+
+    path: Path
+    offset: int = 0
+    size: int | None = None  # bytes; None: to the end
+
+    def read(self) -> bytes:
+        """The image as it is stored; `OSError` where the file cannot be read."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read() if self.size is None else file.read(self.size)
+
+    def __str__(self) -> str:
+        return str(self.path) if self.size is None else f"{self.path}, byte {self.offset}"
+
+
+@dataclasses.dataclass(frozen=True)
 class RawExample:
     """One image with its annotation. `caption` is for image_text, `boxes` for the other kinds."""
 
-    image_path: Path
+    image: ImageFile
     image_id: str
     size: tuple[int, int] | None  # annotated (height, width), where the file tells
     boxes: tuple[RawBox, ...] = ()

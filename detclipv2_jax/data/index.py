@@ -1,19 +1,23 @@
 """One prepared source on disk, opened: arrays are memory-mapped, records are only named here.
 
     info.json                         what it is, how many records, what was dropped and why
-    records-00000-of-0000N.array_record
+    NAME-train.array_record-00000-of-0000N   the shards, named as TFDS names them
     index/height.npy width.npy        uint16 (n,): pixels of each stored picture
     index/positives_offsets.npy       int64 (n+1,)
-    index/positives.npy               int32: [offsets[i] : offsets[i+1]] are local ids of record i
+    index/positives.npy               int32: [offsets[i] : offsets[i+1]] are local ids of record i's
+                                      concepts, in the record's own order
     concepts.jsonl                    {"name", "definition", "count", "vocabulary"}; line = local id
     tokens.npy keys.npy vocabulary.npy   uint16 (c,16), uint64 (c,), bool (c,)
 
-Written by `records.RecordWriter`. No TensorFlow and no strings are needed to plan a run.
+A record names its concepts by their texts; label k of record i is the local id
+`positives[offsets[i] + k]`. Written by `records.RecordWriter`. No TensorFlow and no strings are
+needed to plan a run.
 """
 
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,7 @@ from jaxtyping import Bool, Int32, Int64, UInt16, UInt64
 
 from detclipv2_jax.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 KINDS = ("detection", "grounding", "image_text")
 ARRAYS = {
     "height": "index/height.npy",
@@ -36,9 +40,15 @@ ARRAYS = {
 }
 
 
-def shard_name(number: int, count: int) -> str:
-    """File name of a shard of records."""
-    return f"records-{number:05d}-of-{count:05d}.array_record"
+def dataset_name(name: str) -> str:
+    """A source's name as TFDS takes one: letters, digits and _, a letter first."""
+    plain = re.sub(r"[^A-Za-z0-9_]", "_", name)
+    return plain if plain[:1].isalpha() else f"source_{plain}"
+
+
+def shard_name(name: str, number: int, count: int) -> str:
+    """File name of a shard of a source's records."""
+    return f"{dataset_name(name)}-train.array_record-{number:05d}-of-{count:05d}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,7 +62,9 @@ class Source:
     height: UInt16[np.ndarray, " n"]
     width: UInt16[np.ndarray, " n"]
     positives_offsets: Int64[np.ndarray, " n+1"]
-    positives: Int32[np.ndarray, " p"]  # unique a record; image_text: caption first
+    positives: Int32[
+        np.ndarray, " p"
+    ]  # of each record in its own order: unique; image_text: caption first
     tokens: UInt16[np.ndarray, "c 16"]
     keys: UInt64[np.ndarray, " c"]
     vocabulary: Bool[np.ndarray, " c"]  # False: a whole caption, never drawn as a negative
@@ -73,8 +85,7 @@ class Source:
     @property
     def shard_paths(self) -> tuple[str, ...]:
         """Paths of the record files, in record order."""
-        sizes = self.info["shards"]
-        return tuple(str(self.directory / shard_name(i, len(sizes))) for i in range(len(sizes)))
+        return tuple(str(self.directory / file) for file in self.info["files"])
 
     @property
     def shard_starts(self) -> Int64[np.ndarray, " shards+1"]:
@@ -103,7 +114,7 @@ def _read_info(directory: Path) -> dict[str, Any]:
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         found, kind = info["format"], info["kind"]
-        missing = {"name", "records", "shards", "shard_bytes"} - info.keys()
+        missing = {"name", "records", "files", "shards", "shard_bytes"} - info.keys()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: no valid description of a source; {_remedy(directory)}"
@@ -143,9 +154,12 @@ def _check(source: Source) -> None:
         or (source.positives.min() >= 0 and source.positives.max() < concepts),
         ARRAYS["tokens"]: source.tokens.shape == (concepts, 16),
         ARRAYS["vocabulary"]: source.vocabulary.shape == (concepts,),
-        "info.json": sum(source.info["shards"]) == records,
+        "info.json": sum(source.info["shards"]) == records
+        and len(source.info["files"])
+        == len(source.info["shards"])
+        == len(source.info["shard_bytes"]),
     }
-    for path, size in zip(source.shard_paths, source.info["shard_bytes"], strict=True):
+    for path, size in zip(source.shard_paths, source.info["shard_bytes"]):
         file = Path(path)
         claims[file.name] = file.is_file() and file.stat().st_size == size
     for name, holds in claims.items():

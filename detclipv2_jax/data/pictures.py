@@ -14,13 +14,12 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from detclipv2_jax.data import phrases as phrases_lib
-from detclipv2_jax.data.examples import RawExample
+from detclipv2_jax.data.examples import ImageFile, RawExample
 from detclipv2_jax.errors import UserError
 
 _CHUNK = 128  # examples that a worker takes at once
@@ -49,13 +48,13 @@ class Picture:
     problem: str = ""
 
 
-def open_image(path: Path) -> Picture:
+def open_image(file: ImageFile) -> Picture:
     """Read and decode an image. A JPEG in grey or RGB is kept as it is, all else becomes one.
 
     Never raises: whatever a decoder has to say about a file is the `problem`.
     """
     try:
-        data = path.read_bytes()
+        data = file.read()
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             width, height = image.size
@@ -81,7 +80,7 @@ def checked(
     chunks = iter(lambda: list(itertools.islice(examples, _CHUNK)), [])
     if options.jobs == 1:
         for chunk in chunks:
-            yield from zip(chunk, work([(e.image_path, e.caption) for e in chunk]))
+            yield from zip(chunk, work([(e.image, e.caption) for e in chunk]))
         return
     # Fresh processes, not forked ones: TensorFlow's and spaCy's threads do not survive a fork.
     pool = concurrent.futures.ProcessPoolExecutor(
@@ -90,7 +89,7 @@ def checked(
     waiting: deque[tuple[list[RawExample], concurrent.futures.Future]] = deque()
     try:
         for chunk in chunks:
-            waiting.append((chunk, pool.submit(work, [(e.image_path, e.caption) for e in chunk])))
+            waiting.append((chunk, pool.submit(work, [(e.image, e.caption) for e in chunk])))
             if len(waiting) > options.jobs * _AHEAD:
                 done, future = waiting.popleft()
                 yield from zip(done, future.result())
@@ -107,14 +106,14 @@ def checked(
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """What a worker does with a chunk of (image path, caption)."""
+    """What a worker does with a chunk of (image, caption)."""
 
     with_phrases: bool
     phrase_model: str | None
     phrase_limit: int
 
-    def __call__(self, chunk: list[tuple[Path, str]]) -> list[Picture]:
-        pictures = [open_image(path) for path, _ in chunk]
+    def __call__(self, chunk: list[tuple[ImageFile, str]]) -> list[Picture]:
+        pictures = [open_image(image) for image, _ in chunk]
         if not self.with_phrases:
             return pictures
         found = phrases_lib.noun_phrases(

@@ -208,7 +208,7 @@ class _Slice:
     records: Int[np.ndarray, " b"]
     texts: Int[np.ndarray, "b C"]
     data: list[bytes | None]  # serialised records; None: an empty slot, or unreadable
-    concepts: Int[np.ndarray, " b"]  # how many local concepts each row's source has
+    concepts: Int[np.ndarray, " b"]  # how many concepts each row's record has
     placement: transforms_lib.Placement
 
 
@@ -278,7 +278,8 @@ class _Reader:
             mine = np.flatnonzero((sources == number) & (records >= 0))
             source, wanted = self.sources[name], records[mine]
             heights[mine], widths[mine] = source.height[wanted], source.width[wanted]
-            concepts[mine] = len(source.keys)
+            offsets = source.positives_offsets
+            concepts[mine] = offsets[wanted + 1] - offsets[wanted]
             seeds[mine] = transforms_lib.seeds(self._seed, plan.epoch, name, wanted)
             for slot, content in zip(mine, self._files.read(name, wanted)):
                 data[slot] = content
@@ -327,9 +328,13 @@ class _Reader:
         boxes = np.zeros((*ids.shape, 4), np.float32)
         ids[drawn["slot"]], boxes[drawn["slot"]] = drawn["labels"], drawn["boxes"]
         for number, name in enumerate(kind.sources):
-            mine = good & (part.sources == number)
-            to_global = self.plan.dictionary.local_to_global[name]
-            ids[mine] = np.where(ids[mine] >= 0, to_global[ids[mine]], -1)
+            mine = np.flatnonzero(good & (part.sources == number))
+            source, to_global = self.sources[name], self.plan.dictionary.local_to_global[name]
+            slots, places = np.nonzero(ids[mine] >= 0)
+            slots = mine[slots]
+            # A label is a place among its record's concepts, which the index lists in that order.
+            starts = source.positives_offsets[part.records[slots]]
+            ids[slots, places] = to_global[source.positives[starts + ids[slots, places]]]
         labels = part.plan.rows(ids.reshape(-1)).reshape(ids.shape)
         boxes, kept = transforms_lib.move_boxes(part.placement, boxes)
         kept &= ids >= 0
@@ -429,6 +434,7 @@ def _dataset(generate, parallel: int):
         labels = tf.cast(example["labels"], tf.int32)
         valid = [
             tf.debugging.assert_equal(tf.shape(labels)[0], tf.shape(example["boxes"])[0]),
+            tf.debugging.assert_equal(tf.shape(example["concepts"])[0], concepts),
             tf.debugging.assert_less(labels, concepts),
             tf.debugging.assert_non_negative(labels),
         ]

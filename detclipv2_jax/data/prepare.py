@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32
 from tqdm import tqdm
 
-from detclipv2_jax.data.concepts import ConceptTable
+from detclipv2_jax.data.concepts import normalise
 from detclipv2_jax.data.examples import Archive, Drops, RawBox, RawExample
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.pictures import Options, Picture, checked
@@ -37,26 +37,24 @@ def prepare(
     `to` appears when all is written. `UserError` where nothing usable is left.
     """
     (kind,) = {archive.kind for archive in archives}
-    concepts, drops = ConceptTable(), Drops()
-    for category in itertools.chain.from_iterable(archive.names for archive in archives):
-        concepts.add(category, count=0)
+    drops = Drops()
+    names = tuple(itertools.chain.from_iterable(archive.names for archive in archives))
     examples = itertools.chain.from_iterable(archive.examples for archive in archives)
     total = sum(archive.total for archive in archives)
     statistics = {"bytes": 0, "reencoded": 0}
     to.parent.mkdir(parents=True, exist_ok=True)
-    with RecordWriter(to, name=name, kind=kind) as writer:
+    with RecordWriter(to, name=name, kind=kind, names=names) as writer:
         pairs = checked(examples, with_phrases=kind == "image_text", options=options)
         for example, picture in tqdm(pairs, desc=name, total=total, unit=" records", disable=None):
-            record = _record(example, picture, kind, concepts, drops)
+            record = _record(example, picture, kind, drops)
             if record is not None:
                 writer.write(record)
                 statistics["bytes"] += len(record.image)
                 statistics["reencoded"] += picture.reencoded
         for archive in archives:
             drops.add(archive.drops)
-        _refuse_nothing(archives, kind, len(writer), concepts, drops)
+        _refuse_nothing(archives, kind, len(writer), sum(writer.concepts.counts), drops)
         return writer.finish(
-            concepts,
             images=statistics,
             dropped=dict(drops.dropped),
             mended=dict(drops.mended),
@@ -111,11 +109,9 @@ def clip_boxes(
     return np.array(kept, np.float32).reshape(-1, 4), names
 
 
-def _record(
-    example: RawExample, picture: Picture, kind: str, concepts: ConceptTable, drops: Drops
-) -> Record | None:
+def _record(example: RawExample, picture: Picture, kind: str, drops: Drops) -> Record | None:
     """The record of an example, or None (counted) where it is of no use."""
-    where = f"{example.image_path} (image {example.image_id})"
+    where = f"{example.image} (image {example.image_id})"
     if picture.problem:
         drops.drop("images: unreadable", f"{where}: {picture.problem}")
         return None
@@ -131,23 +127,24 @@ def _record(
     if kind == "grounding" and not len(boxes):
         drops.drop("captions: no box", f"{where}: no usable box is tied to its caption")
         return None
-    texts = []
+    names = [normalise(name) for name in names]
+    texts = names
     if kind == "image_text":
-        texts = [concepts.add(example.caption, vocabulary=False)]
-        texts += [concepts.add(phrase) for phrase in picture.phrases]
+        texts = [normalise(text) for text in (example.caption, *picture.phrases)]
+    concepts = tuple(dict.fromkeys(texts))
     return Record(
         image=picture.jpeg,
         height=picture.height,
         width=picture.width,
         image_id=example.image_id,
         boxes=boxes,
-        labels=np.array([concepts.add(name) for name in names], np.int32),
-        texts=np.array(list(dict.fromkeys(texts)), np.int32),
+        labels=np.array([concepts.index(name) for name in names], np.int32),
+        concepts=concepts,
     )
 
 
 def _refuse_nothing(
-    archives: Sequence[Archive], kind: str, records: int, concepts: ConceptTable, drops: Drops
+    archives: Sequence[Archive], kind: str, records: int, named: int, drops: Drops
 ) -> None:
     """A source without records, or boxes that all had to go, is a mistake in the call: say so."""
     files = ", ".join(str(archive.path) for archive in archives)
@@ -158,7 +155,7 @@ def _refuse_nothing(
             "check the file, and --images=DIR for where its images are"
         )
     lost = [reason for reason in drops.dropped if reason.startswith("boxes")]
-    if kind == "detection" and lost and not sum(concepts.counts):
+    if kind == "detection" and lost and not named:
         raise UserError(
             f"{files}: not one of its boxes is usable, for example {drops.explained[lost[0]][0]}; "
             "mend the file"

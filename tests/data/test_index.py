@@ -7,23 +7,19 @@ import numpy as np
 import pytest
 from miniature_archives import jpeg
 
-from detclipv2_jax.data.concepts import ConceptTable, tokenize
+from detclipv2_jax.data.concepts import tokenize
 from detclipv2_jax.data.index import Source, shard_name
 from detclipv2_jax.data.records import Record, RecordWriter
 from detclipv2_jax.errors import UserError
 
 
 def write_source(directory, records=3):
-    concepts = ConceptTable()
-    for name in ("cat", "dog"):
-        concepts.add(name)
-    concepts.add("a cat and a dog", vocabulary=False)
-    with RecordWriter(directory, name="pets", kind="detection") as writer:
+    nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int32)
+    texts = ("a cat and a dog", "cat"), ("a cat and a dog", "dog", "cat"), ("dog",)
+    with RecordWriter(directory, name="pets", kind="image_text", names=["cat"]) as writer:
         for i in range(records):
-            boxes = np.array([[0, 0, 5, 5 + i]], np.float32)
-            none = np.zeros(0, np.int32)
-            writer.write(Record(jpeg(), 40, 60, str(i), boxes, np.array([i % 2], np.int32), none))
-        writer.finish(concepts)
+            writer.write(Record(jpeg(), 40, 60, str(i), *nothing, texts[i]))
+        writer.finish()
 
 
 @pytest.fixture
@@ -34,16 +30,16 @@ def prepared(tmp_path):
 
 def test_open(prepared):
     source = Source.open(str(prepared))
-    assert (source.name, source.kind, len(source)) == ("pets", "detection", 3)
-    assert source.vocabulary.tolist() == [True, True, False]
-    np.testing.assert_array_equal(source.tokens, tokenize(["cat", "dog", "a cat and a dog"]))
-    assert source.concepts[2] == {
+    assert (source.name, source.kind, len(source)) == ("pets", "image_text", 3)
+    assert source.vocabulary.tolist() == [True, False, True]
+    np.testing.assert_array_equal(source.tokens, tokenize(["cat", "a cat and a dog", "dog"]))
+    assert source.concepts[1] == {
         "name": "a cat and a dog",
         "definition": None,
-        "count": 1,
+        "count": 2,
         "vocabulary": False,
     }
-    assert [source.positives_of(i).tolist() for i in range(3)] == [[0], [1], [0]]
+    assert [source.positives_of(i).tolist() for i in range(3)] == [[1, 0], [1, 2, 0], [2]]
     assert source.shard_starts.tolist() == [0, 3]
     assert source.height.dtype == np.uint16 and source.positives_offsets.dtype == np.int64
     assert not source.height.flags.writeable
@@ -108,6 +104,10 @@ def more_records(path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "records": 4, "shards": [4]}))
 
 
+def more_files(path):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": ["a", "b"]}))
+
+
 def fewer_rows(path):
     np.save(path, np.load(path)[:-1])
 
@@ -129,6 +129,7 @@ def pickled(path):
         damage("info.json", another_format),
         damage("info.json", another_kind),
         damage("info.json", no_shards),
+        damage("info.json", more_files),
         damage("index/height.npy", remove),
         damage("index/height.npy", cut),
         damage("index/width.npy", fewer_rows),
@@ -140,8 +141,8 @@ def pickled(path):
         damage("tokens.npy", cut),
         damage("keys.npy", remove),
         damage("vocabulary.npy", fewer_rows),
-        damage(shard_name(0, 1), remove),
-        damage(shard_name(0, 1), cut),
+        damage(shard_name("pets", 0, 1), remove),
+        damage(shard_name("pets", 0, 1), cut),
     ],
 )
 def test_damage_is_named(prepared, file, apply):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from detclipv2_jax.data import pipeline, records
 from detclipv2_jax.data import transforms as transforms_lib
-from detclipv2_jax.data.concepts import ConceptTable, Dictionary, tokenize
+from detclipv2_jax.data.concepts import Dictionary, tokenize
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.plan import KindPlan, Plan
 from detclipv2_jax.data.transforms import TransformConfig
@@ -41,33 +41,30 @@ def record(i, kind, rng, image=None):
     low = rng.uniform(0, 0.6, (count, 2))
     high = low + rng.uniform(0.1, 0.4, (count, 2))
     boxes = np.concatenate([low, high], 1) * [width, height, width, height]
-    texts = [len(NAMES) + i, *rng.choice(len(NAMES), 3, False)] if kind == "image_text" else []
+    named = [NAMES[label] for label in rng.integers(0, len(NAMES), count)]
+    concepts = tuple(dict.fromkeys(named))
+    if kind == "image_text":
+        concepts = (f"caption {i}", *(NAMES[label] for label in rng.choice(len(NAMES), 3, False)))
     return records.Record(
         image=jpeg(height, width, i) if image is None else image,
         height=height,
         width=width,
         image_id=f"{kind}-{i}",
         boxes=boxes.astype(np.float32),
-        labels=rng.integers(0, len(NAMES), count).astype(np.int32),
-        texts=np.array(texts, np.int32),
+        labels=np.array([concepts.index(name) for name in named], np.int32),
+        concepts=concepts,
     )
 
 
 def write(directory, kind, count, broken=()):
     """A prepared source of several shards; the records in `broken` hold no picture."""
     rng = np.random.default_rng(count)
-    table = ConceptTable()
-    for name in NAMES:
-        table.add(name)
-    if kind == "image_text":
-        for i in range(count):
-            table.add(f"caption {i}", vocabulary=False)
     with records.RecordWriter(
-        directory, name=directory.name, kind=kind, shard_bytes=100_000
+        directory, name=directory.name, kind=kind, names=NAMES, shard_bytes=100_000
     ) as writer:
         for i in range(count):
             writer.write(record(i, kind, rng, b"\xff\xd8 no picture" if i in broken else None))
-        return writer.finish(table)
+        return writer.finish()
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +168,7 @@ def test_batches_hold_what_the_records_say(run, sources):
             )
             moved, kept = transforms_lib.move_boxes(placement, stored.boxes[None])
             expected = [
-                (*moved[0, i], tokenize([NAMES[stored.labels[i]]])[0].tolist())
+                (*moved[0, i], tokenize([stored.concepts[stored.labels[i]]])[0].tolist())
                 for i in np.flatnonzero(kept[0])
             ]
             cut += max(len(expected) - kind.max_boxes, 0)
@@ -183,7 +180,7 @@ def test_batches_hold_what_the_records_say(run, sources):
                 if label >= 0
             ]
             assert sorted(got) == sorted(expected)
-            texts = [source.concepts[i]["name"] for i in stored.texts]
+            texts = stored.concepts if planned.kind == "image_text" else ()
             rows = batch.texts[slot][batch.texts[slot] >= 0]
             assert batch.tokens[rows].tolist() == tokenize(texts).tolist()
             assert batch.sizes[slot].tolist() == placement.size[0].tolist()
@@ -381,7 +378,7 @@ def test_a_file_that_is_no_record_file_is_told(tmp_path):
     source = write(tmp_path / "spoilt", "detection", 5)
     pathlib.Path(source.shard_paths[0]).write_bytes(b"nothing")
     plan, sources = spoilt_plan(source)
-    with pytest.raises(UserError, match="records-00000.*cannot be opened"):
+    with pytest.raises(UserError, match="spoilt-train.*00000.*cannot be opened"):
         collect(plan, sources, 0, 1)
 
 
@@ -389,12 +386,13 @@ def test_contradictory_records_are_left_out():
     rng = np.random.default_rng(0)
     good = records.encode(record(0, "detection", rng))
     whole = records.decode(good)
+    count = len(whole.concepts)
     frame = [0, 0, 0, whole.height, whole.width, 20, 20, 0]
     element = {
         "slot": np.arange(5, dtype=np.int32),
         "record": np.array([good, good, good[:40], b"", good], object),
-        # The second belongs to a smaller dictionary, the last to a larger picture.
-        "concepts": np.array([30, max(whole.labels), 30, 30, 30], np.int32),
+        # The index has another number of concepts for the second, a larger picture for the last.
+        "concepts": np.array([count, count - 1, count, count, count], np.int32),
         "frame": np.array([frame] * 4 + [[0, 0, 0, 400, 400, 20, 20, 0]], np.int32),
         "canvas": np.array([20, 20], np.int32),
     }

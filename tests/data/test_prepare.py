@@ -14,7 +14,7 @@ from miniature_archives import coco, jpeg, mdetr, picture, write_images, write_j
 from PIL import Image
 
 from detclipv2_jax.data import archives, phrases, pictures
-from detclipv2_jax.data.examples import Drops, ImageFolder, RawBox
+from detclipv2_jax.data.examples import Drops, ImageFile, ImageFolder, RawBox
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.pictures import Options
 from detclipv2_jax.data.prepare import clip_boxes, prepare, report
@@ -75,7 +75,8 @@ def test_detection(folder):
     np.testing.assert_allclose(
         first.boxes, [[5, 4, 25, 14.5], [35 / 3, 4, 95 / 3, 14.5]], rtol=1e-6
     )
-    assert first.labels.tolist() == [0, 1] and first.image_id == "0"
+    assert first.labels.tolist() == [0, 1] and first.concepts == ("cat", "traffic light")
+    assert first.image_id == "0"
     assert last.boxes.shape == (0, 4) and source.positives_of(2).size == 0
     assert source.info["dropped"] == {"boxes: crowd": 1} and source.info["mended"] == {}
     table = report(source)
@@ -88,7 +89,10 @@ def test_grounding(folder):
     source = prepared(folder, document, "grounding")
     names = [row["name"] for row in source.concepts]
     assert names == ["red cat", "dogs", "red dogs", "cat"]
-    assert [record.labels.tolist() for record in records(source)] == [[0, 1, 2], [3], [0, 1, 2]]
+    three = ("red cat", "dogs", "red dogs")
+    assert [record.concepts for record in records(source)] == [three, ("cat",), three]
+    assert [record.labels.tolist() for record in records(source)] == [[0, 1, 2], [0], [0, 1, 2]]
+    assert [source.positives_of(i).tolist() for i in range(3)] == [[0, 1, 2], [3], [0, 1, 2]]
     assert source.info["dropped"] == {"captions: no box": 1}
     assert source.vocabulary.all()
 
@@ -100,10 +104,10 @@ def test_image_text(folder, spacy_model):
     source = prepare(opened, folder / "out", name="pairs", options=ONE)
     names = [row["name"] for row in source.concepts]
     first, second, third = records(source)[:3]
-    assert [names[i] for i in first.texts] == ["a red cat near two dogs.", "red cat", "dogs"]
-    assert names[second.texts[0]] == "0.jpg"
-    assert third.texts.tolist() == first.texts.tolist() and third.image_id == "1.jpg#0"
-    assert source.positives_of(0).tolist() == first.texts.tolist()
+    assert first.concepts == ("a red cat near two dogs.", "red cat", "dogs")
+    assert second.concepts[0] == "0.jpg"
+    assert third.concepts == first.concepts and third.image_id == "1.jpg#0"
+    assert tuple(names[i] for i in source.positives_of(0)) == first.concepts
     by_name = {row["name"]: row for row in source.concepts}
     assert by_name["a red cat near two dogs."] == {
         "name": "a red cat near two dogs.",
@@ -119,7 +123,7 @@ def test_phrase_limit(folder, spacy_model):
         [folder / "pairs.jsonl"], ImageFolder(folder / "images"), "image_text"
     )
     source = prepare(opened, folder / "out", name="p", options=Options(jobs=1, phrase_limit=1))
-    assert max(len(record.texts) for record in records(source)) == 2
+    assert max(len(record.concepts) for record in records(source)) == 2
 
 
 def test_boxes_are_clipped_dropped_and_counted():
@@ -196,7 +200,7 @@ def test_images_of_all_kinds(tmp_path):
         (encoded("BMP", "RGB"), False),
     ):
         path.write_bytes(data)
-        opened = pictures.open_image(path)
+        opened = pictures.open_image(ImageFile(path))
         assert opened.problem == "" and (opened.height, opened.width) == (40, 60)
         assert opened.reencoded != kept and (opened.jpeg == data) == kept
         stored = Image.open(io.BytesIO(opened.jpeg))
@@ -210,7 +214,9 @@ def test_pixels_survive_the_new_jpeg(tmp_path):
     deep = smooth.astype(np.uint16) * 257  # 16 bits a pixel
     Image.fromarray(deep).save(tmp_path / "b.png")
     for name, channel in (("a.png", smooth), ("b.png", smooth)):
-        stored = Image.open(io.BytesIO(pictures.open_image(tmp_path / name).jpeg)).convert("RGB")
+        stored = Image.open(
+            io.BytesIO(pictures.open_image(ImageFile(tmp_path / name)).jpeg)
+        ).convert("RGB")
         difference = np.asarray(stored)[..., 0].astype(int) - channel
         assert np.abs(difference).mean() < 3
 
@@ -225,10 +231,10 @@ def test_unreadable_images(tmp_path):
     }
     for name, data in cases.items():
         (tmp_path / name).write_bytes(data)
-        problem = pictures.open_image(tmp_path / name).problem
+        problem = pictures.open_image(ImageFile(tmp_path / name)).problem
         assert problem and "0x" not in problem, name
-    assert pictures.open_image(tmp_path / "none").problem
-    assert pictures.open_image(tmp_path).problem
+    assert pictures.open_image(ImageFile(tmp_path / "none")).problem
+    assert pictures.open_image(ImageFile(tmp_path)).problem
 
 
 def test_broken_images_are_dropped_and_counted(folder):

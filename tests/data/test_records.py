@@ -7,13 +7,14 @@ import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from miniature_archives import jpeg
 
-from detclipv2_jax.data.concepts import ConceptTable
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.records import Record, RecordWriter, decode, encode, parse
 from detclipv2_jax.errors import UserError
 
+CONCEPTS = ("cat", "dog", "traffic light")
 
-def record(boxes=((1, 2, 30.5, 20),), labels=(1,), texts=(), image_id="7", **more) -> Record:
+
+def record(boxes=((1, 2, 30.5, 20),), labels=(1,), concepts=CONCEPTS, image_id="7") -> Record:
     return Record(
         image=jpeg(),
         height=40,
@@ -21,16 +22,8 @@ def record(boxes=((1, 2, 30.5, 20),), labels=(1,), texts=(), image_id="7", **mor
         image_id=image_id,
         boxes=np.array(boxes, np.float32).reshape(-1, 4),
         labels=np.array(labels, np.int32),
-        texts=np.array(texts, np.int32),
-        **more,
+        concepts=tuple(concepts),
     )
-
-
-def table(*names) -> ConceptTable:
-    result = ConceptTable()
-    for name in names:
-        result.add(name)
-    return result
 
 
 def assert_same(a: Record, b: Record):
@@ -44,9 +37,14 @@ def assert_same(a: Record, b: Record):
     "one",
     [
         record(),
-        record(boxes=(), labels=()),
-        record(boxes=(), labels=(), texts=(5, 1, 3)),
-        record(boxes=[(0, 0, 60, 40)] * 300, labels=range(300), image_id="Straße/日.jpg#2"),
+        record(boxes=(), labels=(), concepts=()),
+        record(boxes=(), labels=(), concepts=("A Straße, 日", "日", "")),
+        record(
+            boxes=[(0, 0, 60, 40)] * 300,
+            labels=range(300),
+            concepts=map(str, range(300)),
+            image_id="Straße/日.jpg#2",
+        ),
     ],
 )
 def test_round_trip(one):
@@ -56,7 +54,7 @@ def test_round_trip(one):
     assert parsed["boxes"].shape == one.boxes.shape
     np.testing.assert_array_equal(parsed["boxes"], one.boxes)
     np.testing.assert_array_equal(parsed["labels"], one.labels)
-    np.testing.assert_array_equal(parsed["texts"], one.texts)
+    assert [text.decode() for text in parsed["concepts"]] == list(one.concepts)
     assert (parsed["height"], parsed["width"]) == (40, 60)
     assert parsed["image"] == one.image and parsed["image_id"].decode() == one.image_id
 
@@ -64,6 +62,9 @@ def test_round_trip(one):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
+        ({"labels": np.array([3], np.int32)}, "none of its 3 concepts"),
+        ({"labels": np.array([-1], np.int32)}, "none of its 3 concepts"),
+        ({"concepts": ("cat", "dog", "cat")}, "twice"),
         ({"boxes": np.array([[0, 0, 61, 40]], np.float32)}, "outside"),
         ({"boxes": np.array([[-0.1, 0, 6, 4]], np.float32)}, "outside"),
         ({"boxes": np.array([[5, 5, 5, 9]], np.float32)}, "no area"),
@@ -92,7 +93,7 @@ def test_writer_spreads_shards_and_any_record_is_found(tmp_path):
     with RecordWriter(tmp_path / "s", name="n", kind="detection", shard_bytes=4 * size) as writer:
         for one in written:
             writer.write(one)
-        source = writer.finish(table("a", "b", "c"), dropped={"boxes: crowd": 2})
+        source = writer.finish(dropped={"boxes: crowd": 2})
     assert source.info["shards"] == [4, 4, 3] and len(source) == 11
     assert source.info["dropped"] == {"boxes: crowd": 2}
     stored = ArrayRecordDataSource(list(source.shard_paths))
@@ -106,17 +107,26 @@ def test_writer_spreads_shards_and_any_record_is_found(tmp_path):
 
 def test_index_of_positives(tmp_path):
     boxes = [(0, 0, 9, 9)] * 4
-    with RecordWriter(tmp_path / "d", name="d", kind="detection") as writer:
-        writer.write(record(boxes=boxes, labels=[2, 0, 2, 0]))
-        writer.write(record(boxes=(), labels=()))
-        writer.write(record())
-        detection = writer.finish(table("a", "b", "c"))
+    with RecordWriter(tmp_path / "d", name="d", kind="detection", names=["cat", "ox"]) as writer:
+        writer.write(record(boxes=boxes, labels=[1, 0, 1, 1], concepts=["dog", "cat"]))
+        writer.write(record(boxes=(), labels=(), concepts=()))
+        writer.write(record(labels=[0], concepts=["bus"]))
+        detection = writer.finish()
     positives = [detection.positives_of(i).tolist() for i in range(3)]
-    assert positives == [[0, 2], [], [1]]  # sorted, each once
+    assert positives == [[2, 0], [], [3]]  # in the order of the record
+    assert [(row["name"], row["count"]) for row in detection.concepts] == [
+        ("cat", 3),
+        ("ox", 0),
+        ("dog", 1),
+        ("bus", 1),
+    ]
     with RecordWriter(tmp_path / "t", name="t", kind="image_text") as writer:
-        writer.write(record(boxes=(), labels=(), texts=[2, 0, 1]))
-        pairs = writer.finish(table("a", "b", "c"))
-    assert pairs.positives_of(0).tolist() == [2, 0, 1]  # the caption stays first
+        writer.write(record(boxes=(), labels=(), concepts=["a red cat", "cat"]))
+        writer.write(record(boxes=(), labels=(), concepts=["cat", "a red cat"]))
+        writer.write(record(boxes=(), labels=(), concepts=["the end"]))
+        pairs = writer.finish()
+    assert pairs.positives_of(1).tolist() == [1, 0]  # the caption stays first
+    assert pairs.vocabulary.tolist() == [True, True, False]  # somebody's phrase, or a caption only
     assert (detection.height.tolist(), detection.width.tolist()) == ([40] * 3, [60] * 3)
 
 
@@ -133,8 +143,8 @@ def test_a_rest_of_a_killed_run_is_no_obstacle_and_the_old_source_gives_way(tmp_
     for count in (2, 5):
         with RecordWriter(tmp_path / "s", name="n", kind="detection") as writer:
             for _ in range(count):
-                writer.write(record(labels=[0]))
-            writer.finish(table("a"))
+                writer.write(record())
+            writer.finish()
         assert len(Source.open(tmp_path / "s")) == count
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 

@@ -33,7 +33,7 @@ def test_coco(folder):
     assert archive.names == ("Cat", "Traffic  Light", "bus")
     assert [len(example.boxes) for example in examples] == [2, 2, 0]  # the empty one stays
     first = examples[0]
-    assert first.image_path == folder / "images" / "0.jpg"
+    assert first.image.path == folder / "images" / "0.jpg"
     assert (first.image_id, first.size, first.caption) == ("0", (40, 60), "")
     assert first.boxes[0].xywh == (5.0, 4, 20, 10.5) and first.boxes[0].name == "Cat"
     assert archive.drops.dropped == {"boxes: crowd": 1}
@@ -46,7 +46,7 @@ def test_coco_names_of_lvis_and_its_coco_url(folder):
         entry["coco_url"] = f"http://images.cocodataset.org/train2017/{entry.pop('file_name')}"
     archive, examples = read_coco(folder, document)
     assert archive.names[0] == "mouse (computer equipment)"
-    assert examples[1].image_path == folder / "images" / "1.jpg"
+    assert examples[1].image.path == folder / "images" / "1.jpg"
 
 
 BROKEN_ENTRIES = {
@@ -189,7 +189,7 @@ def test_goldg(folder):
     assert [example.size for example in examples] == [(40, 60)] * 4
     names = [[box.name for box in example.boxes] for example in examples]
     assert names == [["red cat", "dogs", "red dogs"], ["cat"]] * 2
-    assert [e.image_path.name for e in examples] == ["0.jpg", "0.jpg", "1.jpg", "1.jpg"]
+    assert [e.image.path.name for e in examples] == ["0.jpg", "0.jpg", "1.jpg", "1.jpg"]
     assert not archive.drops.dropped
 
 
@@ -300,7 +300,7 @@ def test_tsv(folder):
     )
     archive = conceptual_captions.read_tsv(path, images(folder))
     examples = list(archive.examples)
-    assert [(e.caption, e.image_path.name) for e in examples] == [
+    assert [(e.caption, e.image.path.name) for e in examples] == [
         ("a cat , on a mat", "0.jpg"),
         ("two dogs", "2.jpg"),
     ]

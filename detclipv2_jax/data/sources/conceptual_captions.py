@@ -8,7 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from detclipv2_jax.data.examples import Archive, Drops, ImageFolder, RawExample, load_json
+from detclipv2_jax.data.examples import (
+    Archive,
+    Drops,
+    ImageFile,
+    ImageFolder,
+    RawExample,
+    load_json,
+)
 from detclipv2_jax.data.sources.coco import image_entries, missing_image
 from detclipv2_jax.errors import UserError
 
@@ -126,7 +133,8 @@ def _example(
     if not isinstance(caption, str) or not caption.strip():
         drops.drop("captions: empty", f"{where}: its caption is {caption!r}, not a text")
         return
-    yield RawExample(image_path=found, image_id=image_id, size=size, caption=caption)
+    image = ImageFile(found)
+    yield RawExample(image=image, image_id=image_id, size=size, caption=caption)
 
 
 def _parse_json(line: str) -> tuple[str, list]:

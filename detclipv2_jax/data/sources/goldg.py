@@ -7,6 +7,7 @@ from typing import Any
 from detclipv2_jax.data.examples import (
     Archive,
     Drops,
+    ImageFile,
     ImageFolder,
     RawBox,
     RawExample,
@@ -81,7 +82,7 @@ def _examples(
             drops.drop("images: missing", missing_image(path, entry["file_name"], images))
             continue
         yield RawExample(
-            image_path=found,
+            image=ImageFile(found),
             image_id=str(image_id),
             size=entry["size"],
             boxes=tuple(boxes.get(image_id, ())),
