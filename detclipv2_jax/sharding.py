@@ -1,6 +1,8 @@
 """The device mesh, and where every array of a run lies on it."""
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -10,6 +12,8 @@ from jaxtyping import PyTree
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.optimizer import match_rules
 from detclipv2_jax.structures import Batch
+
+Planned = TypeVar("Planned")  # what a feed says of a batch; not looked at
 
 # (regular expression on a parameter's path, its partition): every parameter is held whole by every
 # device. Optimizer and moving average follow their parameter.
@@ -57,3 +61,26 @@ def batch_shardings(mesh: Mesh, batch: Batch) -> Batch:
 def put_batch(batch: Batch, shardings: Batch) -> Batch:
     """Each process hands in its slice of the images and its copy of the concept table."""
     return jax.tree.map(jax.make_array_from_process_local_data, shardings, batch)
+
+
+def prefetch(
+    feed: Iterable[tuple[Planned, Batch]], mesh: Mesh, size: int = 2
+) -> Iterator[tuple[Planned, Batch]]:
+    """The feed with its batches on the devices, `size` of them ahead of the one handed out.
+
+    A copy only begins when a batch is put and nothing waits for it, so the next batches travel
+    while the device computes; each array is copied once. Order and content are the feed's.
+
+    Raises:
+      Whatever the feed raises, once the batches before it are handed out.
+    """
+    ready: collections.deque[tuple[Planned, Batch]] = collections.deque()
+    try:
+        for planned, batch in feed:
+            ready.append((planned, put_batch(batch, batch_shardings(mesh, batch))))
+            if len(ready) > size:
+                yield ready.popleft()
+    except Exception:
+        yield from ready  # what was read before is good
+        raise
+    yield from ready

@@ -161,7 +161,6 @@ def in_fresh_process(function: Any, *arguments: Any) -> Any:
 
 def _open(data: str) -> Any:
     from configs import pretrain
-
     from detclipv2_jax import config, train
 
     parsed = config.parse(pretrain.swin_t().to_dict() | {"data_dir": data})

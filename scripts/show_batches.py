@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"--kind={_KIND.value}: the config has no such data, only {', '.join(kinds)}."
         )
-    wanted = (s for s in itertools.count(_STEP.value) if _KIND.value in (None, plan.plan(s).kind))
+    wanted = (s for s in itertools.count(_STEP.value) if _KIND.value in (None, plan.program(s)[0]))
     for step in itertools.islice(wanted, _STEPS.value):
         steps = dict(start=step, stop=step + 1, max_broken_share=1.0)  # what is broken is logged
         planned, batch = next(pipeline.batches(plan, sources, transforms, **steps))
