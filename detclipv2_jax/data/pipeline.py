@@ -448,11 +448,12 @@ def _dataset(generate, parallel: int):
     def picture(slot, record, frame, concepts):
         example = records.parse(record)
         labels = tf.cast(example["labels"], tf.int32)
-        places = (labels >= 0) & (labels < concepts)
         counts = tf.shape(example["boxes"])[0], tf.shape(example["concepts"])[0]
         agree = tf.reduce_all(tf.stack(counts) == tf.stack([tf.shape(labels)[0], concepts]))
-        valid = [tf.debugging.Assert(agree & tf.reduce_all(places), ["contradictory"])]
-        with tf.control_dependencies(valid):
+        places = tf.reduce_all((labels >= 0) & (labels < concepts))
+        # The plain operation: `tf.debugging` would guard it by a condition, at each picture.
+        valid = tf.raw_ops.Assert(condition=agree & places, data=["contradictory"])
+        with tf.control_dependencies([valid]):
             image = transforms_lib.draw(example["image"], frame)
         return {"slot": slot, "image": image, "boxes": example["boxes"], "labels": labels}
 
@@ -489,7 +490,11 @@ def _dataset(generate, parallel: int):
     ).prefetch(1)
     # Two steps are worked on at once, so that no core waits for the last picture of a stack.
     stacks = steps.interleave(stack, cycle_length=2, num_parallel_calls=2, deterministic=True)
-    return stacks.prefetch(1)
+    # A picture is one thread's work from end to end: shared out, its small pieces wait in queues.
+    options = tf.data.Options()
+    options.threading.max_intra_op_parallelism = 1
+    options.threading.private_threadpool_size = parallel
+    return stacks.prefetch(1).with_options(options)
 
 
 def _explain(data: bytes | None) -> str:

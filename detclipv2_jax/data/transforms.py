@@ -57,8 +57,9 @@ class Placement:
 
     def frames(self) -> Int32[np.ndarray, "n 8"]:
         """The same as rows of numbers, for `draw`."""
-        parts = (np.log2(self.ratio)[:, None], self.crop, self.size, self.flip[:, None])
-        return np.concatenate(parts, axis=1).astype(np.int32)
+        fits = (self.crop[:, 2:] == self.size).all(axis=1)  # nothing is left to resize
+        columns = np.log2(self.ratio), *self.crop.T, *self.size.T, 2 * fits + self.flip
+        return np.stack(columns, axis=1).astype(np.int32)
 
 
 def seeds(
@@ -149,16 +150,16 @@ def draw(jpeg, frame):
         )
 
     def resized():
-        size = frame[5:7]
-        floats = tf.raw_ops.ResizeBilinear(images=image[None], size=size, half_pixel_centers=True)
-        return tf.cast(floats[0] + 0.5, tf.uint8)
+        floats = tf.raw_ops.ResizeBilinear(
+            images=tf.expand_dims(image, 0), size=frame[5:7], half_pixel_centers=True
+        )
+        return tf.cast(tf.squeeze(floats, 0) + 0.5, tf.uint8)
 
     image = tf.switch_case(frame[0], [decoder(ratio) for ratio in _RATIOS.tolist()])
-    same = tf.reduce_all(frame[3:5] == frame[5:7])
     # Reversed along its axis or not at all: a slice with step -1, and a reversal along no axis,
     # are slower than they look.
     return tf.switch_case(
-        2 * tf.cast(same, tf.int32) + frame[7],
+        frame[7],
         [
             resized,
             lambda: tf.reverse(resized(), [1]),
