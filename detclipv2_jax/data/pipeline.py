@@ -490,11 +490,7 @@ def _dataset(generate, parallel: int):
     ).prefetch(1)
     # Two steps are worked on at once, so that no core waits for the last picture of a stack.
     stacks = steps.interleave(stack, cycle_length=2, num_parallel_calls=2, deterministic=True)
-    # A picture is one thread's work from end to end: shared out, its small pieces wait in queues.
-    options = tf.data.Options()
-    options.threading.max_intra_op_parallelism = 1
-    options.threading.private_threadpool_size = parallel
-    return stacks.prefetch(1).with_options(options)
+    return stacks.prefetch(1)
 
 
 def _explain(data: bytes | None) -> str:

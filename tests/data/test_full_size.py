@@ -56,7 +56,9 @@ def test_writing_again_changes_nothing(full_size, made_up):
     assert (made_up / "goldg/info.json").stat().st_mtime_ns == before
 
 
-def test_start_up_and_planning_are_measured(full_size, made_up):
+def test_start_up_and_planning_are_measured(full_size, made_up, monkeypatch):
+    monkeypatch.setitem(sys.modules, "full_size", full_size)  # fresh processes import it by name
+    monkeypatch.setattr(sys, "path", [str(tiny_run.ROOT / "scripts"), *sys.path])
     figures = full_size.measure(made_up, rounds=1)
     assert figures["records"] == 330 + 385 + 6500
     assert set(figures["start_up_seconds"]) == {"0", "150000"}
