@@ -40,13 +40,14 @@ def swin_t() -> ConfigDict:
     )
     data.concepts = "concepts"
     data.detection.sources = ("objects365",)
+    data.detection.table_size = 384  # its 365 names
     data.grounding.sources = ("goldg",)
     data.grounding.negatives = 100
     data.grounding.table_size = 2048
     data.image_text.sources = ("cc15m",)
     data.image_text.batch_size = 6144
     data.image_text.shapes = ((320, 320),)
-    data.image_text.table_size = 6144 * 8
+    data.image_text.table_size = 6144 * 4  # captions, and three phrases each that nobody shares
     data.image_text.max_boxes = 0
     data.image_text.negatives = 0
     data.image_text.texts_per_image = 8

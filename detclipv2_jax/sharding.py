@@ -1,7 +1,9 @@
 """The device mesh, and where every array of a run lies on it."""
 
+import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -11,6 +13,8 @@ from jaxtyping import PyTree
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.optimizer import match_rules
 from detclipv2_jax.structures import Batch
+
+Planned = TypeVar("Planned")  # what a feed says of a batch; not looked at
 
 # (regular expression on a parameter's path, the axis that is split over `fsdp`; None: held whole).
 # What is large is split along what it gives out: an even number in every model. The rest is small.
@@ -98,3 +102,26 @@ def put_batch(batch: Batch, shardings: Batch) -> Batch:
     names = [field.name for field in dataclasses.fields(Batch) if field.name != "kind"]
     arrays = {n: put(getattr(shardings, n), getattr(batch, n), n in everybodys) for n in names}
     return Batch(**arrays, kind=batch.kind)
+
+
+def prefetch(
+    feed: Iterable[tuple[Planned, Batch]], mesh: Mesh, size: int = 2
+) -> Iterator[tuple[Planned, Batch]]:
+    """The feed with its batches on the devices, `size` of them ahead of the one handed out.
+
+    A copy only begins when a batch is put and nothing waits for it, so the next batches travel
+    while the device computes; each array is copied once. Order and content are the feed's.
+
+    Raises:
+      Whatever the feed raises, once the batches before it are handed out.
+    """
+    ready: collections.deque[tuple[Planned, Batch]] = collections.deque()
+    try:
+        for planned, batch in feed:
+            ready.append((planned, put_batch(batch, batch_shardings(mesh, batch))))
+            if len(ready) > size:
+                yield ready.popleft()
+    except Exception:
+        yield from ready  # what was read before is good
+        raise
+    yield from ready

@@ -114,11 +114,11 @@ mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     log = metrics.MetricsLog(workdir, start)
     progress = metrics.Progress(total_steps, start)
     recorder = Recorder(config, log, progress, checkpointer)
+    on_device = sharding.prefetch(feed, mesh)
     results, stop = None, StopRequest()
     for step in range(start, total_steps):
         with clock("data"):
-            planned, batch = next(feed)
-            batch = sharding.put_batch(batch, sharding.batch_shardings(mesh, batch))
+            planned, batch = next(on_device)
         with clock("train"):
             state, values = programs[planned.kind, planned.shape](state, batch)
             recorder.add(planned, values)

@@ -156,12 +156,14 @@ class Plan:
         """The (kind, canvas) pairs that occur: one compiled step each."""
         return [(b.kind, self.kinds[b.kind].shapes[b.shape_index]) for b in self._buckets]
 
+    def program(self, step: int) -> tuple[Kind, tuple[int, int]]:
+        """The (kind, canvas) of a step, without the rest of its plan."""
+        bucket = self._buckets[self._slot(step)[1]]
+        return bucket.kind, self.kinds[bucket.kind].shapes[bucket.shape_index]
+
     def plan(self, step: int) -> StepPlan:
         """The plan of one step, counted from 0 over all epochs."""
-        if step < 0:
-            raise ValueError(f"step {step} is negative")
-        epoch, place = divmod(step, self.steps_per_epoch)
-        number, batch = self._slot(epoch, place)
+        epoch, number, batch = self._slot(step)
         bucket = self._buckets[number]
         kind = self.kinds[bucket.kind]
         flat = self._order(epoch, number)[batch * kind.batch_size : (batch + 1) * kind.batch_size]
@@ -227,9 +229,13 @@ class Plan:
                 self._epochs[epoch] = (numbers[shuffled], batch[shuffled], {})
             return self._epochs[epoch]
 
-    def _slot(self, epoch: int, place: int) -> tuple[int, int]:
+    def _slot(self, step: int) -> tuple[int, int, int]:
+        """Epoch, bucket and batch of the bucket that a step is."""
+        if step < 0:
+            raise ValueError(f"step {step} is negative")
+        epoch, place = divmod(step, self.steps_per_epoch)
         numbers, batch, _ = self._epoch(epoch)
-        return int(numbers[place]), int(batch[place])
+        return epoch, int(numbers[place]), int(batch[place])
 
     def _order(self, epoch: int, number: int) -> Int[np.ndarray, " n"]:
         """The records of a bucket in the order of an epoch; made when a step first asks for it."""

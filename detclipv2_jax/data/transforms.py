@@ -57,8 +57,9 @@ class Placement:
 
     def frames(self) -> Int32[np.ndarray, "n 8"]:
         """The same as rows of numbers, for `draw`."""
-        parts = (np.log2(self.ratio)[:, None], self.crop, self.size, self.flip[:, None])
-        return np.concatenate(parts, axis=1).astype(np.int32)
+        fits = (self.crop[:, 2:] == self.size).all(axis=1)  # nothing is left to resize
+        columns = np.log2(self.ratio), *self.crop.T, *self.size.T, 2 * fits + self.flip
+        return np.stack(columns, axis=1).astype(np.int32)
 
 
 def seeds(
@@ -148,16 +149,24 @@ def draw(jpeg, frame):
             jpeg, frame[1:5], channels=3, ratio=ratio, dct_method="INTEGER_ACCURATE"
         )
 
-    def resize(image):
-        size = frame[5:7]
-        resized = tf.raw_ops.ResizeBilinear(images=image[None], size=size, half_pixel_centers=True)
-        return tf.cast(resized[0] + 0.5, tf.uint8)
+    def resized():
+        floats = tf.raw_ops.ResizeBilinear(
+            images=tf.expand_dims(image, 0), size=frame[5:7], half_pixel_centers=True
+        )
+        return tf.cast(tf.squeeze(floats, 0) + 0.5, tf.uint8)
 
     image = tf.switch_case(frame[0], [decoder(ratio) for ratio in _RATIOS.tolist()])
-    same = tf.reduce_all(frame[3:5] == frame[5:7])
-    image = tf.cond(same, lambda: image, lambda: resize(image))
-    # Along axis 1 or along none: a slice with step -1 takes as long as decoding a small picture.
-    return tf.reverse(image, tf.fill([frame[7]], 1))
+    # Reversed along its axis or not at all: a slice with step -1, and a reversal along no axis,
+    # are slower than they look.
+    return tf.switch_case(
+        frame[7],
+        [
+            resized,
+            lambda: tf.reverse(resized(), [1]),
+            lambda: image,
+            lambda: tf.reverse(image, [1]),
+        ],
+    )
 
 
 def _mix(state: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:

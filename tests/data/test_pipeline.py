@@ -1,6 +1,12 @@
+import collections
+import dataclasses
+import hashlib
 import io
+import json
 import logging
+import os
 import pathlib
+import socket
 import subprocess
 import sys
 import threading
@@ -256,22 +262,114 @@ def test_a_second_epoch_augments_differently(run):
     assert sum(first[key] != second[key] for key in names) > len(names) / 2
 
 
+def collect_slices(sources, start, stop, count):
+    """The steps as `count` processes read them, their slices put together again."""
+    parts = [
+        collect(make_plan(sources), sources, start, stop, process_index=i, process_count=count)[0]
+        for i in range(count)
+    ]
+    for pieces in zip(*parts, strict=True):
+        planned, batches = pieces[0][0], [batch for _, batch in pieces]
+        for field in SHARED:
+            for batch in batches[1:]:
+                np.testing.assert_array_equal(getattr(batch, field), getattr(batches[0], field))
+        joined = {
+            field: np.concatenate([getattr(batch, field) for batch in batches])
+            for field in FIELDS
+            if field not in SHARED
+        }
+        yield planned, dataclasses.replace(batches[0], **joined)
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_share_the_same_global_batch(run, sources, count):
     plan, steps, _ = run
     stop = plan.steps_per_epoch
-    parts = [
-        collect(make_plan(sources), sources, 0, stop, process_index=i, process_count=count)[0]
-        for i in range(count)
+    for (_, joined), (_, whole) in zip(
+        collect_slices(sources, 0, stop, count), steps[:stop], strict=True
+    ):
+        assert_same(joined, whole)
+
+
+@pytest.mark.parametrize(("before", "at", "after"), [(1, 3, 4), (2, 11, 1), (4, 6, 2)])
+def test_another_number_of_processes_goes_on_with_the_same_epoch(run, sources, before, at, after):
+    plan, steps, _ = run
+    stop = plan.steps_per_epoch
+    assert at < stop
+    seen = collections.Counter()
+    found = [
+        *collect_slices(sources, 0, at, before),
+        *collect_slices(sources, at, stop, after),
     ]
-    for number, (_, whole) in enumerate(steps[:stop]):
-        pieces = [part[number][1] for part in parts]
-        for field in FIELDS:
-            arrays = [getattr(piece, field) for piece in pieces]
-            joined = arrays[0] if field in SHARED else np.concatenate(arrays)
-            np.testing.assert_array_equal(joined, getattr(whole, field))
-            if field in SHARED:
-                assert all(np.array_equal(array, joined) for array in arrays)
+    for (planned, joined), (_, whole) in zip(found, steps[:stop], strict=True):
+        assert_same(joined, whole)
+        names = plan.kinds[planned.kind].sources
+        for slot in np.flatnonzero(joined.sizes[:, 0] > 0):
+            seen[names[planned.sources[slot]], int(planned.records[slot])] += 1
+    everything = {(name, i) for name, source in sources.items() for i in range(len(source))}
+    assert set(seen) == everything and set(seen.values()) == {1}
+
+
+PROCESS = """
+import hashlib, json, sys
+import jax
+import numpy as np
+arguments = json.loads(sys.argv[1])
+jax.distributed.initialize(arguments["address"], arguments["count"], arguments["index"])
+from jax.experimental import multihost_utils
+import test_pipeline
+from detclipv2_jax import sharding
+from detclipv2_jax.data import pipeline
+from detclipv2_jax.data.index import Source
+
+sources = {name: Source.open(path) for name, path in arguments["sources"].items()}
+feed = pipeline.batches(
+    test_pipeline.make_plan(sources), sources, test_pipeline.TRANSFORMS,
+    start=arguments["start"], stop=arguments["stop"],
+    process_index=jax.process_index(), process_count=jax.process_count(),
+)
+for planned, batch in sharding.prefetch(feed, sharding.make_mesh()):
+    if jax.process_count() > 1:
+        batch = multihost_utils.process_allgather(batch, tiled=True)
+    print("batch", planned.step, test_pipeline.digest(batch), flush=True)
+"""
+
+
+def digest(batch):
+    """A hash of everything in a global batch."""
+    state = hashlib.sha256(batch.kind.encode())
+    for field in FIELDS:
+        array = np.asarray(getattr(batch, field))
+        state.update(f"{field} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return state.hexdigest()
+
+
+def test_two_real_processes_assemble_the_global_batch_bit_for_bit(run, sources):
+    """jax.distributed over loopback, resumed in mid-epoch; each process has two devices."""
+    _, steps, _ = run
+    start, stop = 9, 17
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    directories = {name: str(source.directory) for name, source in sources.items()}
+    arguments = dict(address=address, count=2, sources=directories, start=start, stop=stop)
+    here = pathlib.Path(__file__).parent
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, here.parents[1]))),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, json.dumps(arguments | {"index": index})],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    expected = [f"batch {planned.step} {digest(batch)}" for planned, batch in steps[start:stop]]
+    for process in processes:
+        out, err = process.communicate(timeout=180)
+        assert process.returncode == 0, err[-3000:]
+        assert [line for line in out.splitlines() if line.startswith("batch")] == expected
 
 
 @pytest.mark.parametrize("start", [1, 7, 16, 23])

@@ -188,6 +188,36 @@ def test_records_go_to_the_canvas_of_nearest_aspect():
     assert seen == set(shapes)
 
 
+def test_the_program_of_a_step_is_known_without_its_plan():
+    plan, _ = three_kinds()
+    for step in range(2 * plan.steps_per_epoch):
+        planned = plan.plan(step)
+        assert plan.program(step) == (planned.kind, planned.shape)
+        assert plan.program(step) in plan.programs
+    with pytest.raises(ValueError, match="negative"):
+        plan.program(-1)
+
+
+def test_an_epoch_stays_whole_when_the_number_of_processes_changes_within_it():
+    """Every process plans for itself, in an order of its own, and takes its slice of each step."""
+    eights = {kind: dict(batch_size=8) for kind in ("detection", "grounding", "image_text")}
+    stop = three_kinds(**eights)[0].steps_per_epoch
+    seen = collections.Counter()
+    rng = np.random.default_rng(0)
+    for steps, count in ((range(stop // 2), 2), (range(stop // 2, stop), 4)):
+        for index in range(count):
+            plan, sources = three_kinds(**eights)
+            for step in rng.permutation(steps).tolist():
+                planned = plan.plan(step)
+                mine = slice(index * 8 // count, (index + 1) * 8 // count)
+                names = plan.kinds[planned.kind].sources
+                for name, record in zip(planned.sources[mine], planned.records[mine].tolist()):
+                    if record >= 0:
+                        seen[names[name], record] += 1
+    everything = {(name, i) for name, s in sources.items() for i in range(len(s))}
+    assert set(seen) == everything and set(seen.values()) == {1}
+
+
 def test_a_step_depends_on_seed_and_step_alone():
     one, _ = three_kinds()
     other, _ = three_kinds()

@@ -1,0 +1,132 @@
+"""The static shapes of a run, chosen from its data: canvases, and rows of the concept table.
+
+    python scripts/choose_shapes.py --config=configs/pretrain.py:swin_t --config.data_dir=DIR
+    python scripts/choose_shapes.py --data=data/mine/detection --area=800x1344
+
+With a config: for each kind the padding efficiency (pixels of pictures / pixels of their canvases)
+of the config's canvases and of the best one to five of the area of the first; and, over some
+planned steps, how many concepts found no row in tables of several sizes. With --data, prepared
+directories separated by commas: the canvases alone. --count=3 proposes so many only.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from detclipv2_jax.data import canvases
+from detclipv2_jax.data.index import Source
+from detclipv2_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's config.")
+_DATA = flags.DEFINE_list("data", None, "Prepared directories, instead of a config.")
+_AREA = flags.DEFINE_string("area", None, "Pixels of a canvas, or HxW; the config's by default.")
+_COUNT = flags.DEFINE_integer("count", None, "How many canvases; by default 1 to 5.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 100, "Steps of each kind to plan.", lower_bound=1)
+
+
+def main(argv: list[str]) -> None:
+    """Prints a table a kind."""
+    if len(argv) > 1:
+        raise UserError(f"Unexpected argument {argv[1]!r}: every option starts with --.")
+    if (_CONFIG.value is None) == (_DATA.value is None):
+        raise UserError("Name either --config=FILE or --data=DIR.")
+    counts = (_COUNT.value,) if _COUNT.value else range(1, 6)
+    if _DATA.value is not None:
+        if _AREA.value is None:
+            raise UserError("--data wants --area=HEIGHTxWIDTH, the size of one good canvas.")
+        sources = [Source.open(directory) for directory in _DATA.value]
+        print(canvas_table(sources, parse_area(_AREA.value), counts))
+        return
+    from detclipv2_jax import config as config_lib
+    from detclipv2_jax import train
+
+    config = config_lib.parse(_CONFIG.value.to_dict())
+    plan, sources, _ = train.open_data(config)
+    for kind, cut in plan.kinds.items():
+        height, width = cut.shapes[0]
+        area = parse_area(_AREA.value) if _AREA.value else height * width
+        print(f"\n{kind}: {', '.join(cut.sources)}\n")
+        print(canvas_table([sources[name] for name in cut.sources], area, counts, cut.shapes))
+        print("\n" + concept_table(wanted_concepts(plan, kind, _STEPS.value), cut.table_size))
+
+
+def canvas_table(
+    sources: list[Source],
+    area: int,
+    counts: range | tuple[int, ...],
+    present: tuple[tuple[int, int], ...] = (),
+) -> str:
+    """Efficiency and split of the present canvases and of the best ones, as Markdown."""
+    heights = np.concatenate([source.height for source in sources])
+    widths = np.concatenate([source.width for source in sources])
+    if not heights.size:
+        raise UserError(f"{sources[0].directory}: holds no record, so nothing to choose from")
+    sets = [("now", present)] if present else []
+    sets += [(str(n), canvases.choose(heights, widths, n, area)) for n in counts]
+    lines = [
+        f"| canvases for {len(heights):,} pictures | height x width | efficiency | split |",
+        "|---|---|---|---|",
+    ]
+    for name, shapes in sets:
+        found = canvases.padding(heights, widths, shapes)
+        sizes = ", ".join(f"{height}x{width}" for height, width in shapes)
+        shares = ", ".join(f"{share:.1%}" for share in found.shares)
+        lines.append(f"| {name} | {sizes} | {found.efficiency:.3f} | {shares} |")
+    return "\n".join(lines)
+
+
+def wanted_concepts(plan, kind: str, steps: int) -> np.ndarray:
+    """Different positives of the first `steps` steps of a kind, those without a row included."""
+    mine = (s for s in range(plan.steps_per_epoch) if plan.program(s)[0] == kind)
+    planned = [plan.plan(step) for step, _ in zip(mine, range(steps))]
+    return np.array([step.positives + step.dropped for step in planned])
+
+
+def concept_table(wanted: np.ndarray, rows: int) -> str:
+    """What tables of several sizes would drop, as Markdown; `rows` is the config's."""
+    sizes = sorted({rows, *(2**k * m for k in range(5, 15) for m in (2, 3))})
+    near = [n for n in sizes if n == rows or 0.5 * wanted.min() <= n <= 2 * wanted.max()]
+    lines = [
+        f"{len(wanted)} steps want {wanted.min():,} to {wanted.max():,} concepts of their own, "
+        f"{np.median(wanted):,.0f} in the middle\n",
+        "| rows | steps that overflow | dropped a step | of all | rows filled by positives |",
+        "|---|---|---|---|---|",
+    ]
+    for use in canvases.table_use(wanted, near):
+        now = " (now)" if use.rows == rows else ""
+        lines.append(
+            f"| {use.rows:,}{now} | {use.overflowing:.1%} | {use.dropped:,.1f} | "
+            f"{use.dropped_share:.2%} | {use.filled:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def parse_area(text: str) -> int:
+    """Pixels, from a number or HEIGHTxWIDTH."""
+    sides = text.lower().replace("×", "x").split("x")
+    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise UserError(f"--area={text}: give pixels, 1075200, or sides, 800x1344.")
+    return int(np.prod([int(side) for side in sides]))
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, its errors in one sentence."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(str(error).splitlines()[0]) from None
+
+
+if __name__ == "__main__":
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
