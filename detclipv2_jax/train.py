@@ -60,7 +60,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
         print(f"{known} of {len(names)} detection names have a definition")
 
     # ---- Model, optimizer, state: restored if this workdir has a checkpoint.
-mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     evaluator = Evaluator(config, definitions, workdir, mesh) if config.eval.dataset else None
     graphdef, params = detclip.create(config.model, config.seed)
     millions = sum(p.size for p in jax.tree.leaves(params)) / 1e6
