@@ -379,16 +379,17 @@ class _Files:
         # Calls come one after another, each with one group a file: no two threads share a reader.
         if path not in self._open:
             self._open[path] = _open(path)
-        try:
-            return self._open[path].read(numbers)
-        except RuntimeError:  # a damaged stretch: its neighbours are good
-            return [self._read_one(path, number) for number in numbers]
+        # One by one: the reader would spread a list over threads of its own, which costs more than
+        # it saves where a file is cached, and of a source too large for that a step asks each of
+        # its many files for a record or two.
+        return [_read_one(self._open[path], number) for number in numbers]
 
-    def _read_one(self, path: str, number: int) -> bytes | None:
-        try:
-            return self._open[path].read([number])[0]
-        except RuntimeError:
-            return None
+
+def _read_one(reader: array_record_module.ArrayRecordReader, number: int) -> bytes | None:
+    try:
+        return reader.read([number])[0]
+    except RuntimeError:  # a damaged stretch: its neighbours are good
+        return None
 
 
 def _open(path: str) -> array_record_module.ArrayRecordReader:

@@ -105,6 +105,26 @@ def test_shapes_are_chosen_for_a_directory(made_up):
     assert "| 3 |" in done.stdout and "6,885 pictures" in done.stdout
 
 
+def test_ratios_are_those_of_a_round():
+    benchmark = script("benchmark_data")
+    figures = lambda rate: {
+        "images_per_second": rate,
+        "images_per_cpu_second": rate / 2,
+        "peak_mb": 7,
+    }
+    rounds = {"pipeline": [10, 20, 60], "decoding": [20, 30, 60], "dataloader": [5, 40, 15]}
+    results = {name: [figures(rate) for rate in rates] for name, rates in rounds.items()}
+    found = benchmark._summary(results)
+    assert found["decoding"]["images_per_second"] == 30
+    assert found["decoding"]["pipeline_is"] == pytest.approx(2 / 3)  # of ½, ⅔ and 1
+    assert found["dataloader"]["pipeline_is_by_cpu"] == 2  # of 2, ½ and 4
+    skipped = {"dataloader": "torch is not installed here"}
+    told = benchmark.speed_table({"work": {"contestants": found, "skipped": skipped}})
+    assert "| work | decoding | 30 | 15 | 0.67 | 0.67 | 7 |" in told
+    assert "torch is not installed here" in told
+
+
+@pytest.mark.slow
 def test_the_race_is_run_and_told(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
