@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from detclipv2_jax import config as config_lib
@@ -48,6 +49,8 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
       UserError: for anything the user can mend; nothing is lost, the next start goes on.
       Interrupted: by SIGTERM; the state is saved, the next start goes on.
     """
+    first = jax.process_index() == 0  # the process that writes and shows; main.py mutes the others
+
     # ---- Data: from here on, what each step sees is a function of (seed, step).
     plan, sources, names = open_data(config)
     total_steps = max(1, round(config.train.epochs * plan.steps_per_epoch))
@@ -78,7 +81,8 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
         state, meta = checkpointer.restore(jax.tree.map(_abstract, state, shardings))
         clock = metrics.Clock(meta["seconds"])
         print(f"going on after step {int(state.step)}{_changes(meta['config'], config)}")
-    write_json(workdir / "config.json", fields.to_dict(config))
+    if first:
+        write_json(workdir / "config.json", fields.to_dict(config))
     start = int(state.step)
 
     # ---- The input pipeline starts now, so that it fills while the programs compile.
@@ -111,8 +115,8 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
         programs = compile_programs(step_fn, todo, state, shardings, mesh, config)
 
     # ---- The loop. A step's figures are read when the next one is under way.
-    log = metrics.MetricsLog(workdir, start)
-    progress = metrics.Progress(total_steps, start)
+    log = metrics.MetricsLog(workdir if first else None, start)
+    progress = metrics.Progress(total_steps, start, shown=first)
     recorder = Recorder(config, log, progress, checkpointer)
     on_device = sharding.prefetch(feed, mesh)
     results, stop = None, StopRequest()
@@ -147,7 +151,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
     # ---- What came of it.
     if evaluator and results is None:
         results = evaluator(graphdef, state)
-    report(workdir, results, clock, int(state.skipped), feed)
+    report(workdir if first else None, results, clock, int(state.skipped), feed)
     feed.close()
     return results
 
@@ -348,8 +352,9 @@ class Evaluator:
             self._images,
             prompts=self._prompts,
             step=int(state.step),
-            output=self._workdir,
+            output=self._workdir if jax.process_index() == 0 else None,
             pictures=config.pictures,
+            progress=jax.process_index() == 0,
         )
 
 
@@ -367,23 +372,36 @@ def scalars(results: dict[str, Any]) -> dict[str, float | None]:
 
 
 def report(
-    workdir: Path,
+    workdir: Path | None,
     results: dict[str, Any] | None,
     clock: metrics.Clock,
     skipped: int,
     feed: pipeline.Batches,
 ) -> None:
-    """Prints the table, where the time went and what was left out; draws the loss curves."""
-    drawing.loss_curves(workdir / "metrics.jsonl", workdir / "losses.png")
+    """Prints the table, where the time went and what was left out; draws the loss curves.
+
+    All processes call it, for each knows only what it left out itself; without a `workdir` nothing
+    is drawn.
+    """
+    if workdir is not None:
+        drawing.loss_curves(workdir / "metrics.jsonl", workdir / "losses.png")
     if results is not None:
         print(evaluate.table(results))
     print("\nseconds: " + ", ".join(f"{part} {s:.0f}" for part, s in clock.seconds.items()))
-    for source, count in feed.broken.items():
+    for source, (count, read) in _over_processes(feed.broken, feed.read).items():
         if count:
-            print(f"{source}: {count} of {feed.read[source]} records could not be read")
+            print(f"{source}: {count} of {read} records could not be read")
     if skipped:
         print(f"{skipped} updates were skipped: their loss or gradient was not finite")
     print(f"\n{workdir}/: detections/*.png, losses.png, results.json, metrics.jsonl, checkpoints/")
+
+
+def _over_processes(*counts: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """The processes' counts by name, added up."""
+    table = np.array([list(count.values()) for count in counts])
+    if jax.process_count() > 1:
+        table = multihost_utils.process_allgather(table).sum(axis=0)
+    return {name: tuple(column.tolist()) for name, column in zip(counts[0], table.T)}
 
 
 def _is_due(step: int, every: int) -> bool:
