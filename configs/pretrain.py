@@ -35,8 +35,10 @@ def swin_t() -> ConfigDict:
     data = config.data
     data.prepare = (
         "python scripts/prepare_data.py coco|goldg|image_text --from=DIR --to=data/NAME for the "
-        "names objects365 (COCO JSON), goldg (MDETR JSON) and cc15m (captions)"
+        "names objects365 (COCO JSON), goldg (MDETR JSON) and cc15m (captions), then "
+        "scripts/prepare_concepts.py --from=data --to=data/concepts"
     )
+    data.concepts = "concepts"
     data.detection.sources = ("objects365",)
     data.detection.table_size = 384  # its 365 names
     data.grounding.sources = ("goldg",)
@@ -75,6 +77,7 @@ def nano() -> ConfigDict:
     data = config.data
     config.data_dir = "data/symbols"
     data.prepare = "python scripts/prepare_data.py symbols --to=data/symbols"
+    data.concepts = ""  # bare names: its towers start from noise and its names are all there are
     for kind in (data.detection, data.grounding):
         kind.batch_size = 16
         kind.shapes = ((128, 128),)

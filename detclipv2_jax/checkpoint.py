@@ -29,6 +29,7 @@ class LoadedModel:
     config: dict[str, Any]  # the resolved config of the run that made it
     step: int
     names: list[str]  # the names its detection data knew
+    definitions: dict[str, str]  # name → definition; empty: it was trained on bare names
 
 
 class Checkpointer:
@@ -137,7 +138,8 @@ def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
         params = manager.restore(
             step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target))
         ).model
-    return LoadedModel(graphdef, params, meta["config"], step, meta["names"])
+    definitions = meta.get("definitions", {})  # older checkpoints have none
+    return LoadedModel(graphdef, params, meta["config"], step, meta["names"], definitions)
 
 
 def _handlers() -> dict[str, Any]:

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from detclipv2_jax import fields
+from detclipv2_jax.data.concepts import TEMPLATE, check_template
 from detclipv2_jax.models.detclip import DetCLIPConfig
 from detclipv2_jax.optimizer import OptimizerConfig
 from detclipv2_jax.predictor import DetectConfig
+from detclipv2_jax.prompting import Definitions
 from detclipv2_jax.step import LossConfig
 from detclipv2_jax.structures import KINDS
 from detclipv2_jax.weights.initialise import InitConfig
@@ -36,6 +38,7 @@ class KindConfig:
     scales: tuple[float, float] = (0.6, 1.0)  # size of the picture relative to fitting its canvas
     crop: bool = False  # may a picture exceed its canvas and be cropped at random?
     begin: float = 0.0  # share of the first epoch's other batches before this kind's (paper: 0)
+    definitions: bool = False  # with a dictionary: are names joined with their definitions?
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +47,15 @@ class DataConfig:
 
     prepare: str = ""  # the command that would make the data, shown where it is missing
     skip_missing: bool = False  # train without the kinds whose sources are not there
-    detection: KindConfig = KindConfig()
+    concepts: str = ""  # directory of the prepared dictionary, relative to data_dir; "" = none
+    template: str = TEMPLATE  # of a name with its definition; cut to 16 tokens at a word's end
+    detection: KindConfig = KindConfig(definitions=True)
     grounding: KindConfig = KindConfig()
     image_text: KindConfig = KindConfig()
     max_broken_share: float = 0.05  # a run stops once more of its records than this are unreadable
+
+    def __post_init__(self):
+        check_template(self.template, "config.data.template")
 
     def kinds(self) -> dict[str, KindConfig]:
         """The kinds that have a source, by name."""
@@ -75,6 +83,8 @@ class EvalConfig(DetectConfig):
     canvas: tuple[int, int] = (800, 1344)  # (height, width) that pictures are scaled into
     batch_size: int = 8
     pictures: int = 8  # validation pictures drawn at each evaluation
+    definitions: Definitions = "as_trained"  # are names asked with their definitions? on, off, or
+    # as the detection data had them (paper §1: in training and in testing)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from detclipv2_jax.errors import UserError
 from detclipv2_jax.files import write_json
 from detclipv2_jax.images import Source, read
 from detclipv2_jax.predictor import ImageDetections, Predictor, Texts, detect_config
+from detclipv2_jax.prompting import CHOICES, Definitions, prompting
 
 if TYPE_CHECKING:
     from detclipv2_jax.checkpoint import LoadedModel
@@ -45,8 +46,12 @@ class Detector:
         score_threshold: float = 0.3,
         keep: int = 100,
         batch_size: int = 1,
+        definitions: Definitions | None = None,
     ):
-        """`checkpoint`: a run's workdir (the newest `step` by default), or a loaded model."""
+        """`checkpoint`: a run's workdir (the newest `step` by default), or a loaded model.
+
+        `definitions`: ask for names with their definitions ('on', 'off'); by default as trained.
+        """
         if isinstance(checkpoint, str | os.PathLike):
             from detclipv2_jax.checkpoint import load_model  # orbax, which parts do not need
 
@@ -58,6 +63,7 @@ class Detector:
             score_threshold=score_threshold,
             keep=keep,
         )
+        self.prompts = prompting(checkpoint.config, checkpoint.definitions, definitions)
         self.predictor = Predictor(
             checkpoint.graphdef,
             checkpoint.params,
@@ -96,7 +102,7 @@ class Detector:
                 raise UserError(
                     f"name {number}, {name!r}, is the same as name {other}; ask for it once."
                 )
-        return self.predictor.encode(names)
+        return self.prompts.encode(self.predictor, names)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,7 +113,11 @@ def run(args: argparse.Namespace) -> int:
             f"--names={args.names!r} holds no name; give for example 'cat, traffic light'."
         )
     detector = Detector(
-        args.checkpoint, step=args.step, score_threshold=args.score_threshold, keep=args.keep
+        args.checkpoint,
+        step=args.step,
+        score_threshold=args.score_threshold,
+        keep=args.keep,
+        definitions=args.definitions,
     )
     texts = detector.encode(names)
     output = pathlib.Path(args.output)
@@ -131,7 +141,11 @@ def run(args: argparse.Namespace) -> int:
             "checkpoint": str(args.checkpoint),
             "step": detector.step,
             "names": names,
-            "settings": dataclasses.asdict(detector.predictor.config),
+            "prompts": texts.prompts,
+            "settings": {
+                **dataclasses.asdict(detector.predictor.config),
+                **detector.prompts.settings(texts),
+            },
             "images": [answer for _, answer in sorted(answers, key=lambda pair: pair[0])],
             "failed": failures,
         },
@@ -198,6 +212,11 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=100,
         help="at most so many boxes an image (default: %(default)s)",
+    )
+    result.add_argument(
+        "--definitions",
+        choices=CHOICES,
+        help="ask for names with their definitions (default: as in the training run)",
     )
     return result
 

@@ -22,6 +22,7 @@ from detclipv2_jax.evaluation import coco, lvis
 from detclipv2_jax.files import write_json
 from detclipv2_jax.ops.nms import nms
 from detclipv2_jax.predictor import ImageDetections, Predictor, Texts, detect_config
+from detclipv2_jax.prompting import CHOICES, Prompting, prompting
 
 _EXPLAINED = 3  # problems with images that are spelt out before only their number is
 
@@ -31,6 +32,7 @@ def evaluate_lvis(
     ground_truth: lvis.LvisGroundTruth,
     image_dir: str | pathlib.Path,
     *,
+    prompts: Prompting = Prompting(),  # noqa: B008 - frozen
     step: int | None = None,
     output: str | pathlib.Path | None = None,
     pictures: int = 8,
@@ -51,8 +53,8 @@ def evaluate_lvis(
       UserError: not one image was found or could be read.
     """
     evaluator = lvis.LvisEvaluator(ground_truth)
-    coverage = _detect_all(
-        predictor, ground_truth, image_dir, evaluator.add, step, output, pictures, progress
+    settings = _detect_all(
+        predictor, ground_truth, image_dir, evaluator.add, prompts, step, output, pictures, progress
     )
     scores = evaluator.result()
     results = {
@@ -65,7 +67,7 @@ def evaluate_lvis(
             **_settings(predictor),
             "standard": "best 300 detections of each image",
             "fixed": "best 10,000 detections of each category, no limit an image",
-            **coverage,
+            **settings,
         },
     }
     if output is not None:
@@ -79,6 +81,7 @@ def evaluate_coco(
     ground_truth: coco.GroundTruth,
     image_dir: str | pathlib.Path,
     *,
+    prompts: Prompting = Prompting(),  # noqa: B008 - frozen
     step: int | None = None,
     output: str | pathlib.Path | None = None,
     pictures: int = 8,
@@ -90,14 +93,14 @@ def evaluate_coco(
       {"dataset", "step", "coco", "settings"}.
     """
     evaluator = coco.CocoEvaluator(ground_truth)
-    coverage = _detect_all(
-        predictor, ground_truth, image_dir, evaluator.add, step, output, pictures, progress
+    settings = _detect_all(
+        predictor, ground_truth, image_dir, evaluator.add, prompts, step, output, pictures, progress
     )
     results = {
         "dataset": ground_truth.path,
         "step": step,
         "coco": evaluator.result(),
-        "settings": {**_settings(predictor), **coverage},
+        "settings": {**_settings(predictor), **settings},
     }
     if output is not None:
         write_json(pathlib.Path(output) / "results.json", results)
@@ -170,13 +173,18 @@ def _detect_all(
     truth: coco.GroundTruth,
     image_dir: str | pathlib.Path,
     add: Callable[..., None],
+    prompts: Prompting,
     step: int | None,
     output: str | pathlib.Path | None,
     pictures: int,
     progress: bool,
-) -> dict[str, int]:
-    """Hands the detections of every image to `add`; counts what was wrong with some."""
-    texts = predictor.encode([readable(category.name) for category in truth.categories])
+) -> dict[str, Any]:
+    """Hands the detections of every image to `add`; tells how it asked and what was wrong."""
+    texts = prompts.encode(
+        predictor,
+        [readable(category.name) for category in truth.categories],
+        [(category.definition, category.synset) for category in truth.categories],
+    )
     category_ids = np.asarray([category.id for category in truth.categories])
     paths = [find_image(image, image_dir) for image in truth.images]
     problems = _Problems(len(paths))
@@ -205,7 +213,7 @@ def _detect_all(
         name = "detections" if step is None else f"step_{step:08d}"
         sheet = _compare(truth, paths, samples)
         drawing.save(sheet, pathlib.Path(output) / "detections" / f"{name}.png")
-    return problems.counts
+    return {**prompts.settings(texts), **problems.counts}
 
 
 def _answers(
@@ -326,7 +334,10 @@ def run(args: argparse.Namespace) -> None:
         config=detect_config(loaded.config),
         batch_size=args.batch_size or loaded.config["eval"]["batch_size"],
     )
-    results = evaluate(predictor, truth, image_dir, step=loaded.step, output=args.output)
+    prompts = prompting(loaded.config, loaded.definitions, args.definitions)
+    results = evaluate(
+        predictor, truth, image_dir, prompts=prompts, step=loaded.step, output=args.output
+    )
     print(table(results))
     print(f"\nwritten to {args.output}: results.json, detections/*.png")
 
@@ -359,6 +370,11 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--batch_size", type=int, help="images at once (default: as in the training run)"
+    )
+    result.add_argument(
+        "--definitions",
+        choices=CHOICES,
+        help="ask for names with their definitions (default: as in the training run)",
     )
     return result
 

@@ -120,6 +120,15 @@ def prompt(name: str, definition: str | None = None) -> str:
     return enriched(normalise(name), definition)
 
 
+def check_names(names: Sequence[str]) -> None:
+    """`UserError` where there are no names, or one of them is empty."""
+    if not len(names):
+        raise UserError("no names were given; name at least one thing to look for.")
+    for number, name in enumerate(names, start=1):
+        if not normalise(name):
+            raise UserError(f"name {number} of {len(names)} is empty; leave it out or spell it.")
+
+
 def table_size(count: int) -> int:
     """Rows to compile for when `count` names are asked: few programs, little waste."""
     if count <= 256:
@@ -132,6 +141,7 @@ class Texts:
     """Encoded names, padded with rows outside `mask` to `table_size` rows."""
 
     names: tuple[str, ...]
+    prompts: tuple[str, ...]  # the text that stands for each name
     embeddings: Float[np.ndarray, "P D"]
     mask: Bool[np.ndarray, " P"]
 
@@ -199,27 +209,22 @@ class Predictor:
         self._params = params
         self._encoded: dict[str, np.ndarray] = {}
 
-    def encode(
-        self, names: Sequence[str], definitions: Sequence[str | None] | None = None
-    ) -> Texts:
+    def encode(self, names: Sequence[str], prompts: Sequence[str] | None = None) -> Texts:
         """Encodes names, each text once for as long as the parameters stay.
+
+        `prompts`: the texts that stand for them; by default the names themselves.
 
         Raises:
           UserError: no names, or one of them is empty.
         """
-        if not len(names):
-            raise UserError("no names were given; name at least one thing to look for.")
-        for number, name in enumerate(names, start=1):
-            if not normalise(name):
-                raise UserError(
-                    f"name {number} of {len(names)} is empty; leave it out or spell it."
-                )
-        prompts = [prompt(*pair) for pair in zip(names, definitions or [None] * len(names))]
+        check_names(names)
+        prompts = [prompt(name) for name in names] if prompts is None else prompts
         self._encode_new([text for text in dict.fromkeys(prompts) if text not in self._encoded])
         rows = np.stack([self._encoded[text] for text in prompts])
         padding = table_size(len(rows)) - len(rows)
         return Texts(
             names=tuple(names),
+            prompts=tuple(prompts),
             embeddings=np.pad(rows, ((0, padding), (0, 0))),
             mask=np.arange(len(rows) + padding) < len(rows),
         )

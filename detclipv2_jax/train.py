@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from detclipv2_jax.config import RunConfig
 from detclipv2_jax.data import pipeline
 from detclipv2_jax.data.concepts import CONTEXT, Dictionary
 from detclipv2_jax.data.index import Source
+from detclipv2_jax.data.lexicon import Lexicon
 from detclipv2_jax.data.plan import KindPlan, Plan, StepPlan
 from detclipv2_jax.data.transforms import TransformConfig
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.files import write_json
 from detclipv2_jax.models import detclip
 from detclipv2_jax.predictor import Predictor, detect_config
+from detclipv2_jax.prompting import prompting
 from detclipv2_jax.state import TrainState
 from detclipv2_jax.step import Losses, train_step
 from detclipv2_jax.structures import Batch
@@ -50,9 +52,14 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
     batches = ", ".join(f"{count} of {kind}" for kind, count in plan.batches.items())
     print(f"{total_steps} steps; an epoch is {plan.steps_per_epoch}: {batches}")
 
+    definitions = plan.dictionary.definitions("detection")
+    if definitions:
+        known = sum(name in definitions for name in names)
+        print(f"{known} of {len(names)} detection names have a definition")
+
     # ---- Model, optimizer, state: restored if this workdir has a checkpoint.
     mesh = sharding.make_mesh(config.mesh.data)
-    evaluator = Evaluator(config, workdir, mesh) if config.eval.dataset else None
+    evaluator = Evaluator(config, definitions, workdir, mesh) if config.eval.dataset else None
     graphdef, params = detclip.create(config.model, config.seed)
     millions = sum(p.size for p in jax.tree.leaves(params)) / 1e6
     print(f"{millions:.2f} M parameters on {mesh.size} device(s) ({jax.devices()[0].device_kind})")
@@ -123,7 +130,8 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
         if last or _is_due(step + 1, config.train.checkpoint_every):
             recorder.finish()
             with clock("checkpoint"):
-                meta = {"config": fields.to_dict(config), "names": names, "seconds": clock.seconds}
+                meta = {"config": fields.to_dict(config), "names": names}
+                meta |= {"definitions": definitions, "seconds": clock.seconds}
                 checkpointer.save(state, meta, score)
     progress.close()
     log.close()
@@ -165,7 +173,12 @@ def open_data(config: RunConfig) -> tuple[Plan, dict[str, Source], list[str]]:
         )
         for kind, c in kinds.items()
     ]
-    dictionary = Dictionary(sources)
+    dictionary = Dictionary(
+        sources,
+        Lexicon.open(root / config.data.concepts) if config.data.concepts else None,
+        defined=[kind for kind, c in kinds.items() if c.definitions],
+        template=config.data.template,
+    )
     names = dictionary.names(dictionary.pool("detection"))
     return Plan(sources, dictionary, plans, config.seed), sources, names
 
@@ -283,12 +296,22 @@ class Recorder:
 class Evaluator:
     """Measures the averaged parameters on the config's validation set and draws some of it."""
 
-    def __init__(self, config: RunConfig, workdir: Path, mesh: jax.sharding.Mesh):
-        """Reads the ground truth, so that a missing file is found before the training."""
+    def __init__(
+        self,
+        config: RunConfig,
+        definitions: Mapping[str, str],
+        workdir: Path,
+        mesh: jax.sharding.Mesh,
+    ):
+        """Reads the ground truth, so that a missing file is found before the training.
+
+        `definitions`: those that names of detection data are trained with.
+        """
         self._config, self._workdir, self._mesh = config, workdir, mesh
         root = Path(config.data_dir)
         self._truth = evaluate.load_ground_truth(root / config.eval.dataset)
         self._images = root / config.eval.images
+        self._prompts = prompting(fields.to_dict(config), definitions)
         self._predictor: Predictor | None = None
 
     def __call__(self, graphdef: Any, state: TrainState) -> dict[str, Any]:
@@ -308,6 +331,7 @@ class Evaluator:
             self._predictor,
             self._truth,
             self._images,
+            prompts=self._prompts,
             step=int(state.step),
             output=self._workdir,
             pictures=config.pictures,

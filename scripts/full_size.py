@@ -8,7 +8,8 @@ nothing to the plan of step 0 and of step 150,000, seconds of a step's plan for 
 paper's batch sizes, seconds of the first step of an epoch, peak memory. What is made up: sizes of
 pictures, an image's names (365, some 15 boxes), phrases (300,000, some five an image), captions
 (one an image, its own) and their phrases (a million, some three an image), by Zipf's law.
-`scripts/choose_shapes.py --config.data_dir=DIR` shows what tables these concepts need.
+`scripts/choose_shapes.py` with `--config.data_dir=DIR --config.data.concepts=` shows what tables
+these concepts need.
 """
 
 import argparse
@@ -163,8 +164,10 @@ def _open(data: str) -> Any:
     from configs import pretrain
     from detclipv2_jax import config, train
 
-    parsed = config.parse(pretrain.swin_t().to_dict() | {"data_dir": data})
-    return train, parsed
+    recipe = pretrain.swin_t()
+    recipe.data_dir = data
+    recipe.data.concepts = ""  # no dictionary is made up
+    return train, config.parse(recipe.to_dict())
 
 
 def _start_up(data: str, step: int) -> dict[str, Any]:

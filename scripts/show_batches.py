@@ -1,43 +1,61 @@
-"""Draws what the model will see: the pictures of some steps with boxes and names, or captions.
+"""A page of what the model will see: the pictures of some steps with boxes, names and negatives.
 
     python scripts/show_batches.py --config=configs/pretrain.py:nano --output=DIR
     python scripts/show_batches.py --config=configs/pretrain.py:nano --output=DIR \\
         --kind=image_text --step=500 --config.data.image_text.crop=True
 
-Writes a PNG a step, the very batch that training takes at that step, and prints what is in it. Any
-field of the config can be set behind it, as for training.
+Writes DIR/index.html with a section for each step: the very batch that training takes at that step,
+every picture on its canvas, the names under its boxes or the texts that belong to it, and the
+concepts that are scored against all of them and belong to none. Any field of the config can be set
+behind it, as for training.
 """
 
+import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jinja2
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from detclipv2_jax.errors import UserError
+from detclipv2_jax.files import replacing
 from detclipv2_jax.structures import KINDS, Batch
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's config.")
-_OUTPUT = flags.DEFINE_string("output", None, "Directory for the pictures.")
+_OUTPUT = flags.DEFINE_string("output", None, "Directory for the page and its pictures.")
 _KIND = flags.DEFINE_enum("kind", None, KINDS, "Only steps of this kind; by default of any.")
+_SOURCE = flags.DEFINE_string("source", None, "Only pictures of this source; by default of any.")
 _STEP = flags.DEFINE_integer("step", 0, "First step to look at.", lower_bound=0)
-_STEPS = flags.DEFINE_integer("steps", 3, "How many steps to draw.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 3, "How many steps to show.", lower_bound=1)
 _PICTURES = flags.DEFINE_integer(
     "pictures", 12, "At most this many pictures a step.", lower_bound=1
 )
 flags.mark_flags_as_required(["config", "output"])
 
+_PATIENCE = 10_000  # steps that are looked through for one of the asked kind and source
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """One slot of a batch, drawn."""
+
+    file: str  # of the picture, relative to the page
+    source: str
+    record: int
+    size: tuple[int, int]  # (height, width) of the picture on its canvas
+    names: list[str]  # of its boxes, or its texts (the caption first)
+
 
 def main(argv: list[str]) -> None:
-    """Draws the steps that the flags name."""
+    """Writes the page of the steps that the flags name."""
     from detclipv2_jax import config as config_lib
-    from detclipv2_jax import drawing, train
+    from detclipv2_jax import train
     from detclipv2_jax.data import pipeline
     from detclipv2_jax.data.transforms import TransformConfig
 
@@ -45,44 +63,121 @@ def main(argv: list[str]) -> None:
         raise UserError(f"Unexpected argument {argv[1]!r}: every option starts with --.")
     config = config_lib.parse(_CONFIG.value.to_dict())
     plan, sources, _ = train.open_data(config)
-    kinds = config.data.kinds()
+    kinds = {kind: config.data.kinds()[kind] for kind in plan.kinds}
+    if _KIND.value is not None and _KIND.value not in kinds:
+        raise UserError(f"--kind={_KIND.value}: there is no such data, only {', '.join(kinds)}.")
+    if _SOURCE.value is not None and _SOURCE.value not in sources:
+        raise UserError(
+            f"--source={_SOURCE.value}: there is no such source, only {', '.join(sources)}."
+        )
     transforms = {
         k: TransformConfig(flip=c.flip, scales=c.scales, crop=c.crop) for k, c in kinds.items()
     }
-    if _KIND.value is not None and _KIND.value not in kinds:
-        raise UserError(
-            f"--kind={_KIND.value}: the config has no such data, only {', '.join(kinds)}."
-        )
-    wanted = (s for s in itertools.count(_STEP.value) if _KIND.value in (None, plan.program(s)[0]))
-    for step in itertools.islice(wanted, _STEPS.value):
-        steps = dict(start=step, stop=step + 1, max_broken_share=1.0)  # what is broken is logged
-        planned, batch = next(pipeline.batches(plan, sources, transforms, **steps))
+    sections = []
+    for step in itertools.islice(_wanted(plan), _STEPS.value):
+        once = dict(start=step, stop=step + 1, max_broken_share=1.0)  # what is broken is logged
+        planned, batch = next(pipeline.batches(plan, sources, transforms, **once))
         names = plan.dictionary.names(planned.concepts)
-        shown = list(itertools.islice(drawn(batch, names), _PICTURES.value))
-        path = Path(_OUTPUT.value) / f"step-{step:06d}-{planned.kind}.png"
-        if shown:
-            drawing.save(drawing.grid(*zip(*shown), columns=min(4, len(shown))), path)
-        height, width = planned.shape
-        print(
-            f"step {step}, epoch {planned.epoch}: {planned.kind}, "
-            f"{int((batch.sizes[:, 0] > 0).sum())} of {len(batch.sizes)} slots filled, "
-            f"{height}x{width} pixels, {int((batch.labels >= 0).sum())} boxes, "
-            f"{planned.positives} concepts of its own, "
-            f"{int(batch.token_mask.sum()) - planned.positives} negatives, "
-            f"{planned.dropped} without room -> {path}"
+        folder = f"step-{step:06d}-{planned.kind}"
+        drawn = draw(batch, planned, plan.kinds[planned.kind].sources, names, folder)
+        sections.append(
+            {
+                "title": f"Step {step}: {planned.kind}",
+                "summary": _summary(planned, batch),
+                "pictures": list(itertools.islice(drawn, _PICTURES.value)),
+                "negatives": [n for n in names[planned.positives :] if n],
+            }
         )
+        print(f"step {step}: {sections[-1]['summary']}")
+    page = Path(_OUTPUT.value) / "index.html"
+    with replacing(page) as temporary:
+        temporary.write_text(render(sections), encoding="utf-8")
+    print(f"{page}: {sum(len(s['pictures']) for s in sections)} pictures")
 
 
-def drawn(batch: Batch, names: list[str]) -> Iterator[tuple[Image.Image, str]]:
-    """The canvas of each filled slot with its boxes, and its texts (or its number) as a title."""
+def _wanted(plan) -> Iterator[int]:
+    """The steps of the asked kind that have a picture of the asked source."""
+    for step in range(_STEP.value, _STEP.value + _PATIENCE):
+        planned = plan.plan(step)
+        if _KIND.value not in (None, planned.kind):
+            continue
+        if _SOURCE.value is not None:
+            names = plan.kinds[planned.kind].sources
+            here = planned.sources[planned.records >= 0]
+            if _SOURCE.value not in {names[number] for number in here}:
+                continue
+        yield step
+
+
+def _summary(planned, batch: Batch) -> str:
+    height, width = planned.shape
+    parts = [
+        f"epoch {planned.epoch}",
+        f"{int((batch.sizes[:, 0] > 0).sum())} of {len(batch.sizes)} slots filled",
+        f"canvas {height}x{width}",
+        f"{int((batch.labels >= 0).sum())} boxes",
+        f"{planned.positives} concepts of its own",
+        f"{int(batch.token_mask.sum()) - planned.positives} negatives",
+    ]
+    return ", ".join(parts + [f"{planned.dropped} without room"] * bool(planned.dropped))
+
+
+def draw(
+    batch: Batch, planned, sources: tuple[str, ...], names: list[str], folder: str
+) -> Iterator[Shown]:
+    """Draws the filled slots of a batch, one file each, and tells what is in them."""
     from detclipv2_jax import drawing
 
     for slot in np.flatnonzero(batch.sizes[:, 0] > 0):
-        boxed = batch.labels[slot] >= 0
-        labels = [names[row] for row in batch.labels[slot][boxed]]
+        source = sources[planned.sources[slot]]
+        if _SOURCE.value not in (None, source):
+            continue
+        boxed = (batch.boxes[slot, :, 2:] > batch.boxes[slot, :, :2]).all(axis=1)
+        rows = batch.labels[slot][boxed]
+        labels = [names[row] if row >= 0 else "(no room)" for row in rows]
         texts = [names[row] for row in batch.texts[slot] if row >= 0]
         picture = drawing.draw_boxes(batch.images[slot], batch.boxes[slot][boxed], labels, side=480)
-        yield picture, " | ".join(texts) or f"slot {slot}"
+        file = f"{folder}/slot-{slot:04d}.png"
+        drawing.save(picture, Path(_OUTPUT.value) / file)
+        size = tuple(int(n) for n in batch.sizes[slot])
+        shown = texts or list(dict.fromkeys(labels))
+        yield Shown(file, source, int(planned.records[slot]), size, shown)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Batches</title>
+<style>
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff; }
+.pictures { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure { margin: 0; width: 320px; } img { width: 100%; background: #eee; }
+figcaption { font-size: 13px; overflow-wrap: anywhere; } .from { color: #666; }
+.name { background: #eef; border-radius: 3px; padding: 0 .3em; margin-right: .3em; }
+details { margin: .6rem 0 2rem; max-width: 70rem; } .negative { color: #844; }
+</style>
+<h1>What the model will see</h1>
+{% for s in sections %}
+<h2>{{ s.title }}</h2>
+<p>{{ s.summary }}</p>
+<div class="pictures">
+{% for p in s.pictures %}
+<figure><a href="{{ p.file }}"><img src="{{ p.file }}" alt="slot" loading="lazy"></a>
+<figcaption><span class="from">{{ p.source }}, record {{ p.record }},
+{{ p.size[0] }}×{{ p.size[1] }}</span><br>
+{% for n in p.names %}<span class="name">{{ n }}</span> {% endfor %}</figcaption></figure>
+{% endfor %}
+</div>
+<details{{ ' open' if s.negatives|length <= 60 }}><summary>{{ s.negatives|length }} negatives:
+concepts that are scored against every picture and belong to none</summary>
+{% for n in s.negatives %}<span class="negative">{{ n }}</span>{{ ", " if not loop.last }}
+{% endfor %}</details>
+{% endfor %}
+</html>
+"""
+
+
+def render(sections: list[dict]) -> str:
+    """The page; what comes from the data is escaped."""
+    return jinja2.Environment(autoescape=True).from_string(_PAGE).render(sections=sections)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -5,13 +5,15 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import tiny_run
 from PIL import Image
 
-from detclipv2_jax import export
+from detclipv2_jax import checkpoint, detect, export
+from detclipv2_jax.data import concepts
 
 
 @pytest.fixture(scope="session")
@@ -147,3 +149,34 @@ def test_a_mistake_at_the_start_is_one_sentence(data, tmp_path, overrides, messa
     assert process.returncode == 2, process.stderr[-2000:]
     assert message in process.stderr and "Traceback" not in process.stderr
     assert process.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_a_run_with_a_dictionary_asks_for_definitions_in_training_and_in_testing(data, tmp_path):
+    script = [sys.executable, str(tiny_run.ROOT / "scripts/prepare_concepts.py")]
+    script += [f"--from={data}", f"--to={tmp_path / 'concepts'}", "--min-count=2"]
+    subprocess.run(script, check=True, capture_output=True)
+    process = tiny_run.run(
+        data,
+        tmp_path / "run",
+        **{"data.concepts": tmp_path / "concepts", "train.epochs": 0.2},
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    settings = json.loads((tmp_path / "run/results.json").read_text())["settings"]
+    assert settings["definitions"] and settings["names_defined"] > 100
+
+    # The checkpoint is enough: neither the data nor the dictionary is there any more.
+    (tmp_path / "concepts").rename(tmp_path / "gone")
+    rows = (tmp_path / "gone/dictionary.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    known = {row["name"]: row["definition"] for row in map(json.loads, rows)}
+    model = checkpoint.load_model(tmp_path / "run")
+    assert model.definitions == {name: text for name, text in known.items() if text}
+    name = next(name for name in model.names if known.get(name))
+    texts = detect.Detector(model).encode([name, "hoverboard"])
+    assert texts.prompts[0] == concepts.fitted([name], [known[name]])[0] != name
+    assert texts.prompts[1].startswith("hoverboard, ")
+
+
+def test_a_dictionary_that_is_not_there_is_told(data, tmp_path):
+    process = tiny_run.run(data, tmp_path, **{"data.concepts": "none"})
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert "none/dictionary.jsonl: no such file; make it with" in process.stderr

@@ -29,5 +29,10 @@ def loaded(**evaluation):
     graphdef, params = parts()
     section = {"canvas": CANVAS, "batch_size": 2, "candidates": 60, "keep": 20, **evaluation}
     return types.SimpleNamespace(
-        graphdef=graphdef, params=params, config={"eval": section}, step=7, names=["cat"]
+        graphdef=graphdef,
+        params=params,
+        config={"eval": section},
+        step=7,
+        names=["cat"],
+        definitions={},
     )

@@ -10,23 +10,27 @@ import functools
 import gzip
 import hashlib
 import html
-from collections.abc import Iterable, Mapping, Sequence
+import string
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ftfy
 import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt16, UInt64
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Encoding, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from detclipv2_jax.errors import UserError
 
 if TYPE_CHECKING:
     from detclipv2_jax.data.index import Source
+    from detclipv2_jax.data.lexicon import Lexicon
 
 CONTEXT = 16  # tokens a concept, start and end included (paper.md §2)
 VOCABULARY = 49408
 START, END = 49406, 49407
+
+TEMPLATE = "{name}, {definition}"  # of a name with its definition; ours: the paper gives none
 
 _MERGES = Path(__file__).parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
 # CLIP's word pattern without its two special tokens: those are put around a text, never read in it.
@@ -43,9 +47,22 @@ def normalise(text: str) -> str:
     return " ".join(text.split()).lower()
 
 
-def enriched(name: str, definition: str | None) -> str:
+def enriched(name: str, definition: str | None, template: str = TEMPLATE) -> str:
     """The text that is encoded: a name, joined with its definition if it has one (paper.md §1)."""
-    return f"{name}, {definition}" if definition else name
+    return template.format(name=name, definition=definition) if definition else name
+
+
+def check_template(template: str, where: str) -> None:
+    """`UserError` unless a template names {name} and {definition}, each once and nothing else."""
+    try:
+        parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError:
+        parts = []
+    if sorted(parts) != [("definition", "", None), ("name", "", None)]:
+        raise UserError(
+            f"{where} is {template!r}; it must hold {{name}} and {{definition}}, each once, "
+            f"as {TEMPLATE!r} does"
+        )
 
 
 def key(text: str) -> int:
@@ -105,14 +122,58 @@ def tokenize(texts: Sequence[str], context: int = CONTEXT) -> Int32[np.ndarray, 
     rows = np.zeros((len(texts), context), np.int32)
     rows[:, 0] = START
     for begin in range(0, len(texts), _CHUNK):
-        chunk = [normalise(text) for text in texts[begin : begin + _CHUNK]]
-        # Lone surrogates (broken \u escapes in somebody's JSON) cannot cross into the tokenizer.
-        chunk = [text.encode("utf-8", "replace").decode("utf-8") for text in chunk]
-        for row, encoding in zip(rows[begin:], tokenizer().encode_batch_fast(chunk)):
+        for row, encoding in zip(rows[begin:], _encode(texts[begin : begin + _CHUNK])):
             ids = encoding.ids[: context - 2]
             row[1 : len(ids) + 1] = ids
             row[len(ids) + 1] = END
     return rows
+
+
+def _encode(texts: Sequence[str]) -> list[Encoding]:
+    # Lone surrogates (broken \u escapes in somebody's JSON) cannot cross into the tokenizer.
+    clean = [normalise(text).encode("utf-8", "replace").decode("utf-8") for text in texts]
+    return tokenizer().encode_batch_fast(clean)
+
+
+def fitted(
+    names: Sequence[str],
+    definitions: Sequence[str | None],
+    template: str = TEMPLATE,
+    context: int = CONTEXT,
+) -> list[str]:
+    """`enriched` texts that the tower reads to their end, in `context - 2` tokens.
+
+    Of a definition that is too long as many whole words are kept as fit; the bare name where not
+    one does. A name that is too long by itself stays whole: `tokenize` cuts it.
+    """
+    names = [normalise(name) for name in names]
+    words = [normalise(definition or "").split() for definition in definitions]
+    lengths: dict[str, int] = {}
+    # By halving, for all texts at once: `kept` words fit (0: the bare name), beyond `most` none do.
+    kept = np.zeros(len(words), int)
+    most = np.array([min(len(row), context - 2) for row in words], int)
+    while (open_ := np.flatnonzero(kept < most)).size:
+        middle = (kept[open_] + most[open_] + 1) // 2
+        texts = [_joined(names[i], words[i][:n], template) for i, n in zip(open_, middle)]
+        fits = _lengths(texts, lengths) <= context - 2
+        kept[open_[fits]], most[open_[~fits]] = middle[fits], middle[~fits] - 1
+    return [_joined(name, row[:n], template) for name, row, n in zip(names, words, kept)]
+
+
+def _joined(name: str, words: Sequence[str], template: str) -> str:
+    # What a cut leaves open, a comma or a bracket, goes too.
+    return enriched(name, " ".join(words).rstrip(" ,;:([-"), template)
+
+
+def _lengths(texts: Sequence[str], known: dict[str, int]) -> Int[np.ndarray, " n"]:
+    """Tokens of each text, start and end not counted; `known` keeps those of its words.
+
+    No token reaches over a space, so a text has as many as its words have together.
+    """
+    rows = [text.split() for text in texts]
+    new = list({word for row in rows for word in row} - known.keys())
+    known.update(zip(new, (len(encoding.ids) for encoding in _encode(new))))
+    return np.array([sum(map(known.__getitem__, row)) for row in rows], int)
 
 
 class ConceptTable:
@@ -149,13 +210,25 @@ class Dictionary:
 
     Ids depend on the set of texts alone (they follow the order of the keys), so every process,
     and every order of the sources, gives the same. Only arrays are made: 15 million concepts take
-    seconds.
+    seconds. The concepts of a prepared dictionary, where there is one, have ids as well.
     """
 
-    def __init__(self, sources: Mapping[str, "Source"]):
-        """Merge the concepts of `sources` (name → opened source)."""
+    def __init__(
+        self,
+        sources: Mapping[str, "Source"],
+        lexicon: "Lexicon | None" = None,
+        *,
+        defined: Collection[str] = (),
+        template: str = TEMPLATE,
+    ):
+        """Merge the concepts of `sources` (name → opened source) and of `lexicon`.
+
+        `defined`: the kinds whose names are encoded with their definitions, as `template` says; it
+        takes a lexicon.
+        """
         self.sources = dict(sources)
-        tables = list(self.sources.values())
+        self._lexicon = lexicon
+        tables = [*self.sources.values(), *([] if lexicon is None else [lexicon])]
         everything = np.concatenate([s.keys for s in tables] or [np.zeros(0, np.uint64)])
         self.keys, first, inverse = np.unique(everything, return_index=True, return_inverse=True)
         starts = np.cumsum([0] + [len(s.keys) for s in tables])
@@ -165,18 +238,34 @@ class Dictionary:
             for start, (name, source) in zip(starts, self.sources.items())
         }
         # Where each concept is found first: tokens and names stay in the sources' files.
+        self._tables = tables
         self._source = (np.searchsorted(starts, first, side="right") - 1).astype(np.int32)
         self._local = (first - starts[self._source]).astype(np.int64)
+        #: synonyms and definitions of the concepts; None without a lexicon
+        self.meanings = None if lexicon is None else lexicon.meanings(self, defined, template)
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def tokens(self, ids: Int[np.ndarray, " m"]) -> Int32[np.ndarray, "m 16"]:
-        """Token ids of concepts; a row of zeros where the id is -1 (padding)."""
+    def definitions(self, kind: str) -> Mapping[str, str]:
+        """Name → definition, where names of a kind are encoded with theirs; else nothing."""
+        used = self.meanings is not None and kind in self.meanings.kinds
+        return self.meanings.definitions if used else {}
+
+    def tokens(
+        self, ids: Int[np.ndarray, " m"], kind: str | None = None
+    ) -> Int32[np.ndarray, "m 16"]:
+        """Token ids of concepts; a row of zeros where the id is -1 (padding).
+
+        With their definitions, where a kind is named that is encoded so.
+        """
         ids = np.asarray(ids)
         rows = np.zeros((len(ids), CONTEXT), np.int32)
         for source, locals_, where in self._located(ids):
             rows[where] = source.tokens[locals_]
+        if self.meanings is not None and kind in self.meanings.kinds:
+            known, places = self.meanings.places(ids)
+            rows[known] = self.meanings.tokens[places]
         return rows
 
     def names(self, ids: Int[np.ndarray, " m"]) -> list[str]:
@@ -199,8 +288,11 @@ class Dictionary:
     def pool(self, kind: str) -> Int32[np.ndarray, " p"]:
         """Sorted global ids that may be drawn as negatives for a kind.
 
-        These are the names and phrases of its sources, not their captions.
+        These are the names and phrases of its sources, not their captions; grounding, whose
+        phrases are anything, draws from the prepared dictionary where there is one.
         """
+        if kind == "grounding" and self._lexicon is not None:
+            return np.unique(self.lookup(self._lexicon.names))
         chosen = [
             self.local_to_global[name][source.vocabulary]
             for name, source in self.sources.items()
@@ -210,14 +302,14 @@ class Dictionary:
 
     def _located(
         self, ids: Int[np.ndarray, " m"]
-    ) -> Iterable[tuple["Source", Int[np.ndarray, " k"], Bool[np.ndarray, " m"]]]:
+    ) -> Iterable[tuple["Source | Lexicon", Int[np.ndarray, " k"], Bool[np.ndarray, " m"]]]:
         """For each source of some of `ids`: it, their local ids, which of `ids` they are."""
         if ids.size and (ids.min() < -1 or ids.max() >= len(self)):
             raise IndexError(f"concept id out of range: ids lie in -1 … {len(self) - 1}")
         present = ids >= 0
         owner = np.full(len(ids), -1)
         owner[present] = self._source[ids[present]]
-        for number, source in enumerate(self.sources.values()):
+        for number, source in enumerate(self._tables):
             where = owner == number
             if where.any():
                 yield source, self._local[ids[where]], where

@@ -1,9 +1,9 @@
 """What a reader of `sources/` yields before any image is opened, and what it leaves out."""
 
 import dataclasses
-import json
+import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,15 @@ class Drops:
             for sentence in sentences:
                 self._explain(reason, sentence)
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Drops":
+        """The inverse of `vars`, which is as JSON takes it."""
+        drops = cls()
+        drops.dropped.update(content["dropped"])
+        drops.mended.update(content["mended"])
+        drops.explained.update(content["explained"])
+        return drops
+
     def first(self) -> str:
         """An explanation of the most frequent reason; empty if nothing was dropped."""
         if not self.dropped:
@@ -85,7 +94,8 @@ class Drops:
     def _explain(self, reason: str, explanation: str) -> None:
         told = self.explained.setdefault(reason, [])
         if len(told) < _EXPLAINED:
-            told.append(explanation)
+            # It may quote the file, which may hold line ends, escapes, halves of characters.
+            told.append("".join(c if c.isprintable() else ascii(c)[1:-1] for c in explanation))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +121,8 @@ class ImageFolder:
             raise UserError(
                 f"{tried}: no such directory; name the images' folder with --images=DIR"
             )
+        # Each place is looked for once and not for each image: on a network that would take hours.
+        self._places = functools.lru_cache(maxsize=4096)(self._existing)
 
     def find(self, file_name: str) -> Path | None:
         """Path of an image, or None.
@@ -121,43 +133,21 @@ class ImageFolder:
         """
         if not file_name or "\0" in file_name:
             return None
-        parts = Path(file_name).parts
+        *folders, name = Path(file_name).parts or ("",)
         try:
-            for first in range(len(parts)):
-                for root in self.roots:
-                    path = root.joinpath(*parts[first:])
-                    if path.is_file():
-                        return path
+            paths = (place / name for place in self._places(tuple(folders)))
+            return next((path for path in paths if path.is_file()), None)
         except OSError:  # a name longer than the file system allows
             return None
-        return None
+
+    def _existing(self, folders: tuple[str, ...]) -> list[Path]:
+        """Where a file in these folders may be, in the order to look."""
+        ends = (folders[first:] for first in range(len(folders) + 1))
+        places = (root.joinpath(*end) for end in ends for root in self.roots)
+        return [place for place in places if place.is_dir()]
 
     def __str__(self) -> str:
         return " or ".join(str(root) for root in self.roots)
-
-
-def load_json(path: Path, fields: Sequence[str]) -> dict[str, Any]:
-    """An annotation file, a JSON object that has lists under `fields`; else `UserError`."""
-    try:
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; check the path") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); "
-            "download or export the file again"
-        ) from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON text; download or export the file again") from error
-    for field in fields:
-        if not isinstance(document, dict) or not isinstance(document.get(field), list):
-            raise UserError(
-                f'{path}: its top level has no list "{field}"; give the file in the format that '
-                "`python scripts/prepare_data.py --help` describes"
-            )
-    return document
 
 
 def annotated_size(entry: dict[str, Any]) -> tuple[int, int] | None:

@@ -10,8 +10,8 @@
     tokens.npy keys.npy vocabulary.npy   uint16 (c,16), uint64 (c,), bool (c,)
 
 A record names its concepts by their texts; label k of record i is the local id
-`positives[offsets[i] + k]`. Written by `records.RecordWriter`. No TensorFlow and no strings are
-needed to plan a run.
+`positives[offsets[i] + k]`. Written by `merge.py`. No TensorFlow and no strings are needed to
+plan a run. dataset_info.json and features.json beside it make it a dataset of TensorFlow Datasets.
 """
 
 import dataclasses
@@ -103,8 +103,13 @@ class Source:
             return [json.loads(line) for line in lines]
 
 
-def _remedy(directory: Path) -> str:
-    return f"prepare it with `python scripts/prepare_data.py SOURCE --from=DIR --to={directory}`"
+def _remedy(directory: Path, more: str = "") -> str:
+    command = f"python scripts/prepare_data.py SOURCE --from=DIR --to={directory}{more}"
+    return f"prepare it with `{command}`"
+
+
+def _again(directory: Path) -> str:
+    return _remedy(directory, " --overwrite")
 
 
 def _read_info(directory: Path) -> dict[str, Any]:
@@ -116,16 +121,14 @@ def _read_info(directory: Path) -> dict[str, Any]:
         found, kind = info["format"], info["kind"]
         missing = {"name", "records", "files", "shards", "shard_bytes"} - info.keys()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: no valid description of a source; {_remedy(directory)}"
-        ) from error
+        raise UserError(f"{path}: no valid description of a source; {_again(directory)}") from error
     if found != FORMAT:
         raise UserError(
-            f"{path}: format {found!r}, this version reads {FORMAT}; {_remedy(directory)}"
+            f"{path}: format {found!r}, this version reads {FORMAT}; {_again(directory)}"
         )
     if kind not in KINDS or missing:
         what = f'"kind" is {kind!r}' if kind not in KINDS else f"no field {sorted(missing)}"
-        raise UserError(f"{path}: {what}; {_remedy(directory)}")
+        raise UserError(f"{path}: {what}; {_again(directory)}")
     return info
 
 
@@ -136,7 +139,7 @@ def _map(directory: Path, relative: str) -> np.ndarray:
         mode = "r" if path.stat().st_size > 128 else None
         return np.load(path, mmap_mode=mode, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: missing or damaged; {_remedy(directory)}") from error
+        raise UserError(f"{path}: missing or damaged; {_again(directory)}") from error
 
 
 def _check(source: Source) -> None:
@@ -166,5 +169,5 @@ def _check(source: Source) -> None:
         if not holds:
             raise UserError(
                 f"{source.directory / name}: missing or damaged, it does not fit the rest of the "
-                f"source; {_remedy(source.directory)} --overwrite"
+                f"source; {_again(source.directory)}"
             )

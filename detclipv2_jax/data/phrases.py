@@ -6,6 +6,7 @@ data.
 """
 
 import functools
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -86,6 +87,8 @@ def load(model: str | None = None) -> Callable:
             continue
         if "parser" not in pipeline.pipe_names:
             raise UserError(f"spaCy pipeline {name}: it has no parser, so it finds no noun phrases")
+        if os.environ.get("OPENBLAS_NUM_THREADS") == "1":
+            _multiply_by_numpy(pipeline)
         return pipeline
     wanted = model or " or ".join(MODELS)
     raise UserError(
@@ -99,12 +102,21 @@ def noun_phrases(
 ) -> Iterator[list[str]]:
     """At most `limit` cleaned, distinct noun phrases of each caption, in reading order.
 
-    About 1,000 short captions a second on one core; to use several, call it in several processes.
+    Some 2,000 short captions a second on one core; to use several, call it in several processes.
+    That takes OPENBLAS_NUM_THREADS=1 in the environment before NumPy is imported, as
+    scripts/prepare_data.py sets it; else it is two thirds of that (docs/concepts.md).
     """
     # Captions come in any case; the tagger takes a capital for a proper noun.
     texts = (caption.strip() for caption in captions)
     for document in load(model).pipe(texts, batch_size=_BATCH):
         yield distinct((_without_pronouns(chunk) for chunk in document.noun_chunks), limit)
+
+
+def _multiply_by_numpy(pipeline) -> None:
+    """spaCy multiplies matrices by blis; NumPy's OpenBLAS is faster if it keeps to one thread."""
+    for _, pipe in pipeline.pipeline:
+        for layer in pipe.model.walk() if getattr(pipe, "model", None) else ():
+            layer.ops.use_blis = False
 
 
 def spanned_phrase(caption: str, spans: Sequence[Sequence[int]]) -> str:

@@ -304,7 +304,7 @@ class _Reader:
             boxes=boxes,
             labels=labels,
             texts=np.where(good[:, None], part.texts, -1),
-            tokens=self.plan.dictionary.tokens(plan.concepts),
+            tokens=self.plan.dictionary.tokens(plan.concepts, plan.kind),
             token_mask=plan.concepts >= 0,
             kind=plan.kind,
         )

@@ -264,9 +264,19 @@ class Plan:
         if room and kind.negatives:
             owned = np.bincount(images, minlength=kind.batch_size)[records >= 0]
             missing = np.maximum(kind.negatives - owned, 0)
-            drawn = _draw(generator, self._pools[kind.kind], wanted, missing, room)
+            pool = self._pools[kind.kind]
+            taken = self._with_synonyms(wanted, pool)
+            drawn = _draw(generator, pool, taken, missing, room)
             concepts[table.size : table.size + drawn.size] = drawn
         return concepts, int(table.size), int(wanted.size - table.size)
+
+    def _with_synonyms(self, ids, pool):
+        """Ids, ascending, and those of the pool that the prepared dictionary calls the same."""
+        if self.dictionary.meanings is None:
+            return ids
+        groups = self.dictionary.meanings.groups
+        present = np.unique(groups[ids])
+        return np.union1d(ids, pool[np.isin(groups[pool], present[present >= 0])])
 
     def _positives(self, kind: KindPlan, sources, records):
         """Every positive of every record: global id, image of the batch, rank in its record."""
@@ -334,9 +344,9 @@ def _draw(
 ) -> Int[np.ndarray, " n"]:
     """Negatives for a batch: each image draws `missing` different ones; `room` of their union.
 
-    `pool` and `positives` are ascending and unique. A positive of *any* image of the batch is drawn
-    for none. Instead of filtering the pool, which may be large, a number is drawn among the ids
-    that are left and shifted past the excluded ones before it.
+    `pool` and `positives`, their synonyms among them, are ascending and unique. A positive of *any*
+    image of the batch is drawn for none. Instead of filtering the pool, which may be large, a
+    number is drawn among the ids that are left and shifted past the excluded ones before it.
     """
     at = np.searchsorted(pool, positives)
     excluded = (

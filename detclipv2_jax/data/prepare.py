@@ -1,27 +1,38 @@
 """Annotation files and a folder of images become a source of records (its layout: index.py).
 
-Every image is decoded once, so that a broken one is found now and not in a run. What is left out is
-counted by reason, the first few of each in words, and the counts stay in `info.json`.
+The examples of the archives are cut into parts of one size, which processes write one by one
+to `TO.partial/parts`; at the end the parts are merged and `TO` appears whole. A run that was
+stopped, by Ctrl-C or for good, goes on with the parts that are missing. Same input, same bytes,
+whatever the number of processes and of interruptions.
 """
 
+import contextlib
+import dataclasses
+import fcntl
 import itertools
-from collections.abc import Mapping, Sequence
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
 from tqdm import tqdm
 
-from detclipv2_jax.data.concepts import normalise
-from detclipv2_jax.data.examples import Archive, Drops, RawBox, RawExample
-from detclipv2_jax.data.index import Source
-from detclipv2_jax.data.pictures import Options, Picture, checked
-from detclipv2_jax.data.records import Record, RecordWriter
+from detclipv2_jax.data import merge
+from detclipv2_jax.data import phrases as phrases_lib
+from detclipv2_jax.data.examples import Archive, Drops, RawExample
+from detclipv2_jax.data.index import FORMAT, Source
+from detclipv2_jax.data.parts import PartWriter
+from detclipv2_jax.data.pictures import Options
+from detclipv2_jax.data.workers import run
 from detclipv2_jax.errors import UserError
 
-_MIN_SIDE = 1.0  # pixels; thinner boxes cannot be assigned or regressed
-_SLACK = 0.5  # pixels that a box may lie outside without being called so: rounding of exporters
+# Examples a part at most, and so records a file: some ten seconds of work, 100 to 200 MB.
+PART_EXAMPLES = {"detection": 1024, "grounding": 1024, "image_text": 4096}
+_PARTS = 64  # of a smaller source, so that all cores have something to do
+_LEAST = 64  # examples a part, however small the source
 
 
 def prepare(
@@ -34,41 +45,59 @@ def prepare(
 ) -> Source:
     """Write the examples of archives of one kind as a source; `inputs` goes to info.json as it is.
 
-    `to` appears when all is written. `UserError` where nothing usable is left.
+    `to` appears when all is written. What an interrupted call wrote is used by the next one of the
+    same `inputs`, and removed where there are none. `UserError` where nothing usable is left, or
+    where another process prepares the same.
     """
     (kind,) = {archive.kind for archive in archives}
-    drops = Drops()
-    names = tuple(itertools.chain.from_iterable(archive.names for archive in archives))
-    examples = itertools.chain.from_iterable(archive.examples for archive in archives)
-    total = sum(archive.total for archive in archives)
-    statistics = {"bytes": 0, "reencoded": 0}
-    to.parent.mkdir(parents=True, exist_ok=True)
-    with RecordWriter(to, name=name, kind=kind, names=names) as writer:
-        pairs = checked(examples, with_phrases=kind == "image_text", options=options)
-        for example, picture in tqdm(pairs, desc=name, total=total, unit=" records", disable=None):
-            record = _record(example, picture, kind, drops)
-            if record is not None:
-                writer.write(record)
-                statistics["bytes"] += len(record.image)
-                statistics["reencoded"] += picture.reencoded
-        for archive in archives:
-            drops.add(archive.drops)
-        _refuse_nothing(archives, kind, len(writer), sum(writer.concepts.counts), drops)
-        return writer.finish(
-            images=statistics,
-            dropped=dict(drops.dropped),
-            mended=dict(drops.mended),
-            explained=drops.explained,
-            created_from=dict(inputs or {}),
-        )
+    merge.refuse_foreign(to)
+    if kind == "image_text":
+        phrases_lib.load(options.phrase_model)  # a missing model is said at once
+    size = sum(archive.total for archive in archives) // _PARTS
+    size = min(max(size, _LEAST), PART_EXAMPLES[kind])
+    stamp = {"format": FORMAT, "kind": kind, "examples": size, "inputs": inputs}
+    with _workplace(to, stamp) as partial:
+        writer = PartWriter(partial / "parts", kind, options)
+        count = _write_parts(writer, archives, size, options.jobs, name)
+        said = _said(writer, archives, count)
+        try:
+            _refuse_nothing(archives, kind, said)
+        except UserError:
+            shutil.rmtree(partial)
+            raise
+        names = partial / "parts" / "names.npz"
+        categories = itertools.chain.from_iterable(archive.names for archive in archives)
+        merge.Indexer(kind, categories).finish().save(names, {})
+        info = {
+            "images": said.images,
+            "dropped": dict(said.drops.dropped),
+            "mended": dict(said.drops.mended),
+            "explained": said.drops.explained,
+            "created_from": dict(inputs or {}),
+        }
+        _merge(writer, count, names, name, info)
+        source = merge.put_in_place(partial / "merged", to)
+        shutil.rmtree(partial)
+    return source
+
+
+def left_behind(to: Path, inputs: Mapping[str, Any]) -> None:
+    """Remove what a run that was stopped at the very end left beside its finished source."""
+    partial = _partial(to)
+    if _stamp_in(partial).get("inputs") == json.loads(json.dumps(inputs)):
+        with contextlib.suppress(UserError), _locked(partial):  # unless somebody is at it again
+            shutil.rmtree(partial)
 
 
 def report(source: Source) -> str:
     """A table for people: what was written, what was left out or mended and why."""
     info, concepts = source.info, len(source.keys)
-    rows = [("records", len(source)), ("concepts", concepts)]
+    left_out = sum(n for reason, n in info["dropped"].items() if not reason.startswith("boxes"))
+    rows = [("read", len(source) + left_out), ("records", len(source)), ("concepts", concepts)]
     rows += [("of which captions", concepts - int(np.count_nonzero(source.vocabulary)))]
-    rows += [("images stored anew as JPEG", info["images"]["reencoded"])]
+    images = info.get("images", {})  # TFDS does not count them
+    rows += [("images stored anew as JPEG", images.get("reencoded", 0))]
+    rows += [("images stored smaller", images.get("shrunk", 0))]
     lines = [f"{source.name} ({source.kind}) in {source.directory}"]
     lines += [f"  {label:<36}{count:>10,}" for label, count in rows if count or label == "records"]
     for title, field in (("dropped", "dropped"), ("mended", "mended")):
@@ -78,84 +107,157 @@ def report(source: Source) -> str:
     return "\n".join(lines)
 
 
-def clip_boxes(
-    boxes: Sequence[RawBox], height: int, width: int, where: str, drops: Drops
-) -> tuple[Float32[np.ndarray, "n 4"], list[str]]:
-    """Boxes as (x_min, y_min, x_max, y_max) within the picture, and their names.
-
-    A box that reaches outside is clipped; one that is not finite, or that has (or keeps) no area,
-    is dropped; both are counted.
-    """
-    kept, names = [], []
-    limits = np.array([width, height, width, height], np.float64)
-    for box in boxes:
-        x, y, w, h = box.xywh
-        told = f"{where}, {box.origin}: box {[round(v, 2) for v in box.xywh]}"
-        if not np.isfinite(box.xywh).all():
-            drops.drop("boxes: not finite", f"{told} is not finite")
-            continue
-        if min(w, h) < _MIN_SIDE:
-            drops.drop("boxes: no area", f"{told} has a side under {_MIN_SIDE:g} pixel")
-            continue
-        corners = np.array([x, y, x + w, y + h])
-        inside = np.clip(corners, 0.0, limits)
-        if (inside[2:] - inside[:2]).min() < _MIN_SIDE:
-            drops.drop("boxes: outside the image", f"{told} lies outside {width}x{height} pixels")
-            continue
-        if np.abs(corners - inside).max() > _SLACK:
-            drops.mend("boxes: clipped", f"{told} reached out of {width}x{height} pixels")
-        kept.append(inside)
-        names.append(box.name)
-    return np.array(kept, np.float32).reshape(-1, 4), names
+@contextlib.contextmanager
+def _workplace(to: Path, stamp: Mapping[str, Any]) -> Iterator[Path]:
+    """`TO.partial`, this process's alone, with what an earlier run of the same stamp finished."""
+    partial = _partial(to)
+    partial.mkdir(parents=True, exist_ok=True)
+    with _locked(partial):
+        if stamp["inputs"] is None or _stamp_in(partial) != json.loads(json.dumps(stamp)):
+            _clear(partial)
+            (partial / "stamp.json.tmp").write_text(json.dumps(stamp), encoding="utf-8")
+            os.replace(partial / "stamp.json.tmp", partial / "stamp.json")
+        (partial / "parts").mkdir(exist_ok=True)
+        _undo_merge(partial)
+        for half_written in (partial / "parts").glob("*.tmp"):
+            half_written.unlink(missing_ok=True)
+        try:
+            yield partial
+        except BaseException:
+            if stamp["inputs"] is None:  # nothing to recognise it by
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
-def _record(example: RawExample, picture: Picture, kind: str, drops: Drops) -> Record | None:
-    """The record of an example, or None (counted) where it is of no use."""
-    where = f"{example.image} (image {example.image_id})"
-    if picture.problem:
-        drops.drop("images: unreadable", f"{where}: {picture.problem}")
-        return None
-    size = (picture.height, picture.width)
-    if example.size is not None and example.size != size:
-        # Its boxes are in pixels of another picture: a turned one (EXIF), or another resolution.
-        annotated = f"annotated as {example.size[1]}x{example.size[0]}"
-        drops.drop(
-            "images: another size", f"{where}: {annotated}, the file has {size[1]}x{size[0]}"
-        )
-        return None
-    boxes, names = clip_boxes(example.boxes, *size, where, drops)
-    if kind == "grounding" and not len(boxes):
-        drops.drop("captions: no box", f"{where}: no usable box is tied to its caption")
-        return None
-    names = [normalise(name) for name in names]
-    texts = names
-    if kind == "image_text":
-        texts = [normalise(text) for text in (example.caption, *picture.phrases)]
-    concepts = tuple(dict.fromkeys(texts))
-    return Record(
-        image=picture.jpeg,
-        height=picture.height,
-        width=picture.width,
-        image_id=example.image_id,
-        boxes=boxes,
-        labels=np.array([concepts.index(name) for name in names], np.int32),
-        concepts=concepts,
+@contextlib.contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """`UserError` while another process has the directory."""
+    with open(partial / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{partial}: another process prepares this; wait for it, or name another directory "
+                "with --to"
+            ) from error
+        yield
+
+
+def _partial(to: Path) -> Path:
+    return to.with_name(to.name + ".partial")
+
+
+def _stamp_in(partial: Path) -> dict[str, Any]:
+    """What the parts in `TO.partial` were made from; empty if that is not told."""
+    try:
+        stamp = json.loads((partial / "stamp.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
+
+
+def _clear(partial: Path) -> None:
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
+
+
+def cut(archives: Sequence[Archive], size: int) -> Iterator[tuple[int, list[RawExample]]]:
+    """Numbered parts of `size` examples, the last one smaller."""
+    examples = itertools.chain.from_iterable(archive.examples for archive in archives)
+    parts = iter(lambda: list(itertools.islice(examples, size)), [])
+    return enumerate(parts)
+
+
+def _write_parts(
+    writer: PartWriter, archives: Sequence[Archive], size: int, jobs: int, name: str
+) -> int:
+    """Write the parts that are missing, with a bar for people; how many parts there are."""
+    known = [int(path.stem) for path in writer.directory.glob("[0-9]*.npz")]
+    done = sum(about["examples"] for about in map(writer.about, known) if about)
+    if done:
+        tqdm.write(f"{name}: going on after {done:,} images that an earlier run has done")
+    total, count = sum(archive.total for archive in archives), 0
+
+    def missing():
+        nonlocal count
+        for number, examples in cut(archives, size):
+            count = number + 1
+            if not writer.finished(number, examples):
+                yield number, examples
+
+    with tqdm(desc=name, total=total, initial=done, unit=" images", disable=None) as bar:
+        run(writer.write, missing(), jobs, bar.update)
+    return count
+
+
+@dataclasses.dataclass
+class _Said:
+    """What the parts and the archives say of themselves, together."""
+
+    records: int
+    boxes: int
+    images: dict[str, int]
+    drops: Drops
+
+
+def _said(writer: PartWriter, archives: Sequence[Archive], count: int) -> _Said:
+    said = _Said(0, 0, {"bytes": 0, "reencoded": 0, "shrunk": 0}, Drops())
+    for number in range(count):
+        about = writer.about(number)
+        said.records += about["records"]
+        said.boxes += about["boxes"]
+        said.drops.add(Drops.from_json(about["drops"]))
+        for field in said.images:
+            said.images[field] += about["images"][field]
+    for archive in archives:
+        said.drops.add(archive.drops)
+    return said
+
+
+def _merge(writer: PartWriter, count: int, names: Path, name: str, info: Mapping[str, Any]) -> None:
+    """Make the directory `merged` of the parts, in a way that `_undo_merge` can take back."""
+    counts = {number: writer.about(number)["records"] for number in range(count)}
+    files = [(writer.shard(number), records) for number, records in counts.items() if records]
+    merged = writer.directory.with_name("merged")
+    merged.mkdir()
+    moves = [path.name for path, _ in files]
+    (merged.parent / "moves.json.tmp").write_text(json.dumps(moves))
+    os.replace(merged.parent / "moves.json.tmp", merged.parent / "moves.json")
+    merge.assemble(
+        merged,
+        files,
+        [names, *(writer.index(number) for number in range(count))],
+        name=name,
+        kind=writer.kind,
+        info=info,
     )
 
 
-def _refuse_nothing(
-    archives: Sequence[Archive], kind: str, records: int, named: int, drops: Drops
-) -> None:
+def _undo_merge(partial: Path) -> None:
+    """Put the files of records back that a merger which was stopped has moved already."""
+    merged = partial / "merged"
+    for path in merged.glob("*.array_record-*-of-*"):
+        number = int(path.name.split("-")[-3])
+        moves = json.loads((partial / "moves.json").read_text())
+        os.replace(path, partial / "parts" / moves[number])
+    shutil.rmtree(merged, ignore_errors=True)
+
+
+def _refuse_nothing(archives: Sequence[Archive], kind: str, said: "_Said") -> None:
     """A source without records, or boxes that all had to go, is a mistake in the call: say so."""
     files = ", ".join(str(archive.path) for archive in archives)
-    if not records:
+    drops = said.drops
+    if not said.records:
         example = f", for example {drops.first()}" if drops.first() else ""
         raise UserError(
             f"{files}: nothing usable in it, {drops.dropped.total()} entries dropped{example}; "
             "check the file, and --images=DIR for where its images are"
         )
     lost = [reason for reason in drops.dropped if reason.startswith("boxes")]
-    if kind == "detection" and lost and not named:
+    if kind == "detection" and lost and not said.boxes:
         raise UserError(
             f"{files}: not one of its boxes is usable, for example {drops.explained[lost[0]][0]}; "
             "mend the file"

@@ -1,17 +1,16 @@
 """The unified triplet (image, boxes, concepts) as a record, and the writer of a prepared source.
 
 A record is a serialised `tf.train.Example` in an ArrayRecord file, readable by its number, the very
-bytes that TensorFlow Datasets writes for the features of `builders.py`. It names its concepts by
+bytes that TensorFlow Datasets writes for the same `features`. It names its concepts by
 their texts, so it means the same wherever it lies. The layout of the directory is told in
 `index.py`, which opens it again.
 """
 
-import array
+import contextlib
 import dataclasses
-import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +22,14 @@ from jaxtyping import Float32, Int32
 from tensorflow_datasets.proto import tf_example_generated_pb2 as example_pb2
 from tensorflow_datasets.proto import tf_feature_generated_pb2 as feature_pb2
 
-from detclipv2_jax.data import concepts as concepts_lib
-from detclipv2_jax.data.index import ARRAYS, FORMAT, KINDS, Source, shard_name
+from detclipv2_jax.data import merge
+from detclipv2_jax.data.index import KINDS, Source
 from detclipv2_jax.errors import UserError
 
 if TYPE_CHECKING:
     import tensorflow as tf
+    import tensorflow_datasets as tfds
 
-_SHARD_BYTES = 1 << 29
 # A group of one record: any record is read alone. JPEGs do not compress, so it is not tried.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _JPEG = b"\xff\xd8"
@@ -115,11 +114,73 @@ def parse(serialised: "tf.Tensor") -> dict[str, "tf.Tensor"]:
     return tf.io.parse_single_example(serialised, features)
 
 
-class RecordWriter:
-    """Writes a prepared source to `directory`, which appears whole or not at all.
+def features() -> "tfds.features.FeaturesDict":
+    """The fields of a record in the terms of TensorFlow Datasets."""
+    import tensorflow_datasets as tfds
 
-    Everything goes to `directory + ".partial"` (what a killed run left there is removed) and is
-    renamed by `finish`. Use as a context manager: leaving it unfinished removes what was written.
+    return tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+            "image_id": tfds.features.Text(),
+            "height": tfds.features.Scalar(np.int64),
+            "width": tfds.features.Scalar(np.int64),
+            "boxes": tfds.features.Tensor(shape=(None, 4), dtype=np.float32),
+            "labels": tfds.features.Tensor(shape=(None,), dtype=np.int64),
+            "concepts": tfds.features.Sequence(tfds.features.Text()),
+        }
+    )
+
+
+class ShardWriter:
+    """Writes records to a file, which appears whole or not at all. Use as a context manager."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self._writer = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if self._writer is not None:  # a file without records is no file
+                with self._explained():
+                    self._writer.close()
+                if kind is None:
+                    os.replace(self._temporary, self._path)
+        except UserError:
+            if kind is None:  # or the first error is the one to tell
+                raise
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+    def write(self, record: Record) -> None:
+        """Append a record; `UserError` where the disk refuses it."""
+        data = encode(record)
+        with self._explained():
+            if self._writer is None:
+                self._writer = array_record_module.ArrayRecordWriter(
+                    str(self._temporary), _WRITER_OPTIONS
+                )
+            self._writer.write(data)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            why = str(error).partition(";")[0]
+            raise UserError(
+                f"{self._path}: {why}; make room, and give the command again"
+            ) from error
+
+
+class RecordWriter:
+    """Writes a source from records that come one by one, in one process: for tests and tools.
+
+    Everything goes to `directory + ".partial"` and is put in the place of `directory` by `finish`.
+    Use as a context manager: leaving it unfinished removes what was written.
     """
 
     def __init__(
@@ -129,127 +190,60 @@ class RecordWriter:
         name: str,
         kind: str,
         names: Sequence[str] = (),
-        shard_bytes: int = _SHARD_BYTES,
+        shard_records: int = 1024,
     ):
-        """Start an empty source of a kind; a shard is closed once it holds `shard_bytes` bytes.
+        """Start an empty source of a kind, to be cut into shards of `shard_records`.
 
         `names`: concepts that come first whether a record has them or not (a file's categories).
         """
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
         self.directory = Path(directory)
-        # finish() replaces the directory: never one that holds something else.
-        occupied = self.directory.is_dir() and any(self.directory.iterdir())
-        if occupied and not (self.directory / "info.json").is_file():
-            raise UserError(f"{directory}: not empty, and no prepared source; choose another")
+        merge.refuse_foreign(self.directory)
         self._partial = self.directory.with_name(self.directory.name + ".partial")
-        self._name, self._kind, self._shard_bytes = name, kind, shard_bytes
-        self._height, self._width = array.array("H"), array.array("H")
-        self._offsets, self._positives = array.array("q", [0]), array.array("i")
-        self.concepts = concepts_lib.ConceptTable()
-        for concept in names:
-            self.concepts.add(concept, count=0)
-        self._shards: list[int] = []
-        self._bytes = 0
-        self._writer = None
+        self._name, self._kind, self._shard_records = name, kind, shard_records
+        self._indexer = merge.Indexer(kind, names)
+        self._files: list[tuple[Path, int]] = []
+        self._shard = contextlib.ExitStack()
         shutil.rmtree(self._partial, ignore_errors=True)
-        (self._partial / "index").mkdir(parents=True)
+        (self._partial / "merged").mkdir(parents=True)
 
     def __enter__(self) -> "RecordWriter":
         return self
 
     def __exit__(self, *_) -> None:
-        self._close_shard()
-        shutil.rmtree(self._partial, ignore_errors=True)  # gone already if finished
+        self._shard.close()
+        shutil.rmtree(self._partial, ignore_errors=True)
 
     def __len__(self) -> int:
-        return len(self._height)
+        return len(self._indexer)
 
     def write(self, record: Record) -> None:
         """Append a record."""
-        data = encode(record)
-        if self._writer is None:
-            path = self._partial / f"records-{len(self._shards):05d}"
-            self._writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
-            self._shards.append(0)
-            self._bytes = 0
-        self._writer.write(data)
-        self._shards[-1] += 1
-        self._bytes += len(data)
-        if self._bytes >= self._shard_bytes:
-            self._close_shard()
-        self._height.append(record.height)
-        self._width.append(record.width)
-        self._positives.extend(self._local_ids(record))
-        self._offsets.append(len(self._positives))
+        if len(self) % self._shard_records == 0:
+            self._shard.close()
+            path = self._partial / f"{len(self._files):06d}.array_record"
+            self._writer = self._shard.enter_context(ShardWriter(path))
+            self._files.append((path, 0))
+        self._writer.write(record)
+        self._indexer.add(record)
+        path, count = self._files[-1]
+        self._files[-1] = path, count + 1
 
     def finish(self, **info: Any) -> Source:
-        """Write index, concepts and info.json, put the directory in place, and open it.
-
-        `info`: more fields of info.json.
-        """
-        self._close_shard()
-        for number in range(len(self._shards)):
-            path = self._partial / f"records-{number:05d}"
-            path.rename(self._partial / shard_name(self._name, number, len(self._shards)))
-        self._write_arrays()
-        with open(self._partial / "concepts.jsonl", "w", encoding="utf-8") as lines:
-            table = self.concepts
-            for name, count, vocabulary in zip(table.names, table.counts, table.vocabulary):
-                row = {"name": name, "definition": None, "count": count, "vocabulary": vocabulary}
-                lines.write(json.dumps(row) + "\n")
-        self._write_info(info)
-        _replace(self._partial, self.directory)
-        return Source.open(self.directory)
-
-    def _local_ids(self, record: Record) -> list[int]:
-        """Ids of a record's concepts; counts a name for each of its boxes, a text once."""
-        captioned = self._kind == "image_text"
-        counts = np.bincount(record.labels, minlength=len(record.concepts))
-        return [
-            self.concepts.add(
-                concept,
-                vocabulary=not (captioned and place == 0),
-                count=1 if captioned else int(counts[place]),
-            )
-            for place, concept in enumerate(record.concepts)
-        ]
-
-    def _write_arrays(self) -> None:
-        texts = [concepts_lib.enriched(name, None) for name in self.concepts.names]
-        arrays = {
-            "height": np.array(self._height, np.uint16),
-            "width": np.array(self._width, np.uint16),
-            "positives_offsets": np.array(self._offsets, np.int64),
-            "positives": np.array(self._positives, np.int32),
-            "tokens": concepts_lib.pack_tokens(concepts_lib.tokenize(texts)),
-            "keys": concepts_lib.keys(texts),
-            "vocabulary": np.array(self.concepts.vocabulary, bool),
-        }
-        for field, values in arrays.items():
-            np.save(self._partial / ARRAYS[field], values, allow_pickle=False)
-
-    def _write_info(self, more: Mapping[str, Any]) -> None:
-        count = len(self._shards)
-        names = [shard_name(self._name, number, count) for number in range(count)]
-        info = {
-            "format": FORMAT,
-            "name": self._name,
-            "kind": self._kind,
-            "records": len(self),
-            "files": names,
-            "shards": self._shards,
-            "shard_bytes": [(self._partial / name).stat().st_size for name in names],
-            **more,
-        }
-        (self._partial / "info.json").write_text(
-            json.dumps(info, indent=1) + "\n", encoding="utf-8"
+        """Put the source in place and open it. `info`: more fields of info.json."""
+        self._shard.close()
+        part = self._partial / "part.npz"
+        self._indexer.finish().save(part, {})
+        merge.assemble(
+            self._partial / "merged",
+            self._files,
+            [part],
+            name=self._name,
+            kind=self._kind,
+            info=info,
         )
-
-    def _close_shard(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        return merge.put_in_place(self._partial / "merged", self.directory)
 
 
 def _int64(values: Sequence[int]) -> feature_pb2.Feature:
@@ -278,13 +272,3 @@ def _check(record: Record) -> None:
     # Written so that NaN fails too.
     if not ((boxes >= 0) & (boxes <= limits)).all() or not (boxes[:, 2:] > boxes[:, :2]).all():
         raise ValueError(f"{where}: a box lies outside the picture or has no area")
-
-
-def _replace(new: Path, old: Path) -> None:
-    """Put directory `new` in the place of `old`; a reader sees one, the other, or briefly none."""
-    retired = old.with_name(old.name + ".old")
-    shutil.rmtree(retired, ignore_errors=True)
-    if old.exists():
-        os.replace(old, retired)
-    os.replace(new, old)
-    shutil.rmtree(retired, ignore_errors=True)

@@ -35,10 +35,15 @@ class ImageInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Category:
-    """One category: its id in the file and its name as the file spells it."""
+    """One category: its id in the file, its name as the file spells it, and what it means.
+
+    LVIS has a definition and a WordNet synset for each category, COCO has not.
+    """
 
     id: int
     name: str
+    definition: str | None = None
+    synset: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,7 +90,7 @@ def read_annotations(path: str | pathlib.Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file; give the annotation JSON of the set.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not text, nested too deep
         raise UserError(
             f"{path}: not a JSON file ({error}); give the set's annotation JSON."
         ) from None
@@ -130,6 +135,8 @@ def parse_instances(path: str | pathlib.Path, content: dict) -> dict:
         Category(
             id=integer(path, f"categories[{number}]", row, "id"),
             name=text(path, f"categories[{number}]", row, "name"),
+            definition=_text_if_any(row, "def"),
+            synset=_text_if_any(row, "synset"),
         )
         for number, row in enumerate(content["categories"])
     )
@@ -170,6 +177,11 @@ def text(path: str | pathlib.Path, place: str, row: dict, field: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{path}: {place}.{field} is {value!r}, not a text; mend that entry.")
     return value
+
+
+def _text_if_any(row: dict, field: str) -> str | None:
+    value = row.get(field)
+    return value if isinstance(value, str) and value.strip() else None
 
 
 def unique_ids(path: str | pathlib.Path, field: str, ids: Sequence[int]) -> set[int]:

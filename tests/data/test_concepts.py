@@ -10,6 +10,7 @@ import pytest
 
 from detclipv2_jax.data import concepts
 from detclipv2_jax.data.index import Source
+from detclipv2_jax.errors import UserError
 
 ASSETS = Path(concepts.__file__).parent / "assets"
 
@@ -213,3 +214,73 @@ def test_dictionary_of_many_concepts():
         np.testing.assert_array_equal(
             np.ascontiguousarray(tokens).view(np.uint64)[:, 0], part[some]
         )
+
+
+def naive_fit(name: str, definition: str, template: str) -> str:
+    """Word by word from the longest down, each tried in the plain BPE."""
+    words = definition.split()
+    for count in range(len(words), 0, -1):
+        part = " ".join(words[:count]).rstrip(" ,;:([-")
+        if part:
+            text = template.format(name=name, definition=part)
+            if len(naive_ids(text)) <= 14:
+                return text
+    return name
+
+
+@pytest.mark.parametrize("template", [concepts.TEMPLATE, "{definition}: a {name}."])
+def test_fitted_keeps_as_many_whole_words_as_fit(template):
+    pairs = [
+        ("aerosol can", "a dispenser that holds a substance under pressure"),
+        ("bus", "a vehicle carrying many passengers; used for public transport, mostly in cities"),
+        ("cat", "short"),
+        ("supercalifragilistic thing", "of antidisestablishmentarianism and pneumonia, really"),
+        ("x", "w" * 300 + " more"),
+        ("x", "- , ( ; :"),
+        ("🙂", "a face that smiles, and smiles, and smiles, and smiles (and smiles)"),
+        ("don't", "it's what isn't, we'll see 1234 5678 9012 3456"),
+    ]
+    for length in range(1, 16):
+        pairs.append(("a " * length + "b", "some words of which there are rather many in here now"))
+    names, definitions = zip(*[(name.strip(), definition) for name, definition in pairs])
+    expected = [naive_fit(*pair, template) for pair in zip(names, definitions)]
+    assert concepts.fitted(names, definitions, template) == expected
+    assert sum(text == name for text, name in zip(expected, names)) >= 3  # edges are among them
+
+
+def test_fitted_edges():
+    long = "word " * 40
+    assert concepts.fitted([], []) == []
+    assert concepts.fitted([" Cat "], [None]) == ["cat"] == concepts.fitted(["cat"], [""])
+    assert concepts.fitted([long], ["a definition"]) == [long.strip()]
+    row = concepts.tokenize(concepts.fitted([long], ["a definition"]))[0]
+    np.testing.assert_array_equal(row, concepts.tokenize([long])[0])
+    assert concepts.fitted(["cat"], ["a b c d"], context=6) == ["cat, a b"]
+    broken = concepts.fitted(["\ud800 cat"], ["a \ud800 thing"])
+    assert concepts.tokenize(broken).shape == (1, 16)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "",
+        "{name}",
+        "{definition}",
+        "{name}, {definition}, {name}",
+        "{name}, {meaning}",
+        "{name!r}, {definition}",
+        "{name:>9}, {definition}",
+        "{name.__class__}, {definition}",
+        "{}, {}",
+        "{name, {definition}",
+        "{name}, {definition} {",
+    ],
+)
+def test_templates_that_make_no_sense(template):
+    with pytest.raises(UserError, match="^config.data.template is .*each once"):
+        concepts.check_template(template, "config.data.template")
+
+
+def test_templates_that_make_sense():
+    for template in (concepts.TEMPLATE, "{definition} ({name})", "{{{name}}} {definition}"):
+        concepts.check_template(template, "here")

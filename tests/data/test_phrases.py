@@ -1,6 +1,11 @@
 """How phrases are cleaned, and what spaCy finds in captions."""
 
+import json
+import subprocess
+import sys
+
 import pytest
+import tiny_run
 
 from detclipv2_jax.data import phrases
 from detclipv2_jax.errors import UserError
@@ -84,3 +89,26 @@ def test_noun_phrases_limit_and_long_captions(pipeline):
 def test_a_missing_pipeline_is_said(pipeline):
     with pytest.raises(UserError, match="xx_no_such_model.*spacy download xx_no_such_model"):
         phrases.load("xx_no_such_model")
+
+
+def test_the_faster_multiplication_finds_the_same_phrases(pipeline):
+    """In a process of its own: OpenBLAS reads the number of its threads when NumPy is imported."""
+    sentence = "a {} dog and the {} cats near an old {} bus, in London's {}"
+    captions = [
+        sentence.format(colour, number, colour, place)
+        for number in (2, 7)
+        for colour in ("red", "dark green")
+        for place in ("rain", "centre")
+    ]
+    program = """
+import json, sys
+from detclipv2_jax.data import phrases
+print(json.dumps(list(phrases.noun_phrases(json.loads(sys.argv[1])))))
+assert not next(phrases.load().get_pipe("tok2vec").model.walk()).ops.use_blis
+"""
+    environment = tiny_run.environment() | {"OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program, json.dumps(captions)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout) == list(phrases.noun_phrases(captions))
+    assert json.loads(process.stdout)[0][0] == "red dog"

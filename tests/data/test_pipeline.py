@@ -18,9 +18,9 @@ import pytest
 from array_record.python import array_record_module
 from PIL import Image
 
-from detclipv2_jax.data import pipeline, records
+from detclipv2_jax.data import lexicon, pipeline, records
 from detclipv2_jax.data import transforms as transforms_lib
-from detclipv2_jax.data.concepts import Dictionary, tokenize
+from detclipv2_jax.data.concepts import Dictionary, fitted, tokenize
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.plan import KindPlan, Plan
 from detclipv2_jax.data.transforms import TransformConfig
@@ -66,7 +66,7 @@ def write(directory, kind, count, broken=()):
     """A prepared source of several shards; the records in `broken` hold no picture."""
     rng = np.random.default_rng(count)
     with records.RecordWriter(
-        directory, name=directory.name, kind=kind, names=NAMES, shard_bytes=100_000
+        directory, name=directory.name, kind=kind, names=NAMES, shard_records=16
     ) as writer:
         for i in range(count):
             writer.write(record(i, kind, rng, b"\xff\xd8 no picture" if i in broken else None))
@@ -462,7 +462,7 @@ def test_a_damaged_file_costs_only_the_records_it_holds_there(tmp_path):
     source = write(tmp_path / "spoilt", "detection", 40)
     path = pathlib.Path(source.shard_paths[0])
     content = bytearray(path.read_bytes())
-    content[70_000:70_020] = bytes(20)
+    content[30_000:30_020] = bytes(20)
     path.write_bytes(content)
     plan, sources = spoilt_plan(Source.open(source.directory))
     steps, feed = collect(plan, sources, 0, plan.steps_per_epoch, max_broken_share=0.5)
@@ -564,3 +564,21 @@ print(next(feed)[1].images.shape)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "(4, 48, 64, 3)\n"
     assert "Traceback" not in done.stderr
+
+
+def test_a_kind_sees_definitions_if_it_is_to(sources, tmp_path):
+    opened = lexicon.build(tmp_path, NAMES[:20], {}, synsets=dict.fromkeys(NAMES, "sofa.n.01"))
+    plan = make_plan(sources)
+    kinds = list(plan.kinds.values())
+    plan = Plan(sources, Dictionary(sources, opened, defined=["detection"]), kinds, seed=3)
+    seen = set()
+    for planned, batch in collect(plan, sources, 0, plan.steps_per_epoch)[0]:
+        names = plan.dictionary.names(planned.concepts[planned.concepts >= 0])
+        if planned.kind == "detection":
+            # Those that the dictionary lacks have no definition: "thing number 25".
+            defined = [opened.definitions.get(name) for name in names]
+            assert any(defined)
+            names = fitted(names, defined)
+        np.testing.assert_array_equal(batch.tokens[: len(names)], tokenize(names))
+        seen.add(planned.kind)
+    assert len(seen) == 3

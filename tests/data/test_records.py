@@ -1,14 +1,25 @@
 """Records survive the way to disk and back; a source appears whole or not at all."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from miniature_archives import jpeg
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from detclipv2_jax.data.index import Source
-from detclipv2_jax.data.records import Record, RecordWriter, decode, encode, parse
+from detclipv2_jax.data.records import (
+    Record,
+    RecordWriter,
+    ShardWriter,
+    decode,
+    encode,
+    features,
+    parse,
+)
 from detclipv2_jax.errors import UserError
 
 CONCEPTS = ("cat", "dog", "traffic light")
@@ -33,6 +44,13 @@ def assert_same(a: Record, b: Record):
         assert getattr(left, "dtype", None) == getattr(right, "dtype", None)
 
 
+def written_by_tfds(one: Record) -> bytes:
+    fields = dict(vars(one), concepts=list(one.concepts), labels=one.labels.astype(np.int64))
+    serializer = ExampleSerializer(features().get_serialized_info())
+    example = serializer.get_tf_example(features().encode_example(fields))
+    return example.SerializeToString(deterministic=True)
+
+
 @pytest.mark.parametrize(
     "one",
     [
@@ -49,6 +67,8 @@ def assert_same(a: Record, b: Record):
 )
 def test_round_trip(one):
     data = encode(one)
+    assert data == tf.train.Example.FromString(data).SerializeToString(deterministic=True)
+    assert data == written_by_tfds(one)
     assert_same(decode(data), one)
     parsed = {name: value.numpy() for name, value in parse(data).items()}
     assert parsed["boxes"].shape == one.boxes.shape
@@ -89,8 +109,7 @@ def test_damaged_record(data):
 
 def test_writer_spreads_shards_and_any_record_is_found(tmp_path):
     written = [record(labels=[i % 3], image_id=str(i)) for i in range(11)]
-    size = len(encode(written[0]))
-    with RecordWriter(tmp_path / "s", name="n", kind="detection", shard_bytes=4 * size) as writer:
+    with RecordWriter(tmp_path / "s", name="n", kind="detection", shard_records=4) as writer:
         for one in written:
             writer.write(one)
         source = writer.finish(dropped={"boxes: crowd": 2})
@@ -154,6 +173,16 @@ def test_writer_never_replaces_a_directory_of_something_else(tmp_path):
     with pytest.raises(UserError, match="no prepared source"):
         RecordWriter(tmp_path, name="n", kind="detection")
     assert (tmp_path / "thesis.txt").exists()
+
+
+def test_a_full_disk_is_told(tmp_path):
+    path = tmp_path / "0.array_record"
+    (tmp_path / f"0.array_record.{os.getpid()}.tmp").symlink_to("/dev/full")
+    told = pytest.raises(UserError, match="No space left on device; make room")
+    with told, ShardWriter(path) as writer:
+        for _ in range(2000):
+            writer.write(record())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_kind(tmp_path):

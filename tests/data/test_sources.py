@@ -51,7 +51,7 @@ def test_coco_names_of_lvis_and_its_coco_url(folder):
 
 BROKEN_ENTRIES = {
     "unknown category": ({"category_id": 4}, "boxes: unknown category", '"category_id" 4'),
-    "unknown image": ({"image_id": "x"}, "boxes: unknown image", '"image_id" x'),
+    "unknown image": ({"image_id": "x"}, "boxes: unknown image", "\"image_id\" 'x'"),
     "no bbox": ({"bbox": None}, "boxes: malformed entry", '"bbox" is None'),
     "three numbers": ({"bbox": [1, 2, 3]}, "boxes: malformed entry", "[1, 2, 3]"),
     "words": ({"bbox": [1, 2, "wide", 3]}, "boxes: malformed entry", "not four numbers"),

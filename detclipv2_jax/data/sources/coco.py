@@ -1,144 +1,129 @@
 """COCO's `instances` JSON, which Objects365, LVIS and most exporters write too: named boxes."""
 
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from detclipv2_jax.data.examples import (
-    Archive,
-    Drops,
-    ImageFile,
-    ImageFolder,
-    RawBox,
-    RawExample,
-    annotated_size,
-    load_json,
-    parse_xywh,
+from detclipv2_jax.data.examples import Archive, Drops, ImageFolder, RawExample, parse_xywh
+from detclipv2_jax.data.json_stream import read_lists
+from detclipv2_jax.data.sources.entries import (
+    BROKEN,
+    Boxes,
+    ImageEntries,
+    annotation,
+    find,
+    problem,
+    shortly,
+    text,
+    widened,
 )
 from detclipv2_jax.errors import UserError
 
 
-def read(path: str | Path, images: ImageFolder) -> Archive:
+def read(
+    path: str | Path,
+    images: ImageFolder,
+    *,
+    names: Mapping[str, str] | None = None,
+    choose: Callable[[Iterable[Any]], set] | None = None,
+) -> Archive:
     """Open an `instances` file: detection examples, one an image, boxless images too.
 
-    Crowd boxes (`iscrowd` 1) are dropped: they are no single object. `UserError` where the file
-    is no such JSON; entries that are broken one by one are dropped and counted.
+    The file is read twice, entry by entry: boxes may stand before the images they are of. Images
+    are looked for under `images`, then beside the file. Crowd boxes (`iscrowd` 1) are dropped: they
+    are no single object.
+
+    Args:
+      path: the JSON.
+      images: where its images are.
+      names: other names for categories, by the file's own in lower case.
+      choose: the ids to keep, of all ids of images; the others are dropped and counted.
+
+    Raises:
+      UserError: the file is no such JSON; entries that are broken one by one are dropped.
     """
-    path = Path(path)
-    document = load_json(path, ("images", "annotations", "categories"))
-    names = _categories(path, document["categories"])
-    drops = Drops()
-    entries = image_entries(path, document["images"], drops)
-    boxes = _boxes_by_image(path, document["annotations"], names, entries, drops)
+    path, drops = Path(path), Drops()
+    entries, categories = ImageEntries(path, drops), []
+    for field, number, entry in read_lists(path, ("images", "annotations", "categories")):
+        if field == "images":
+            entries.read(number, entry)
+        elif field == "categories":
+            categories.append(entry)
+    category_names = _categories(path, categories, names or {})
+    left_out = _leave_out(path, entries, choose, drops) if choose else frozenset()
+    boxes = _boxes(path, category_names, entries, left_out, drops)
     return Archive(
         path=path,
         kind="detection",
         total=len(entries),
-        examples=_examples(path, entries, boxes, images, drops),
+        examples=_examples(path, entries, boxes, widened(images, path.parent), drops),
         drops=drops,
-        names=tuple(names.values()),
+        names=tuple(category_names.values()),
     )
 
 
-def image_entries(path: Path, images: list, drops: Drops) -> dict[Any, dict[str, Any]]:
-    """Image entries by id, in the file's order, those without a usable id, name or size dropped."""
-    entries: dict[Any, dict[str, Any]] = {}
-    for number, entry in enumerate(images):
-        where = f"{path}: images[{number}]"
-        try:
-            if entry["id"] in entries:
-                drops.drop(
-                    "images: id given twice", f'{where}: "id" {entry["id"]} is taken already'
-                )
-                continue
-            entries[entry["id"]] = {
-                "file_name": file_name(entry),
-                "size": annotated_size(entry),
-                "caption": entry.get("caption"),
-            }
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            problem = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            drops.drop("images: malformed entry", f"{where}: {problem}")
-    return entries
+def _leave_out(path: Path, entries: ImageEntries, choose: Callable, drops: Drops) -> set:
+    chosen = choose(entries)
+    left_out = [image_id for image_id in entries if image_id not in chosen]
+    for image_id in left_out:
+        del entries[image_id]
+        drops.drop("images: not in the subset", f"{path}: image {shortly(image_id)}")
+    return set(left_out)
 
 
-def file_name(entry: dict[str, Any]) -> str:
-    """Where an image entry says its file is; LVIS says it by the end of `coco_url` alone."""
-    if "file_name" not in entry and "coco_url" in entry:
-        return str(PurePosixPath(*PurePosixPath(entry["coco_url"]).parts[-2:]))
-    if not isinstance(entry["file_name"], str):
-        raise ValueError(f'"file_name" is {entry["file_name"]!r}, not a text')
-    return entry["file_name"]
-
-
-def missing_image(path: Path, example_name: str, images: ImageFolder) -> str:
-    """The sentence for an image that is not there."""
-    if "://" in example_name:
-        return f"{path}: {example_name} is an address, not a file; download it and name the file"
-    return f"{path}: no file {example_name} under {images}"
-
-
-def _categories(path: Path, categories: list) -> dict[Any, str]:
-    names = {}
+def _categories(path: Path, categories: list, names: Mapping[str, str]) -> dict[Any, str]:
+    found = {}
     for number, category in enumerate(categories):
         if not isinstance(category, dict) or not isinstance(category.get("name"), str):
             raise UserError(f'{path}: categories[{number}] has no text "name"; give it one')
         if not isinstance(category.get("id"), int | str):
             raise UserError(f'{path}: categories[{number}] has no "id"; give it one')
-        if category["id"] in names:
+        if category["id"] in found:
             raise UserError(
-                f'{path}: categories[{number}]: "id" {category["id"]} is taken already; '
+                f'{path}: categories[{number}]: "id" {shortly(category["id"])} is taken already; '
                 "give each category its own"
             )
-        # LVIS writes "hot_dog" and "mouse_(computer_equipment)": the text tower reads words.
-        names[category["id"]] = category["name"].replace("_", " ").strip()
-        if not names[category["id"]]:
-            raise UserError(f'{path}: categories[{number}] has an empty "name"; give it one')
-    return names
-
-
-def _boxes_by_image(
-    path: Path, annotations: list, names: dict, entries: dict, drops: Drops
-) -> dict[Any, list[RawBox]]:
-    boxes: dict[Any, list[RawBox]] = {}
-    for number, annotation in enumerate(annotations):
         try:
-            origin = f"annotation {annotation.get('id', f'number {number}')}"
-            if annotation.get("iscrowd"):
-                drops.drop("boxes: crowd", f"{path}: {origin}: a crowd (iscrowd 1)")
-            elif annotation["category_id"] not in names:
-                category = annotation["category_id"]
-                drops.drop(
-                    "boxes: unknown category",
-                    f'{path}: {origin}: "category_id" {category} is not among "categories"',
+            # LVIS has "hot_dog" and "mouse_(computer_equipment)": the text tower reads words.
+            name = text(category["name"], "name").replace("_", " ").strip()
+        except ValueError as error:
+            raise UserError(f"{path}: categories[{number}]: {error}; mend it") from error
+        if not name:
+            raise UserError(f'{path}: categories[{number}] has an empty "name"; give it one')
+        found[category["id"]] = names.get(name.lower(), name)
+    return found
+
+
+def _boxes(path: Path, names: dict, entries: ImageEntries, left_out: set, drops: Drops) -> Boxes:
+    boxes = Boxes()
+
+    def drop(reason: str, why: str) -> None:
+        drops.drop(f"boxes: {reason}", f"{path}: {annotation(number, place)}: {why}")
+
+    for _, place, entry in read_lists(path, ("annotations",)):
+        number = None
+        try:
+            number, category, image = entry.get("id"), entry["category_id"], entry["image_id"]
+            if entry.get("iscrowd"):
+                drop("crowd", "a crowd (iscrowd 1)")
+            elif category not in names:
+                drop(
+                    "unknown category", f'"category_id" {shortly(category)} is not in "categories"'
                 )
-            elif annotation["image_id"] not in entries:
-                image = annotation["image_id"]
-                drops.drop(
-                    "boxes: unknown image",
-                    f'{path}: {origin}: "image_id" {image} is not among "images"',
-                )
-            else:
-                xywh = parse_xywh(annotation["bbox"])
-                box = RawBox(xywh, names[annotation["category_id"]], origin)
-                boxes.setdefault(annotation["image_id"], []).append(box)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            problem = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            drops.drop("boxes: malformed entry", f"{path}: annotations[{number}]: {problem}")
+            elif image in entries:
+                xywh = parse_xywh(entry["bbox"])
+                boxes.add(entries[image].row, xywh, names[category], number, place)
+            elif image not in left_out:
+                drop("unknown image", f'"image_id" {shortly(image)} is not among "images"')
+        except BROKEN as error:
+            drops.drop("boxes: malformed entry", f"{path}: annotations[{place}]: {problem(error)}")
     return boxes
 
 
 def _examples(
-    path: Path, entries: dict, boxes: dict, images: ImageFolder, drops: Drops
+    path: Path, entries: ImageEntries, boxes: Boxes, images: ImageFolder, drops: Drops
 ) -> Iterator[RawExample]:
-    for image_id, entry in entries.items():
-        found = images.find(entry["file_name"])
-        if found is None:
-            drops.drop("images: missing", missing_image(path, entry["file_name"], images))
-            continue
-        yield RawExample(
-            image=ImageFile(found),
-            image_id=str(image_id),
-            size=entry["size"],
-            boxes=tuple(boxes.get(image_id, ())),
-        )
+    for image_id, entry, of_it in boxes.by_image(entries):
+        image = find(entry, str(path), images, drops)
+        if image is not None:
+            yield RawExample(image=image, image_id=str(image_id), size=entry.size, boxes=of_it)

@@ -1,6 +1,7 @@
 """Images with captions, no boxes: JSON lines, TSV (Conceptual Captions), COCO's captions JSON.
 
 An image with several captions gives several examples: the paper's image-text data are pairs.
+What img2dataset left of the downloads is read by img2dataset.py.
 """
 
 import json
@@ -8,15 +9,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from detclipv2_jax.data.examples import (
-    Archive,
-    Drops,
-    ImageFile,
-    ImageFolder,
-    RawExample,
-    load_json,
+from detclipv2_jax.data.examples import Archive, Drops, ImageFile, ImageFolder, RawExample
+from detclipv2_jax.data.json_stream import read_lists
+from detclipv2_jax.data.sources.entries import (
+    BROKEN,
+    ImageEntries,
+    find,
+    missing_image,
+    problem,
+    shortly,
+    text,
+    widened,
 )
-from detclipv2_jax.data.sources.coco import image_entries, missing_image
+from detclipv2_jax.data.sources.img2dataset import checked_caption
 from detclipv2_jax.errors import UserError
 
 # Where a JSON line may name its image and its captions; the first field that is there counts.
@@ -40,16 +45,18 @@ def read_tsv(path: str | Path, images: ImageFolder) -> Archive:
 
 def read_coco_captions(path: str | Path, images: ImageFolder) -> Archive:
     """Open COCO's `captions` JSON: "annotations" with "image_id" and "caption"."""
-    path = Path(path)
-    document = load_json(path, ("images", "annotations"))
-    drops = Drops()
-    entries = image_entries(path, document["images"], drops)
-    annotations = document["annotations"]
+    path, drops = Path(path), Drops()
+    entries, total = ImageEntries(path, drops), 0
+    for field, number, entry in read_lists(path, ("images", "annotations")):
+        if field == "images":
+            entries.read(number, entry)
+        else:
+            total += 1
     return Archive(
         path=path,
         kind="image_text",
-        total=len(annotations),
-        examples=_from_annotations(path, entries, annotations, images, drops),
+        total=total,
+        examples=_from_annotations(path, entries, widened(images, path.parent), drops),
         drops=drops,
     )
 
@@ -77,7 +84,7 @@ def _count(path: Path, parse: Callable[[str], tuple[str, list]]) -> int:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     try:
         return lines * len(parse(first.decode("utf-8"))[1])
-    except ValueError:
+    except BROKEN:
         return lines
 
 
@@ -91,8 +98,8 @@ def _from_lines(
             where = f"{path}, line {number}"
             try:
                 name, captions = parse(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:  # of which undecodable text is one
-                drops.drop("images: malformed line", f"{where}: {error}")
+            except BROKEN as error:  # of which undecodable text is one
+                drops.drop("images: malformed line", f"{where}: {problem(error)}")
                 continue
             found = images.find(name)
             if found is None:
@@ -100,40 +107,43 @@ def _from_lines(
                 continue
             for i, caption in enumerate(captions):
                 image_id = name if len(captions) == 1 else f"{name}#{i}"
-                yield from _example(found, image_id, None, caption, where, drops)
+                yield from _example(ImageFile(found), image_id, None, caption, where, drops)
 
 
 def _from_annotations(
-    path: Path, entries: dict[Any, dict], annotations: list, images: ImageFolder, drops: Drops
+    path: Path, entries: ImageEntries, images: ImageFolder, drops: Drops
 ) -> Iterator[RawExample]:
-    for number, annotation in enumerate(annotations):
-        where = f"{path}: annotations[{number}]"
+    for _, place, annotation in read_lists(path, ("annotations",)):
+        where = f"{path}: annotations[{place}]"
         try:
             image_id, caption = annotation["image_id"], annotation["caption"]
             entry = entries.get(image_id)
-        except (KeyError, TypeError) as error:
-            problem = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            drops.drop("captions: malformed entry", f"{where}: {problem}")
+            full_id = text(f"{image_id}#{annotation.get('id', place)}", "id")
+        except BROKEN as error:
+            drops.drop("captions: malformed entry", f"{where}: {problem(error)}")
             continue
         if entry is None:
-            why = f'{where}: "image_id" {image_id} is not among "images"'
+            why = f'{where}: "image_id" {shortly(image_id)} is not among "images"'
             drops.drop("captions: unknown image", why)
             continue
-        found = images.find(entry["file_name"])
-        if found is None:
-            drops.drop("images: missing", missing_image(where, entry["file_name"], images))
-            continue
-        full_id = f"{image_id}#{annotation.get('id', number)}"
-        yield from _example(found, full_id, entry["size"], caption, where, drops)
+        image = find(entry, where, images, drops)
+        if image is not None:
+            yield from _example(image, full_id, entry.size, caption, where, drops)
 
 
 def _example(
-    found: Path, image_id: str, size: tuple[int, int] | None, caption: Any, where: str, drops: Drops
+    image: ImageFile,
+    image_id: str,
+    size: tuple[int, int] | None,
+    caption: Any,
+    where: str,
+    drops: Drops,
 ) -> Iterator[RawExample]:
-    if not isinstance(caption, str) or not caption.strip():
-        drops.drop("captions: empty", f"{where}: its caption is {caption!r}, not a text")
+    try:
+        caption = checked_caption(caption)
+    except ValueError as error:
+        drops.drop("captions: empty", f"{where}: {error}")
         return
-    image = ImageFile(found)
     yield RawExample(image=image, image_id=image_id, size=size, caption=caption)
 
 
