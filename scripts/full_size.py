@@ -8,7 +8,8 @@ nothing to the plan of step 0 and of step 150,000, seconds of a step's plan for 
 paper's batch sizes, seconds of the first step of an epoch, peak memory. What is made up: sizes of
 pictures, an image's names (365, some 15 boxes), phrases (300,000, some five an image), captions
 (one an image, its own) and their phrases (a million, some three an image), by Zipf's law.
-`scripts/choose_shapes.py --config.data_dir=DIR` shows what tables these concepts need.
+`scripts/choose_shapes.py` with `--config.data_dir=DIR --config.data.concepts=` shows what tables
+these concepts need.
 """
 
 import argparse
@@ -131,7 +132,10 @@ def measure(data: Path, rounds: int = 3) -> dict[str, Any]:
     return {
         "records": starts[0][0]["records"],
         "concepts": starts[0][0]["concepts"],
-        "start_up_seconds": {str(step): median(found, "seconds") for step, found in starts.items()},
+        **{
+            f"start_up_{field}": {str(step): median(found, field) for step, found in starts.items()}
+            for field in ("seconds", "cpu_seconds")
+        },
         "start_up_peak_mb": max(f["peak_mb"] for found in starts.values() for f in found),
         **in_fresh_process(_plan_steps, str(data)),
     }
@@ -139,11 +143,13 @@ def measure(data: Path, rounds: int = 3) -> dict[str, Any]:
 
 def table(figures: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    late = f"{LATE:,}"
+    start = lambda step: " s, of a core ".join(
+        f"{figures[f'start_up_{field}'][str(step)]:.2f}" for field in ("seconds", "cpu_seconds")
+    )
     rows = [
         ("records, concepts", f"{figures['records']:,}, {figures['concepts']:,}"),
-        ("start-up to the plan of step 0", f"{figures['start_up_seconds']['0']:.2f} s"),
-        (f"start-up to the plan of step {late}", f"{figures['start_up_seconds'][str(LATE)]:.2f} s"),
+        ("start-up to the plan of step 0", f"{start(0)} s"),
+        (f"start-up to the plan of step {LATE:,}", f"{start(LATE)} s"),
         *((f"a step's plan, {k}", f"{1e3 * s:.1f} ms") for k, s in figures["plan_seconds"].items()),
         ("the first steps of an epoch, beyond that", f"{figures['border_seconds']:.2f} s"),
         ("peak memory of the process, start-up", f"{figures['start_up_peak_mb']:,} MB"),
@@ -163,17 +169,20 @@ def _open(data: str) -> Any:
     from configs import pretrain
     from detclipv2_jax import config, train
 
-    parsed = config.parse(pretrain.swin_t().to_dict() | {"data_dir": data})
-    return train, parsed
+    recipe = pretrain.swin_t()
+    recipe.data_dir = data
+    recipe.data.concepts = ""  # no dictionary is made up
+    return train, config.parse(recipe.to_dict())
 
 
 def _start_up(data: str, step: int) -> dict[str, Any]:
     train, parsed = _open(data)
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     plan, sources, _ = train.open_data(parsed)
     plan.plan(step)
     return {
         "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - cpu,
         "peak_mb": peak_mb(),
         "records": sum(map(len, sources.values())),
         "concepts": len(plan.dictionary),
