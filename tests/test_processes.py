@@ -1,0 +1,133 @@
+"""Processes that find each other, train as one, and do not outlive each other."""
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+import tiny_run
+
+from detclipv2_jax import processes
+from detclipv2_jax.errors import UserError
+
+DEVICES = 4  # of each process
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"},
+        {"TPU_WORKER_HOSTNAMES": "t1k-0,t1k-1"},
+        {"MEGASCALE_COORDINATOR_ADDRESS": "job-0"},
+    ],
+)
+def test_a_cluster_is_recognised(environment):
+    assert processes.told_by_cluster(environment)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"},  # a shell of salloc, not a step
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "1"},
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+        {"TPU_WORKER_HOSTNAMES": "localhost"},
+    ],
+)
+def test_a_lone_process_is_alone(environment):
+    assert not processes.told_by_cluster(environment)
+
+
+@pytest.mark.parametrize(
+    "given", [("localhost:1", None, None), (None, 2, 0), ("localhost:1", 2, None)]
+)
+def test_half_of_the_flags_is_an_error(given):
+    with pytest.raises(UserError, match="belong together"):
+        processes.start(*given)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("symbols") / "data"
+    tiny_run.prepare(directory)
+    return directory
+
+
+@contextlib.contextmanager
+def two_processes(data, workdir, **overrides):
+    """A run of two processes of four devices each, two of which share a copy of the parameters."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
+    command = tiny_run.command(data, workdir, **{"mesh.fsdp": 2}, **overrides)
+    command += [f"--coordinator_address={address}", "--num_processes=2"]
+    started = [
+        subprocess.Popen(
+            [*command, f"--process_id={i}"],
+            env=tiny_run.environment() | {"XLA_FLAGS": f"{flags}{DEVICES}"},
+            cwd=tiny_run.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def losses(workdir):
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [(line["kind"], line["loss"]) for line in lines if "loss" in line]
+
+
+def wait_for_steps(workdir, count):
+    log, deadline = workdir / "metrics.jsonl", time.monotonic() + 300
+    while not (log.exists() and log.read_text().count("\n") >= count):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_a_checkpoint_moves_between_them(data, tmp_path):
+    """Over all three kinds; on two processes of four devices, then on one device, and back."""
+    assert tiny_run.run(data, tmp_path / "one").returncode == 0
+    expected = losses(tmp_path / "one")
+    assert len(expected) >= 20 and len({kind for kind, _ in expected}) == 3
+    # One device goes on with what two processes began, and the other way round.
+    with two_processes(data, tmp_path / "two") as started:
+        wait_for_steps(tmp_path / "two", 9)
+        for process in started:
+            process.send_signal(signal.SIGTERM)
+        for process in started:
+            assert process.wait(60) == 128 + signal.SIGTERM
+    assert tiny_run.run(data, tmp_path / "two").returncode == 0
+    with two_processes(data, tmp_path / "all") as started:
+        printed = [process.communicate(timeout=400) for process in started]
+        assert [process.returncode for process in started] == [0, 0], printed[0][1][-3000:]
+        assert "fixed AP" in printed[0][0] and not printed[1][0]  # one voice
+    for workdir in ("two", "all"):
+        found = losses(tmp_path / workdir)
+        assert [kind for kind, _ in found] == [kind for kind, _ in expected]
+        for (_, a), (_, b) in zip(found, expected):
+            assert a == pytest.approx(b, rel=2e-6)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_stops_the_other_within_a_minute(data, tmp_path):
+    with two_processes(data, tmp_path, **{"train.epochs": 100.0}) as started:
+        wait_for_steps(tmp_path, 6)
+        started[1].kill()
+        began = time.monotonic()
+        assert started[0].wait(60) != 0
+        assert time.monotonic() - began < 60
