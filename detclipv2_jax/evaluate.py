@@ -17,6 +17,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from detclipv2_jax import drawing, images
+from detclipv2_jax.commands import status
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.evaluation import coco, lvis
 from detclipv2_jax.files import write_json
@@ -381,13 +382,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 2 if something that the user can mend went wrong, in one sentence."""
-    args = parser().parse_args(arguments)
-    try:
-        run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return status(run, parser().parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.commands import status
 from detclipv2_jax.files import replacing
 from detclipv2_jax.models.detclip import parameter_paths
 
@@ -77,13 +77,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 2 if something that the user can mend went wrong, one sentence each."""
-    args = parser().parse_args(arguments)
-    try:
-        run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return status(run, parser().parse_args(arguments))
 
 
 if __name__ == "__main__":

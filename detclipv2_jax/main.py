@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
-from detclipv2_jax.errors import UserError
+from detclipv2_jax import commands
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File with the run's config.", lock_config=True
@@ -36,10 +36,6 @@ def main(argv: list[str]) -> None:
 
     from detclipv2_jax import config, processes, train
 
-    if len(argv) > 1:
-        raise UserError(
-            f"Unexpected argument {argv[1]!r}: options start with --config. or --workdir."
-        )
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file
     parsed, workdir = config.parse(_CONFIG.value.to_dict()), Path(_WORKDIR.value).absolute()
     if not processes.start(_COORDINATOR.value, _COUNT.value, _INDEX.value):
@@ -71,51 +67,16 @@ def _split_cpu(parsed: Any) -> None:
         )
 
 
-def run() -> None:
-    """`main` with every error a user can mend as one sentence and exit status 2.
-
-    A run that SIGTERM ended in good order has exit status 143, as one that it killed.
-    """
+def run(argv: list[str]) -> None:
+    """`main`; a run that SIGTERM ended in good order has exit status 143, as one that it killed."""
     from detclipv2_jax.interruption import Interrupted
 
     try:
-        app.run(main, flags_parser=_parse_flags)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        main(argv)
     except Interrupted as interrupted:
         print(f"{interrupted}; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, its errors and ml_collections' told plainly."""
-    first_field = next(
-        (i for i, a in enumerate(argv) if a.lstrip("-").startswith("config.")), len(argv)
-    )
-    config_at = next(
-        (i for i, a in enumerate(argv) if a.lstrip("-").split("=")[0] == "config"), None
-    )
-    if config_at is not None and config_at > first_field:
-        argv = [argv[0], argv[config_at], *argv[1:config_at], *argv[config_at + 1 :]]
-    try:
-        return flags.FLAGS(argv)
-    except (AttributeError, KeyError) as error:
-        _check_fields(argv)
-        raise UserError(f"{str(error).splitlines()[0]} (in {' '.join(argv[1:])})") from None
-    except (flags.Error, OSError, TypeError, ValueError) as error:
-        raise UserError(str(error).splitlines()[0]) from None
-
-
-def _check_fields(argv: list[str]) -> None:
-    """Names the first `--config.FIELD=…` that is no field of a run."""
-    from detclipv2_jax import config, fields
-
-    for argument in argv:
-        name = argument.lstrip("-").split("=")[0]
-        if name.startswith("config."):
-            fields.check_path(config.RunConfig, name.removeprefix("config."), "--config")
-
-
 if __name__ == "__main__":
-    run()
+    commands.run_with_config(run)

@@ -14,12 +14,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from detclipv2_jax.commands import run_with_config
 from detclipv2_jax.data import canvases
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.errors import UserError
@@ -33,8 +34,6 @@ _STEPS = flags.DEFINE_integer("steps", 100, "Steps of each kind to plan.", lower
 
 def main(argv: list[str]) -> None:
     """Prints a table a kind."""
-    if len(argv) > 1:
-        raise UserError(f"Unexpected argument {argv[1]!r}: every option starts with --.")
     if (_CONFIG.value is None) == (_DATA.value is None):
         raise UserError("Name either --config=FILE or --data=DIR.")
     counts = (_COUNT.value,) if _COUNT.value else range(1, 6)
@@ -116,17 +115,5 @@ def parse_area(text: str) -> int:
     return int(np.prod([int(side) for side in sides]))
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, its errors in one sentence."""
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(str(error).splitlines()[0]) from None
-
-
 if __name__ == "__main__":
-    try:
-        app.run(main, flags_parser=parse_flags)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    run_with_config(main)

@@ -22,11 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from detclipv2_jax.commands import run_with_config
 from detclipv2_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's config.")
@@ -170,8 +171,6 @@ def table(rows: list[dict[str, Any]], chip: str) -> str:
 
 def main(argv: list[str]) -> None:
     """Compiles, prints and writes."""
-    if len(argv) > 1:
-        raise UserError(f"Unexpected argument {argv[1]!r}: every option starts with --.")
     found = devices(_TOPOLOGY.value)  # before anything initialises JAX's own devices
 
     from detclipv2_jax import config as config_lib
@@ -201,17 +200,5 @@ def main(argv: list[str]) -> None:
         write_json(_OUTPUT.value, about | {"programs": rows})
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, its errors in one sentence."""
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(str(error).splitlines()[0]) from None
-
-
 if __name__ == "__main__":
-    try:
-        app.run(main, flags_parser=parse_flags)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    run_with_config(main)

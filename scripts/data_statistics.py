@@ -24,6 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+from detclipv2_jax.commands import status
 from detclipv2_jax.errors import UserError  # noqa: E402
 from detclipv2_jax.files import replacing, write_json  # noqa: E402
 
@@ -32,13 +33,7 @@ _PAIRS = 5  # leaked pictures that are named
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; 2 if something that the user can mend went wrong, one sentence each."""
-    args = parser().parse_args(arguments)
-    try:
-        run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return status(run, parser().parse_args(arguments))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from detclipv2_jax.commands import status
 from detclipv2_jax.data import lexicon as lexicon_lib
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.errors import UserError
@@ -115,13 +116,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 2 if something that the user can mend went wrong, in one sentence."""
-    args = parser().parse_args(arguments)
-    try:
-        run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return status(run, parser().parse_args(arguments))
 
 
 if __name__ == "__main__":

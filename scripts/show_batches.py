@@ -18,11 +18,12 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from detclipv2_jax.commands import run_with_config
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.files import replacing
 from detclipv2_jax.structures import KINDS, Batch
@@ -59,8 +60,6 @@ def main(argv: list[str]) -> None:
     from detclipv2_jax.data import pipeline
     from detclipv2_jax.data.transforms import TransformConfig
 
-    if len(argv) > 1:
-        raise UserError(f"Unexpected argument {argv[1]!r}: every option starts with --.")
     config = config_lib.parse(_CONFIG.value.to_dict())
     plan, sources, _ = train.open_data(config)
     kinds = {kind: config.data.kinds()[kind] for kind in plan.kinds}
@@ -180,17 +179,5 @@ def render(sections: list[dict]) -> str:
     return jinja2.Environment(autoescape=True).from_string(_PAGE).render(sections=sections)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, its errors in one sentence."""
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(str(error).splitlines()[0]) from None
-
-
 if __name__ == "__main__":
-    try:
-        app.run(main, flags_parser=parse_flags)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    run_with_config(main)

@@ -1,0 +1,58 @@
+"""How the commands read their options and say what went wrong: one sentence, exit status 2."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from detclipv2_jax.errors import UserError
+
+
+def status(run: Callable[..., Any], *args: Any) -> int:
+    """The exit status of `run(*args)`: 0, or 2 where the user can mend what went wrong."""
+    try:
+        run(*args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_with_config(main: Callable[[list[str]], None]) -> None:
+    """Runs an absl program whose `--config` is a run's config, and ends with its exit status."""
+    from absl import app
+
+    sys.exit(status(lambda: app.run(main, flags_parser=_parse_flags)))
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, its errors and ml_collections' told plainly; `--config` may stand anywhere."""
+    from absl import flags
+
+    first_field = next(
+        (i for i, a in enumerate(argv) if a.lstrip("-").startswith("config.")), len(argv)
+    )
+    config_at = next(
+        (i for i, a in enumerate(argv) if a.lstrip("-").split("=")[0] == "config"), None
+    )
+    if config_at is not None and config_at > first_field:
+        argv = [argv[0], argv[config_at], *argv[1:config_at], *argv[config_at + 1 :]]
+    try:
+        rest = flags.FLAGS(argv)
+    except (AttributeError, KeyError) as error:
+        _check_fields(argv)
+        raise UserError(f"{str(error).splitlines()[0]} (in {' '.join(argv[1:])})") from None
+    except (flags.Error, OSError, TypeError, ValueError) as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: every option starts with --.")
+    return rest
+
+
+def _check_fields(argv: list[str]) -> None:
+    """Names the first `--config.FIELD=…` that is no field of a run."""
+    from detclipv2_jax import config, fields
+
+    for argument in argv:
+        name = argument.lstrip("-").split("=")[0]
+        if name.startswith("config."):
+            fields.check_path(config.RunConfig, name.removeprefix("config."), "--config")
