@@ -34,9 +34,9 @@ def swin_t() -> ConfigDict:
     config = ConfigDict(fields.to_dict(config_lib.RunConfig(model=sizes.SWIN_T)))
     data = config.data
     data.prepare = (
-        "python scripts/prepare_data.py coco|goldg|image_text --from=DIR --to=data/NAME for the "
-        "names objects365 (COCO JSON), goldg (MDETR JSON) and cc15m (captions), then "
-        "scripts/prepare_concepts.py --from=data --to=data/concepts"
+        "python scripts/prepare_data.py objects365|goldg|conceptual_captions --from=DIR "
+        "--to=data/NAME for the names objects365, goldg and cc15m, then "
+        "scripts/prepare_concepts.py --from=data --to=data/concepts (docs/data.md)"
     )
     data.concepts = "concepts"
     data.detection.sources = ("objects365",)

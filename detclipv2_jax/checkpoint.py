@@ -5,11 +5,14 @@ evaluation and detection read), `state` (the rest of the training state) and `me
 """
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -18,6 +21,7 @@ from detclipv2_jax.models import detclip
 from detclipv2_jax.state import TrainState
 
 SUBDIRECTORY = "checkpoints"
+_PATIENCE = 3  # checkpoints in a row that cannot be written before the run stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Checkpointer:
                 ),
             ]
         )
+        self._failures, self._writing = 0, None  # in a row; the step that is being written
         self._manager = ocp.CheckpointManager(
             Path(workdir).absolute() / SUBDIRECTORY,
             item_handlers=_handlers(),
@@ -59,28 +64,83 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, meta: dict[str, Any], score: float | None) -> None:
-        """Starts to write the state after `state.step` steps; returns when it left the devices."""
+        """Starts to write the state after `state.step` steps; returns when it left the devices.
+
+        A checkpoint that cannot be written is told, and the run goes on to the next one.
+
+        Raises:
+          UserError: `_PATIENCE` of them in a row could not; names the last good one.
+        """
+        self.wait()
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave(state.ema),
-                state=ocp.args.StandardSave(_without_average(state)),
-                meta=ocp.args.JsonSave(meta),
-            ),
-            metrics=None if score is None else {"score": score},
-        )
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardSave(state.ema),
+                    state=ocp.args.StandardSave(_without_average(state)),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+                metrics=None if score is None else {"score": score},
+            )
+            self._writing = step
+        except Exception as error:  # a full disk, a lost bucket, whatever a file system says
+            self._failed(step, error)
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk. What cannot be written is told as by `save`."""
+        step, self._writing = self._writing, None
+        if step is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+            self._failures = 0
+        except Exception as error:
+            self._failed(step, error)
+
+    def _failed(self, step: int, error: Exception) -> None:
+        self._failures += 1
+        self._manager.reload()
+        told = f"{self._manager.directory}: the checkpoint of step {step} could not be written"
+        told += f" ({_first_line(error)})"
+        if self._failures >= _PATIENCE:
+            raise UserError(
+                f"{told}, as {self._failures} in a row; the last good one is of step "
+                f"{self.latest}: make room, then start again with the same command."
+            ) from None
+        print(f"{told}; the last good one is of step {self.latest}", flush=True)
 
     def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint in the shapes and shardings of the abstract `target`, and its meta.
 
+        One that cannot be read is told, set aside as `STEP.damaged`, and the one before it is read.
+
         Raises:
-          UserError: if it was made with another model.
+          UserError: if it was made with another model, or none can be read.
         """
-        step = self._manager.latest_step()
-        where = self._manager.directory / str(step)
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            where = self._manager.directory / str(step)
+            found, reason = None, ""
+            try:
+                found = self._restore(step, target, where)
+            except UserError:
+                raise
+            except Exception as error:  # whatever a damaged file comes to
+                reason = _first_line(error)
+            if _everywhere(found is not None):
+                return found
+            print(f"the checkpoint {where} cannot be read ({reason}): going back before it")
+            self._set_aside(step)
+        raise UserError(
+            f"{self._manager.directory}: none of its checkpoints can be read; they are set aside "
+            "as *.damaged, and the next start begins anew."
+        )
+
+    def _restore(
+        self, step: int, target: TrainState, where: Any
+    ) -> tuple[TrainState, dict[str, Any]]:
         meta = self._manager.restore(
             step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         ).meta
@@ -92,15 +152,21 @@ class Checkpointer:
                 state=ocp.args.StandardRestore(_without_average(target)),
             ),
         )
-        state = TrainState(ema=restored.model, **restored.state)
-        return state, meta
+        return TrainState(ema=restored.model, **restored.state), meta
 
-    def wait(self) -> None:
-        """Returns when everything saved is on disk."""
-        self._manager.wait_until_finished()
+    def _set_aside(self, step: int) -> None:
+        """Out of the way of the run, which will write that step again; kept for people."""
+        where = Path(self._manager.directory) / str(step)
+        if jax.process_index() == 0:
+            aside = where.with_name(f"{step}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            where.rename(aside)
+        _everywhere(True)  # the others wait for it
+        self._manager.reload()
 
     def close(self) -> None:
         """Finishes writing and lets go of the directory."""
+        self.wait()
         self._manager.close()
 
 
@@ -140,6 +206,17 @@ def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
         ).model
     definitions = meta.get("definitions", {})  # older checkpoints have none
     return LoadedModel(graphdef, params, meta["config"], step, meta["names"], definitions)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def _everywhere(good: bool) -> bool:
+    """Is it so in every process? Each waits for the others."""
+    if jax.process_count() == 1:
+        return good
+    return bool(np.all(multihost_utils.process_allgather(np.array(good))))
 
 
 def _handlers() -> dict[str, Any]:

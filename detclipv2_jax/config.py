@@ -89,9 +89,10 @@ class EvalConfig(DetectConfig):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The device mesh; -1 stands for all devices that are left."""
+    """The device mesh: data × fsdp devices, over all of which the batch is split."""
 
-    data: int = -1
+    data: int = -1  # copies of the parameters; -1 stands for all devices that are left
+    fsdp: int = 1  # devices that share one copy of parameters, optimizer and moving average
 
 
 @dataclasses.dataclass(frozen=True)

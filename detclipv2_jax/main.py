@@ -8,6 +8,7 @@ where a killed run stopped.
 
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File with the run's config.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes, and where it goes on from.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of the first process, where no cluster tells it."
+)
+_COUNT = flags.DEFINE_integer("num_processes", None, "Processes of the run.", lower_bound=1)
+_INDEX = flags.DEFINE_integer("process_id", None, "Number of this process.", lower_bound=0)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -28,7 +34,7 @@ def main(argv: list[str]) -> None:
     """Starts the processes of the run, reads the config, trains."""
     import jax
 
-    from detclipv2_jax import config, train
+    from detclipv2_jax import config, processes, train
 
     if len(argv) > 1:
         raise UserError(
@@ -36,9 +42,10 @@ def main(argv: list[str]) -> None:
         )
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file
     parsed, workdir = config.parse(_CONFIG.value.to_dict()), Path(_WORKDIR.value).absolute()
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        jax.distributed.initialize()
-    _split_cpu(parsed)
+    if not processes.start(_COORDINATOR.value, _COUNT.value, _INDEX.value):
+        _split_cpu(parsed)
+    elif jax.process_index():  # one voice; what goes wrong is said by each on stderr
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     if not jax.config.jax_compilation_cache_dir:
         # A run that goes on, or that only evaluates, finds its programs compiled.
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
@@ -65,12 +72,20 @@ def _split_cpu(parsed: Any) -> None:
 
 
 def run() -> None:
-    """`main` with every error a user can mend as one sentence and exit status 2."""
+    """`main` with every error a user can mend as one sentence and exit status 2.
+
+    A run that SIGTERM ended in good order has exit status 143, as one that it killed.
+    """
+    from detclipv2_jax.interruption import Interrupted
+
     try:
         app.run(main, flags_parser=_parse_flags)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as interrupted:
+        print(f"{interrupted}; the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -17,8 +17,14 @@ from detclipv2_jax.files import replacing
 class MetricsLog:
     """`metrics.jsonl`, a JSON object a line with `step` in each, and the same for TensorBoard."""
 
-    def __init__(self, workdir: Path, resumed_at: int):
-        """Goes on after step `resumed_at`; what was logged later is of a branch that was lost."""
+    def __init__(self, workdir: Path | None, resumed_at: int):
+        """Goes on after step `resumed_at`; what was logged later is of a branch that was lost.
+
+        Without a `workdir`, in all processes but the first, nothing is written.
+        """
+        self._file = self._events = None
+        if workdir is None:
+            return
         path = workdir / "metrics.jsonl"
         lines = list(read_log(path, resumed_at)) if path.exists() else []
         with replacing(path) as partial:
@@ -28,6 +34,8 @@ class MetricsLog:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one line; a value that is not finite is written as null."""
+        if self._file is None:
+            return
         clean = {k: _finite(v) if isinstance(v, float) else v for k, v in values.items()}
         self._file.write(json.dumps({"step": step} | clean) + "\n")
         prefix = values.get("kind", "evaluation")
@@ -37,8 +45,9 @@ class MetricsLog:
 
     def close(self) -> None:
         """Everything written is on disk."""
-        self._file.close()
-        self._events.close()
+        if self._file is not None:
+            self._file.close()
+            self._events.close()
 
 
 def read_log(path: Path, last_step: int | None = None) -> Iterator[dict[str, Any]]:
@@ -54,10 +63,15 @@ def read_log(path: Path, last_step: int | None = None) -> Iterator[dict[str, Any
 class Progress:
     """The progress line: kind, loss and its parts, images a second, time left."""
 
-    def __init__(self, total: int, start: int):
+    def __init__(self, total: int, start: int, shown: bool = True):
         """A line for steps `start` to `total`."""
         self._bar = tqdm(
-            total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=2.0
+            total=total,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=2.0,
+            disable=not shown,
         )
         self._since = time.monotonic()
         self._images = 0

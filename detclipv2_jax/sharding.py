@@ -1,6 +1,7 @@
 """The device mesh, and where every array of a run lies on it."""
 
 import collections
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -15,28 +16,55 @@ from detclipv2_jax.structures import Batch
 
 Planned = TypeVar("Planned")  # what a feed says of a batch; not looked at
 
-# (regular expression on a parameter's path, its partition): every parameter is held whole by every
-# device. Optimizer and moving average follow their parameter.
-PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = ((r".*", PartitionSpec()),)
+# (regular expression on a parameter's path, the axis that is split over `fsdp`; None: held whole).
+# What is large is split along what it gives out: an even number in every model. The rest is small.
+# Optimizer and moving average follow their parameter.
+PARAMETER_RULES: tuple[tuple[str, int | None], ...] = (
+    (r".*/kernel|text/(token_embedding|text_projection)", -1),
+    (r".*", None),
+)
+BATCH = ("data", "fsdp")  # the axes over which a batch is split: all of them
 
 
-def make_mesh(data: int = -1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with one axis, `data`, over which the batch is split; -1 takes every device."""
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of `data` × `fsdp` devices; -1 takes all that are left.
+
+    The batch is split over both axes. Parameters are split over `fsdp` and held by each of `data`.
+
+    Raises:
+      UserError: there are not so many devices, or `fsdp` does not divide them.
+    """
     devices = list(jax.devices() if devices is None else devices)
-    size = len(devices) if data == -1 else data
-    if not 1 <= size <= len(devices):
+    if fsdp < 1 or (data == -1 and len(devices) % fsdp):
         raise UserError(
-            f"config.mesh.data is {data}, the devices are {len(devices)}: use 1 to that, or -1."
+            f"config.mesh.fsdp is {fsdp}, which does not divide {len(devices)} devices: use a "
+            "divisor, 1 to hold all parameters on each device."
         )
-    return Mesh(np.array(devices[:size]), ("data",), axis_types=(AxisType.Auto,))
+    data = len(devices) // fsdp if data == -1 else data
+    if not 1 <= data * fsdp <= len(devices):
+        raise UserError(
+            f"config.mesh.data × config.mesh.fsdp is {data} × {fsdp}, the devices are "
+            f"{len(devices)}: use as many at most, or data -1."
+        )
+    grid = np.array(devices[: data * fsdp]).reshape(data, fsdp)
+    return Mesh(grid, BATCH, axis_types=(AxisType.Auto,) * 2)
 
 
 def parameter_shardings(mesh: Mesh, params: PyTree) -> PyTree:
-    """A sharding for every parameter, by the rules above."""
-    specs = match_rules(PARAMETER_RULES, params, "sharding")
-    return jax.tree.map(
-        lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
-    )
+    """A sharding for every parameter, by the rules above.
+
+    An axis that `fsdp` does not divide is not split: a head of 27 channels costs nothing.
+    """
+    axes = match_rules(PARAMETER_RULES, params, "sharding")
+
+    def sharding(axis: int | None, value: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
+        if axis is None or value.shape[axis] % mesh.shape["fsdp"]:
+            return replicated(mesh)
+        spec = [None] * value.ndim
+        spec[axis] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(sharding, axes, params, is_leaf=lambda axis: axis is None)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -45,22 +73,35 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def split(mesh: Mesh) -> NamedSharding:
-    """Split over `data` along its first axis."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """Split over all devices along its first axis."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def batch_shardings(mesh: Mesh, batch: Batch) -> Batch:
-    """Images and what belongs to them split over `data`; the concept table held by all."""
+    """Images and what belongs to them split over all devices; so is the table of concepts.
+
+    Each device encodes its share of the concepts; the step gathers the embeddings. A table whose
+    rows the devices do not divide is encoded by each of them.
+    """
     images, whole = split(mesh), replicated(mesh)
+    tokens = whole if len(batch.tokens) % mesh.size else images
     return Batch(
         images=images, sizes=images, boxes=images, labels=images, texts=images,
-        tokens=whole, token_mask=whole, kind=batch.kind,
+        tokens=tokens, token_mask=whole, kind=batch.kind,
     )  # fmt: skip
 
 
 def put_batch(batch: Batch, shardings: Batch) -> Batch:
     """Each process hands in its slice of the images and its copy of the concept table."""
-    return jax.tree.map(jax.make_array_from_process_local_data, shardings, batch)
+
+    def put(sharding: NamedSharding, array: np.ndarray, whole: bool) -> jax.Array:
+        shape = array.shape if whole else None  # None: the processes' slices, one after another
+        return jax.make_array_from_process_local_data(sharding, array, shape)
+
+    everybodys = {"tokens", "token_mask"}
+    names = [field.name for field in dataclasses.fields(Batch) if field.name != "kind"]
+    arrays = {n: put(getattr(shardings, n), getattr(batch, n), n in everybodys) for n in names}
+    return Batch(**arrays, kind=batch.kind)
 
 
 def prefetch(

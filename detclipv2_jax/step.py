@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from detclipv2_jax.models import detclip
@@ -47,8 +48,20 @@ class LossConfig:
     proposals: ProposalConfig = ProposalConfig()
 
 
+def encode_concepts(
+    model: DetCLIP, tokens: Int[Array, "M L"], gathered: NamedSharding | None
+) -> Float[Array, "M D"]:
+    """The step's concepts, each encoded once by one device and then held by all (`gathered`)."""
+    features = model.encode_text(tokens)
+    return features if gathered is None else jax.lax.with_sharding_constraint(features, gathered)
+
+
 def dense_losses(
-    model: DetCLIP, batch: Batch, config: LossConfig, key: PRNGKeyArray | None
+    model: DetCLIP,
+    batch: Batch,
+    config: LossConfig,
+    key: PRNGKeyArray | None,
+    gathered: NamedSharding | None = None,
 ) -> tuple[Array, Losses]:
     """Detection and grounding: every anchor against every concept of the global batch.
 
@@ -61,7 +74,7 @@ def dense_losses(
     anchor_mask = box_ops.anchors_inside(anchors, batch.sizes)
 
     regions = model.encode_image(batch.images, key)
-    logits = model.logits(regions.embeddings, model.encode_text(batch.tokens))
+    texts = model.scale() * encode_concepts(model, batch.tokens, gathered)
 
     # A box whose concept found no row in the step's table is neither object nor background.
     real = batch.boxes[..., 2] > batch.boxes[..., 0]
@@ -77,7 +90,9 @@ def dense_losses(
     scored = anchor_mask & ~(positive & (label < 0))
 
     positives = jnp.maximum(positive.sum(), 1).astype(jnp.float32)
-    align = losses.alignment_loss(logits, label, scored, batch.token_mask)
+    align = losses.alignment_loss(
+        regions.embeddings, texts, model.logit_bias[...], label, scored, batch.token_mask
+    )
     parts = {"align": align / positives}
     total = parts["align"]
     if batch.kind == "detection" or config.grounding_boxes:
@@ -104,11 +119,15 @@ def _box_losses(
 
 
 def image_text_losses(
-    model: DetCLIP, batch: Batch, config: LossConfig, key: PRNGKeyArray | None
+    model: DetCLIP,
+    batch: Batch,
+    config: LossConfig,
+    key: PRNGKeyArray | None,
+    gathered: NamedSharding | None = None,
 ) -> tuple[Array, Losses]:
     """Image-text pairs: λ L_cts between the captions' concepts and chosen regions (eq. 3–5)."""
     regions = model.encode_image(batch.images, key)
-    concepts = model.encode_text(batch.tokens)
+    concepts = encode_concepts(model, batch.tokens, gathered)
     chosen, mask, areas = select_regions(model, batch, regions, concepts, config.proposals)
     loss = contrastive.word_region_contrastive(
         chosen, mask, areas, concepts, batch.texts, model.scale(), config.word_region
@@ -172,8 +191,11 @@ def train_step(
     optimizer: AdamW,
     config: LossConfig,
     seed: int,
+    gathered: NamedSharding | None = None,
 ) -> tuple[TrainState, Losses]:
     """One update on one global batch of one kind.
+
+    `gathered` is how all devices hold an array whole; None on one device.
 
     A step whose loss or gradient is not finite changes nothing but the counters `skipped`.
 
@@ -184,7 +206,10 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
     def loss_of(params: PyTree) -> tuple[Array, Losses]:
-        return losses_of(batch.kind)(detclip.build(graphdef, params), batch, config, key)
+        if gathered is not None:  # else the compiler would split activations as parameters are
+            params = jax.lax.with_sharding_constraint(params, gathered)
+        model = detclip.build(graphdef, params)
+        return losses_of(batch.kind)(model, batch, config, key, gathered)
 
     (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     norm = optax.tree.norm(gradients)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from detclipv2_jax import config as config_lib
@@ -26,6 +27,7 @@ from detclipv2_jax.data.plan import KindPlan, Plan, StepPlan
 from detclipv2_jax.data.transforms import TransformConfig
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.files import write_json
+from detclipv2_jax.interruption import Interrupted, StopRequest
 from detclipv2_jax.models import detclip
 from detclipv2_jax.predictor import Predictor, detect_config
 from detclipv2_jax.prompting import prompting
@@ -45,7 +47,10 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
 
     Raises:
       UserError: for anything the user can mend; nothing is lost, the next start goes on.
+      Interrupted: by SIGTERM; the state is saved, the next start goes on.
     """
+    first = jax.process_index() == 0  # the process that writes and shows; main.py mutes the others
+
     # ---- Data: from here on, what each step sees is a function of (seed, step).
     plan, sources, names = open_data(config)
     total_steps = max(1, round(config.train.epochs * plan.steps_per_epoch))
@@ -58,7 +63,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
         print(f"{known} of {len(names)} detection names have a definition")
 
     # ---- Model, optimizer, state: restored if this workdir has a checkpoint.
-    mesh = sharding.make_mesh(config.mesh.data)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     evaluator = Evaluator(config, definitions, workdir, mesh) if config.eval.dataset else None
     graphdef, params = detclip.create(config.model, config.seed)
     millions = sum(p.size for p in jax.tree.leaves(params)) / 1e6
@@ -76,7 +81,8 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
         state, meta = checkpointer.restore(jax.tree.map(_abstract, state, shardings))
         clock = metrics.Clock(meta["seconds"])
         print(f"going on after step {int(state.step)}{_changes(meta['config'], config)}")
-    write_json(workdir / "config.json", fields.to_dict(config))
+    if first:
+        write_json(workdir / "config.json", fields.to_dict(config))
     start = int(state.step)
 
     # ---- The input pipeline starts now, so that it fills while the programs compile.
@@ -103,22 +109,24 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
             optimizer=rule,
             config=config.loss,
             seed=config.seed,
+            gathered=sharding.replicated(mesh),
         )
         todo = plan.programs if start < total_steps else []
         programs = compile_programs(step_fn, todo, state, shardings, mesh, config)
 
     # ---- The loop. A step's figures are read when the next one is under way.
-    log = metrics.MetricsLog(workdir, start)
-    progress = metrics.Progress(total_steps, start)
+    log = metrics.MetricsLog(workdir if first else None, start)
+    progress = metrics.Progress(total_steps, start, shown=first)
     recorder = Recorder(config, log, progress, checkpointer)
     on_device = sharding.prefetch(feed, mesh)
-    results = None
+    results, stop = None, StopRequest()
     for step in range(start, total_steps):
         with clock("data"):
             planned, batch = next(on_device)
         with clock("train"):
             state, values = programs[planned.kind, planned.shape](state, batch)
             recorder.add(planned, values)
+        stopping = stop.is_due(step + 1)
         last, score = step + 1 == total_steps, None
         if evaluator and (last or _is_due(step + 1, config.train.eval_every)):
             recorder.finish()
@@ -127,12 +135,15 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
                 score = headline(results)
                 log.write(step + 1, scalars(results))
                 progress.say(f"step {step + 1}: {score:.4f} AP")
-        if last or _is_due(step + 1, config.train.checkpoint_every):
+        if last or stopping or _is_due(step + 1, config.train.checkpoint_every):
             recorder.finish()
             with clock("checkpoint"):
                 meta = {"config": fields.to_dict(config), "names": names}
                 meta |= {"definitions": definitions, "seconds": clock.seconds}
                 checkpointer.save(state, meta, score)
+        if stopping and not last:
+            checkpointer.wait()
+            raise Interrupted(f"stopped by {stop.reason} after step {step + 1}, which is saved")
     progress.close()
     log.close()
     checkpointer.close()
@@ -140,7 +151,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
     # ---- What came of it.
     if evaluator and results is None:
         results = evaluator(graphdef, state)
-    report(workdir, results, clock, int(state.skipped), feed)
+    report(workdir if first else None, results, clock, int(state.skipped), feed)
     feed.close()
     return results
 
@@ -211,6 +222,26 @@ def abstract_batch(kind: str, shape: tuple[int, int], config: config_lib.KindCon
     )
 
 
+def lower_program(
+    step_fn: Any,
+    program: Program,
+    state: TrainState,
+    shardings: TrainState,
+    mesh: jax.sharding.Mesh,
+    config: RunConfig,
+) -> jax.stages.Lowered:
+    """The step of one (kind, canvas), traced for a mesh; `state` may be abstract."""
+    kind, shape = program
+    batch = abstract_batch(kind, shape, config.data.kinds()[kind])
+    run = jax.jit(
+        step_fn,
+        donate_argnums=0,
+        in_shardings=(shardings, sharding.batch_shardings(mesh, batch)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
+    return run.lower(state, batch)
+
+
 def compile_programs(
     step_fn: Any,
     programs: Sequence[Program],
@@ -222,25 +253,13 @@ def compile_programs(
     """The compiled step of every (kind, canvas), several at a time; prints what each costs."""
 
     def compile_one(program: Program) -> Any:
-        kind, shape = program
-        began = time.monotonic()
-        kind_config = config.data.kinds()[kind]
-        batch = abstract_batch(kind, shape, kind_config)
-        compiled = (
-            jax.jit(
-                step_fn,
-                donate_argnums=0,
-                in_shardings=(shardings, sharding.batch_shardings(mesh, batch)),
-                out_shardings=(shardings, sharding.replicated(mesh)),
-            )
-            .lower(state, batch)
-            .compile()
-        )
+        (kind, shape), began = program, time.monotonic()
+        compiled = lower_program(step_fn, program, state, shardings, mesh, config).compile()
         memory, seconds = compiled.memory_analysis(), time.monotonic() - began
         print(
-            f"compiled {kind}, {kind_config.batch_size} × {shape[0]}×{shape[1]}: {seconds:.0f} s, "
-            f"{compiled.cost_analysis().get('flops', 0) / 1e9:.1f} GFLOP a device, "
-            f"{memory.temp_size_in_bytes / 2**30:.2f} GiB beside the state's "
+            f"compiled {kind}, {config.data.kinds()[kind].batch_size} × {shape[0]}×{shape[1]}: "
+            f"{seconds:.0f} s, {compiled.cost_analysis().get('flops', 0) / 1e9:.1f} GFLOP a "
+            f"device, {memory.temp_size_in_bytes / 2**30:.2f} GiB beside the state's "
             f"{memory.argument_size_in_bytes / 2**30:.2f}",
             flush=True,
         )
@@ -333,8 +352,9 @@ class Evaluator:
             self._images,
             prompts=self._prompts,
             step=int(state.step),
-            output=self._workdir,
+            output=self._workdir if jax.process_index() == 0 else None,
             pictures=config.pictures,
+            progress=jax.process_index() == 0,
         )
 
 
@@ -352,23 +372,36 @@ def scalars(results: dict[str, Any]) -> dict[str, float | None]:
 
 
 def report(
-    workdir: Path,
+    workdir: Path | None,
     results: dict[str, Any] | None,
     clock: metrics.Clock,
     skipped: int,
     feed: pipeline.Batches,
 ) -> None:
-    """Prints the table, where the time went and what was left out; draws the loss curves."""
-    drawing.loss_curves(workdir / "metrics.jsonl", workdir / "losses.png")
+    """Prints the table, where the time went and what was left out; draws the loss curves.
+
+    All processes call it, for each knows only what it left out itself; without a `workdir` nothing
+    is drawn.
+    """
+    if workdir is not None:
+        drawing.loss_curves(workdir / "metrics.jsonl", workdir / "losses.png")
     if results is not None:
         print(evaluate.table(results))
     print("\nseconds: " + ", ".join(f"{part} {s:.0f}" for part, s in clock.seconds.items()))
-    for source, count in feed.broken.items():
+    for source, (count, read) in _over_processes(feed.broken, feed.read).items():
         if count:
-            print(f"{source}: {count} of {feed.read[source]} records could not be read")
+            print(f"{source}: {count} of {read} records could not be read")
     if skipped:
         print(f"{skipped} updates were skipped: their loss or gradient was not finite")
     print(f"\n{workdir}/: detections/*.png, losses.png, results.json, metrics.jsonl, checkpoints/")
+
+
+def _over_processes(*counts: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """The processes' counts by name, added up."""
+    table = np.array([list(count.values()) for count in counts])
+    if jax.process_count() > 1:
+        table = multihost_utils.process_allgather(table).sum(axis=0)
+    return {name: tuple(column.tolist()) for name, column in zip(counts[0], table.T)}
 
 
 def _is_due(step: int, every: int) -> bool:

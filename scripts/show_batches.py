@@ -98,10 +98,10 @@ def main(argv: list[str]) -> None:
 def _wanted(plan) -> Iterator[int]:
     """The steps of the asked kind that have a picture of the asked source."""
     for step in range(_STEP.value, _STEP.value + _PATIENCE):
-        planned = plan.plan(step)
-        if _KIND.value not in (None, planned.kind):
+        if _KIND.value not in (None, plan.program(step)[0]):
             continue
         if _SOURCE.value is not None:
+            planned = plan.plan(step)
             names = plan.kinds[planned.kind].sources
             here = planned.sources[planned.records >= 0]
             if _SOURCE.value not in {names[number] for number in here}:

@@ -38,7 +38,7 @@ def test_a_state_comes_back_bit_for_bit_on_another_mesh(tmp_path):
     saver.save(old, META, None)
     saver.close()
 
-    four = sharding.make_mesh(4)
+    four = sharding.make_mesh(2, 2)
     shardings = train.state_shardings(four, old)
     new, meta = Checkpointer(tmp_path, 2).restore(_abstract(old, shardings))
     jax.tree.map(np.testing.assert_array_equal, new, old)
@@ -53,6 +53,67 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     saver.close()
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     assert kept == [2, 5, 6]
+
+
+def _cut(directory):
+    """Half of every file, as a disk that filled up leaves them."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _saved(directory, *steps):
+    saver = Checkpointer(directory, 3)
+    for step in steps:
+        saver.save(_state(step=step), META, None)
+    saver.close()
+    return directory / "checkpoints"
+
+
+@pytest.mark.parametrize("item", ["model", "state", "meta"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, item, capsys):
+    root = _saved(tmp_path, 1, 2)
+    _cut(root / "2" / item)
+    target = _abstract(_state(), train.state_shardings(sharding.make_mesh(1), _state()))
+    saver = Checkpointer(tmp_path, 3)
+    restored, _ = saver.restore(target)
+    assert int(restored.step) == 1 and saver.latest == 1
+    assert "checkpoints/2 cannot be read" in capsys.readouterr().out
+    assert (root / "2.damaged").is_dir()
+    saver.save(_state(step=2), META, None)  # the run comes by again
+    saver.close()
+    assert Checkpointer(tmp_path, 3).latest == 2
+
+
+def test_only_damaged_checkpoints_are_an_error(tmp_path):
+    root = _saved(tmp_path, 1)
+    _cut(root / "1")
+    target = _abstract(_state(), train.state_shardings(sharding.make_mesh(1), _state()))
+    with pytest.raises(UserError, match="none of its checkpoints can be read.*damaged"):
+        Checkpointer(tmp_path, 3).restore(target)
+
+
+def test_a_full_disk_is_told_and_ends_the_run_at_the_third_time(tmp_path, monkeypatch, capsys):
+    saver = Checkpointer(tmp_path, 3)
+    saver.save(_state(step=1), META, None)
+    saver.wait()
+    whole = saver._manager.save
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saver._manager, "save", full)
+    for step in (2, 3):
+        saver.save(_state(step=step), META, None)
+        said = capsys.readouterr().out
+        assert f"the checkpoint of step {step} could not be written" in said
+        assert "No space left on device" in said and "last good one is of step 1" in said
+    with pytest.raises(UserError, match="3 in a row; the last good one is of step 1: make room"):
+        saver.save(_state(step=4), META, None)
+    monkeypatch.setattr(saver._manager, "save", whole)  # room was made
+    saver.save(_state(step=5), META, None)
+    saver.close()
+    assert Checkpointer(tmp_path, 3).latest == 5
 
 
 def test_saving_the_same_step_twice_is_harmless(tmp_path):
@@ -120,14 +181,15 @@ def test_a_checkpoint_of_another_model_is_named_with_the_parameter(tmp_path):
         checkpoint.load_model(tmp_path / "b")
 
 
-def test_optimizer_state_and_average_are_laid_out_like_their_parameters(monkeypatch):
-    rules = ((".*embedding", PartitionSpec(None, "data")), (".*", PartitionSpec()))
-    monkeypatch.setattr(sharding, "PARAMETER_RULES", rules)
-    mesh, tree = sharding.make_mesh(4), _state()
+def test_optimizer_state_and_average_are_laid_out_like_their_parameters():
+    mesh, tree = sharding.make_mesh(1, 4), _state()
     shardings = train.state_shardings(mesh, tree)
-    wanted = NamedSharding(mesh, PartitionSpec(None, "data"))
+    wanted = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
     for part in (shardings.params, shardings.ema, shardings.moments.mean, shardings.moments.square):
         paths = detclip.parameter_paths(part)
-        split = [path for path, value in paths.items() if value == wanted]
-        assert split and all(path.endswith("embedding") for path in split)
+        assert paths["text/token_embedding"] == wanted
+        split = [path for path, value in paths.items() if not value.is_fully_replicated]
+        assert len(split) > 10 and all(
+            path.endswith(("embedding", "projection", "kernel")) for path in split
+        )
     jax.device_put(tree, shardings)

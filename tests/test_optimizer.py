@@ -118,7 +118,9 @@ def _table(config):
     _, params = detclip.abstract(config.model)
     rule = optimizer.create(config.optimizer, params, 10)
     specs = optimizer.match_rules(sharding.PARAMETER_RULES, params, "sharding")
-    trees = (rule.factors, rule.decays, jax.tree.map(str, specs, is_leaf=_is_spec))
+    words = {None: "whole", -1: "last axis"}
+    specs = jax.tree.map(words.get, specs, is_leaf=lambda axis: axis is None)
+    trees = (rule.factors, rule.decays, specs)
     columns = [detclip.parameter_paths(tree) for tree in trees]
     rows = collections.Counter(
         (re.sub(r"(?<=/)\d+(?=/)", "*", path), *(column[path] for column in columns))
@@ -131,10 +133,6 @@ def _table(config):
         for (path, rate, decay, spec), count in sorted(rows.items())
     ]
     return "\n".join([head.replace("  rate", "     rate"), *lines]) + "\n"
-
-
-def _is_spec(node):
-    return isinstance(node, jax.sharding.PartitionSpec)
 
 
 def test_every_parameter_of_swin_t_is_updated_as_the_stored_table_says():

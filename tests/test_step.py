@@ -218,16 +218,22 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
     assert not np.array_equal(healed.params["logit_bias"], start.params["logit_bias"])
 
 
-@pytest.mark.parametrize("kind", ["detection", "image_text"])
-def test_four_devices_compute_what_one_computes(kind):
+@pytest.mark.parametrize(
+    ("kind", "mesh"), [("detection", (2, 2)), ("image_text", (4, 1)), ("image_text", (1, 4))]
+)
+def test_four_devices_compute_what_one_computes(kind, mesh):
     fn, start = _train_step()
     batch, results = make_batch(kind), []
-    for devices in (1, 4):
-        mesh = sharding.make_mesh(devices)
-        shardings = train.state_shardings(mesh, start)
-        layout = sharding.batch_shardings(mesh, batch)
-        out = (shardings, sharding.replicated(mesh))
-        run = jax.jit(fn, in_shardings=(shardings, layout), out_shardings=out)
+    for shape in ((1, 1), mesh):
+        devices = sharding.make_mesh(*shape)
+        shardings = train.state_shardings(devices, start)
+        layout = sharding.batch_shardings(devices, batch)
+        whole = sharding.replicated(devices)
+        run = jax.jit(
+            functools.partial(fn, gathered=whole),
+            in_shardings=(shardings, layout),
+            out_shardings=(shardings, whole),
+        )
         results.append(run(jax.device_put(start, shardings), sharding.put_batch(batch, layout)))
     (one, a), (four, b) = results
     for name in a:
@@ -235,3 +241,5 @@ def test_four_devices_compute_what_one_computes(kind):
     # Adam's first step is ±rate whatever the gradient's size: compare what it was fed, the mean.
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6)
     jax.tree.map(close, one.moments.mean, four.moments.mean)
+    split = {leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(four.ema)}
+    assert split == ({True} if mesh[1] == 1 else {True, False})

@@ -80,6 +80,35 @@ def test_a_run_killed_three_times_ends_with_the_same_losses(data, finished, tmp_
     assert a["fixed"] == b["fixed"]
 
 
+def test_a_run_stopped_by_sigterm_whose_checkpoint_is_damaged_ends_with_the_same_losses(
+    data, finished, tmp_path
+):
+    expected, log = _losses(finished[0]), tmp_path / "metrics.jsonl"
+    process = subprocess.Popen(
+        tiny_run.command(data, tmp_path), env=tiny_run.environment(), cwd=tiny_run.ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 6):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM, said[-3000:]
+    step = int(re.search(r"stopped by SIGTERM after step (\d+), which is saved; the same", said)[1])
+    saved = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert saved[-1] == step and saved[0] == 4
+    assert log.read_text().count("\n") == step  # every line is there
+
+    for file in (tmp_path / "checkpoints" / str(step) / "model").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    process = tiny_run.run(data, tmp_path)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert f"checkpoints/{step} cannot be read" in process.stdout
+    assert "going on after step 4" in process.stdout or step > 8
+    assert (tmp_path / "checkpoints" / f"{step}.damaged").is_dir()
+    assert _losses(tmp_path) == expected
+
+
 def _spoil(source, count):
     """Overwrites the first bytes of some of a source's stored pictures, as a bad disk would."""
     shards = sorted(source.glob("*.array_record-*"))

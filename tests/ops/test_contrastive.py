@@ -135,6 +135,38 @@ def test_blocks_change_nothing(matching, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, blocks)
 
 
+@pytest.mark.parametrize("regions_an_image", [1, 256, 257])
+def test_the_best_match_is_a_plain_maximum(regions_an_image):
+    """Values and gradients, also where the best region's number needs more than a byte."""
+    rng = np.random.default_rng(regions_an_image)
+    regions = rng.normal(size=(3, regions_an_image, 8)).astype(np.float32)
+    concepts = rng.normal(size=(150, 8)).astype(np.float32)  # more than a block
+    mask = rng.random((3, regions_an_image)) < 0.9
+    mask[0, 0], mask[2] = True, False
+    pull = rng.normal(size=(150, 3)).astype(np.float32)
+
+    def plain(regions, concepts):
+        dots = jnp.where(mask[:, :, None], jnp.einsum("bpd,md->bpm", regions, concepts), -jnp.inf)
+        return jnp.where(mask.any(axis=1), dots.max(axis=1).T, 0.0)
+
+    ours = lambda regions, concepts: ops._best_matched(regions, mask, concepts)
+    results = []
+    for match in (ours, plain):
+        value = lambda *a, match=match: (match(*a) * pull).sum()
+        results.append(jax.jit(lambda *a, f=match, v=value: (f(*a), jax.grad(v, (0, 1))(*a))))
+    got, expected = (jax.tree.leaves(run(regions, concepts)) for run in results)
+    for a, b in zip(got, expected):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert not np.asarray(got[1])[2].any()
+
+
+def test_of_equal_regions_the_first_learns():
+    regions = np.ones((1, 3, 2), np.float32)
+    mask = np.array([[False, True, True]])
+    run = jax.jit(jax.grad(lambda r: ops._best_matched(r, mask, np.ones((1, 2), np.float32)).sum()))
+    np.testing.assert_array_equal(run(regions)[0], [[0, 0], [1, 1], [0, 0]])
+
+
 def test_similarity_of_images_with_other_texts():
     regions, mask, areas, concepts, _ = with_gaps()
     ids = np.array([[6, 0], [-1, -1]], np.int32)

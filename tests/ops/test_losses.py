@@ -12,7 +12,9 @@ focal_slope = jax.jit(
     jax.grad(lambda *a, **k: losses.sigmoid_focal(*a, **k).sum()),
     static_argnames=("alpha", "gamma"),
 )
-alignment = jax.jit(jax.value_and_grad(losses.alignment_loss))
+alignment = jax.jit(
+    jax.value_and_grad(losses.alignment_loss, (0, 1, 2)), static_argnames=("block",)
+)
 giou_loss = jax.jit(losses.giou_loss)
 cross_entropy = jax.jit(losses.binary_cross_entropy)
 cross_entropy_slope = jax.jit(jax.grad(lambda *a: losses.binary_cross_entropy(*a).sum()))
@@ -70,48 +72,88 @@ def test_focal_in_any_type():
     np.testing.assert_allclose(half, expected, rtol=0.15)
 
 
-def alignment_case():
+def alignment_case(batch=3, anchors=7, concepts=5, dim=4):
     rng = np.random.default_rng(0)
-    batch, anchors, concepts = 3, 7, 5
-    logits = rng.normal(-2, 2, (batch, anchors, concepts)).astype(np.float32)
+    regions = rng.normal(0, 1, (batch, anchors, dim)).astype(np.float32)
+    texts = rng.normal(0, 1, (concepts, dim)).astype(np.float32)
     labels = rng.integers(-1, concepts, (batch, anchors), dtype=np.int32)
     labels[1] = -1  # an image without boxes
     anchor_mask = rng.random((batch, anchors)) < 0.7
     anchor_mask[2] = False  # an empty slot
-    concept_mask = np.array([True, True, False, True, True])
-    return logits, labels, anchor_mask, concept_mask
+    concept_mask = rng.random(concepts) < 0.8
+    return regions, texts, np.float32(-2.0), labels, anchor_mask, concept_mask
 
 
 def test_alignment_loss():
-    logits, labels, anchor_mask, concept_mask = alignment_case()
+    regions, texts, bias, labels, anchor_mask, concept_mask = alignment_case()
+    assert anchor_mask.any() and concept_mask.any() and not concept_mask.all()
     expected = 0.0
-    for b, k, m in np.ndindex(*logits.shape):
+    for b, k, m in np.ndindex(*regions.shape[:2], len(texts)):
         if anchor_mask[b, k] and concept_mask[m]:
-            expected += reference_focal(float(logits[b, k, m]), labels[b, k] == m, 0.25, 2.0)
-    got, _ = alignment(logits, labels, anchor_mask, concept_mask)
+            logit = regions[b, k].astype(np.float64) @ texts[m] + bias
+            expected += reference_focal(float(logit), labels[b, k] == m, 0.25, 2.0)
+    got, _ = alignment(*alignment_case())
     assert got == pytest.approx(expected, rel=1e-5)
 
 
-def test_alignment_ignores_what_is_masked_even_if_not_finite():
-    logits, labels, anchor_mask, concept_mask = alignment_case()
+def plain_alignment(regions, texts, bias, labels, anchor_mask, concept_mask):
+    """All logits at once, differentiated by JAX."""
+    logits = jnp.einsum("bkd,md->bkm", regions, texts) + bias
+    targets = labels[..., None] == jnp.arange(len(texts))
     valid = anchor_mask[..., None] & concept_mask
-    value, gradient = alignment(logits, labels, anchor_mask, concept_mask)
-    poisoned = np.where(valid, logits, np.nan)
-    value_2, gradient_2 = alignment(poisoned, labels, anchor_mask, concept_mask)
+    return jnp.where(valid, losses.sigmoid_focal(logits, targets), 0.0).sum()
+
+
+@pytest.mark.parametrize("block", [0, 1, 64, 300, 1000])
+def test_alignment_by_blocks_is_the_plain_formula(block):
+    case = alignment_case(3, 300, 70, 16)
+    expected = jax.jit(jax.value_and_grad(plain_alignment, (0, 1, 2)))(*case)
+    for got, wanted in zip(
+        jax.tree.leaves(alignment(*case, block=block)), jax.tree.leaves(expected)
+    ):
+        scale = np.abs(wanted).max()
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=2e-6 * scale)
+    alone = jax.jit(losses.alignment_loss, static_argnames=("block",))(*case, block=block)
+    np.testing.assert_allclose(alone, expected[0], rtol=1e-5)
+
+
+def test_alignment_passes_the_outer_gradient_on_and_keeps_types():
+    regions, texts, bias, labels, anchor_mask, concept_mask = alignment_case()
+    halves = jnp.bfloat16(regions), jnp.bfloat16(texts)
+    loss = lambda r, t, b: 3.0 * losses.alignment_loss(r, t, b, labels, anchor_mask, concept_mask)
+    by = jax.jit(jax.grad(loss, (0, 1, 2)))(*halves, bias)
+    assert [g.dtype for g in by] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+    _, expected = alignment(regions, texts, bias, labels, anchor_mask, concept_mask)
+    for got, wanted in zip(by, expected):
+        wanted = 3.0 * np.asarray(wanted)
+        error = np.abs(np.float32(got) - wanted).max()
+        assert error < 0.05 * np.abs(wanted).max()
+
+
+def test_alignment_ignores_what_is_masked_even_if_not_finite():
+    regions, texts, bias, labels, anchor_mask, concept_mask = alignment_case()
+    value, gradients = alignment(regions, texts, bias, labels, anchor_mask, concept_mask)
+    poisoned = (
+        np.where(anchor_mask[..., None], regions, np.nan),
+        np.where(concept_mask[:, None], texts, np.nan),
+    )
+    value_2, gradients_2 = alignment(*poisoned, bias, labels, anchor_mask, concept_mask)
     assert value == value_2
-    np.testing.assert_array_equal(gradient, gradient_2)
-    assert (np.asarray(gradient) != 0).sum() == valid.sum()
+    for a, b in zip(gradients, gradients_2):
+        np.testing.assert_array_equal(a, b)
+    assert (np.asarray(gradients[0]) != 0).any(axis=-1).sum() == anchor_mask.sum()
+    assert (np.asarray(gradients[1]) != 0).any(axis=-1).sum() == concept_mask.sum()
 
 
 @pytest.mark.parametrize("nothing", ["anchors", "concepts"])
 def test_alignment_of_nothing(nothing):
-    logits, labels, anchor_mask, concept_mask = alignment_case()
+    regions, texts, bias, labels, anchor_mask, concept_mask = alignment_case()
     if nothing == "anchors":
         anchor_mask = np.zeros_like(anchor_mask)
     else:
         concept_mask = np.zeros_like(concept_mask)
-    value, gradient = alignment(logits, labels, anchor_mask, concept_mask)
-    assert value == 0 and not np.asarray(gradient).any()
+    value, gradients = alignment(regions, texts, bias, labels, anchor_mask, concept_mask)
+    assert value == 0 and not any(np.asarray(g).any() for g in gradients)
 
 
 def test_giou_loss():

@@ -1,0 +1,62 @@
+"""The processes of a run find each other: by themselves on a cluster, or as the flags say."""
+
+import os
+from collections.abc import Mapping
+
+import jax
+
+from detclipv2_jax.errors import UserError
+
+_HEARTBEAT = 30  # seconds of silence after which a process counts as dead and the others end
+
+
+def start(address: str | None, count: int | None, index: int | None) -> bool:
+    """Joins the other processes, if there are any to join; tells whether there are.
+
+    Args:
+        address: host:port of the first process.
+        count: processes in all.
+        index: of this process. All three are given, or none of them: then a cluster that JAX knows
+            (Cloud TPU, GKE, SLURM, Open MPI) tells, and a lone process starts nothing.
+
+    Raises:
+        UserError: some of the three are missing, or the others cannot be reached.
+    """
+    given = [value is not None for value in (address, count, index)]
+    if any(given) and not all(given):
+        raise UserError(
+            "--coordinator_address, --num_processes and --process_id belong together: give all "
+            "three, or none where the cluster tells."
+        )
+    if not any(given) and not told_by_cluster(os.environ):
+        return False
+    options = {"heartbeat_timeout_seconds": _HEARTBEAT}
+    if address is not None and address.rpartition(":")[0] in ("localhost", "127.0.0.1", "[::1]"):
+        options["coordinator_bind_address"] = address  # of no concern to other machines
+    try:
+        jax.distributed.initialize(address, count, index, **options)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the processes of the run did not find each other ({str(error).splitlines()[0]}); "
+            "check --coordinator_address, --num_processes and --process_id."
+        ) from None
+    return True
+
+
+def told_by_cluster(environment: Mapping[str, str]) -> bool:
+    """Does the environment say that this process is one of several?
+
+    The variables are those that JAX's own detection reads: a SLURM step of several tasks, Open MPI,
+    an indexed job on Kubernetes, a slice of several TPU hosts, or JAX's own.
+    """
+    several = lambda name: (
+        environment.get(name, "1").isdigit() and int(environment.get(name, "1")) > 1
+    )
+    return (
+        "JAX_COORDINATOR_ADDRESS" in environment
+        or ("SLURM_PROCID" in environment and several("SLURM_NTASKS"))
+        or several("OMPI_COMM_WORLD_SIZE")
+        or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys()
+        or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+        or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+    )
