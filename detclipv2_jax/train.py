@@ -181,6 +181,7 @@ def open_data(config: RunConfig) -> tuple[Plan, dict[str, Source], list[str]]:
             max_boxes=c.max_boxes,
             texts_per_image=c.texts_per_image,
             begin=c.begin,
+            mosaic=c.mosaic,
         )
         for kind, c in kinds.items()
     ]

@@ -24,7 +24,7 @@ from concurrent import futures
 
 import numpy as np
 from array_record.python import array_record_module
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from detclipv2_jax.data import transforms as transforms_lib
 from detclipv2_jax.data.index import Source
@@ -202,14 +202,18 @@ def _end(reader: "_Reader", ready: queue.Queue, thread: threading.Thread) -> Non
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Slice:
-    """This process's part of a step: b rows."""
+    """This process's part of a step: b canvases with p pictures, one each or four of a mosaic."""
 
     plan: StepPlan
-    sources: Int[np.ndarray, " b"]
-    records: Int[np.ndarray, " b"]
     texts: Int[np.ndarray, "b C"]
+    canvases: Int[np.ndarray, " p"]  # which canvas each picture is on
+    quarters: Int[np.ndarray, " p"]  # 0 to 3, row by row; 0 where it has a canvas of its own
+    corners: Int[np.ndarray, "p 2"]  # (y, x) of its place there, pixels
+    mosaic: Bool[np.ndarray, " b"]
+    sources: Int[np.ndarray, " p"]
+    records: Int[np.ndarray, " p"]
     data: list[bytes | None]  # serialised records; None: an empty slot, or unreadable
-    concepts: Int[np.ndarray, " b"]  # how many concepts each row's record has
+    concepts: Int[np.ndarray, " p"]  # how many concepts each picture's record has
     placement: transforms_lib.Placement
 
 
@@ -271,10 +275,16 @@ class _Reader:
         index, count = self._process
         size = kind.batch_size // count
         rows = slice(index * size, (index + 1) * size)
-        sources, records = plan.sources[rows], plan.records[rows]
-        data: list[bytes | None] = [None] * size
-        heights, widths, concepts = np.ones((3, size), np.int32)
-        seeds = np.zeros(size, np.uint64)
+        extra = plan.extra_records[rows]
+        owners, numbers = np.nonzero(extra >= 0)
+        canvases = np.concatenate([np.arange(size), owners])
+        quarters = np.concatenate([np.zeros(size, np.int64), numbers + 1])
+        mosaic = (extra >= 0).any(axis=1)
+        sources = np.concatenate([plan.sources[rows], plan.extra_sources[rows][owners, numbers]])
+        records = np.concatenate([plan.records[rows], extra[owners, numbers]])
+        data: list[bytes | None] = [None] * len(records)
+        heights, widths, concepts = np.ones((3, len(records)), np.int32)
+        seeds = np.zeros(len(records), np.uint64)
         for number, name in enumerate(kind.sources):
             mine = np.flatnonzero((sources == number) & (records >= 0))
             source, wanted = self.sources[name], records[mine]
@@ -282,28 +292,35 @@ class _Reader:
             offsets = source.positives_offsets
             concepts[mine] = offsets[wanted + 1] - offsets[wanted]
             seeds[mine] = transforms_lib.seeds(self._seed, plan.epoch, name, wanted)
-            for slot, content in zip(mine, self._files.read(name, wanted)):
-                data[slot] = content
+            for picture, content in zip(mine, self._files.read(name, wanted)):
+                data[picture] = content
+        half = np.array(plan.shape) // 2
+        room = np.where(mosaic[canvases, None], half, plan.shape)
         config = self._transforms[plan.kind]
-        placement = transforms_lib.place(config, plan.shape, heights, widths, seeds)
-        return _Slice(plan, sources, records, plan.texts[rows], data, concepts, placement)
+        placement = transforms_lib.place(config, room, heights, widths, seeds)
+        corners = np.stack(np.divmod(quarters, 2), axis=1) * half
+        return _Slice(
+            plan, plan.texts[rows], canvases, quarters, corners, mosaic, sources, records, data,
+            concepts, placement,
+        )  # fmt: skip
 
     def _assemble(self, part: _Slice, drawn: Mapping[str, np.ndarray]) -> _Ready:
         """Put what was drawn into its slots, and the boxes and labels into the step's terms."""
-        plan, slots, size = part.plan, drawn["slot"], len(part.records)
-        good = np.zeros(size, bool)
-        good[slots] = True
+        plan, size = part.plan, len(part.mosaic)
+        good = np.zeros(len(part.records), bool)
+        good[drawn["slot"]] = True
+        filled = np.bincount(part.canvases[good], minlength=size) > 0
         images = drawn["image"]
-        if not good.all():
-            images = np.zeros((size, *plan.shape, 3), np.uint8)
-            images[slots] = drawn["image"]
+        if not good.all() or part.mosaic.any():
+            images = self._canvases(part, drawn)
+        sizes = np.where(part.mosaic[:, None], plan.shape, part.placement.size[:size])
         boxes, labels, cut = self._boxes(part, good, drawn)
         batch = Batch(
             images=images,
-            sizes=np.where(good[:, None], part.placement.size, 0),
+            sizes=np.where(filled[:, None], sizes, 0).astype(np.int32),
             boxes=boxes,
             labels=labels,
-            texts=np.where(good[:, None], part.texts, -1),
+            texts=np.where(filled[:, None], part.texts, -1),
             tokens=self.plan.dictionary.tokens(plan.concepts, plan.kind),
             token_mask=plan.concepts >= 0,
             kind=plan.kind,
@@ -315,6 +332,19 @@ class _Reader:
             for slot in np.flatnonzero(~good & (part.records >= 0))
         )
         return _Ready(plan, batch, read, broken, cut)
+
+    def _canvases(self, part: _Slice, drawn: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The drawn pictures in their places, where not each has a canvas of its own."""
+        images = np.zeros((len(part.mosaic), *part.plan.shape, 3), np.uint8)
+        shared = part.mosaic[part.canvases[drawn["slot"]]]
+        images[part.canvases[drawn["slot"][~shared]]] = drawn["image"][~shared]
+        height, width = np.array(part.plan.shape) // 2
+        for picture in np.flatnonzero(shared):
+            slot = drawn["slot"][picture]
+            y, x = part.corners[slot]
+            place = images[part.canvases[slot], y : y + height, x : x + width]
+            place[:] = drawn["image"][picture, :height, :width]
+        return images
 
     def _boxes(
         self, part: _Slice, good: np.ndarray, drawn: Mapping[str, np.ndarray]
@@ -339,6 +369,8 @@ class _Reader:
         labels = part.plan.rows(ids.reshape(-1)).reshape(ids.shape)
         boxes, kept = transforms_lib.move_boxes(part.placement, boxes)
         kept &= ids >= 0
+        boxes += np.tile(part.corners[:, None, ::-1], 2) * kept[..., None]
+        boxes, labels, kept = self._by_canvas(part, boxes, labels, kept)
         area = np.where(kept, (boxes[..., 2:] - boxes[..., :2]).prod(-1), -1)
         order = np.argsort(-area, axis=1, kind="stable")[:, : kind.max_boxes]
         chosen = np.take_along_axis(kept, order, axis=1)
@@ -350,6 +382,16 @@ class _Reader:
             np.pad(np.where(chosen, labels, -1), padding, constant_values=-1),
             int(kept.sum() - chosen.sum()),
         )
+
+    def _by_canvas(self, part: _Slice, *arrays: np.ndarray) -> Iterator[np.ndarray]:
+        """(p, N, …) arrays as (b, N, …), or (b, 4 N, …) where a canvas may have four pictures."""
+        if not part.mosaic.any():
+            yield from arrays
+            return
+        for array in arrays:
+            gathered = np.zeros((len(part.mosaic), 4, *array.shape[1:]), array.dtype)
+            gathered[part.canvases, part.quarters] = array
+            yield gathered.reshape(len(gathered), -1, *array.shape[2:])
 
 
 class _Files:

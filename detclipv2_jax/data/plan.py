@@ -20,7 +20,7 @@ from detclipv2_jax.errors import UserError
 from detclipv2_jax.structures import KINDS, Kind
 
 # What a random stream is for: streams of one seed that differ here are independent.
-_SEQUENCE, _ORDER, _CONCEPTS = range(3)
+_SEQUENCE, _ORDER, _CONCEPTS, _MOSAIC = range(4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ class KindPlan:
     max_boxes: int = 0  # box slots N an image
     texts_per_image: int = 0  # image_text: concepts C an image, its caption first
     begin: float = 0.0  # share of the first epoch's other batches that come before this kind's
+    mosaic: float = 0.0  # share of the canvases that show four records, a quarter each
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -52,6 +53,10 @@ class KindPlan:
         if not self.shapes or min(min(shape) for shape in self.shapes) < 1:
             raise UserError(
                 f"{self.kind}: `shapes` {self.shapes} must name canvases (height, width)"
+            )
+        if not 0 <= self.mosaic <= 1 or (self.mosaic and self.kind == "image_text"):
+            raise UserError(
+                f"{self.kind}: `mosaic` is {self.mosaic}, must lie in [0, 1]; image_text has none"
             )
         if not 0 <= self.begin < 1:
             raise UserError(f"{self.kind}: `begin` is {self.begin}, must lie in [0, 1)")
@@ -77,6 +82,9 @@ class StepPlan:
     shape: tuple[int, int]  # canvas (height, width) in pixels
     sources: Int[np.ndarray, " B"]  # index into the kind's sources
     records: Int[np.ndarray, " B"]  # record number in its source; -1: an empty slot
+    # The three more records of a mosaic's canvas, drawn at random beside the epoch's own; -1: none.
+    extra_sources: Int[np.ndarray, "B 3"]
+    extra_records: Int[np.ndarray, "B 3"]
     texts: Int[
         np.ndarray, "B C"
     ]  # image_text: rows of `concepts` of each image, caption first; -1 pads
@@ -167,13 +175,15 @@ class Plan:
         bucket = self._buckets[number]
         kind = self.kinds[bucket.kind]
         flat = self._order(epoch, number)[batch * kind.batch_size : (batch + 1) * kind.batch_size]
-        first = self._first[bucket.kind]
-        used = np.searchsorted(first, flat, side="right") - 1
         sources = np.zeros(kind.batch_size, np.int16)
         records = np.full(kind.batch_size, -1, np.int64)
-        sources[: len(flat)] = used
-        records[: len(flat)] = flat - first[used]
-        ids, images, ranks = self._positives(kind, sources, records)
+        sources[: len(flat)], records[: len(flat)] = self._located(bucket.kind, flat)
+        extra_sources, extra_records = self._extras(kind, step, bucket, len(flat))
+        every = [np.concatenate([a, b.reshape(-1)]) for a, b in (
+            (sources, extra_sources), (records, extra_records),
+        )]  # fmt: skip
+        ids, images, ranks = self._positives(kind, *every)
+        images = np.where(images < len(records), images, (images - len(records)) // 3)
         concepts, positives, dropped = self._concepts(kind, step, ids, ranks, images, records)
         texts = np.full((kind.batch_size, kind.texts_per_image), -1, np.int32)
         if bucket.kind == "image_text":
@@ -185,11 +195,30 @@ class Plan:
             shape=kind.shapes[bucket.shape_index],
             sources=sources,
             records=records,
+            extra_sources=extra_sources,
+            extra_records=extra_records,
             texts=texts,
             concepts=concepts,
             positives=positives,
             dropped=dropped,
         )
+
+    def _located(self, kind: Kind, flat):
+        """Sources and records of numbers that run through all sources of a kind."""
+        first = self._first[kind]
+        sources = np.searchsorted(first, flat, side="right") - 1
+        return sources, flat - first[sources]
+
+    def _extras(self, kind: KindPlan, step: int, bucket: _Bucket, filled: int):
+        """Three more records of the bucket for each slot that is a mosaic, -1 for the others."""
+        sources = np.zeros((kind.batch_size, 3), np.int16)
+        records = np.full((kind.batch_size, 3), -1, np.int64)
+        if kind.mosaic:
+            generator = self._generator(_MOSAIC, step)
+            chosen = np.flatnonzero(generator.random(filled) < kind.mosaic)
+            drawn = generator.integers(len(bucket.members), size=(len(chosen), 3))
+            sources[chosen], records[chosen] = self._located(kind.kind, bucket.members[drawn])
+        return sources, records
 
     def _cut(self, plan: KindPlan) -> list[_Bucket]:
         group = self._sources[plan.kind]

@@ -80,12 +80,15 @@ def uniforms(seeds: UInt64[np.ndarray, " n"], count: int) -> Float[np.ndarray, "
 
 def place(
     config: TransformConfig,
-    shape: tuple[int, int],
+    shape: tuple[int, int] | Int[np.ndarray, "n 2"],
     heights: Int[np.ndarray, " n"],
     widths: Int[np.ndarray, " n"],
     seeds: UInt64[np.ndarray, " n"],
 ) -> Placement:
-    """Decide how pictures of given sizes (pixels) come onto a canvas of `shape` (height, width)."""
+    """Decide how pictures of given sizes (pixels) come onto a canvas of `shape` (height, width).
+
+    `shape` may be one for all, or one a picture: of a mosaic each has a quarter of the canvas.
+    """
     stored = np.stack([heights, widths], axis=1).astype(np.float64)
     canvas = np.asarray(shape, np.int64)
     chance = uniforms(seeds, 4)

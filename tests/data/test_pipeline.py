@@ -210,6 +210,82 @@ def assert_picture(image, stored, placement):
     assert not image[:, w:].any()
 
 
+@pytest.fixture(scope="module")
+def mosaics(sources):
+    plan = make_plan(sources, detection={"mosaic": 0.5, "max_boxes": 40}, grounding={"mosaic": 1.0})
+    steps, feed = collect(plan, sources, 0, plan.steps_per_epoch)
+    return plan, steps, feed
+
+
+def test_a_mosaic_shows_four_records_a_quarter_each(mosaics, sources):
+    plan, steps, feed = mosaics
+    plain = collect(make_plan(sources), sources, 0, plan.steps_per_epoch)[0]
+    seen = {False: 0, True: 0}
+    for (planned, batch), (other, alone) in zip(steps, plain):
+        # The epoch's own records, and their order, are those of a run without mosaics.
+        np.testing.assert_array_equal(planned.records, other.records)
+        for slot in np.flatnonzero(planned.records >= 0):
+            shared = planned.extra_records[slot] >= 0
+            assert shared.all() or not shared.any()
+            seen[bool(shared.all())] += 1
+            if shared.all():
+                check_mosaic(plan, planned, batch, slot, sources)
+            else:
+                np.testing.assert_array_equal(batch.images[slot], alone.images[slot])
+                np.testing.assert_array_equal(batch.sizes[slot], alone.sizes[slot])
+    assert min(seen.values()) > 5 and not any(feed.broken.values())
+    counted = [(p.records >= 0).sum() + (p.extra_records >= 0).sum() for p, _ in steps]
+    assert sum(feed.read.values()) == sum(counted)
+
+
+def check_mosaic(plan, planned, batch, slot, sources):
+    kind = plan.kinds[planned.kind]
+    height, width = np.array(planned.shape) // 2
+    numbers = [planned.records[slot], *planned.extra_records[slot]]
+    used = [planned.sources[slot], *planned.extra_sources[slot]]
+    expected = []
+    for quarter, (number, which) in enumerate(zip(numbers, used)):
+        source = sources[kind.sources[which]]
+        shard = int(np.searchsorted(source.shard_starts, number, side="right") - 1)
+        reader = array_record_module.ArrayRecordReader(source.shard_paths[shard])
+        stored = records.decode(reader.read([int(number - source.shard_starts[shard])])[0])
+        seeds = transforms_lib.seeds(
+            plan.seed, planned.epoch, kind.sources[which], np.array([number])
+        )
+        size = np.array([stored.height]), np.array([stored.width])
+        config = TRANSFORMS[planned.kind]
+        placement = transforms_lib.place(config, (height, width), *size, seeds)
+        y, x = (quarter // 2) * height, (quarter % 2) * width
+        assert_picture(batch.images[slot, y:, x:][:height, :width], stored, placement)
+        moved, kept = transforms_lib.move_boxes(placement, stored.boxes[None])
+        moved += np.array([x, y, x, y])
+        for i in np.flatnonzero(kept[0]):
+            tokens = tokenize([stored.concepts[stored.labels[i]]])[0].tolist()
+            expected.append((*moved[0, i].tolist(), *tokens))
+    found = named_boxes(batch, slot)
+    assert batch.sizes[slot].tolist() == list(planned.shape)
+    assert found <= set(expected) and len(found) == min(len(set(expected)), kind.max_boxes)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_the_same_mosaics(mosaics, sources, count):
+    plan, steps, _ = mosaics
+    parts = [
+        collect(plan, sources, 0, 6, process_index=i, process_count=count)[0] for i in range(count)
+    ]
+    for (_, whole), *slices in zip(steps, *parts):
+        for field in FIELDS:
+            pieces = [getattr(batch, field) for _, batch in slices]
+            joined = pieces[0] if field in SHARED else np.concatenate(pieces)
+            np.testing.assert_array_equal(joined, getattr(whole, field))
+
+
+def test_a_mosaic_of_captions_is_refused(sources):
+    for kind, share in (("image_text", 0.5), ("detection", 1.5), ("detection", -0.1)):
+        with pytest.raises(UserError, match=f"{kind}: `mosaic`"):
+            make_plan(sources, **{kind: {"mosaic": share}})
+
+
 def test_boxes_of_concepts_that_found_no_room_keep_their_place_without_a_name(run, sources):
     plan, steps, _ = run
     small = make_plan(sources, detection=dict(table_size=4, max_boxes=20))
@@ -436,6 +512,20 @@ def test_an_undecodable_picture_is_an_empty_slot_counted_and_told_once(damaged, 
             if empty:
                 assert (batch.labels[slot] == -1).all()
                 assert not batch.boxes[slot].any()
+
+
+def test_a_broken_picture_of_a_mosaic_leaves_its_quarter_empty(damaged):
+    plan, sources = spoilt_plan(damaged, mosaic=1.0)
+    steps, feed = collect(plan, sources, 0, plan.steps_per_epoch, max_broken_share=0.5)
+    broken = 0
+    for planned, batch in steps:
+        numbers = np.concatenate([planned.records[:, None], planned.extra_records], axis=1)
+        for slot, bad in enumerate(np.isin(numbers, (3, 17))):
+            quarters = batch.images[slot].reshape(2, 24, 2, 32, 3).any(axis=(1, 3, 4)).reshape(-1)
+            np.testing.assert_array_equal(quarters, ~bad)
+            assert batch.sizes[slot].tolist() == [48, 64]
+            broken += bad.sum()
+    assert feed.broken["spoilt"] == broken > 2
 
 
 def test_batches_of_nothing_but_broken_pictures(damaged):
