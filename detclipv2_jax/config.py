@@ -37,7 +37,7 @@ class KindConfig:
     flip: float = 0.5  # chance of a horizontal flip
     scales: tuple[float, float] = (0.6, 1.0)  # size of the picture relative to fitting its canvas
     crop: bool = False  # may a picture exceed its canvas and be cropped at random?
-    mosaic: float = 0.0  # share of the canvases that show four pictures; not for image_text
+    mosaic: float = 0.0  # share of canvases with four pictures (not image_text); raise max_boxes
     begin: float = 0.0  # share of the first epoch's other batches before this kind's (paper: 0)
     definitions: bool = False  # with a dictionary: are names joined with their definitions?
 
