@@ -61,7 +61,6 @@ def step(
     *,
     proposals: int = 100,
     group: int = 192,
-    group_concepts: int | None = None,
 ) -> dict[str, float]:
     """FLOPs by part of one training step, forward and backward, for the whole global batch.
 
@@ -73,7 +72,6 @@ def step(
         concepts: rows of the step's table.
         proposals: regions an image in the contrastive loss.
         group: images whose concepts score a region together.
-        group_concepts: how many these are; at most all.
     """
     height, width = shape
     per_image = {"backbone": backbone(cfg.swin, height, width), **dense_parts(cfg, height, width)}
@@ -82,8 +80,7 @@ def step(
     anchors = sum(_up(height, s) * _up(width, s) for s in cfg.anchors.strides)
     dimensions = cfg.head.embed_dim
     if kind == "image_text":
-        shared = concepts if group_concepts is None else min(group_concepts, concepts)
-        shared = min(shared, math.ceil(concepts * group / images))
+        shared = min(concepts, math.ceil(concepts * group / images))
         parts["choice of regions"] = 2.0 * images * anchors * shared * dimensions
         compared = 2.0 * images * proposals * concepts * dimensions
         parts["contrastive loss"] = (1 + BACKWARD) * compared

@@ -18,8 +18,6 @@ class StopRequest:
     signal there, picks a step that none has reached yet, and all stop after it.
     """
 
-    reason = "SIGTERM"
-
     def __init__(self):
         """Handles SIGTERM from here on, where this is the main thread of a lone process."""
         self._told = threading.Event()

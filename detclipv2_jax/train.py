@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -103,14 +103,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
 
     # ---- One program for every (kind, canvas), compiled before the first step.
     with clock("compile"):
-        step_fn = functools.partial(
-            train_step,
-            graphdef=graphdef,
-            optimizer=rule,
-            config=config.loss,
-            seed=config.seed,
-            gathered=sharding.replicated(mesh),
-        )
+        step_fn = step_function(config, graphdef, rule, mesh)
         todo = plan.programs if start < total_steps else []
         programs = compile_programs(step_fn, todo, state, shardings, mesh, config)
 
@@ -143,7 +136,9 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
                 checkpointer.save(state, meta, score)
         if stopping and not last:
             checkpointer.wait()
-            raise Interrupted(f"stopped by {stop.reason} after step {step + 1}, which is saved")
+            latest = checkpointer.latest
+            saved = "is saved" if latest == step + 1 else f"is not saved: the last one is {latest}"
+            raise Interrupted(f"stopped by SIGTERM after step {step + 1}, which {saved}")
     progress.close()
     log.close()
     checkpointer.close()
@@ -220,6 +215,20 @@ def abstract_batch(kind: str, shape: tuple[int, int], config: config_lib.KindCon
         tokens=array((config.table_size, CONTEXT), np.int32),
         token_mask=array((config.table_size,), np.bool_),
         kind=kind,
+    )
+
+
+def step_function(
+    config: RunConfig, graphdef: Any, rule: optimizer.AdamW, mesh: jax.sharding.Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Losses]]:
+    """The step of a run on a mesh, of state and batch alone."""
+    return functools.partial(
+        train_step,
+        graphdef=graphdef,
+        optimizer=rule,
+        config=config.loss,
+        seed=config.seed,
+        gathered=sharding.replicated(mesh),
     )
 
 

@@ -101,27 +101,19 @@ def measure(config, program, mesh) -> dict[str, Any]:
     """Compiles the step of one (kind, canvas) for a mesh, from shapes alone."""
     import jax
 
-    from detclipv2_jax import flops, optimizer, sharding, train
+    from detclipv2_jax import flops, optimizer, train
     from detclipv2_jax import state as state_lib
     from detclipv2_jax.models import detclip
-    from detclipv2_jax.step import train_step
 
     graphdef, params = detclip.abstract(config.model)
     rule = optimizer.create(config.optimizer, params, 1000)
     state = jax.eval_shape(functools.partial(state_lib.create, optimizer=rule), params)
     shardings = train.state_shardings(mesh, state)
-    step_fn = functools.partial(
-        train_step,
-        graphdef=graphdef,
-        optimizer=rule,
-        config=config.loss,
-        seed=config.seed,
-        gathered=sharding.replicated(mesh),
-    )
+    step_fn = train.step_function(config, graphdef, rule, mesh)
     began = time.monotonic()
     compiled = train.lower_program(step_fn, program, state, shardings, mesh, config).compile()
     kind, shape = program
-    data, memory, cost = config.data.kinds()[kind], compiled.memory_analysis(), None
+    data, memory = config.data.kinds()[kind], compiled.memory_analysis()
     cost = compiled.cost_analysis()
     parts = flops.step(
         config.model, kind, shape, data.batch_size, data.table_size,

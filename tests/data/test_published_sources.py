@@ -185,13 +185,6 @@ def test_lvis_for_training(tmp_path):
     assert example.image.path == tmp_path / "train2017/000000391895.jpg"
     assert archive.names == ("mouse (computer equipment)", "hot dog")
     assert example.boxes[0].name == "mouse (computer equipment)"
-    assert lvis.synsets(train) == {
-        "mouse (computer equipment)": "mouse.n.04",
-        "hot dog": "frank.n.02",
-    }
-    miniature.write_json(train, {"categories": [{"name": "x"}]})
-    with pytest.raises(UserError, match="no field 'synset'"):
-        lvis.synsets(train)
 
 
 def test_lvis_minival(tmp_path):

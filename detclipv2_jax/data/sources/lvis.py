@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from detclipv2_jax.data.examples import Archive, ImageFolder
-from detclipv2_jax.data.json_stream import read_json, read_lists
+from detclipv2_jax.data.json_stream import read_json
 from detclipv2_jax.data.sources import coco
-from detclipv2_jax.data.sources.entries import BROKEN, problem, text
+from detclipv2_jax.data.sources.entries import BROKEN, problem
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.files import replacing
 
@@ -33,23 +33,6 @@ def read(path: str | Path, images: ImageFolder) -> Archive:
     always so.
     """
     return coco.read(path, images)
-
-
-def synsets(path: str | Path) -> dict[str, str]:
-    """WordNet synsets of an LVIS file's categories by their names as `read` gives them.
-
-    For example "mouse (computer equipment)": "mouse.n.04". `UserError` where the file has none.
-    """
-    found = {}
-    for _, number, category in read_lists(Path(path), ("categories",)):
-        try:
-            name = text(category["name"], "name").replace("_", " ").strip()
-            found[name] = text(category["synset"], "synset")
-        except BROKEN as error:
-            raise UserError(
-                f"{path}: categories[{number}]: {problem(error)}; give LVIS's file"
-            ) from error
-    return found
 
 
 def write_minival(val: str | Path, to: str | Path) -> int:
