@@ -57,6 +57,18 @@ class Results:
     rows: np.ndarray
     counts: dict[str, int]
 
+    def oddities(self) -> list[str]:
+        """A sentence for each count that people should know of."""
+        told = {
+            "unknown_images": "entries are of images that the set has not; they were left out",
+            "unknown_categories": "entries have category ids that the set has not; left out",
+            "negative_sizes": "boxes have a negative width or height; they match nothing",
+        }
+        entries = self.counts["entries"]
+        return [
+            f"{self.counts[k]} of {entries} {text}" for k, text in told.items() if self.counts[k]
+        ]
+
 
 def read(path: str | pathlib.Path, truth: coco.GroundTruth) -> Results:
     """Reads a results file of any tool.
@@ -66,6 +78,7 @@ def read(path: str | pathlib.Path, truth: coco.GroundTruth) -> Results:
 
     Raises:
       UserError: no such file, no JSON list, or an entry is broken; names the file and the entry.
+        Or not one entry is of the ground truth.
     """
     pieces = [np.zeros(0, matching.DETECTION)]
     counts = dict.fromkeys(("entries", "unknown_images", "unknown_categories", "negative_sizes"), 0)
@@ -76,18 +89,22 @@ def read(path: str | pathlib.Path, truth: coco.GroundTruth) -> Results:
             raise _explained(path, counts["entries"], batch)
         images, categories, boxes, scores = columns
         rows = np.empty(len(batch), matching.DETECTION)
-        rows["image"], rows["category"] = (
-            truth.image_places(images),
-            truth.category_places(categories),
-        )
+        rows["image"] = truth.image_places(images)
+        rows["category"] = truth.category_places(categories)
         rows["box"], rows["score"] = boxes, scores
-        unknown = rows["image"] < 0, rows["category"] < 0
+        image, category = rows["image"] >= 0, rows["category"] >= 0
+        known = rows[image & category]
+        negative = (known["box"][:, 2:] < 0).any(axis=1)
         counts["entries"] += len(batch)
-        counts["unknown_images"] += np.count_nonzero(unknown[0])
-        counts["unknown_categories"] += np.count_nonzero(unknown[1] & ~unknown[0])
-        rows = rows[~(unknown[0] | unknown[1])]
-        counts["negative_sizes"] += np.count_nonzero((rows["box"][:, 2:] < 0).any(axis=1))
-        pieces.append(rows)
+        counts["unknown_images"] += int(np.count_nonzero(~image))
+        counts["unknown_categories"] += int(np.count_nonzero(image & ~category))
+        counts["negative_sizes"] += int(np.count_nonzero(negative))
+        pieces.append(known)
+    if counts["entries"] and not any(map(len, pieces)):
+        raise UserError(
+            f"{path}: none of its {counts['entries']} entries has an image and a category of "
+            f"{truth.path}; give the results of that set."
+        )
     return Results(np.concatenate(pieces), counts)
 
 
@@ -116,20 +133,19 @@ def _handfuls(rows: np.ndarray) -> Iterator[np.ndarray]:
 def _columns(batch: Sequence[Any]) -> tuple[np.ndarray, ...] | None:
     """Image ids, category ids, boxes and scores as arrays; None where an entry is broken."""
     try:
-        ids = [np.asarray([entry[key] for entry in batch]) for key in ("image_id", "category_id")]
+        lists = [[entry[key] for entry in batch] for key in ("image_id", "category_id", "score")]
+        *ids, scores = map(np.asarray, lists)
         boxes = np.asarray([entry["bbox"] for entry in batch])
-        scores = np.asarray([entry["score"] for entry in batch])
     except (TypeError, KeyError, ValueError):
         return None
-    if boxes.shape != (len(batch), 4) or any(
-        column.shape != (len(batch),) for column in (*ids, scores)
-    ):
+    if any(bool in set(map(type, values)) for values in lists):  # NumPy takes true for 1
         return None
-    if any(column.dtype.kind not in "iuf" for column in (*ids, boxes, scores)):
-        return None
-    if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+    count = len(batch)
+    if boxes.shape != (count, 4) or any(c.shape != (count,) for c in (*ids, scores)):
         return None
     if any(column.dtype.kind != "i" for column in ids):
+        return None
+    if any(c.dtype.kind not in "if" or not np.isfinite(c).all() for c in (boxes, scores)):
         return None
     return (*ids, boxes, scores)
 
@@ -151,7 +167,7 @@ def _explained(path: str | pathlib.Path, start: int, batch: Sequence[Any]) -> Us
             return _broken(path, number, "bbox", box, "four finite numbers [x, y, width, height]")
         if not _finite(entry.get("score")):
             return _broken(path, number, "score", entry.get("score"), "a finite number")
-    return UserError(f"{path}: entries [{start}] to [{start + len(batch) - 1}] hold no numbers.")
+    return UserError(f"{path}: entries [{start}] to [{start + len(batch) - 1}] are no detections.")
 
 
 def _broken(path, number: int, field: str, value: Any, wanted: str) -> UserError:
@@ -161,7 +177,7 @@ def _broken(path, number: int, field: str, value: Any, wanted: str) -> UserError
 
 def _finite(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    return is_number and abs(value) < 1e300 and math.isfinite(value)  # an int may have any length
 
 
 def _short(value: Any) -> str:
