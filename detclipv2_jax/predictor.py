@@ -23,6 +23,8 @@ from detclipv2_jax.ops.boxes import anchor_grid, anchors_inside, area, decode_de
 from detclipv2_jax.ops.nms import class_nms
 from detclipv2_jax.structures import Detections
 
+_NAMES_AT_ONCE = 128  # whose scores are in memory together
+
 
 @dataclasses.dataclass(frozen=True)
 class DetectConfig:
@@ -72,30 +74,42 @@ def predict(
 
     Pictures lie in the top-left corner of their canvas, `sizes` are their (height, width) in
     pixels; an empty slot has size (0, 0) and gets no detection. Names outside `text_mask` are never
-    answered. Boxes are clipped to the picture. A score that is not finite is no detection.
+    answered. Boxes are clipped to the picture. A score that is not finite is no detection. Beyond
+    the model's own, memory is that of the scores of 128 names, however many are asked.
     """
     height, width = images.shape[1:3]
     anchors = jnp.asarray(anchor_grid(height, width, model.cfg.anchors))
     regions = model.encode_image(images)
-    scores = jax.nn.sigmoid(model.logits(regions.embeddings, texts))
-    if config.score == "alignment*centerness":
-        scores *= jax.nn.sigmoid(regions.centerness)[..., None]
-    allowed = jnp.isfinite(scores)
-    if text_mask is not None:
-        allowed &= text_mask
-    scores = jnp.where(allowed, scores, -1.0)
-
     limits = jnp.concatenate([sizes[:, ::-1]] * 2, axis=-1)[:, None].astype(jnp.float32)
     boxes = jnp.clip(decode_deltas(anchors, regions.deltas), 0.0, limits)
-    mask = anchors_inside(anchors, sizes) & (area(boxes) > 0)
-    suppress = functools.partial(
-        class_nms,
+    centerness = jax.nn.sigmoid(regions.centerness)[:, None]
+
+    def score(block):
+        texts, asked = block
+        scores = jax.nn.sigmoid(jnp.swapaxes(model.logits(regions.embeddings, texts), 1, 2))
+        if config.score == "alignment*centerness":
+            scores *= centerness
+        return jnp.where(jnp.isfinite(scores) & asked[:, None], scores, -1.0)
+
+    asked = jnp.ones(len(texts), bool) if text_mask is None else text_mask
+    detections = class_nms(
+        boxes,
+        anchors_inside(anchors, sizes) & (area(boxes) > 0),
+        score,
+        (_blocks(texts), _blocks(asked)),
         iou_threshold=config.nms_iou,
         score_threshold=config.score_threshold,
         candidates=config.candidates,
         keep=config.keep,
     )
-    return Detections(*jax.vmap(suppress)(boxes, scores, mask))
+    return Detections(*detections)
+
+
+def _blocks(rows: Array) -> Array:
+    """Rows (C, ...) of the names as (blocks, names of a block, ...), padded with zeros."""
+    size = min(len(rows), _NAMES_AT_ONCE)
+    padding = [(0, -len(rows) % size)] + [(0, 0)] * (rows.ndim - 1)
+    return jnp.pad(rows, padding).reshape(-1, size, *rows.shape[1:])
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "config", "replicated"))
