@@ -18,12 +18,15 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from detclipv2_jax.data.concepts import enriched, normalise, tokenize
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.images import Placed, Source, place
-from detclipv2_jax.models.detclip import DetCLIP, build
+from detclipv2_jax.models.detclip import DetCLIP, DetCLIPConfig, build
 from detclipv2_jax.ops.boxes import anchor_grid, anchors_inside, area, decode_deltas
 from detclipv2_jax.ops.nms import class_nms
 from detclipv2_jax.structures import Detections
+from detclipv2_jax.vocabulary import VocabularyCache, tower_key
 
 _NAMES_AT_ONCE = 128  # whose scores are in memory together
+_TEXTS_AT_ONCE = 256  # that the text tower encodes together
+_WORTH_A_FILE = 64  # texts; fewer are encoded sooner than the tower's parameters are digested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +158,7 @@ class Texts:
     """Encoded names, padded with rows outside `mask` to `table_size` rows."""
 
     names: tuple[str, ...]
-    prompts: tuple[str, ...]  # the text that stands for each name
+    prompts: tuple[str, ...]  # what stands for each name; several texts are joined by ' | '
     embeddings: Float[np.ndarray, "P D"]
     mask: Bool[np.ndarray, " P"]
 
@@ -195,14 +198,17 @@ class Predictor:
         config: DetectConfig = DetectConfig(),
         batch_size: int = 8,
         batch_sharding: jax.sharding.NamedSharding | None = None,
+        cache: VocabularyCache | None = None,
     ):
         """`canvas`: the (height, width) that pictures are scaled into, turned with each picture.
 
-        `batch_size` is rounded up to a multiple of the devices.
+        `batch_size` is rounded up to a multiple of the devices. `cache` keeps the embeddings of
+        long lists of names on disk; with several processes, which must do the same, it is not used.
         """
         if batch_size < 1 or min(canvas) < 1:
             raise UserError(f"batch_size {batch_size} and canvas {canvas} must be at least 1.")
         self._graphdef = graphdef
+        self._cache = cache if jax.process_count() == 1 else None
         self.params = params
         self.canvas = (int(canvas[0]), int(canvas[1]))
         self.config = config
@@ -221,36 +227,72 @@ class Predictor:
     @params.setter
     def params(self, params: Mapping[str, Any]) -> None:
         self._params = params
+        self._tower: str | None = None
         self._encoded: dict[str, np.ndarray] = {}
 
-    def encode(self, names: Sequence[str], prompts: Sequence[str] | None = None) -> Texts:
+    def encode(
+        self, names: Sequence[str], prompts: Sequence[str | Sequence[str]] | None = None
+    ) -> Texts:
         """Encodes names, each text once for as long as the parameters stay.
 
-        `prompts`: the texts that stand for them; by default the names themselves.
+        `prompts`: the text that stands for each; by default the name itself. Of several texts for a
+        name, the mean of their embeddings stands for it, of unit length again where the model
+        compares by cosines.
 
         Raises:
           UserError: no names, or one of them is empty.
         """
         check_names(names)
         prompts = [prompt(name) for name in names] if prompts is None else prompts
-        self._encode_new([text for text in dict.fromkeys(prompts) if text not in self._encoded])
-        rows = np.stack([self._encoded[text] for text in prompts])
+        groups = [(texts,) if isinstance(texts, str) else tuple(texts) for texts in prompts]
+        texts = dict.fromkeys(text for group in groups for text in group)
+        if new := [text for text in texts if text not in self._encoded]:
+            self._encoded.update(zip(new, self._encode_texts(new)))
+        rows = np.stack([self._mean([self._encoded[text] for text in group]) for group in groups])
         padding = table_size(len(rows)) - len(rows)
         return Texts(
             names=tuple(names),
-            prompts=tuple(prompts),
+            prompts=tuple(" | ".join(group) for group in groups),
             embeddings=np.pad(rows, ((0, padding), (0, 0))),
             mask=np.arange(len(rows) + padding) < len(rows),
         )
 
-    def _encode_new(self, texts: list[str]) -> None:
-        for start in range(0, len(texts), 256):
-            piece = texts[start : start + 256]
-            tokens = tokenize(piece + [""] * (table_size(len(piece)) - len(piece)))
-            features = _encode_text(
-                self._graphdef, self._params, tokens, replicated=self._replicated
+    def _encode_texts(self, texts: list[str]) -> Float[np.ndarray, "n D"]:
+        tokens = tokenize(texts)
+        if self._cache is None or len(texts) < _WORTH_A_FILE:
+            return self._encode_tokens(tokens)
+        if self._tower is None:
+            self._tower = tower_key(self._model_config, self._params)
+        return self._cache.embeddings(self._tower, tokens, self._encode_tokens)
+
+    def _encode_tokens(self, tokens: Int[np.ndarray, "n L"]) -> Float[np.ndarray, "n D"]:
+        padding = tokenize([""])
+        features = []
+        for start in range(0, len(tokens), _TEXTS_AT_ONCE):
+            piece = tokens[start : start + _TEXTS_AT_ONCE]
+            rest = np.repeat(padding, table_size(len(piece)) - len(piece), axis=0)
+            features.append(
+                _encode_text(
+                    self._graphdef,
+                    self._params,
+                    np.concatenate([piece, rest]),
+                    replicated=self._replicated,
+                )
             )
-            self._encoded.update(zip(piece, np.asarray(features, np.float32)))
+        # Fetched at the end: until then the device need not wait for this process.
+        return np.concatenate([np.asarray(x, np.float32) for x in features])[: len(tokens)]
+
+    def _mean(self, embeddings: list[np.ndarray]) -> Float[np.ndarray, " D"]:
+        if len(embeddings) == 1:
+            return embeddings[0]
+        mean = np.mean(embeddings, axis=0)
+        if self._model_config.similarity == "cosine":
+            mean = mean / max(np.linalg.norm(mean), 1e-6)
+        return mean
+
+    @functools.cached_property
+    def _model_config(self) -> DetCLIPConfig:
+        return build(self._graphdef, self._params).cfg
 
     def predict(
         self, images: UInt8[np.ndarray, "B H W 3"], sizes: Int[np.ndarray, "B 2"], texts: Texts
