@@ -72,8 +72,11 @@ def predict(
     text_mask: Bool[Array, " C"] | None = None,
     *,
     config: DetectConfig,
+    score_threshold: Float[Array, ""] | None = None,
 ) -> Detections:
     """Detections of each image among C ≥ 1 encoded names; a pure function, for `jit`.
+
+    `score_threshold` may stand for the config's: one that changes without compiling.
 
     Pictures lie in the top-left corner of their canvas, `sizes` are their (height, width) in
     pixels; an empty slot has size (0, 0) and gets no detection. Names outside `text_mask` are never
@@ -101,7 +104,7 @@ def predict(
         score,
         (_blocks(texts), _blocks(asked)),
         iou_threshold=config.nms_iou,
-        score_threshold=config.score_threshold,
+        score_threshold=config.score_threshold if score_threshold is None else score_threshold,
         candidates=config.candidates,
         keep=config.keep,
     )
@@ -116,9 +119,11 @@ def _blocks(rows: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "config", "replicated"))
-def _predict(graphdef, params, images, sizes, texts, text_mask, *, config, replicated):
+def _predict(graphdef, params, images, sizes, texts, text_mask, threshold, *, config, replicated):
     model = build(graphdef, params)
-    detections = predict(model, images, sizes, texts, text_mask, config=config)
+    detections = predict(
+        model, images, sizes, texts, text_mask, config=config, score_threshold=threshold
+    )
     if replicated is not None:  # so that every process can read all of it
         detections = jax.lax.with_sharding_constraint(detections, replicated)
     return detections
@@ -138,10 +143,12 @@ def prompt(name: str, definition: str | None = None) -> str:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """`UserError` where there are no names, or one of them is empty."""
+    """`UserError` where there are no names, or one of them is empty or no text."""
     if not len(names):
         raise UserError("no names were given; name at least one thing to look for.")
     for number, name in enumerate(names, start=1):
+        if not isinstance(name, str):
+            raise UserError(f"name {number} of {len(names)} is {name!r}; give it as a text.")
         if not normalise(name):
             raise UserError(f"name {number} of {len(names)} is empty; leave it out or spell it.")
 
@@ -168,7 +175,8 @@ class ImageDetections:
     """What was found in one image, best first.
 
     Boxes are xyxy in the image's own pixels, clipped to it; `labels` index the asked names and
-    `names` spells them; `size` is the image's (height, width).
+    `names` spells them; `size` is the image's (height, width). The same once more under the names
+    that `supervision.Detections` gives them: xyxy, confidence, class_id, data["class_name"].
     """
 
     boxes: Float[np.ndarray, "n 4"]
@@ -179,6 +187,50 @@ class ImageDetections:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    @property
+    def xyxy(self) -> Float[np.ndarray, "n 4"]:
+        """`boxes`."""
+        return self.boxes
+
+    @property
+    def confidence(self) -> Float[np.ndarray, " n"]:
+        """`scores`."""
+        return self.scores
+
+    @property
+    def class_id(self) -> Int[np.ndarray, " n"]:
+        """`labels`."""
+        return self.labels
+
+    @property
+    def data(self) -> dict[str, np.ndarray]:
+        """{"class_name": `names` as an array}."""
+        return {"class_name": np.array(self.names, dtype=str)}
+
+    def best(self, count: int) -> "ImageDetections":
+        """The first `count` of them."""
+        return dataclasses.replace(
+            self,
+            boxes=self.boxes[:count],
+            scores=self.scores[:count],
+            labels=self.labels[:count],
+            names=self.names[:count],
+        )
+
+    def to_supervision(self) -> Any:
+        """As `supervision.Detections`, for its annotators, trackers and zones.
+
+        Raises:
+          UserError: the package `supervision` is not installed.
+        """
+        try:
+            import supervision
+        except ImportError:
+            raise UserError("to_supervision needs `pip install supervision`.") from None
+        return supervision.Detections(
+            xyxy=self.xyxy, confidence=self.confidence, class_id=self.class_id, data=self.data
+        )
 
 
 class Predictor:
@@ -199,11 +251,13 @@ class Predictor:
         batch_size: int = 8,
         batch_sharding: jax.sharding.NamedSharding | None = None,
         cache: VocabularyCache | None = None,
+        upright: bool = False,
     ):
         """`canvas`: the (height, width) that pictures are scaled into, turned with each picture.
 
         `batch_size` is rounded up to a multiple of the devices. `cache` keeps the embeddings of
         long lists of names on disk; with several processes, which must do the same, it is not used.
+        `upright` turns image files as their EXIF orientation says.
         """
         if batch_size < 1 or min(canvas) < 1:
             raise UserError(f"batch_size {batch_size} and canvas {canvas} must be at least 1.")
@@ -213,6 +267,7 @@ class Predictor:
         self.canvas = (int(canvas[0]), int(canvas[1]))
         self.config = config
         shards = 1 if batch_sharding is None else batch_sharding.mesh.size
+        self._upright = upright
         self.batch_size = -(-batch_size // shards) * shards
         self._sharding = batch_sharding
         self._replicated = batch_sharding and jax.sharding.NamedSharding(
@@ -295,9 +350,17 @@ class Predictor:
         return build(self._graphdef, self._params).cfg
 
     def predict(
-        self, images: UInt8[np.ndarray, "B H W 3"], sizes: Int[np.ndarray, "B 2"], texts: Texts
+        self,
+        images: UInt8[np.ndarray, "B H W 3"],
+        sizes: Int[np.ndarray, "B 2"],
+        texts: Texts,
+        config: DetectConfig | None = None,
     ) -> Detections:
-        """`predict` of a batch of canvases on the device, with NumPy arrays out."""
+        """`predict` of a batch of canvases on the device, with NumPy arrays out.
+
+        `config` may stand for the predictor's; another threshold compiles nothing.
+        """
+        config = config or self.config
         detections = _predict(
             self._graphdef,
             self._params,
@@ -305,7 +368,8 @@ class Predictor:
             self._laid_out(sizes),
             texts.embeddings,
             texts.mask,
-            config=self.config,
+            np.float32(config.score_threshold),
+            config=dataclasses.replace(config, score_threshold=0.0),
             replicated=self._replicated,
         )
         return jax.tree.map(np.asarray, detections)
@@ -316,13 +380,13 @@ class Predictor:
         return jax.make_array_from_callback(array.shape, self._sharding, lambda part: array[part])
 
     def stream(
-        self, sources: Iterable[Source], texts: Texts
+        self, sources: Iterable[Source], texts: Texts, config: DetectConfig | None = None
     ) -> Iterator[tuple[int, ImageDetections | UserError]]:
         """Yields (number of the source, what was found or why it could not be read).
 
         Pictures are read in threads while the device works, and gathered into full batches by the
         way their canvas is turned; so the order is not quite that of the sources, but always the
-        same.
+        same. `config` as in `predict`.
         """
         waiting: dict[tuple[int, ...], list[tuple[int, Placed]]] = {}
         for number, picture in self._read_ahead(sources):
@@ -332,11 +396,11 @@ class Predictor:
             batch = waiting.setdefault(picture.canvas.shape, [])
             batch.append((number, picture))
             if len(batch) == self.batch_size:
-                yield from self._answer(batch, texts)
+                yield from self._answer(batch, texts, config)
                 batch.clear()
         for batch in waiting.values():
             if batch:
-                yield from self._answer(batch, texts)
+                yield from self._answer(batch, texts, config)
 
     def _read_ahead(self, sources: Iterable[Source]) -> Iterator[tuple[int, Placed | UserError]]:
         threads = min(16, os.cpu_count() or 1)
@@ -356,18 +420,18 @@ class Predictor:
 
     def _place_or_error(self, source: Source) -> Placed | UserError:
         try:
-            return place(source, self.canvas)
+            return place(source, self.canvas, upright=self._upright)
         except UserError as error:
             return error
 
     def _answer(
-        self, batch: list[tuple[int, Placed]], texts: Texts
+        self, batch: list[tuple[int, Placed]], texts: Texts, config: DetectConfig | None
     ) -> Iterator[tuple[int, ImageDetections]]:
         images = np.zeros((self.batch_size, *batch[0][1].canvas.shape), np.uint8)
         sizes = np.zeros((self.batch_size, 2), np.int32)
         for slot, (_, picture) in enumerate(batch):
             images[slot], sizes[slot] = picture.canvas, picture.size
-        found = self.predict(images, sizes, texts)
+        found = self.predict(images, sizes, texts, config)
         for slot, (number, picture) in enumerate(batch):
             yield number, _in_own_pixels(found, slot, picture, texts.names)
 

@@ -257,7 +257,7 @@ def test_long_streams_keep_their_order(tiny):
 def test_pictures_share_a_batch_with_those_that_turn_the_canvas_alike(tiny, monkeypatch):
     asked = []
 
-    def answer(self, images, sizes, texts):
+    def answer(self, images, sizes, texts, config):
         asked.append((images.shape, sizes.tolist()))
         shape = (len(images), 3)
         boxes = np.tile(np.float32([0, 0, 10, 20]), (*shape, 1))
