@@ -85,6 +85,8 @@ def run(args: argparse.Namespace) -> None:
     from detclipv2_jax.checkpoint import load_model
 
     names, canvas = _names(args), _canvas(args.canvas)
+    if args.rows < 1:
+        raise UserError(f"--rows={args.rows} leaves no room for a name; give 1 or more.")
     loaded = load_model(args.checkpoint, args.step)
     output = pathlib.Path(args.output)
     about = {"step": loaded.step}

@@ -11,7 +11,7 @@ from detclipv2_jax.models.detclip import parameter_paths
 if TYPE_CHECKING:
     from detclipv2_jax.checkpoint import LoadedModel
 
-_LIBRARIES = {"savedmodel": "tf-keras", "onnx": "onnx"}
+_LIBRARIES = {"savedmodel": "tensorflow", "onnx": "onnx"}
 _NEEDS = {"stablehlo": "jax", "savedmodel": "tensorflow-cpu", "onnx": "onnxruntime"}
 
 
@@ -27,7 +27,9 @@ def card(
     fixed AP are two columns, never one.
     """
     folder = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
-    environment = jinja2.Environment(loader=folder, undefined=jinja2.StrictUndefined)  # noqa: S701
+    environment = jinja2.Environment(
+        loader=folder, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )  # noqa: S701
     results = results or {}
     measures = {
         name: figures
