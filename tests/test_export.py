@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from jax import export as jax_export
 from PIL import Image
 
 from detclipv2_jax import export
@@ -179,7 +180,7 @@ def test_a_file_answers_as_the_model_does(
 
 def test_a_file_of_stablehlo_is_for_every_platform(loaded, tmp_path):
     assert write(loaded, tmp_path, "stablehlo", "--names=cat", "--canvas=64x64") == 0
-    exported = jax.export.deserialize(bytearray((tmp_path / "detector.stablehlo").read_bytes()))
+    exported = jax_export.deserialize(bytearray((tmp_path / "detector.stablehlo").read_bytes()))
     assert exported.platforms == ("cpu", "cuda", "tpu")
     assert [str(aval.shape) for aval in exported.in_avals] == ["(batch, 64, 64, 3)", "(batch, 2)"]
 

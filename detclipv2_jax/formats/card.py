@@ -29,7 +29,7 @@ def card(
     folder = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
     environment = jinja2.Environment(
         loader=folder, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-    )  # noqa: S701
+    )
     results = results or {}
     measures = {
         name: figures

@@ -7,6 +7,7 @@ package. JAX reads files of its last six months' releases, at least.
 import pathlib
 
 import jax
+from jax import export
 
 from detclipv2_jax.files import replacing
 from detclipv2_jax.formats.served import ServedModel
@@ -19,7 +20,7 @@ def write(served: ServedModel, output: pathlib.Path, rows: int) -> dict[str, str
 
     `rows`: the names that the detector's input has room for. Returns the files by their role.
     """
-    batch, count = (jax.export.symbolic_shape(symbol)[0] for symbol in ("batch", "count"))
+    batch, count = (export.symbolic_shape(symbol)[0] for symbol in ("batch", "count"))
     arguments = served.image_spec(batch)
     if served.texts is not None:
         _write(output / "detector.stablehlo", served.answer(), *arguments)
@@ -30,6 +31,6 @@ def write(served: ServedModel, output: pathlib.Path, rows: int) -> dict[str, str
 
 
 def _write(path: pathlib.Path, function, *arguments: jax.ShapeDtypeStruct) -> None:
-    exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*arguments)
+    exported = export.export(jax.jit(function), platforms=PLATFORMS)(*arguments)
     with replacing(path) as temporary:
         temporary.write_bytes(exported.serialize())
