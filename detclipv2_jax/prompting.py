@@ -74,6 +74,13 @@ class Prompting:
         prompts = fitted(names, [definition.text for definition in found], self.template)
         return predictor.encode(names, prompts)
 
+    def known(self) -> dict[str, str]:
+        """The texts that stand for the dictionary's names: name → name with its definition."""
+        if not self.enabled:
+            return {}
+        names = list(self.dictionary)
+        return dict(zip(names, fitted(names, list(self.dictionary.values()), self.template)))
+
     def settings(self, texts: Texts) -> dict[str, Any]:
         """What an evaluation's results tell of it."""
         if self.sentences:
