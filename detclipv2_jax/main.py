@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ml_collections import config_flags
 
 from detclipv2_jax import commands
 
+_BEGAN = time.monotonic()  # what comes before the first step is part of what a run takes
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File with the run's config.", lock_config=True
 )
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> None:
         # A run that goes on, or that only evaluates, finds its programs compiled.
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    train.train(parsed, workdir)
+    train.train(parsed, workdir, _BEGAN)
 
 
 def _split_cpu(parsed: Any) -> None:
