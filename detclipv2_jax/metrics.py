@@ -27,6 +27,7 @@ class MetricsLog:
         """
         self.seconds = 0.0  # that the run had taken when its last line was written, lost or not
         self._file = self._events = None
+        self._unwritten, self._told = b"", False  # bytes of lines; was it said?
         if workdir is None:
             return
         path = workdir / "metrics.jsonl"
@@ -35,8 +36,9 @@ class MetricsLog:
         kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= resumed_at]
         with replacing(path) as partial:
             partial.write_text("".join(kept))
-        self._file = path.open("a", buffering=1)
-        self._events = Writer(str(workdir / "tensorboard"))
+        self._file = path.open("ab", buffering=0)
+        with self._without_events():
+            self._events = Writer(str(workdir / "tensorboard"))
 
     def write(
         self, step: int, values: Mapping[str, Any], run: Mapping[str, float] | None = None
@@ -46,19 +48,48 @@ class MetricsLog:
             return
         clean = {k: _finite(v) if isinstance(v, float) else v for k, v in values.items()}
         run = run or {}
-        self._file.write(json.dumps({"step": step} | clean | run) + "\n")
+        self._unwritten += json.dumps({"step": step} | clean | run).encode() + b"\n"
+        self._write_lines()
         prefix = values.get("kind", "evaluation")
         scalars = {f"{prefix}/{name}": value for name, value in clean.items()}
         scalars |= {f"run/{name}": value for name, value in run.items()}
-        for name, value in scalars.items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(name, value, step)
+        with self._without_events():
+            for name, value in scalars.items():
+                if self._events is not None and isinstance(value, int | float):
+                    self._events.add_scalar(name, value, step)
+
+    def _write_lines(self) -> None:
+        """On a full disk: said once, kept, and tried again with the next line."""
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._told = False
+        except OSError as error:
+            if not self._told:
+                print(
+                    f"{self._file.name}: cannot be written ({error.strerror}): its lines are kept "
+                    "until it can",
+                    flush=True,
+                )
+            self._told = True
+
+    @contextlib.contextmanager
+    def _without_events(self) -> Iterator[None]:
+        """TensorBoard's copy of the log ends at the first error; what is raised depends on it."""
+        try:
+            yield
+        except Exception as error:
+            self._events = None
+            print(f"TensorBoard's events cannot be written ({error}): none any more", flush=True)
 
     def close(self) -> None:
-        """Everything written is on disk."""
+        """Everything that can be written is on disk."""
         if self._file is not None:
+            self._write_lines()
             self._file.close()
-            self._events.close()
+            with self._without_events():
+                if self._events is not None:
+                    self._events.close()
 
 
 def read_log(path: Path, last_step: int | None = None) -> Iterator[dict[str, Any]]:

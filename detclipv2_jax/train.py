@@ -26,7 +26,7 @@ from detclipv2_jax.data.lexicon import Lexicon
 from detclipv2_jax.data.plan import KindPlan, Plan, StepPlan
 from detclipv2_jax.data.transforms import TransformConfig
 from detclipv2_jax.errors import UserError
-from detclipv2_jax.files import write_json
+from detclipv2_jax.files import only_said, write_json
 from detclipv2_jax.interruption import Interrupted, StopRequest
 from detclipv2_jax.models import detclip
 from detclipv2_jax.predictor import Predictor, detect_config
@@ -49,7 +49,7 @@ def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[
 
     Raises:
       UserError: for anything the user can mend; nothing is lost, the next start goes on.
-      Interrupted: by SIGTERM; the state is saved, the next start goes on.
+      Interrupted: by SIGTERM or Ctrl-C; the state is saved, the next start goes on.
     """
     first = jax.process_index() == 0  # the process that writes and shows; main.py mutes the others
     clock, earlier = metrics.Clock(began), {}
@@ -126,9 +126,10 @@ def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[
         recorder.add(planned, values)
         stopping = stop.is_due(step + 1)
         last, score = step + 1 == total_steps, None
-        if evaluator and (last or _is_due(step + 1, config.train.eval_every)):
+        due = _is_due(step + 1, config.train.eval_every) and not stopping
+        if evaluator and (last or due):
             recorder.finish()
-            with clock("evaluate"):
+            with clock("evaluate"), only_said():
                 results = evaluator(graphdef, state)
                 score = headline(results)
                 log.write(step + 1, scalars(results))
@@ -143,7 +144,9 @@ def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[
             checkpointer.wait()
             latest = checkpointer.latest
             saved = "is saved" if latest == step + 1 else f"is not saved: the last one is {latest}"
-            raise Interrupted(f"stopped by SIGTERM after step {step + 1}, which {saved}")
+            raise Interrupted(
+                f"stopped by {stop.signal.name} after step {step + 1}, which {saved}", stop.signal
+            )
     progress.close()
     log.close()
     with clock("checkpoint"):
@@ -403,7 +406,8 @@ def report(
     is drawn.
     """
     if workdir is not None:
-        drawing.loss_curves(workdir / "metrics.jsonl", workdir / "losses.png")
+        with only_said():
+            drawing.loss_curves(workdir / "metrics.jsonl", workdir / "losses.png")
     if results is not None:
         print(evaluate.table(results))
     print(f"\n{clock.summary()}")

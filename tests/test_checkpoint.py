@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,39 @@ def test_a_full_disk_is_told_and_ends_the_run_at_the_third_time(tmp_path, monkey
     saver.save(_state(step=5), META, None)
     saver.close()
     assert Checkpointer(tmp_path, 3).latest == 5
+
+
+def test_a_lost_directory_is_told_with_the_last_good_step_and_may_come_back(tmp_path, capsys):
+    root = _saved(tmp_path, 1)
+    saver = Checkpointer(tmp_path, 3)
+    root.rename(tmp_path / "away")
+    root.write_text("in its place")
+    threads = threading.active_count()
+    saver.save(_state(step=2), META, None)
+    said = capsys.readouterr().out
+    assert "checkpoint of step 2 could not be written" in said and "one is of step 1" in said
+    assert threading.active_count() <= threads + 1, "nothing waits for what cannot come"
+    root.unlink()
+    (tmp_path / "away").rename(root)
+    saver.save(_state(step=3), META, None)
+    saver.close()
+    assert Checkpointer(tmp_path, 3).latest == 3
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path):
+    root = _saved(tmp_path, 1)
+    saver = Checkpointer(tmp_path, 3)
+    root.rename(tmp_path / "away")
+    root.write_text("in its place")
+    saver.save(_state(step=2), META, None)
+    with pytest.raises(UserError, match="last checkpoint could not .*good one is of step 1: make"):
+        saver.close()
+
+
+def test_a_workdir_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/run/checkpoints: cannot be made or read"):
+        Checkpointer(tmp_path / "file" / "run", 3)
 
 
 def _save_often(directory, saves, look_every):

@@ -140,3 +140,19 @@ def test_the_clock_learns_by_itself_when_the_devices_are_done():
     seconds = clock.totals()
     assert 0.4 <= seconds["train"] < 0.7
     assert 0.5 <= seconds["data"] < 0.9
+
+
+# TensorBoard's own thread dies of it
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_does_not_end_the_log(small_disk, fill, capsys):
+    log = metrics.MetricsLog(small_disk, 0)
+    log.write(1, {"kind": "detection", "loss": 1.0})
+    filling = fill(small_disk, 0)
+    for step in range(2, 300):
+        log.write(step, {"kind": "detection", "loss": 1.0, "note": "x" * 100})
+    said = capsys.readouterr().out
+    assert said.count("metrics.jsonl: cannot be written (No space left on device): its lines") == 1
+    filling.unlink()
+    log.write(300, {"kind": "detection", "loss": 2.0})
+    log.close()
+    assert [line["step"] for line in _lines(small_disk)] == list(range(1, 301))
