@@ -11,7 +11,8 @@ import pytest
 import tiny_model
 from tiny_batch import LOSS, make_batch
 
-from detclipv2_jax import accumulate, sharding
+from detclipv2_jax import accumulate, sharding, train
+from detclipv2_jax.errors import UserError
 from detclipv2_jax.models import detclip
 from detclipv2_jax.objective import LossConfig, ProposalConfig
 from detclipv2_jax.ops.contrastive import ContrastiveConfig
