@@ -73,7 +73,7 @@ class TrainConfig:
     checkpoint_every: int = 1000  # steps between checkpoints
     eval_every: int = 0  # steps between evaluations; 0 = only after the last step
     keep: int = 3  # newest checkpoints kept, beside the best
-    max_skipped: int = 20  # non-finite steps in a row after which the run stops
+    max_skipped: int = 20  # non-finite or spiking steps in a row after which the run stops
 
 
 @dataclasses.dataclass(frozen=True)

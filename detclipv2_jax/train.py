@@ -38,6 +38,7 @@ from detclipv2_jax.structures import Batch
 from detclipv2_jax.weights import initialise
 
 Program = tuple[str, tuple[int, int]]  # (kind, canvas): what one compiled step is for
+_WHY_SKIPPED = "their loss or gradient was not finite, or far above the usual"
 
 
 def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
@@ -325,7 +326,7 @@ class Recorder:
             records = planned.records[planned.records >= 0][:4].tolist()
             raise UserError(
                 f"the last {self._config.max_skipped} steps up to step {step} ({planned.kind}, "
-                f"records {records} …) had a loss or gradient that is not finite; the last good "
+                f"records {records} …) were skipped: {_WHY_SKIPPED}; the last good "
                 f"checkpoint is {self._checkpointer.latest}: start again from it with a lower "
                 "config.optimizer.learning_rate, or look at these records."
             )
@@ -411,7 +412,7 @@ def report(
         if count:
             print(f"{source}: {count} of {read} records could not be read")
     if skipped:
-        print(f"{skipped} updates were skipped: their loss or gradient was not finite")
+        print(f"{skipped} updates were skipped: {_WHY_SKIPPED}")
     print(f"\n{workdir}/: detections/*.png, losses.png, results.json, metrics.jsonl, checkpoints/")
 
 
