@@ -184,7 +184,7 @@ def lvis_api(made: dict, federated: bool, count: int, spent: dict, fixed: bool =
     np.float = float  # lvis 0.5.3 is of NumPy 1's time
     from lvis import LVIS, LVISEval, LVISResults
 
-    logging.disable(logging.WARNING)
+    logging.getLogger("lvis.results").setLevel(logging.ERROR)
     rows = entries(lvis.from_content("made-up", made), count)
     truth = LVIS.__new__(LVIS)  # its constructor reads a file
     truth.logger, truth.dataset = logging.getLogger("lvis"), made
