@@ -202,7 +202,7 @@ class LvisEvaluator(coco.Evaluator):
         return {"standard": len(self._standard), "fixed": len(self._fixed)}
 
     def curves(self) -> dict[str, matching.Curves]:
-        """ "standard" and "fixed": precision and recall behind the figures, categories by id."""
+        """Precision and recall behind the figures of "standard" and "fixed"; categories by id."""
         return {
             "standard": self._measured(self._standard),
             "fixed": self._measured(self._fixed),
