@@ -5,6 +5,7 @@ import math
 import types
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -138,6 +139,29 @@ def test_names_in_blocks_equal_names_at_once(count, monkeypatch):
     for answer in answers[1:]:
         jax.tree.map(np.testing.assert_array_equal, answer, answers[0])
     assert count < 4 or answers[0].mask.all()
+
+
+def test_any_number_of_pictures_in_one_exported_program():
+    rng = np.random.default_rng(0)
+    model_arrays = [rng.normal(size=(3, len(anchors()), n)).astype(np.float32) for n in (200, 4, 1)]
+    ask = lambda logits, deltas, centerness, images, sizes: predict(
+        Scripted(logits, deltas, centerness[..., 0]),
+        images,
+        sizes,
+        np.eye(200, dtype=np.float32),
+        config=DetectConfig(candidates=20, keep=50),
+    )
+    arrays = [
+        *model_arrays,
+        np.zeros((3, HEIGHT, WIDTH, 3), np.uint8),
+        np.full((3, 2), 90, np.int32),
+    ]
+    (batch,) = jax.export.symbolic_shape("batch")
+    shapes = [jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype) for a in arrays]
+    exported = jax.export.export(jax.jit(ask), platforms=("cpu", "cuda", "tpu"))(*shapes)
+    for count in (1, 3):
+        few = [array[:count] for array in arrays]
+        jax.tree.map(np.testing.assert_array_equal, exported.call(*few), jax.jit(ask)(*few))
 
 
 def test_memory_does_not_grow_with_the_names():
