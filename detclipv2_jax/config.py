@@ -86,6 +86,7 @@ class EvalConfig(DetectConfig):
     pictures: int = 8  # validation pictures drawn at each evaluation
     definitions: Definitions = "as_trained"  # are names asked with their definitions? on, off, or
     # as the detection data had them (paper §1: in training and in testing)
+    prompts: tuple[str, ...] = ()  # or in sentences, as 'a photo of a {}.': their mean is asked
 
 
 @dataclasses.dataclass(frozen=True)
