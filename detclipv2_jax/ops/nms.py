@@ -69,9 +69,9 @@ def class_nms(
     not pass it can neither be kept nor, ranking lower, suppress what is.
     """
     found = (
-        jnp.full((len(boxes), keep), -jnp.inf),
-        jnp.zeros((len(boxes), keep), jnp.int32),
-        jnp.zeros((len(boxes), keep), jnp.int32),
+        jnp.full((boxes.shape[0], keep), -jnp.inf),
+        jnp.zeros((boxes.shape[0], keep), jnp.int32),
+        jnp.zeros((boxes.shape[0], keep), jnp.int32),
     )
     options = {"iou_threshold": iou_threshold, "candidates": min(candidates, boxes.shape[1])}
 
@@ -120,12 +120,13 @@ def _add_classes(
         fresh = number * few + jnp.arange(few) < classes
         values, anchors = _top_k(_rows(scores, picks), candidates)
         alive = fresh[:, None] & (values > found[0][:, -1:, None])
-        corners = _rows(boxes, anchors.reshape(len(boxes), -1)).reshape(*anchors.shape, 4)
+        corners = _rows(boxes, anchors.reshape(boxes.shape[0], -1)).reshape(*anchors.shape, 4)
         kept = _suppress_rows(_columns(corners), alive, iou_threshold)
         labels = jnp.broadcast_to((first + picks)[..., None], kept.shape)
         new = (jnp.where(kept, values, -jnp.inf), anchors, labels)
         pool = [
-            jnp.concatenate([old, x.reshape(len(old), -1)], axis=1) for old, x in zip(found, new)
+            jnp.concatenate([old, x.reshape(old.shape[0], -1)], axis=1)
+            for old, x in zip(found, new)
         ]
         best, places = jax.lax.top_k(pool[0], keep)
         return best, *(jnp.take_along_axis(x, places, axis=1) for x in pool[1:])
