@@ -144,9 +144,9 @@ def assert_same(found, wanted, count):
     ("form", "vocabulary", "without"),
     [
         ("stablehlo", "input", "flax,tensorflow"),
-        ("stablehlo", "fixed", "flax,tensorflow"),
-        ("savedmodel", "input", "jax"),
-        pytest.param("savedmodel", "fixed", "jax", marks=pytest.mark.slow),
+        pytest.param("stablehlo", "fixed", "flax,tensorflow", marks=pytest.mark.slow),
+        pytest.param("savedmodel", "input", "jax", marks=pytest.mark.slow),
+        ("savedmodel", "fixed", "jax"),
         ("onnx", "input", "jax,jax2onnx"),
         pytest.param("onnx", "fixed", "jax,jax2onnx", marks=pytest.mark.slow),
     ],
@@ -155,9 +155,9 @@ def test_a_file_answers_as_the_model_does(
     loaded, pictures, wanted, tmp_path, form, vocabulary, without
 ):
     if form == "savedmodel":
-        pytest.importorskip("tensorflow")
         if jax.__version_info__ >= (0, 12):
-            pytest.skip("TensorFlow 2.21 reads what jax 0.10 and 0.11 write")
+            pytest.skip("TensorFlow 2.21 cannot read what jax 0.12 writes")
+        pytest.importorskip("tensorflow")
     if form == "onnx":
         pytest.importorskip("jax2onnx")
         pytest.importorskip("onnxruntime")
@@ -189,7 +189,7 @@ def test_swin_t_at_320_pixels_and_80_names(tmp_path, form):
         pytest.importorskip("jax2onnx")
         pytest.importorskip("onnxruntime")
     if form == "savedmodel" and jax.__version_info__ >= (0, 12):
-        pytest.skip("TensorFlow 2.21 reads what jax 0.10 and 0.11 write")
+        pytest.skip("TensorFlow 2.21 cannot read what jax 0.12 writes")
     loaded, pictures, names = swin_t()
     served, _ = export.served_model(loaded, names)
     wanted = {k: np.asarray(v) for k, v in jax.jit(served.answer())(*pictures).items()}
