@@ -144,24 +144,12 @@ def _write_detector(
 
 
 def _names(args: argparse.Namespace) -> list[str] | None:
-    if args.names is not None and args.names_file is not None:
-        raise UserError("--names and --names_file are two lists of names: give one of them.")
-    if args.names_file is not None:
-        try:
-            lines = pathlib.Path(args.names_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "no UTF-8 text"
-            raise UserError(f"--names_file={args.names_file}: cannot be read ({reason}).") from None
-        names = [line.strip() for line in lines if line.strip()]
-    elif args.names is not None:
-        names = [name for name in map(str.strip, args.names.split(",")) if name]
-    else:
+    """None: the vocabulary is an input."""
+    from detclipv2_jax.detect import asked_names
+
+    if args.names is None and args.names_file is None:
         return None
-    if not names:
-        raise UserError(
-            "the list of names is empty; leave --names out to have the vocabulary as an input."
-        )
-    return names
+    return asked_names(args.names, args.names_file)
 
 
 def _canvas(text: str | None) -> tuple[int, int] | None:
@@ -204,8 +192,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--output", required=True, metavar="DIR", help="where to write")
     add("--step", type=int, help="which of the run's checkpoints (default: the newest)")
-    add("--names", help='what a detector looks for, "cat, traffic light" (default: an input)')
-    add("--names_file", metavar="FILE", help="the same, a name a line")
+    names = result.add_mutually_exclusive_group()
+    names.add_argument("--names", help='what a detector looks for, "cat, dog" (default: an input)')
+    names.add_argument("--names_file", metavar="FILE", help="the same, a file, a name on each line")
     add("--canvas", metavar="HxW", help="a detector's pictures, 800x1344 (default: as evaluated)")
     add(
         "--score_threshold",

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from detclipv2_jax.data.concepts import CONTEXT
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.formats.served import ServedModel, dense
 from detclipv2_jax.formats.stablehlo import PLATFORMS
@@ -30,7 +31,7 @@ def write(served: ServedModel, output: pathlib.Path) -> dict[str, str]:
     `encode_text`. Returns the folder and the signatures by their role.
 
     Raises:
-      UserError: TensorFlow is not installed.
+      UserError: TensorFlow is not installed, or is too old for this JAX.
     """
     try:
         import tensorflow as tf
@@ -40,6 +41,7 @@ def write(served: ServedModel, output: pathlib.Path) -> dict[str, str]:
             "tensorflow-cpu, or choose --format=stablehlo."
         ) from None
 
+    _check_that_it_reads(tf)
     module = tf.Module()
     fixed = served.texts is not None
     params = {k: v for k, v in served.params.items() if not (fixed and k == "text")}
@@ -62,6 +64,19 @@ def write(served: ServedModel, output: pathlib.Path) -> dict[str, str]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return {"detector": path.name} | ({} if fixed else {"text_encoder": path.name})
+
+
+def _check_that_it_reads(tf: Any) -> None:
+    """TensorFlow tells when a file is first run, and at length: better ask it before writing."""
+    gelu = functools.partial(jax.nn.gelu, approximate=False)  # of what the model uses, the newest
+    probe = tf.function(_converted(gelu, ["(batch,)"]), autograph=False)
+    try:
+        probe(tf.zeros(1))
+    except tf.errors.OpError:
+        raise UserError(
+            f"TensorFlow {tf.__version__} cannot read what jax {jax.__version__} writes: export "
+            "with an older jax (0.10.2, on Python 3.11), or choose --format=stablehlo or onnx."
+        ) from None
 
 
 def _detector(tf: Any, served: ServedModel, params: Mapping[str, Any]) -> Any:
@@ -96,10 +111,9 @@ def _detector(tf: Any, served: ServedModel, params: Mapping[str, Any]) -> Any:
 
 
 def _encoder(tf: Any, served: ServedModel, params: Mapping[str, Any]) -> Any:
-    tokens = served.token_spec(None)
     encode = lambda params, tokens: build(served.graphdef, params).encode_text(tokens)
-    converted = _converted(encode, [None, f"(count, {tokens.shape[1]})"])
-    spec = tf.TensorSpec(tokens.shape, tf.int32, name="tokens")
+    converted = _converted(encode, [None, f"(count, {CONTEXT})"])
+    spec = tf.TensorSpec((None, CONTEXT), tf.int32, name="tokens")
 
     @tf.function(input_signature=[spec], autograph=False)
     def encode_text(tokens):

@@ -1,7 +1,7 @@
 """StableHLO through `jax.export`: one file for CPU, CUDA and TPU, for batches of any size.
 
 `jax.export.deserialize(file.read_bytes()).call(images, sizes)` needs JAX and nothing of this
-package. JAX reads files of its last six months' releases, at least.
+package. JAX promises to read such a file for six months.
 """
 
 import pathlib
