@@ -9,8 +9,9 @@ run. The device is what JAX and PyTorch find, a GPU where both do.
 
 Grounding DINO reads the names together with the image, 40 at a time so that they fit its 256
 tokens: one chunk is timed and multiplied by their number. The other two read names once, whatever
-the images: a piece of 256 is timed, multiplied, and stands by itself. Ours is the whole way from a uint8 array to boxes after
-suppression; of the others it is the model alone, without scaling before and post-processing after.
+the images: a piece of 256 is timed, multiplied, and stands by itself. Ours is the whole way from a
+uint8 array to boxes after suppression; of the others it is the model alone, without scaling before
+and post-processing after.
 
 Writes detect.json, detect.md and detect.png.
 """
