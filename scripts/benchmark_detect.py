@@ -9,14 +9,16 @@ run. The device is what JAX and PyTorch find, a GPU where both do.
 
 Grounding DINO reads the names together with the image, 40 at a time so that they fit its 256
 tokens: one chunk is timed and multiplied by their number. The other two read names once, whatever
-the images: that time stands by itself. Ours is the whole way from a uint8 array to boxes after
-suppression; of the others it is the model alone, without scaling before and post-processing after.
+the images: a piece of 256 is timed, multiplied, and stands by itself. Ours is the whole way from a
+uint8 array to boxes after suppression; of the others it is the model alone, without scaling before
+and post-processing after.
 
 Writes detect.json, detect.md and detect.png.
 """
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import platform
 import sys
@@ -84,9 +86,13 @@ class Ours:
         config = DetectConfig(keep=300)
         return Predictor(*self._parts, canvas=(800, 1344), config=config, batch_size=1)
 
-    def texts(self, asked: Sequence[str]) -> Texts:
-        """The names, encoded once."""
-        return self._predictor.encode(asked)
+    def texts(self, count: int) -> Texts:
+        """Names with random unit vectors: random weights would make nearly one of all names."""
+        rows = np.zeros((table_size(count), sizes.SWIN_T.text.embed_dim), np.float32)
+        drawn = np.random.default_rng(0).normal(size=(count, rows.shape[1]))
+        rows[:count] = drawn / np.linalg.norm(drawn, axis=-1, keepdims=True)
+        asked = tuple(names(count))
+        return Texts(asked, asked, rows, np.arange(len(rows)) < count)
 
     def read_names(self, asked: Sequence[str]) -> None:
         """Encodes the names anew."""
@@ -190,46 +196,55 @@ def seconds(function: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - cores
 
 
-def measure(ours: Ours, others: Torch, count: int, rounds: int) -> dict[str, Any]:
-    """Seconds an image of each contestant among `count` names; medians of rounds in turns."""
-    asked = names(count)
-    texts = ours.texts(asked)
-    chunks = -(-count // CHUNK)
+def measure(ours: Ours, others: Torch, counts: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+    """A row for each number of names: seconds an image of each contestant, medians of rounds.
+
+    In a round everything takes its turn once.
+    """
+    piece = names(PIECE)
     work = {
-        OURS: (1, lambda: ours.answer(texts)),
-        DINO: (chunks, others.dino_chunk(asked[:CHUNK])),
-        OWL: (1, others.owl(count)),
+        **{(OURS, count): functools.partial(ours.answer, ours.texts(count)) for count in counts},
+        **{(OWL, count): others.owl(count) for count in counts},
+        "chunk": others.dino_chunk(piece[:CHUNK]),
+        (OURS, "piece"): lambda: ours.read_names(piece),
+        (OWL, "piece"): others.owl_names(piece),
     }
-    for _, function in work.values():
+    for function in work.values():
         function()  # compiles, or warms up
-    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in work}
+    times: dict[Any, list[tuple[float, float]]] = {key: [] for key in work}
     for _ in range(rounds):
-        for name, (repeats, function) in work.items():
-            times[name].append(tuple(repeats * value for value in seconds(function)))
-    medians = {name: np.median(values, axis=0).tolist() for name, values in times.items()}
-    pieces = -(-count // PIECE)
-    piece = asked[:PIECE]
-    other_names = others.owl_names(piece)
-    other_names()
-    return {
-        "names": count,
-        "chunks": chunks,
-        "seconds": {name: clock for name, (clock, _) in medians.items()},
-        "core_seconds": {name: cores for name, (_, cores) in medians.items()},
-        "rounds": times,
-        "names_once_seconds": {
-            OURS: pieces * seconds(lambda: ours.read_names(piece))[0],
-            OWL: pieces * seconds(other_names)[0],
-        },
-        "temporary_mb": ours.temporary_bytes(count) / 1e6,
-    }
+        for key, function in work.items():
+            times[key].append(seconds(function))
+            print(key, *(f"{value:.2f}" for value in times[key][-1]), flush=True)
+    medians = {key: np.median(values, axis=0) for key, values in times.items()}
+    rows = []
+    for count in counts:
+        chunks, pieces = -(-count // CHUNK), -(-count // PIECE)
+        image = {
+            OURS: medians[OURS, count],
+            DINO: chunks * medians["chunk"],
+            OWL: medians[OWL, count],
+        }
+        rows.append(
+            {
+                "names": count,
+                "chunks": chunks,
+                "seconds": {name: float(clock) for name, (clock, _) in image.items()},
+                "core_seconds": {name: float(cores) for name, (_, cores) in image.items()},
+                "names_core_seconds": {
+                    name: float(pieces * medians[name, "piece"][1]) for name in (OURS, OWL)
+                },
+                "temporary_mb": ours.temporary_bytes(count) / 1e6,
+            }
+        )
+    return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     lines = [
         "| names | | s an image | images/s | ours is faster by | core seconds | by these | "
-        "names once, s | temporary MB |",
+        "names once, core seconds | temporary MB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -238,7 +253,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             cores = row["core_seconds"][name]
             faster = "" if name == OURS else f"{value / row['seconds'][OURS]:.1f} ×"
             by_cores = "" if name == OURS else f"{cores / row['core_seconds'][OURS]:.1f} ×"
-            once = row["names_once_seconds"].get(name)
+            once = row["names_core_seconds"].get(name)
             once = "with each image" if once is None else f"{once:.1f}"
             memory = f"{row['temporary_mb']:.0f}" if name == OURS else ""
             cells = [f"{row['names']:,}", label, f"{value:.2f}", f"{1 / value:.3g}", faster]
@@ -276,10 +291,9 @@ def main() -> None:
     import transformers
 
     ours, others = Ours(), Torch()
-    rows = []
-    for count in map(int, args.names.split(",")):
-        rows.append(measure(ours, others, count, args.rounds))
-        print(table(rows[-1:]), flush=True)
+    counts = [int(count) for count in args.names.split(",")]
+    rows = measure(ours, others, counts, args.rounds)
+    print(table(rows))
     result = {
         "device": {"jax": jax.devices()[0].device_kind, "torch": others.device},
         "versions": {
