@@ -4,6 +4,7 @@ A gather reads the four bilinear neighbours of a point as a single wide row, bec
 what accelerators are worst at; one gather and one matmul serve all levels of a pyramid.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -41,19 +42,31 @@ def deform_conv_levels(
     mask: Float[Array, "B K 9"],
     kernel: Float[Array, "3 3 C O"],
 ) -> Float[Array, "B K O"]:
-    """`deform_conv2d` of each of the levels that lie on `x`, for their K pixels in anchor order."""
+    """`deform_conv2d` of each of the levels that lie on `x`, for their K pixels in anchor order.
+
+    Tap after tap, forward and backward: the samples of all nine are the largest array of a step,
+    36 times the size of the map that they come from, and are never held together.
+    """
     batch, _, _, channels = x.shape
     index, weights = sampling_points(offsets, canvas)
     weights = weights * mask.reshape(batch, -1, 1).astype(jnp.float32)
-    rows = jnp.take_along_axis(pack_neighbours(x), index[..., None], axis=1, mode="clip")
-    rows = rows.reshape(batch, -1, 4, channels)
-    samples = jnp.einsum("bpn,bpnc->bpc", weights.astype(x.dtype), rows)
-    out = jnp.matmul(
-        samples.reshape(batch, -1, 9 * channels),
-        kernel.astype(x.dtype).reshape(9 * channels, -1),
-        preferred_element_type=jnp.float32,
+    packed = pack_neighbours(x)
+
+    @jax.checkpoint
+    def add_tap(total, tap):
+        index, weights, kernel = tap
+        rows = jnp.take_along_axis(packed, index[..., None], axis=1, mode="clip")
+        rows = rows.reshape(*index.shape, 4, channels)
+        samples = jnp.einsum("bkn,bknc->bkc", weights, rows)
+        return total + jnp.matmul(samples, kernel, preferred_element_type=jnp.float32), None
+
+    taps = (
+        jnp.moveaxis(index.reshape(batch, -1, 9), 2, 0),
+        jnp.moveaxis(weights.astype(x.dtype).reshape(batch, -1, 9, 4), 2, 0),
+        kernel.astype(x.dtype).reshape(9, channels, -1),
     )
-    return out.astype(x.dtype)
+    total = jnp.zeros((batch, offsets.shape[1], kernel.shape[-1]), jnp.float32)
+    return jax.lax.scan(add_tap, total, taps)[0].astype(x.dtype)
 
 
 def pack_neighbours(x: Float[Array, "B H W C"]) -> Float[Array, "B Q C4"]:
