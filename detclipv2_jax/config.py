@@ -11,10 +11,10 @@ from typing import Any
 from detclipv2_jax import fields
 from detclipv2_jax.data.concepts import TEMPLATE, check_template
 from detclipv2_jax.models.detclip import DetCLIPConfig
+from detclipv2_jax.objective import LossConfig
 from detclipv2_jax.optimizer import OptimizerConfig
 from detclipv2_jax.predictor import DetectConfig
 from detclipv2_jax.prompting import Definitions
-from detclipv2_jax.step import LossConfig
 from detclipv2_jax.structures import KINDS
 from detclipv2_jax.weights.initialise import InitConfig
 
@@ -25,6 +25,7 @@ class KindConfig:
 
     sources: tuple[str, ...] = ()  # directories of prepared sources, relative to data_dir; () = off
     batch_size: int = 128  # images a global step
+    accumulate: int = 1  # parts that each device's images are cut into: less memory, the same step
     shapes: tuple[tuple[int, int], ...] = (
         (800, 1344),
         (1344, 800),

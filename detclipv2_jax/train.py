@@ -14,8 +14,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from detclipv2_jax import accumulate, drawing, evaluate, fields, metrics, optimizer, sharding
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import drawing, evaluate, fields, metrics, optimizer, sharding
 from detclipv2_jax import state as state_lib
 from detclipv2_jax.checkpoint import Checkpointer
 from detclipv2_jax.config import RunConfig
@@ -29,10 +29,11 @@ from detclipv2_jax.errors import UserError
 from detclipv2_jax.files import write_json
 from detclipv2_jax.interruption import Interrupted, StopRequest
 from detclipv2_jax.models import detclip
+from detclipv2_jax.objective import Losses
 from detclipv2_jax.predictor import Predictor, detect_config
 from detclipv2_jax.prompting import prompting
 from detclipv2_jax.state import TrainState
-from detclipv2_jax.step import Losses, train_step
+from detclipv2_jax.step import train_step
 from detclipv2_jax.structures import Batch
 from detclipv2_jax.weights import initialise
 
@@ -69,6 +70,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
     millions = sum(p.size for p in jax.tree.leaves(params)) / 1e6
     print(f"{millions:.2f} M parameters on {mesh.size} device(s) ({jax.devices()[0].device_kind})")
     rule = optimizer.create(config.optimizer, params, total_steps)
+    step_fn = step_function(config, graphdef, rule, mesh)
     checkpointer = Checkpointer(workdir, config.train.keep)
     if checkpointer.latest is None:
         params, origins = initialise.initialise(params, config.init)
@@ -103,7 +105,6 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
 
     # ---- One program for every (kind, canvas), compiled before the first step.
     with clock("compile"):
-        step_fn = step_function(config, graphdef, rule, mesh)
         todo = plan.programs if start < total_steps else []
         programs = compile_programs(step_fn, todo, state, shardings, mesh, config)
 
@@ -221,13 +222,21 @@ def abstract_batch(kind: str, shape: tuple[int, int], config: config_lib.KindCon
 def step_function(
     config: RunConfig, graphdef: Any, rule: optimizer.AdamW, mesh: jax.sharding.Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Losses]]:
-    """The step of a run on a mesh, of state and batch alone."""
+    """The step of a run on a mesh, of state and batch alone.
+
+    Raises:
+      UserError: a batch that the devices, or its parts on them, do not divide.
+    """
+    kinds = config.data.kinds()
+    for kind, c in kinds.items():
+        accumulate.check(c.batch_size, mesh.size, c.accumulate, kind)
     return functools.partial(
         train_step,
         graphdef=graphdef,
         optimizer=rule,
         config=config.loss,
         seed=config.seed,
+        parts={kind: c.accumulate for kind, c in kinds.items()},
         gathered=sharding.replicated(mesh),
     )
 

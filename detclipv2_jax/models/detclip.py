@@ -131,18 +131,18 @@ class DetCLIP(nnx.Module):
         self.logit_bias = nnx.Param(jnp.asarray(bias, jnp.float32))
 
     def encode_image(
-        self, images: UInt8[Array, "B H W 3"], key: Array | None = None
+        self, images: UInt8[Array, "B H W 3"], keep: Float[Array, "N 2 B"] | None = None
     ) -> RegionOutputs:
         """Embedding, box and centerness of every anchor of `anchor_grid(H, W, cfg.anchors)`.
 
         Args:
             images: RGB, 0..255, any size; normalised here.
-            key: draws the drop path; None is inference.
+            keep: drop path factors (`backbone.draw_drop_path`); None is inference.
 
         Returns:
             float32 outputs; the embeddings are unit vectors when `similarity` is 'cosine'.
         """
-        outputs = self.head(self.neck(self.backbone(normalise_images(images), key)))
+        outputs = self.head(self.neck(self.backbone(normalise_images(images), keep)))
         return dataclasses.replace(outputs, embeddings=self._comparable(outputs.embeddings))
 
     def encode_text(self, tokens: Int[Array, "M L"]) -> Float[Array, "M D"]:

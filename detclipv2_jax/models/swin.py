@@ -284,18 +284,21 @@ class Swin(nnx.Module):
         )
         self.norms = nnx.List(LayerNorm(width) for width in cfg.widths[1:])
 
+    def draw_drop_path(self, key: Array | None, images: int) -> Float[Array, "N 2 B"] | None:
+        """The drop path factors of a batch; None without a key (inference) or a rate."""
+        if key is None or self.rates[-1] == 0:
+            return None
+        return drop_path_factors(key, np.asarray(self.rates), images)
+
     def __call__(
-        self, x: Float[Array, "B H W 3"], key: Array | None = None
+        self, x: Float[Array, "B H W 3"], keep: Float[Array, "N 2 B"] | None = None
     ) -> tuple[Float[Array, "B H2 W2 C2"], ...]:
         """Maps of the last three stages (strides 8, 16, 32 for patches of 4), a LayerNorm on each.
 
         Args:
             x: normalised images of any size.
-            key: draws the drop path; None (inference) keeps every branch.
+            keep: drop path factors of each block's two branches; None keeps every branch.
         """
-        keep = None
-        if key is not None and self.rates[-1] > 0:
-            keep = drop_path_factors(key, np.asarray(self.rates), x.shape[0])
         run = nnx.remat(SwinBlock.__call__) if self.remat else SwinBlock.__call__
         x = self.patch_embed(x.astype(self.dtype))
         maps, index = [], 0

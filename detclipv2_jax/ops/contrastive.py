@@ -116,58 +116,63 @@ def image_text_similarity(
     return (rows.sum(axis=1) / jnp.maximum(owned.sum(axis=-1, keepdims=True), 1)).T
 
 
+def concept_pools(
+    text_ids: Int[Array, "B C"], score: ProposalScore, group: int
+) -> Int[Array, "G N"]:
+    """Which concepts score regions: row g holds those of the g-th B / G images; -1 pads.
+
+    `group` consecutive images form a group, the paper's batch of one device: a number of the
+    recipe, so that the choice does not depend on the machine. It must divide B. "sample" pools
+    each image's concepts alone, "classification" those of the whole step.
+    """
+    _check_choice("proposal score", score, ProposalScore)
+    images = len(text_ids)
+    group = {"sample": 1, "centerness": 1, "classification": images}.get(score, group)
+    if images % group:
+        raise UserError(
+            f"proposal group: {group} images a group do not divide the batch of {images}; "
+            "choose a divisor of the batch size."
+        )
+    return text_ids.reshape(images // group, -1)
+
+
 def proposal_scores(
     regions: Float[Array, "B K D"],
     concepts: Float[Array, "M D"],
-    text_ids: Int[Array, "B C"],
+    pools: Int[Array, "G N"],
     centerness: Float[Array, "B K"],
     *,
     score: ProposalScore,
-    group: int,
     scale: Float[Array, ""] | float = 1.0,
     bias: Float[Array, ""] | float = 0.0,
 ) -> Float[Array, "B K"]:
     """Objectness that ranks an image's regions for the contrastive loss; no gradient passes.
 
     "batch" (the paper's choice): the highest similarity to any concept that belongs to an image of
-    the same group; "sample": of the image itself; "classification": of the whole step.
-    "centerness": the head's logit, as it comes. "batch_centerness": the product of the sigmoids of
-    "batch" and of centerness.
+    the same group; "sample": of the image itself; "classification": of the whole step; all by
+    `concept_pools`. "centerness": the head's logit, as it comes. "batch_centerness": the product of
+    the sigmoids of "batch" and of centerness.
 
-    `group` consecutive images form a group, the paper's batch of one device: a number of the
-    recipe, so that the choice does not depend on the machine. It must divide B. Similarity is
-    scale * dot + bias, the detection logit; the two matter to "batch_centerness" only. A region
-    without any concept to be compared with gets a very low score.
+    Similarity is scale * dot + bias, the detection logit; the two matter to "batch_centerness"
+    only. A region without any concept to be compared with gets a very low score.
     """
-    _check_choice("proposal score", score, ProposalScore)
     regions, concepts, centerness, scale, bias = jax.lax.stop_gradient(
         (regions, concepts, centerness, scale, bias)
     )
     if score == "centerness":
         return centerness.astype(jnp.float32)
-    images = len(regions)
-    group = {"sample": 1, "classification": images}.get(score, group)
-    if images % group:
-        raise UserError(
-            f"proposal group: {group} images a group do not divide the batch of {images}; "
-            "choose a divisor of the batch size."
-        )
-    logits = scale * _best_in_group(regions, concepts, text_ids, group) + bias
+    logits = scale * _best_in_pool(regions, concepts, pools) + bias
     if score == "batch_centerness":
         return jax.nn.sigmoid(logits) * jax.nn.sigmoid(centerness.astype(jnp.float32))
     return logits
 
 
-def _best_in_group(
-    regions: Float[Array, "B K D"],
-    concepts: Float[Array, "M D"],
-    text_ids: Int[Array, "B C"],
-    group: int,
+def _best_in_pool(
+    regions: Float[Array, "B K D"], concepts: Float[Array, "M D"], ids: Int[Array, "G N"]
 ) -> Float[Array, "B K"]:
     images, anchors, features = regions.shape
     concepts = jnp.asarray(concepts)
-    regions = regions.astype(jnp.float32).reshape(-1, group, anchors, features)
-    ids = text_ids.reshape(len(regions), -1)
+    regions = regions.astype(jnp.float32).reshape(len(ids), -1, anchors, features)
     if ids.shape[1] >= len(concepts):
         # Fewer rows in the whole table than names in the group: score each row once. A -1 lands in
         # the column too many.

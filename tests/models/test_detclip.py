@@ -136,7 +136,8 @@ def outputs_and_gradients(cfg):
 
     def loss(params):
         model = detclip.build(graph, params)
-        regions = model.encode_image(pictures, jax.random.key(0))
+        keep = model.backbone.draw_drop_path(jax.random.key(0), len(pictures))
+        regions = model.encode_image(pictures, keep)
         texts = model.encode_text(TOKENS)
         logits = model.logits(regions.embeddings, texts)
         total = jnp.mean(logits) + jnp.mean(regions.deltas**2) + jnp.mean(regions.centerness)
@@ -178,8 +179,13 @@ def test_bfloat16_is_close_to_float32(model):
 def test_the_key_decides_which_paths_drop():
     cfg = dataclasses.replace(CONFIG, swin=dataclasses.replace(CONFIG.swin, drop_path=0.5))
     graph, params = detclip.create(cfg, 0)
-    run = jax.jit(lambda params, key: detclip.build(graph, params).encode_image(x, key).embeddings)
     x = images(2, 32, 32)
+
+    @jax.jit
+    def run(params, key):
+        model = detclip.build(graph, params)
+        return model.encode_image(x, model.backbone.draw_drop_path(key, len(x))).embeddings
+
     first, again, other = (run(params, jax.random.key(seed)) for seed in (0, 0, 3))
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other)

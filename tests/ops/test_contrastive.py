@@ -265,9 +265,14 @@ def proposal_case(seed=0, images=6):
     return regions, concepts, ids, rng.normal(0, 1, (images, ANCHORS))
 
 
+def grouped_scores(regions, concepts, ids, centerness, *, score, group, **rest):
+    pools = ops.concept_pools(ids, score, group)
+    return ops.proposal_scores(regions, concepts, pools, centerness, score=score, **rest)
+
+
 def score_function():
     # A function of its own: jit remembers functions, and a test changes a constant under it.
-    run = jax.jit(lambda *a, **k: ops.proposal_scores(*a, **k), static_argnames=("score", "group"))
+    run = jax.jit(lambda *a, **k: grouped_scores(*a, **k), static_argnames=("score", "group"))
     return lambda *a, scale=2.0, bias=-1.5, **k: np.asarray(run(*a, scale=scale, bias=bias, **k))
 
 
@@ -342,7 +347,7 @@ def test_a_group_without_concepts_scores_very_low():
 def test_no_gradient_passes_the_scores(score):
     arrays = float32(*proposal_case())
     run = jax.grad(
-        lambda r, t, c, a: ops.proposal_scores(
+        lambda r, t, c, a: grouped_scores(
             r, t, arrays[2], c, score=score, group=3, scale=a, bias=a
         ).sum(),
         (0, 1, 2, 3),
@@ -354,6 +359,6 @@ def test_no_gradient_passes_the_scores(score):
 def test_proposal_settings_are_checked():
     arrays = float32(*proposal_case())
     with pytest.raises(UserError, match="4 images a group do not divide the batch of 6"):
-        ops.proposal_scores(*arrays, score="batch", group=4)
+        grouped_scores(*arrays, score="batch", group=4)
     with pytest.raises(UserError, match="'iou' is none of batch, sample"):
-        ops.proposal_scores(*arrays, score="iou", group=2)
+        grouped_scores(*arrays, score="iou", group=2)

@@ -1,0 +1,31 @@
+"""A batch of noise with boxes or texts for the tiny model, and losses that fit its size."""
+
+import numpy as np
+
+from detclipv2_jax.data.concepts import tokenize
+from detclipv2_jax.objective import LossConfig, ProposalConfig
+from detclipv2_jax.structures import Batch
+
+NAMES = ["cat", "dog", "red bus", "traffic light", "anchor", "umbrella", "tea cup", "kite"]
+LOSS = LossConfig(proposals=ProposalConfig(group=4, k=6))
+
+
+def make_batch(kind, images=4, seed=0):
+    rng = np.random.default_rng(seed)
+    corners = rng.uniform(0, 40, (images, 3, 2))
+    boxes = np.concatenate([corners, corners + rng.uniform(8, 24, (images, 3, 2))], -1)
+    labels = rng.integers(0, 6, (images, 3)).astype(np.int32)
+    boxes[:, 2], labels[:, 2] = 0, -1  # the last slot is empty
+    texts = rng.permuted(np.tile(np.arange(6, dtype=np.int32), (images, 1)), axis=1)[:, :3].copy()
+    texts[0, 2] = -1
+    captioned = kind == "image_text"
+    return Batch(
+        images=rng.integers(0, 256, (images, 64, 64, 3), dtype=np.uint8),
+        sizes=np.tile(np.int32([64, 64]), (images, 1)),
+        boxes=np.zeros((images, 0, 4), np.float32) if captioned else boxes.astype(np.float32),
+        labels=np.zeros((images, 0), np.int32) if captioned else labels,
+        texts=texts if captioned else np.zeros((images, 0), np.int32),
+        tokens=tokenize(NAMES),
+        token_mask=np.arange(8) < 6,
+        kind=kind,
+    )
