@@ -50,6 +50,7 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _COLLECTIVE = re.compile(
     r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
 )
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|\w+_computations?)=(\{[^}]*\}|%?[\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
@@ -79,6 +80,7 @@ def devices(topology: str) -> list[Any]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": _ACCELERATORS[chip],
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is touched: several may compile at a time
     }
     from jax.experimental import topologies
 
@@ -95,17 +97,20 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     """What travels between devices in a compiled program: {"all-gather": {"count", "bytes"}, …}.
 
     Bytes are those of the results, on each device. What stands in a loop counts as often as the
-    loop turns, where the compiler knows that; of branches each counts.
+    loop turns where the program says that (a CPU's does, a TPU's does not), else once; of branches
+    each counts.
     """
     bodies, entry = _computations(text)
-    found: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
+    # A TPU spreads one collective over many computations, which all name its channel.
+    channels: dict[tuple[str, str], tuple[int, int]] = {}
 
     def walk(computation: str, times: int) -> None:
         for line in bodies[computation]:
             if collective := _COLLECTIVE.search(line):
                 shapes, name, started = collective.groups()
-                found[name]["count"] += times
-                found[name]["bytes"] += times * _result_bytes(shapes, name, bool(started))
+                channel = _CHANNEL.search(line)
+                size = _result_bytes(shapes, name, bool(started))
+                channels[name, channel[1] if channel else line] = times, times * size
                 continue  # what it calls is its sum
             trips = _TRIPS.search(line)
             for called in _CALLED.findall(line):
@@ -114,7 +119,11 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
                         walk(inner, times * int(trips[1]) if trips else times)
 
     walk(entry, 1)
-    return dict(sorted(found.items()))
+    found: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
+    for (name, _), (times, size) in sorted(channels.items()):
+        found[name]["count"] += times
+        found[name]["bytes"] += size
+    return dict(found)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

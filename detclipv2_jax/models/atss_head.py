@@ -15,6 +15,7 @@ from detclipv2_jax.models.deform_conv import deform_conv_levels
 from detclipv2_jax.models.fpn import conv3x3
 from detclipv2_jax.models.initialise import Draws, normal
 from detclipv2_jax.models.norms import GroupNorm
+from detclipv2_jax.models.remat import Remat, block_of
 
 _OUTPUT_STD = 0.01  # ATSS's, of the kernels that end the branches
 
@@ -95,8 +96,8 @@ class ATSSHead(nnx.Module):
         levels: how many there are; each has its own learned factor on the box deltas.
         cfg: its sizes.
         dtype: of the activations; parameters and norms' statistics are float32.
-        remat: recompute the deformable convolution's samples in the backward pass: they are nine
-            times the size of the map they come from.
+        remat: all but "none" keep nothing of the inside of the deformable convolution, which begins
+            with four times the map that comes in.
         rngs: initialises the parameters.
     """
 
@@ -107,7 +108,7 @@ class ATSSHead(nnx.Module):
         cfg: HeadConfig,
         *,
         dtype=jnp.float32,
-        remat: bool = False,
+        remat: Remat = "none",
         rngs: Draws,
     ):
         self.remat = remat
@@ -130,7 +131,7 @@ class ATSSHead(nnx.Module):
         for conv in self.reg_convs:
             regression = conv(regression, canvas)
         if self.dcn is not None:
-            run = nnx.remat(_run_deform_conv, static_argnums=3) if self.remat else _run_deform_conv
+            run = block_of(_run_deform_conv, self.remat, static=3)
             region = run(self.dcn, x, regression, canvas)
         for conv in self.cls_convs:
             region = conv(region, canvas)

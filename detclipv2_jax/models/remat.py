@@ -19,7 +19,7 @@ def product(x: jax.Array) -> jax.Array:
     return checkpoint_name(x, _PRODUCT)
 
 
-def block(function: Callable, remat: Remat, static: int | tuple[int, ...] = ()) -> Callable:
+def block_of(function: Callable, remat: Remat, static: int | tuple[int, ...] = ()) -> Callable:
     """`function` of a module and arrays, with only what the policy keeps of its inside.
 
     `static`: positions of the arguments that are no arrays.
