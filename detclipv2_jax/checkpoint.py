@@ -4,7 +4,10 @@ On disk, under `workdir/checkpoints/STEP/`, three items: `model` (the averaged p
 evaluation and detection read), `state` (the rest of the training state) and `meta` (JSON).
 """
 
+import contextlib
+import copy
 import dataclasses
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
@@ -40,7 +44,12 @@ class Checkpointer:
     """Saves and restores the state of one run; saving happens in the background and is atomic."""
 
     def __init__(self, workdir: Path | str, keep: int):
-        """Keeps the newest `keep` checkpoints and the one with the best `score`."""
+        """Keeps the newest `keep` checkpoints and the one with the best `score`.
+
+        Raises:
+          UserError: the directory cannot be made or read.
+        """
+        _stop_leaks()
         policy = AnyPreservationPolicy(
             [
                 LatestN(keep),
@@ -50,13 +59,21 @@ class Checkpointer:
             ]
         )
         self._failures, self._writing = 0, None  # in a row; the step that is being written
-        self._manager = ocp.CheckpointManager(
-            Path(workdir).absolute() / SUBDIRECTORY,
-            item_handlers=_handlers(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, cleanup_tmp_directories=True
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy,
+            cleanup_tmp_directories=True,
+            # Threads would wait for a directory that cannot be made, for twenty minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
+        root = Path(workdir).absolute() / SUBDIRECTORY
+        try:
+            self._manager = ocp.CheckpointManager(root, item_handlers=_handlers(), options=options)
+        except OSError as error:
+            raise UserError(
+                f"{root}: cannot be made or read ({error.strerror}); use a --workdir that you may "
+                "write to."
+            ) from None
+        self._last_good = self.latest
 
     @property
     def latest(self) -> int | None:
@@ -75,6 +92,9 @@ class Checkpointer:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        if self._failures and jax.process_index() == 0:  # what was written of them takes room
+            for part in Path(self._manager.directory).glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
         try:
             self._manager.save(
                 step,
@@ -96,21 +116,28 @@ class Checkpointer:
             return
         try:
             self._manager.wait_until_finished()
-            self._failures = 0
+            self._failures, self._last_good = 0, step
         except Exception as error:
             self._failed(step, error)
 
     def _failed(self, step: int, error: Exception) -> None:
         self._failures += 1
+        with contextlib.suppress(Exception):  # its other threads: of the same step, no news
+            self._manager.wait_until_finished()
         self._manager.reload()
         told = f"{self._manager.directory}: the checkpoint of step {step} could not be written"
         told += f" ({_first_line(error)})"
         if self._failures >= _PATIENCE:
             raise UserError(
-                f"{told}, as {self._failures} in a row; the last good one is of step "
-                f"{self.latest}: make room, then start again with the same command."
+                f"{told}, as {self._failures} in a row; {self._good()}: make room, then start "
+                "again with the same command."
             ) from None
-        print(f"{told}; the last good one is of step {self.latest}", flush=True)
+        print(f"{told}; {self._good()}", flush=True)
+
+    def _good(self) -> str:
+        if self._last_good is None:
+            return "there is no good one yet"
+        return f"the last good one is of step {self._last_good}"
 
     def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint in the shapes and shardings of the abstract `target`, and its meta.
@@ -160,14 +187,29 @@ class Checkpointer:
         if jax.process_index() == 0:
             aside = where.with_name(f"{step}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
-            where.rename(aside)
+            try:
+                where.rename(aside)
+            except OSError as error:
+                raise UserError(
+                    f"{where}: cannot be set aside ({error.strerror}); move it away, then start "
+                    "again with the same command."
+                ) from None
         _everywhere(True)  # the others wait for it
         self._manager.reload()
 
     def close(self) -> None:
-        """Finishes writing and lets go of the directory."""
+        """Finishes writing and lets go of the directory.
+
+        Raises:
+          UserError: the last checkpoint could not be written.
+        """
         self.wait()
         self._manager.close()
+        if self._failures:
+            raise UserError(
+                f"{self._manager.directory}: the last checkpoint could not be written; "
+                f"{self._good()}: make room, then start again with the same command."
+            )
 
 
 def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
@@ -206,6 +248,28 @@ def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
         ).model
     definitions = meta.get("definitions", {})  # older checkpoints have none
     return LoadedModel(graphdef, params, meta["config"], step, meta["names"], definitions)
+
+
+@functools.cache  # once
+def _stop_leaks() -> None:
+    """Keeps host memory from growing with every checkpoint.
+
+    tensorstore (0.1.78 to 0.1.86 at least) never frees the keys, strings and lists of the JSON that
+    it hands to Python. At each save Orbax asks it for all its counters, for a log, and for every
+    array for the description of the same directory.
+    """
+    tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
+    asked, known = tensorstore.KvStore.Spec.to_json, {}
+
+    def to_json(spec: tensorstore.KvStore.Spec, **options: Any) -> Any:
+        key = f"{spec} {options}"
+        if (found := known.get(key)) is None:
+            if len(known) > 100:
+                known.clear()
+            found = known[key] = asked(spec, **options)
+        return copy.deepcopy(found)
+
+    tensorstore.KvStore.Spec.to_json = to_json
 
 
 def _first_line(error: Exception) -> str:

@@ -73,7 +73,7 @@ class TrainConfig:
     checkpoint_every: int = 1000  # steps between checkpoints
     eval_every: int = 0  # steps between evaluations; 0 = only after the last step
     keep: int = 3  # newest checkpoints kept, beside the best
-    max_skipped: int = 20  # non-finite steps in a row after which the run stops
+    max_skipped: int = 20  # non-finite or spiking steps in a row after which the run stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,7 @@ class EvalConfig(DetectConfig):
     pictures: int = 8  # validation pictures drawn at each evaluation
     definitions: Definitions = "as_trained"  # are names asked with their definitions? on, off, or
     # as the detection data had them (paper §1: in training and in testing)
+    prompts: tuple[str, ...] = ()  # or in sentences, as 'a photo of a {}.': their mean is asked
 
 
 @dataclasses.dataclass(frozen=True)

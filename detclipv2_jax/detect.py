@@ -2,7 +2,9 @@
 
     python -m detclipv2_jax.detect --checkpoint=DIR --names="cat, traffic light" --output=DIR IMAGE…
 
-`Detector` is what a program asks; it runs without TensorFlow.
+`Detector` is what a program asks; it runs without TensorFlow. The command takes images, folders of
+images and videos; it writes them with the boxes drawn, and what was found as `detections.json` and,
+in COCO's form, `coco.json`.
 """
 
 import argparse
@@ -12,16 +14,22 @@ import itertools
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
 from detclipv2_jax import drawing
 from detclipv2_jax.data.concepts import normalise
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.files import write_json
 from detclipv2_jax.images import Source, read
-from detclipv2_jax.predictor import ImageDetections, Predictor, Texts, detect_config
+from detclipv2_jax.predictor import ImageDetections, Predictor, Texts, check_names, detect_config
 from detclipv2_jax.prompting import CHOICES, Definitions, prompting
+from detclipv2_jax.video import SUFFIXES, Video, writing
+from detclipv2_jax.vocabulary import VocabularyCache, default_directory
 
 if TYPE_CHECKING:
     from detclipv2_jax.checkpoint import LoadedModel
@@ -35,7 +43,8 @@ class Detector:
     >>> found.names, found.scores, found.boxes
 
     The canvas and the suppression come from the config of the run that made the checkpoint. Names
-    are encoded once and remembered; asking for another number of names may compile another program.
+    are encoded once and remembered, long lists of them on disk; asking for another number of names
+    may compile another program.
     """
 
     def __init__(
@@ -47,10 +56,15 @@ class Detector:
         keep: int = 100,
         batch_size: int = 1,
         definitions: Definitions | None = None,
+        prompts: Sequence[str] | None = None,
+        cache: str | os.PathLike | None = None,
     ):
         """`checkpoint`: a run's workdir (the newest `step` by default), or a loaded model.
 
         `definitions`: ask for names with their definitions ('on', 'off'); by default as trained.
+        `prompts`: or in sentences, as 'a photo of a {}.'; the mean of their embeddings is asked.
+        `cache`: the directory that keeps the embeddings of long lists of names; None: the usual one
+        (`vocabulary.default_directory`), '': none.
         """
         if isinstance(checkpoint, str | os.PathLike):
             from detclipv2_jax.checkpoint import load_model  # orbax, which parts do not need
@@ -63,39 +77,58 @@ class Detector:
             score_threshold=score_threshold,
             keep=keep,
         )
-        self.prompts = prompting(checkpoint.config, checkpoint.definitions, definitions)
+        self.prompts = prompting(checkpoint.config, checkpoint.definitions, definitions, prompts)
+        directory = default_directory() if cache is None else cache
         self.predictor = Predictor(
             checkpoint.graphdef,
             checkpoint.params,
             canvas=checkpoint.config["eval"]["canvas"],
             config=config,
             batch_size=batch_size,
+            cache=VocabularyCache(directory) if directory else None,
+            upright=True,
         )
 
     def __call__(
-        self, images: Source | Iterable[Source], names: Sequence[str]
+        self,
+        images: Source | Iterable[Source],
+        names: Sequence[str],
+        *,
+        score_threshold: float | None = None,
+        keep: int | None = None,
     ) -> list[ImageDetections]:
         """What was found in each image, in their order; no images, no answers.
 
-        Images are paths, uint8 RGB arrays (h, w, 3) or PIL images, of any sizes. Names that differ
-        only in case or spacing are one name.
+        Images are paths, uint8 RGB arrays (h, w, 3) or PIL images, of any sizes. A file that says
+        in EXIF how it is to be turned is turned, so that boxes fit what viewers and OpenCV show;
+        arrays and PIL images are taken as they are. Names that differ only in case or spacing are
+        one name. `score_threshold` and `keep` hold for this call; a threshold, or to keep fewer
+        than the detector does, compiles nothing.
 
         Raises:
           UserError: no names, an empty one, one asked twice, or an image that cannot be read.
         """
         texts = self.encode(names)
         images = [images] if isinstance(images, Source) else list(images)
+        config = self.predictor.config
+        if score_threshold is not None:
+            config = dataclasses.replace(config, score_threshold=score_threshold)
+        if keep is not None:
+            config = dataclasses.replace(config, keep=keep)
+        at_least = dataclasses.replace(config, keep=max(config.keep, self.predictor.config.keep))
         found: list[Any] = [None] * len(images)
-        for number, answer in self.predictor.stream(images, texts):
+        for number, answer in self.predictor.stream(images, texts, at_least):
             if isinstance(answer, UserError):
                 raise answer
-            found[number] = answer
+            found[number] = answer.best(config.keep)
         return found
 
     def encode(self, names: Sequence[str]) -> Texts:
         """The names, checked and encoded. Raises UserError as a call does."""
         if isinstance(names, str):
             raise UserError(f"names is the one text {names!r}; give a list of names.")
+        names = list(names)
+        check_names(names)
         first: dict[str, int] = {}
         for number, name in enumerate(names, start=1):
             if (other := first.setdefault(normalise(name), number)) != number:
@@ -105,36 +138,58 @@ class Detector:
         return self.prompts.encode(self.predictor, names)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Answers for the images of the command line; the number of those that could not be read."""
-    names = [name for name in map(str.strip, args.names.split(",")) if name]
-    if not names:
+def asked_names(names: str | None, file: str | None) -> list[str]:
+    """The names of `--names`, between commas, or of the lines of `--names_file`.
+
+    Raises:
+      UserError: there are none, or the file cannot be read; names it.
+    """
+    if file is None:
+        found = [name for name in map(str.strip, (names or "").split(",")) if name]
+        if not found:
+            raise UserError(
+                f"--names={names!r} holds no name; give for example 'cat, traffic light'."
+            )
+        return found
+    try:
+        lines = pathlib.Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
         raise UserError(
-            f"--names={args.names!r} holds no name; give for example 'cat, traffic light'."
-        )
+            f"{file}: is no UTF-8 text (byte {error.start}); save it as such."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}).") from None
+    found = [name for name in map(str.strip, lines) if name]
+    if not found:
+        raise UserError(f"{file}: holds no name; write one on each line.")
+    return found
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answers for what the command line names; the number of files that could not be read."""
+    names = asked_names(args.names, args.names_file)
+    output = pathlib.Path(args.output)
+    files = _files(args.images, output)
     detector = Detector(
         args.checkpoint,
         step=args.step,
         score_threshold=args.score_threshold,
         keep=args.keep,
+        batch_size=args.batch_size,
         definitions=args.definitions,
+        prompts=args.prompts,
+        cache=args.cache,
     )
     texts = detector.encode(names)
-    output = pathlib.Path(args.output)
-    answers, failures = [], []
-    pictures = _picture_names(args.images)
-    for number, found in detector.predictor.stream(args.images, texts):
-        image = args.images[number]
-        if isinstance(found, UserError):
-            print(f"error: {found}", file=sys.stderr)
-            failures.append({"image": image, "error": str(found)})
-            continue
-        picture = drawing.draw_boxes(read(image), found.boxes, found.names, found.scores)
-        drawing.save(picture, output / pictures[number])
-        counts = collections.Counter(found.names)
-        summary = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-        print(f"{image}: {summary or 'nothing found'} -> {output / pictures[number]}")
-        answers.append((number, _as_json(image, pictures[number], found)))
+    pictures = [file for file in files if not file.video]
+    images, failures = _detect_images(detector, texts, pictures, output)
+    videos = []
+    for file in files:
+        if file.video:
+            try:
+                videos.append(_detect_video(detector, texts, file, output))
+            except UserError as error:
+                failures.append(_failed(file, error))
     write_json(
         output / "detections.json",
         {
@@ -146,57 +201,206 @@ def run(args: argparse.Namespace) -> int:
                 **dataclasses.asdict(detector.predictor.config),
                 **detector.prompts.settings(texts),
             },
-            "images": [answer for _, answer in sorted(answers, key=lambda pair: pair[0])],
+            "images": images,
+            "videos": videos,
             "failed": failures,
         },
     )
+    write_json(output / "coco.json", as_coco(names, images, videos))
     return len(failures)
 
 
-def _picture_names(images: Sequence[str]) -> list[str]:
-    """A file name for the picture of each image: its own, numbered where two are the same."""
-    stems = [pathlib.Path(image).stem for image in images]
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """An image or a video of the command line, and the name under the output of what is drawn."""
+
+    path: str
+    video: bool
+    drawn: str
+
+
+def _files(asked: Sequence[str], output: pathlib.Path) -> list[_File]:
+    """The files asked for, and the images in the folders asked for, but none of the output's."""
     taken: set[str] = set()
-    result = []
-    for stem in stems:
-        variants = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
-        name = next(variant for variant in variants if variant not in taken)
-        taken.add(name)
-        result.append(f"{name}.png")
-    return result
+    files = []
+    for path in asked:
+        found = [pathlib.Path(path)]
+        if folder := found[0].is_dir():
+            found = _images_under(found[0], output)
+        for file in found:
+            stem = str(file.relative_to(path).with_suffix("")) if folder else file.stem
+            variants = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+            stem = next(variant for variant in variants if variant not in taken)
+            taken.add(stem)
+            video = not folder and _is_video(file)
+            files.append(_File(str(file), video, f"{stem}.mp4" if video else f"{stem}.png"))
+    return files
 
 
-def _as_json(image: str, picture: str, found: ImageDetections) -> dict[str, Any]:
+def _images_under(folder: pathlib.Path, output: pathlib.Path) -> list[pathlib.Path]:
+    known = Image.registered_extensions()
+    found = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in known
+        and path.is_file()
+        and not path.name.startswith(".")
+        and not path.absolute().is_relative_to(output.absolute())
+    ]
+    if not found:
+        raise UserError(f"{folder}: holds no image; name a folder that does.")
+    return found
+
+
+def _is_video(path: pathlib.Path) -> bool:
+    if path.suffix.lower() != ".gif":
+        return path.suffix.lower() in SUFFIXES
+    try:
+        with Image.open(path) as image:
+            return getattr(image, "n_frames", 1) > 1
+    except (OSError, SyntaxError, ValueError):
+        return False  # what is wrong with it is told when it is read
+
+
+def _detect_images(
+    detector: Detector, texts: Texts, files: Sequence[_File], output: pathlib.Path
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What was found in each, and which could not be read; draws them."""
+    answers: dict[int, dict[str, Any]] = {}
+    failures = []
+    stream = detector.predictor.stream([file.path for file in files], texts)
+    for number, found in tqdm(stream, total=len(files), unit="image", disable=None):
+        file = files[number]
+        if isinstance(found, UserError):
+            failures.append(_failed(file, found))
+            continue
+        pixels = read(file.path, upright=True)
+        picture = drawing.draw_boxes(pixels, found.boxes, found.names, found.scores)
+        drawing.save(picture, output / file.drawn)
+        tqdm.write(f"{file.path}: {_summary(found.names)} -> {output / file.drawn}")
+        answers[number] = {
+            "image": file.path,
+            "picture": file.drawn,
+            "height": found.size[0],
+            "width": found.size[1],
+            "detections": _as_json(found),
+        }
+    return [answers[number] for number in sorted(answers)], failures
+
+
+def _detect_video(
+    detector: Detector, texts: Texts, file: _File, output: pathlib.Path
+) -> dict[str, Any]:
+    """What was found in each frame; draws them."""
+    video = Video(file.path)
+    waiting: dict[int, np.ndarray] = {}  # frames that were read ahead
+
+    def frames() -> Iterator[np.ndarray]:
+        for number, frame in enumerate(video):
+            waiting[number] = frame
+            yield frame
+
+    rows, every = [], collections.Counter()
+    stream = detector.predictor.stream(frames(), texts)
+    bar = tqdm(stream, total=video.frames or None, unit="frame", desc=file.path, disable=None)
+    with writing(output / file.drawn, video.rate) as add:
+        for number, found in bar:
+            pixels = waiting.pop(number)
+            picture = drawing.draw_boxes(pixels, found.boxes, found.names, found.scores)
+            add(np.asarray(picture))
+            every.update(found.names)
+            seconds = round(number / video.rate, 3)
+            rows.append({"frame": number, "seconds": seconds, "detections": _as_json(found)})
+    tqdm.write(f"{file.path}: {len(rows)} frames, {_summary(every)} -> {output / file.drawn}")
     return {
-        "image": image,
-        "picture": picture,
+        "video": file.path,
+        "picture": file.drawn,
         "height": found.size[0],
         "width": found.size[1],
-        "detections": [
-            {
-                "name": name,
-                "score": round(float(score), 6),
-                "box": [round(float(x), 2) for x in box],
-            }
-            for name, score, box in zip(found.names, found.scores, found.boxes)
-        ],
+        "frames_per_second": round(video.rate, 3),
+        "frames": rows,
     }
+
+
+def _failed(file: _File, error: UserError) -> dict[str, Any]:
+    tqdm.write(f"error: {error}", file=sys.stderr)
+    return {"video" if file.video else "image": file.path, "error": str(error)}
+
+
+def _summary(names: Iterable[str]) -> str:
+    counts = collections.Counter(names).most_common()
+    return ", ".join(f"{count} {name}" for name, count in counts) or "nothing found"
+
+
+def _as_json(found: ImageDetections) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "score": round(float(score), 6),
+            "box": [round(float(x), 2) for x in box],
+        }
+        for name, score, box in zip(found.names, found.scores, found.boxes)
+    ]
+
+
+def as_coco(
+    names: Sequence[str], images: Sequence[dict[str, Any]], videos: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """What `detections.json` holds of images and videos, as a COCO file with a score a box.
+
+    Categories are the names in their order, from 1 on; a frame of a video is an image of its own.
+    """
+    rows = [({"file_name": row["image"]}, row, row["detections"]) for row in images]
+    for row in videos:
+        for frame in row["frames"]:
+            named = {"file_name": row["video"], "frame": frame["frame"]}
+            rows.append((named, row, frame["detections"]))
+    ids = {name: number for number, name in enumerate(names, start=1)}
+    result: dict[str, Any] = {
+        "images": [],
+        "categories": [{"id": number, "name": name} for name, number in ids.items()],
+        "annotations": [],
+    }
+    for number, (named, row, detections) in enumerate(rows, start=1):
+        size = {"height": row["height"], "width": row["width"]}
+        result["images"].append({"id": number, **named, **size})
+        for detection in detections:
+            x, y, x_max, y_max = detection["box"]
+            width, height = round(x_max - x, 2), round(y_max - y, 2)
+            result["annotations"].append(
+                {
+                    "id": len(result["annotations"]) + 1,
+                    "image_id": number,
+                    "category_id": ids[detection["name"]],
+                    "bbox": [x, y, width, height],
+                    "area": round(width * height, 2),
+                    "iscrowd": 0,
+                    "score": detection["score"],
+                }
+            )
+    return result
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of this module."""
     result = argparse.ArgumentParser(
         prog="python -m detclipv2_jax.detect",
-        description="Finds named things in images: writes each image with its boxes drawn, and "
-        "detections.json with boxes as [x_min, y_min, x_max, y_max] in the image's pixels.",
+        description="Finds named things in images and videos: writes each with its boxes drawn, "
+        "detections.json with boxes as [x_min, y_min, x_max, y_max] in the image's pixels, and "
+        "coco.json.",
     )
-    result.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    result.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="image files, folders of images (and of folders), videos",
+    )
     result.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="the workdir of a training run"
     )
-    result.add_argument(
-        "--names", required=True, help='what to look for, for example "cat, traffic light"'
-    )
+    names = result.add_mutually_exclusive_group(required=True)
+    names.add_argument("--names", help='what to look for, for example "cat, traffic light"')
+    names.add_argument("--names_file", metavar="FILE", help="a text file with a name on each line")
     result.add_argument("--output", required=True, metavar="DIR", help="where to write")
     result.add_argument(
         "--step", type=int, help="which of the run's checkpoints (default: the newest)"
@@ -217,6 +421,25 @@ def parser() -> argparse.ArgumentParser:
         "--definitions",
         choices=CHOICES,
         help="ask for names with their definitions (default: as in the training run)",
+    )
+    result.add_argument(
+        "--prompts",
+        action="append",
+        metavar="SENTENCE",
+        help="ask in a sentence, as 'a photo of a {}.'; may be given several times, then the mean "
+        "of their embeddings is asked",
+    )
+    result.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="where the embeddings of long lists of names are kept; empty: nowhere (default: "
+        "$XDG_CACHE_HOME/detclipv2_jax or ~/.cache/detclipv2_jax)",
+    )
+    result.add_argument(
+        "--batch_size",
+        type=int,
+        default=1,
+        help="images that are answered together (default: %(default)s)",
     )
     return result
 

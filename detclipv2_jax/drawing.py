@@ -19,6 +19,8 @@ from detclipv2_jax.files import replacing
 
 _FONT = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 _MARGIN = 8
+_LABEL_WIDTH = 0.4  # of the picture's, what a label may have beside a narrower box
+_MIDDLE = 0.179  # luminance on which black and white are read equally well (WCAG 2's contrast)
 _LOSSES = ("loss", "align", "box", "centerness", "contrastive")  # the total and its parts
 
 
@@ -34,25 +36,27 @@ def draw_boxes(
 
     A picture whose longer side is under `side` pixels is enlarged to it, so that labels stay small
     beside what they name. Labels keep inside the picture and, where there is room, off each other;
-    the first boxes, the best, get the best places and lie on top.
+    the more there are, the smaller they are. The first boxes, the best, get the best places and lie
+    on top.
     """
     factor = max(1.0, side / max(image.shape[:2]))
     size = (round(image.shape[1] * factor), round(image.shape[0] * factor))
     picture = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
     canvas = ImageDraw.Draw(picture)
     line = max(2, round(max(size) / 320))
-    font = _font(max(12, round(max(size) / 45)))
+    font = _font(max(12, round(max(size) / (45 + len(names) / 2))))
     frames = np.asarray(boxes, np.float64).reshape(-1, 4) * factor
     for frame, name in reversed(list(zip(frames, names))):
         _frame(canvas, frame, colour(name), line, size)
     labels = []
     for number, (frame, name) in enumerate(zip(frames, names)):
         score = "" if scores is None else f" {scores[number]:.2f}"
-        text = _shortened(name, score, font, size[0] - 2 * line)
+        room = max(frame[2] - frame[0], _LABEL_WIDTH * size[0])
+        text = _shortened(name, score, font, min(room, size[0]) - 2 * line)
         labels.append((_label_place(frame, text, font, size, line, labels), text, name))
     for place, text, name in reversed(labels):
         canvas.rectangle(place, fill=colour(name), outline="black")
-        ink = "black" if _luminance(colour(name)) > 0.4 else "white"
+        ink = "black" if _luminance(colour(name)) > _MIDDLE else "white"
         canvas.text((place[0] + line, place[1]), text, fill=ink, font=font)
     return picture
 

@@ -1,6 +1,7 @@
 """Measures a model on an LVIS- or COCO-format set, in a training run or as a job of its own.
 
     python -m detclipv2_jax.evaluate --checkpoint=DIR --dataset=FILE.json --output=DIR
+    python -m detclipv2_jax.evaluate --predictions=FILE.json --dataset=FILE.json --output=DIR
 
 All names of the set are asked at once. Runs without TensorFlow.
 """
@@ -17,6 +18,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from detclipv2_jax import drawing, images
+from detclipv2_jax import results as results_file
 from detclipv2_jax.commands import status
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.evaluation import coco, lvis
@@ -25,6 +27,10 @@ from detclipv2_jax.ops.nms import nms
 from detclipv2_jax.predictor import ImageDetections, Predictor, Texts, detect_config
 from detclipv2_jax.prompting import CHOICES, Prompting, prompting
 
+_PROTOCOLS = {
+    "standard": "best 300 detections of each image",
+    "fixed": "best 10,000 detections of each category, no limit an image",
+}
 _EXPLAINED = 3  # problems with images that are spelt out before only their number is
 
 
@@ -66,8 +72,7 @@ def evaluate_lvis(
         "groups": scores.groups,
         "settings": {
             **_settings(predictor),
-            "standard": "best 300 detections of each image",
-            "fixed": "best 10,000 detections of each category, no limit an image",
+            **_PROTOCOLS,
             **settings,
         },
     }
@@ -116,6 +121,43 @@ def evaluate(predictor: Predictor, ground_truth: coco.GroundTruth, *args, **opti
     )
 
 
+def evaluate_predictions(
+    path: str | pathlib.Path,
+    ground_truth: coco.GroundTruth,
+    *,
+    output: str | pathlib.Path | None = None,
+) -> dict[str, Any]:
+    """The figures of a results file (COCO's and LVIS's format), of this or of any other tool.
+
+    Returns:
+      As `evaluate_lvis` or `evaluate_coco`, with "predictions" for "step"; "settings" tells how
+      many entries were of unknown images or categories.
+
+    Raises:
+      UserError: the file cannot be read, or an entry is broken.
+    """
+    predictions = results_file.read(path, ground_truth)
+    for text in predictions.oddities():
+        tqdm.write(f"warning: {path}: {text}", file=sys.stderr)
+    figures = results_file.measure(predictions, ground_truth)
+    categories = figures.pop("categories", None)
+    results = {
+        "dataset": ground_truth.path,
+        "predictions": str(path),
+        **figures,
+        "settings": {
+            **({} if "coco" in figures else _PROTOCOLS),
+            "images": len(ground_truth.images),
+            **predictions.counts,
+        },
+    }
+    if output is not None:
+        write_json(pathlib.Path(output) / "results.json", results)
+        if categories is not None:
+            write_json(pathlib.Path(output) / "categories.json", categories)
+    return results
+
+
 def load_ground_truth(path: str | pathlib.Path, layout: str = "auto") -> coco.GroundTruth:
     """An annotation file as LVIS or COCO ground truth; `layout` is 'auto', 'lvis' or 'coco'.
 
@@ -135,9 +177,10 @@ def readable(name: str) -> str:
 def table(results: dict[str, Any]) -> str:
     """The results for people: a block for each protocol, so that no column mixes two."""
     settings = results["settings"]
-    lines = [f"{results['dataset']}, step {results['step']}: {settings['images']} images"]
+    source = results.get("predictions") or f"step {results['step']}"
+    lines = [f"{results['dataset']}, {source}: {settings['images']} images"]
     for problem in ("missing", "unreadable", "other_size"):
-        if count := settings[f"images_{problem}"]:
+        if count := settings.get(f"images_{problem}"):
             lines[0] += f", {count} {problem.replace('_', ' ')}"
     if "coco" in results:
         blocks = {"COCO": {"all": results["coco"]}}
@@ -323,10 +366,14 @@ def _best_names(found: ImageDetections) -> Int[np.ndarray, " k"]:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluates as the command line says, writes and prints the results."""
+    truth = load_ground_truth(args.dataset, args.format)
+    if args.predictions:
+        print(table(evaluate_predictions(args.predictions, truth, output=args.output)))
+        print(f"\nwritten to {args.output}: results.json")
+        return
+    image_dir = pathlib.Path(args.images) if args.images else guess_image_dir(truth)
     from detclipv2_jax.checkpoint import load_model  # orbax, which a training run has already
 
-    truth = load_ground_truth(args.dataset, args.format)
-    image_dir = pathlib.Path(args.images) if args.images else guess_image_dir(truth)
     loaded = load_model(args.checkpoint, args.step)
     predictor = Predictor(
         loaded.graphdef,
@@ -350,8 +397,12 @@ def parser() -> argparse.ArgumentParser:
         description="Measures a checkpoint on an LVIS set (standard and fixed AP) or a COCO-format "
         "set (COCO's twelve figures); writes results.json and pictures, prints a table.",
     )
-    result.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="the workdir of a training run"
+    detector = result.add_mutually_exclusive_group(required=True)
+    detector.add_argument("--checkpoint", metavar="DIR", help="the workdir of a training run")
+    detector.add_argument(
+        "--predictions",
+        metavar="FILE.json",
+        help="instead: a results file of COCO's and LVIS's format, of any tool",
     )
     result.add_argument(
         "--dataset",

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all."""
 
 import contextlib
+import contextvars
 import json
 import os
 import pathlib
@@ -8,6 +9,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from detclipv2_jax.errors import UserError
+
+_only_said = contextvars.ContextVar("only_said", default=False)
+
+
+@contextlib.contextmanager
+def only_said() -> Iterator[None]:
+    """Inside it a file that cannot be written is said and left out, and what goes on goes on."""
+    token = _only_said.set(True)
+    try:
+        yield
+    finally:
+        _only_said.reset(token)
 
 
 @contextlib.contextmanager
@@ -22,11 +35,17 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            if not _only_said.get():
+                raise
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+        if not _only_said.get():
+            raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+        print(f"{path}: cannot be written ({error.strerror}): left out", flush=True)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -7,11 +7,14 @@ import pathlib
 import cv2
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from detclipv2_jax.errors import UserError
 
 Source = str | os.PathLike | np.ndarray | Image.Image
+
+_ORIENTATION = 0x0112  # EXIF's tag, and its values that swap height and width
+_LYING = (5, 6, 7, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +32,18 @@ def turned(canvas: tuple[int, int], height: int, width: int) -> tuple[int, int]:
     return max(canvas, canvas[::-1], key=fit)
 
 
-def place(source: Source, canvas: tuple[int, int]) -> Placed:
+def place(source: Source, canvas: tuple[int, int], *, upright: bool = False) -> Placed:
     """Reads a picture and scales it into the canvas, aspect kept, top-left, zeros around it.
 
     The canvas turns with the picture (`turned`). Bilinear without antialiasing, after the JPEG
     decoder (or, for other pictures, averaging) has halved it until less than a factor of two is
-    left: what training does. The EXIF orientation is ignored, as data sets' boxes refer to the
-    stored pixels.
+    left: what training does. Of an animation it is the first picture. The EXIF orientation is
+    ignored, as data sets' boxes refer to the stored pixels; `upright` turns files as it says.
 
     Raises:
       UserError: a file that is missing or no image, an array that is no picture; names it.
     """
-    pixels, original = _read(source, canvas)
+    pixels, original = _read(source, canvas, upright)
     shape = turned(canvas, *original)
     size = fitted(original, shape)
     while min(pixels.shape[0] / size[0], pixels.shape[1] / size[1]) >= 2:
@@ -53,9 +56,9 @@ def place(source: Source, canvas: tuple[int, int]) -> Placed:
     return Placed(image, size, original)
 
 
-def read(source: Source) -> UInt8[np.ndarray, "h w 3"]:
-    """A picture's stored pixels as RGB; what is transparent shows white. Raises as `place` does."""
-    return _read(source, None)[0]
+def read(source: Source, *, upright: bool = False) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture's pixels as RGB; what is transparent shows white. Turns and raises as `place`."""
+    return _read(source, None, upright)[0]
 
 
 def fitted(original: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
@@ -66,26 +69,37 @@ def fitted(original: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]
 
 
 def _read(
-    source: Source, canvas: tuple[int, int] | None
+    source: Source, canvas: tuple[int, int] | None, upright: bool
 ) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]]:
-    """Pixels, for a canvas perhaps scaled down by the decoder, and the stored (height, width)."""
+    """Pixels, for a canvas perhaps scaled down by the decoder, and the true (height, width)."""
     if isinstance(source, np.ndarray):
         pixels = _array_pixels(source)
         return pixels, pixels.shape[:2]
     if isinstance(source, Image.Image):
-        return _image_pixels(source), (source.height, source.width)
+        try:
+            return _image_pixels(source), (source.height, source.width)
+        except (OSError, SyntaxError, ValueError) as error:  # PIL decodes when it is asked
+            raise UserError(f"a PIL image cannot be read ({error}).") from None
     path = pathlib.Path(source)
     try:
         with Image.open(path) as image:
-            original = (image.height, image.width)
+            lies = upright and image.getexif().get(_ORIENTATION, 1) in _LYING
+            original = (image.width, image.height) if lies else (image.height, image.width)
             if canvas is not None:
-                _draft(image, fitted(original, turned(canvas, *original)))
-            return _image_pixels(image), original
+                size = fitted(original, turned(canvas, *original))
+                _draft(image, size[::-1] if lies else size)
+            return _image_pixels(ImageOps.exif_transpose(image) if upright else image), original
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path of the image.") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a directory; name the image files in it.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS
+        raise UserError(
+            f"{path}: holds more than {limit:,} pixels, PIL's limit for files from strangers; "
+            "scale it down, or give it as an array."
+        ) from None
+    except (OSError, SyntaxError, ValueError) as error:
         # PIL's own sentence for what is no image repeats the path.
         reason = "no known image format" if "cannot identify" in str(error) else str(error)
         raise UserError(f"{path}: cannot be read as an image ({reason}).") from None
@@ -113,7 +127,13 @@ def _array_pixels(array: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def _image_pixels(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB of any mode of picture; what is transparent shows white."""
+    """RGB of any mode of picture; what is transparent shows white. ValueError where it has none."""
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"mode {image.mode!r} does not say what is white; make it 8 bits a channel"
+        )
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
     if image.has_transparency_data:

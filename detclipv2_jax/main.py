@@ -10,6 +10,8 @@ import math
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from ml_collections import config_flags
 
 from detclipv2_jax import commands
 
+_BEGAN = time.monotonic()  # what comes before the first step is part of what a run takes
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File with the run's config.", lock_config=True
 )
@@ -37,6 +40,7 @@ def main(argv: list[str]) -> None:
     from detclipv2_jax import config, processes, train
 
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file
+    _say_failures_once()
     parsed, workdir = config.parse(_CONFIG.value.to_dict()), Path(_WORKDIR.value).absolute()
     if not processes.start(_COORDINATOR.value, _COUNT.value, _INDEX.value):
         _split_cpu(parsed)
@@ -46,7 +50,37 @@ def main(argv: list[str]) -> None:
         # A run that goes on, or that only evaluates, finds its programs compiled.
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    train.train(parsed, workdir)
+    train.train(parsed, workdir, _BEGAN)
+
+
+def _end_at_once(number: int, _: Any) -> None:
+    """Ends the process without waiting for its threads; what is on disk is whole."""
+    name = signal.Signals(number).name
+    sys.stderr.write(f"\nstopped by {name}; the same command goes on from the last checkpoint\n")
+    sys.stderr.flush()
+    os._exit(128 + number)
+
+
+def _say_failures_once() -> None:
+    """Of a file that cannot be written only what the run says of it is shown.
+
+    Orbax logs the error from each of its threads, with its stack; what still arrives for a save
+    that was given up is shown by asyncio and by Python; and TensorBoard's thread dies of it.
+    """
+    logging.get_absl_logger().manager.getLogger("asyncio").setLevel("CRITICAL")
+    logging.get_absl_logger().addFilter(
+        lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
+    )
+
+    def unraisable(problem: Any) -> None:
+        if str(problem.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(problem)
+
+    def of_thread(problem: Any) -> None:
+        if not type(problem.thread).__module__.startswith("tensorboard."):
+            threading.__excepthook__(problem)
+
+    sys.unraisablehook, threading.excepthook = unraisable, of_thread
 
 
 def _split_cpu(parsed: Any) -> None:
@@ -68,15 +102,17 @@ def _split_cpu(parsed: Any) -> None:
 
 
 def run(argv: list[str]) -> None:
-    """`main`; a run that SIGTERM ended in good order has exit status 143, as one that it killed."""
+    """`main`; a run that a signal ended has exit status 128 + its number, as one that it killed."""
     from detclipv2_jax.interruption import Interrupted
 
     try:
         main(argv)
     except Interrupted as interrupted:
         print(f"{interrupted}; the same command goes on from there", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(128 + interrupted.signal)
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end_at_once)  # until the loop of the training takes over
     commands.run_with_config(run)

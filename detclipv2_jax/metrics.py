@@ -2,12 +2,15 @@
 
 import contextlib
 import json
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 from tensorboard.summary import Writer
 from tqdm import tqdm
 
@@ -22,32 +25,71 @@ class MetricsLog:
 
         Without a `workdir`, in all processes but the first, nothing is written.
         """
+        self.seconds = 0.0  # that the run had taken when its last line was written, lost or not
         self._file = self._events = None
+        self._unwritten, self._told = b"", False  # bytes of lines; was it said?
         if workdir is None:
             return
         path = workdir / "metrics.jsonl"
-        lines = list(read_log(path, resumed_at)) if path.exists() else []
+        lines = list(read_log(path)) if path.exists() else []
+        self.seconds = max((line.get("seconds", 0.0) for line in lines), default=0.0)
+        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= resumed_at]
         with replacing(path) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        self._file = path.open("a", buffering=1)
-        self._events = Writer(str(workdir / "tensorboard"))
+            partial.write_text("".join(kept))
+        self._file = path.open("ab", buffering=0)
+        with self._without_events():
+            self._events = Writer(str(workdir / "tensorboard"))
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line; a value that is not finite is written as null."""
+    def write(
+        self, step: int, values: Mapping[str, Any], run: Mapping[str, float] | None = None
+    ) -> None:
+        """Appends one line: `values` of the step, and of the `run`. Not finite: written as null."""
         if self._file is None:
             return
         clean = {k: _finite(v) if isinstance(v, float) else v for k, v in values.items()}
-        self._file.write(json.dumps({"step": step} | clean) + "\n")
+        run = run or {}
+        self._unwritten += json.dumps({"step": step} | clean | run).encode() + b"\n"
+        self._write_lines()
         prefix = values.get("kind", "evaluation")
-        for name, value in clean.items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(f"{prefix}/{name}", value, step)
+        scalars = {f"{prefix}/{name}": value for name, value in clean.items()}
+        scalars |= {f"run/{name}": value for name, value in run.items()}
+        with self._without_events():
+            for name, value in scalars.items():
+                if self._events is not None and isinstance(value, int | float):
+                    self._events.add_scalar(name, value, step)
+
+    def _write_lines(self) -> None:
+        """On a full disk: said once, kept, and tried again with the next line."""
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._told = False
+        except OSError as error:
+            if not self._told:
+                print(
+                    f"{self._file.name}: cannot be written ({error.strerror}): its lines are kept "
+                    "until it can",
+                    flush=True,
+                )
+            self._told = True
+
+    @contextlib.contextmanager
+    def _without_events(self) -> Iterator[None]:
+        """TensorBoard's copy of the log ends at the first error; what is raised depends on it."""
+        try:
+            yield
+        except Exception as error:
+            self._events = None
+            print(f"TensorBoard's events cannot be written ({error}): none any more", flush=True)
 
     def close(self) -> None:
-        """Everything written is on disk."""
+        """Everything that can be written is on disk."""
         if self._file is not None:
+            self._write_lines()
             self._file.close()
-            self._events.close()
+            with self._without_events():
+                if self._events is not None:
+                    self._events.close()
 
 
 def read_log(path: Path, last_step: int | None = None) -> Iterator[dict[str, Any]]:
@@ -100,20 +142,123 @@ _SHOWN = ("loss", "align", "box", "centerness", "contrastive")
 
 
 class Clock:
-    """Seconds spent by what for, over all the starts of a run."""
+    """Where the wall time of a run goes, over all its starts: each second belongs to one part.
 
-    def __init__(self, seconds: Mapping[str, float] | None = None):
-        """Goes on from the totals in a checkpoint."""
-        self.seconds = defaultdict(float, seconds or {})
+    That is the part that the host is in, except while the devices compute a step: those seconds are
+    `train` (`skipped` if that step changed nothing), whatever the host does meanwhile. So waiting
+    for data counts as `data` only as far as it left the devices idle.
+    """
+
+    def __init__(self, began: float | None = None):
+        """Counts from `began` (as time.monotonic() tells it; now if None), as `start`."""
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._before: dict[str, float] = {}  # what earlier starts of the run took
+        self._since = time.monotonic() if began is None else began
+        self._part, self._in_flight = "start", 0
+        self._of_step = 0.0  # seconds of the step that the devices are at
+        self._lock = threading.Lock()
+        self._watcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="clock")
+
+    def go_on(self, seconds: Mapping[str, float], wall: float) -> None:
+        """Adds what earlier starts took: by part up to the checkpoint, and `wall` seconds in all.
+
+        What they did after the checkpoint has to be done again: it is `lost`.
+        """
+        self._before = dict(seconds)
+        if (lost := wall - sum(seconds.values())) > 0:
+            self._before["lost"] = seconds.get("lost", 0.0) + lost
+        with self._lock:
+            for part, value in self._before.items():
+                self.seconds[part] += value
+
+    def enter(self, part: str) -> str:
+        """The host's time is `part`'s from here on; returns whose it was."""
+        with self._lock:
+            self._tick()
+            before, self._part = self._part, part
+        return before
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Adds the time inside the block to `part`."""
-        start = time.monotonic()
+        """The host's time inside the block is `part`'s."""
+        before = self.enter(part)
         try:
             yield
         finally:
-            self.seconds[part] += time.monotonic() - start
+            self.enter(before)
+
+    def watch(self, skipped: jax.Array) -> None:
+        """To be told of each step once it is handed to the devices; does not wait for it.
+
+        `skipped`: of its figures the one that is not 0 if the step changed nothing.
+        """
+        self.step_begins()
+        self._watcher.submit(self._wait, skipped)
+
+    def _wait(self, skipped: jax.Array) -> None:
+        changed_nothing = False
+        try:
+            changed_nothing = bool(jax.device_get(skipped))
+        finally:
+            self.step_ends(changed_nothing)
+
+    def step_begins(self) -> None:
+        """The devices have a step more to do."""
+        with self._lock:
+            self._tick()
+            self._in_flight += 1
+
+    def step_ends(self, skipped: bool) -> None:
+        """The devices are done with the oldest of their steps."""
+        with self._lock:
+            self._tick()
+            self._in_flight -= 1
+            if skipped:
+                self.seconds["train"] -= self._of_step
+                self.seconds["skipped"] += self._of_step
+            self._of_step = 0.0
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        passed, self._since = now - self._since, now
+        if self._in_flight:
+            self._of_step += passed
+        self.seconds["train" if self._in_flight else self._part] += passed
+
+    def totals(self) -> dict[str, float]:
+        """Seconds by part, over all starts, up to now."""
+        with self._lock:
+            self._tick()
+            return dict(self.seconds)
+
+    def figures(self) -> dict[str, float]:
+        """For the log: all `seconds`, and the shares of them, and of this start's, that count.
+
+        `goodput` is the share of training steps that were kept, `data_wait` that of idle devices
+        while the host waited for data.
+        """
+        totals = self.totals()
+        now = {part: value - self._before.get(part, 0.0) for part, value in totals.items()}
+        return {
+            "seconds": round(sum(totals.values()), 3),
+            "goodput": round(_share(totals, "train"), 4),
+            "goodput_this_start": round(_share(now, "train"), 4),
+            "data_wait": round(_share(now, "data"), 4),
+        }
+
+    def summary(self) -> str:
+        """One line: goodput over all starts, since this one, and where the rest went."""
+        totals, figures = self.totals(), self.figures()
+        rest = sorted(((s, part) for part, s in totals.items() if part != "train"), reverse=True)
+        return (
+            f"goodput {figures['goodput']:.0%} of {figures['seconds']:.0f} s "
+            f"(this start {figures['goodput_this_start']:.0%}); the rest: "
+            + ", ".join(f"{part} {s:.0f} s" for s, part in rest if s >= 0.5)
+        )
+
+
+def _share(seconds: Mapping[str, float], part: str) -> float:
+    return seconds.get(part, 0.0) / max(sum(seconds.values()), 1e-9)
 
 
 def _finite(value: float) -> float | None:

@@ -28,6 +28,8 @@ class OptimizerConfig:
     beta2: float = 0.999
     weight_decay: float = 0.05
     clip_norm: float = 10.0  # global norm of the gradient [ours]
+    spike_factor: float = 20.0  # times its kind's usual norm: step skipped; 0: never [ours]
+    spike_after: int = 100  # steps of a kind before its usual norm is known [ours]
     ema_decay: float = 0.9998  # moving average of the parameters, used to evaluate [ours]
     # (pattern on a parameter's path, factor on its learning rate or decay): the first that matches.
     lr_rules: tuple[tuple[str, float], ...] = ((r"text/.*", 0.1), (r".*", 1.0))

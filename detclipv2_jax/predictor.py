@@ -18,10 +18,15 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from detclipv2_jax.data.concepts import enriched, normalise, tokenize
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.images import Placed, Source, place
-from detclipv2_jax.models.detclip import DetCLIP, build
+from detclipv2_jax.models.detclip import DetCLIP, DetCLIPConfig, build
 from detclipv2_jax.ops.boxes import anchor_grid, anchors_inside, area, decode_deltas
 from detclipv2_jax.ops.nms import class_nms
 from detclipv2_jax.structures import Detections
+from detclipv2_jax.vocabulary import VocabularyCache, tower_key
+
+_NAMES_AT_ONCE = 128  # whose scores are in memory together
+_TEXTS_AT_ONCE = 256  # that the text tower encodes together
+_WORTH_A_FILE = 64  # texts; fewer are encoded sooner than the tower's parameters are digested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,41 +72,58 @@ def predict(
     text_mask: Bool[Array, " C"] | None = None,
     *,
     config: DetectConfig,
+    score_threshold: Float[Array, ""] | None = None,
 ) -> Detections:
     """Detections of each image among C ≥ 1 encoded names; a pure function, for `jit`.
 
+    `score_threshold` may stand for the config's: one that changes without compiling.
+
     Pictures lie in the top-left corner of their canvas, `sizes` are their (height, width) in
     pixels; an empty slot has size (0, 0) and gets no detection. Names outside `text_mask` are never
-    answered. Boxes are clipped to the picture. A score that is not finite is no detection.
+    answered. Boxes are clipped to the picture. A score that is not finite is no detection. Beyond
+    the model's own, memory is that of the scores of 128 names, however many are asked.
     """
     height, width = images.shape[1:3]
     anchors = jnp.asarray(anchor_grid(height, width, model.cfg.anchors))
     regions = model.encode_image(images)
-    scores = jax.nn.sigmoid(model.logits(regions.embeddings, texts))
-    if config.score == "alignment*centerness":
-        scores *= jax.nn.sigmoid(regions.centerness)[..., None]
-    allowed = jnp.isfinite(scores)
-    if text_mask is not None:
-        allowed &= text_mask
-    scores = jnp.where(allowed, scores, -1.0)
-
     limits = jnp.concatenate([sizes[:, ::-1]] * 2, axis=-1)[:, None].astype(jnp.float32)
     boxes = jnp.clip(decode_deltas(anchors, regions.deltas), 0.0, limits)
-    mask = anchors_inside(anchors, sizes) & (area(boxes) > 0)
-    suppress = functools.partial(
-        class_nms,
+    centerness = jax.nn.sigmoid(regions.centerness)[:, None]
+
+    def score(block):
+        texts, asked = block
+        scores = jax.nn.sigmoid(jnp.swapaxes(model.logits(regions.embeddings, texts), 1, 2))
+        if config.score == "alignment*centerness":
+            scores *= centerness
+        return jnp.where(jnp.isfinite(scores) & asked[:, None], scores, -1.0)
+
+    asked = jnp.ones(len(texts), bool) if text_mask is None else text_mask
+    detections = class_nms(
+        boxes,
+        anchors_inside(anchors, sizes) & (area(boxes) > 0),
+        score,
+        (_blocks(texts), _blocks(asked)),
         iou_threshold=config.nms_iou,
-        score_threshold=config.score_threshold,
+        score_threshold=config.score_threshold if score_threshold is None else score_threshold,
         candidates=config.candidates,
         keep=config.keep,
     )
-    return Detections(*jax.vmap(suppress)(boxes, scores, mask))
+    return Detections(*detections)
+
+
+def _blocks(rows: Array) -> Array:
+    """Rows (C, ...) of the names as (blocks, names of a block, ...), padded with zeros."""
+    size = min(len(rows), _NAMES_AT_ONCE)
+    padding = [(0, -len(rows) % size)] + [(0, 0)] * (rows.ndim - 1)
+    return jnp.pad(rows, padding).reshape(-1, size, *rows.shape[1:])
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "config", "replicated"))
-def _predict(graphdef, params, images, sizes, texts, text_mask, *, config, replicated):
+def _predict(graphdef, params, images, sizes, texts, text_mask, threshold, *, config, replicated):
     model = build(graphdef, params)
-    detections = predict(model, images, sizes, texts, text_mask, config=config)
+    detections = predict(
+        model, images, sizes, texts, text_mask, config=config, score_threshold=threshold
+    )
     if replicated is not None:  # so that every process can read all of it
         detections = jax.lax.with_sharding_constraint(detections, replicated)
     return detections
@@ -121,10 +143,12 @@ def prompt(name: str, definition: str | None = None) -> str:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """`UserError` where there are no names, or one of them is empty."""
+    """`UserError` where there are no names, or one of them is empty or no text."""
     if not len(names):
         raise UserError("no names were given; name at least one thing to look for.")
     for number, name in enumerate(names, start=1):
+        if not isinstance(name, str):
+            raise UserError(f"name {number} of {len(names)} is {name!r}; give it as a text.")
         if not normalise(name):
             raise UserError(f"name {number} of {len(names)} is empty; leave it out or spell it.")
 
@@ -141,7 +165,7 @@ class Texts:
     """Encoded names, padded with rows outside `mask` to `table_size` rows."""
 
     names: tuple[str, ...]
-    prompts: tuple[str, ...]  # the text that stands for each name
+    prompts: tuple[str, ...]  # what stands for each name; several texts are joined by ' | '
     embeddings: Float[np.ndarray, "P D"]
     mask: Bool[np.ndarray, " P"]
 
@@ -151,7 +175,8 @@ class ImageDetections:
     """What was found in one image, best first.
 
     Boxes are xyxy in the image's own pixels, clipped to it; `labels` index the asked names and
-    `names` spells them; `size` is the image's (height, width).
+    `names` spells them; `size` is the image's (height, width). The same once more under the names
+    that `supervision.Detections` gives them: xyxy, confidence, class_id, data["class_name"].
     """
 
     boxes: Float[np.ndarray, "n 4"]
@@ -162,6 +187,50 @@ class ImageDetections:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    @property
+    def xyxy(self) -> Float[np.ndarray, "n 4"]:
+        """`boxes`."""
+        return self.boxes
+
+    @property
+    def confidence(self) -> Float[np.ndarray, " n"]:
+        """`scores`."""
+        return self.scores
+
+    @property
+    def class_id(self) -> Int[np.ndarray, " n"]:
+        """`labels`."""
+        return self.labels
+
+    @property
+    def data(self) -> dict[str, np.ndarray]:
+        """{"class_name": `names` as an array}."""
+        return {"class_name": np.array(self.names, dtype=str)}
+
+    def best(self, count: int) -> "ImageDetections":
+        """The first `count` of them."""
+        return dataclasses.replace(
+            self,
+            boxes=self.boxes[:count],
+            scores=self.scores[:count],
+            labels=self.labels[:count],
+            names=self.names[:count],
+        )
+
+    def to_supervision(self) -> Any:
+        """As `supervision.Detections`, for its annotators, trackers and zones.
+
+        Raises:
+          UserError: the package `supervision` is not installed.
+        """
+        try:
+            import supervision
+        except ImportError:
+            raise UserError("to_supervision needs `pip install supervision`.") from None
+        return supervision.Detections(
+            xyxy=self.xyxy, confidence=self.confidence, class_id=self.class_id, data=self.data
+        )
 
 
 class Predictor:
@@ -181,18 +250,24 @@ class Predictor:
         config: DetectConfig = DetectConfig(),
         batch_size: int = 8,
         batch_sharding: jax.sharding.NamedSharding | None = None,
+        cache: VocabularyCache | None = None,
+        upright: bool = False,
     ):
         """`canvas`: the (height, width) that pictures are scaled into, turned with each picture.
 
-        `batch_size` is rounded up to a multiple of the devices.
+        `batch_size` is rounded up to a multiple of the devices. `cache` keeps the embeddings of
+        long lists of names on disk; with several processes, which must do the same, it is not used.
+        `upright` turns image files as their EXIF orientation says.
         """
         if batch_size < 1 or min(canvas) < 1:
             raise UserError(f"batch_size {batch_size} and canvas {canvas} must be at least 1.")
         self._graphdef = graphdef
+        self._cache = cache if jax.process_count() == 1 else None
         self.params = params
         self.canvas = (int(canvas[0]), int(canvas[1]))
         self.config = config
         shards = 1 if batch_sharding is None else batch_sharding.mesh.size
+        self._upright = upright
         self.batch_size = -(-batch_size // shards) * shards
         self._sharding = batch_sharding
         self._replicated = batch_sharding and jax.sharding.NamedSharding(
@@ -207,41 +282,85 @@ class Predictor:
     @params.setter
     def params(self, params: Mapping[str, Any]) -> None:
         self._params = params
+        self._tower: str | None = None
         self._encoded: dict[str, np.ndarray] = {}
 
-    def encode(self, names: Sequence[str], prompts: Sequence[str] | None = None) -> Texts:
+    def encode(
+        self, names: Sequence[str], prompts: Sequence[str | Sequence[str]] | None = None
+    ) -> Texts:
         """Encodes names, each text once for as long as the parameters stay.
 
-        `prompts`: the texts that stand for them; by default the names themselves.
+        `prompts`: the text that stands for each; by default the name itself. Of several texts for a
+        name, the mean of their embeddings stands for it, of unit length again where the model
+        compares by cosines.
 
         Raises:
           UserError: no names, or one of them is empty.
         """
         check_names(names)
         prompts = [prompt(name) for name in names] if prompts is None else prompts
-        self._encode_new([text for text in dict.fromkeys(prompts) if text not in self._encoded])
-        rows = np.stack([self._encoded[text] for text in prompts])
+        groups = [(texts,) if isinstance(texts, str) else tuple(texts) for texts in prompts]
+        texts = dict.fromkeys(text for group in groups for text in group)
+        if new := [text for text in texts if text not in self._encoded]:
+            self._encoded.update(zip(new, self._encode_texts(new)))
+        rows = np.stack([self._mean([self._encoded[text] for text in group]) for group in groups])
         padding = table_size(len(rows)) - len(rows)
         return Texts(
             names=tuple(names),
-            prompts=tuple(prompts),
+            prompts=tuple(" | ".join(group) for group in groups),
             embeddings=np.pad(rows, ((0, padding), (0, 0))),
             mask=np.arange(len(rows) + padding) < len(rows),
         )
 
-    def _encode_new(self, texts: list[str]) -> None:
-        for start in range(0, len(texts), 256):
-            piece = texts[start : start + 256]
-            tokens = tokenize(piece + [""] * (table_size(len(piece)) - len(piece)))
-            features = _encode_text(
-                self._graphdef, self._params, tokens, replicated=self._replicated
+    def _encode_texts(self, texts: list[str]) -> Float[np.ndarray, "n D"]:
+        tokens = tokenize(texts)
+        if self._cache is None or len(texts) < _WORTH_A_FILE:
+            return self._encode_tokens(tokens)
+        if self._tower is None:
+            self._tower = tower_key(self._model_config, self._params)
+        return self._cache.embeddings(self._tower, tokens, self._encode_tokens)
+
+    def _encode_tokens(self, tokens: Int[np.ndarray, "n L"]) -> Float[np.ndarray, "n D"]:
+        padding = tokenize([""])
+        features = []
+        for start in range(0, len(tokens), _TEXTS_AT_ONCE):
+            piece = tokens[start : start + _TEXTS_AT_ONCE]
+            rest = np.repeat(padding, table_size(len(piece)) - len(piece), axis=0)
+            features.append(
+                _encode_text(
+                    self._graphdef,
+                    self._params,
+                    np.concatenate([piece, rest]),
+                    replicated=self._replicated,
+                )
             )
-            self._encoded.update(zip(piece, np.asarray(features, np.float32)))
+        # Fetched at the end: until then the device need not wait for this process.
+        return np.concatenate([np.asarray(x, np.float32) for x in features])[: len(tokens)]
+
+    def _mean(self, embeddings: list[np.ndarray]) -> Float[np.ndarray, " D"]:
+        if len(embeddings) == 1:
+            return embeddings[0]
+        mean = np.mean(embeddings, axis=0)
+        if self._model_config.similarity == "cosine":
+            mean = mean / max(np.linalg.norm(mean), 1e-6)
+        return mean
+
+    @functools.cached_property
+    def _model_config(self) -> DetCLIPConfig:
+        return build(self._graphdef, self._params).cfg
 
     def predict(
-        self, images: UInt8[np.ndarray, "B H W 3"], sizes: Int[np.ndarray, "B 2"], texts: Texts
+        self,
+        images: UInt8[np.ndarray, "B H W 3"],
+        sizes: Int[np.ndarray, "B 2"],
+        texts: Texts,
+        config: DetectConfig | None = None,
     ) -> Detections:
-        """`predict` of a batch of canvases on the device, with NumPy arrays out."""
+        """`predict` of a batch of canvases on the device, with NumPy arrays out.
+
+        `config` may stand for the predictor's; another threshold compiles nothing.
+        """
+        config = config or self.config
         detections = _predict(
             self._graphdef,
             self._params,
@@ -249,7 +368,8 @@ class Predictor:
             self._laid_out(sizes),
             texts.embeddings,
             texts.mask,
-            config=self.config,
+            np.float32(config.score_threshold),
+            config=dataclasses.replace(config, score_threshold=0.0),
             replicated=self._replicated,
         )
         return jax.tree.map(np.asarray, detections)
@@ -260,13 +380,13 @@ class Predictor:
         return jax.make_array_from_callback(array.shape, self._sharding, lambda part: array[part])
 
     def stream(
-        self, sources: Iterable[Source], texts: Texts
+        self, sources: Iterable[Source], texts: Texts, config: DetectConfig | None = None
     ) -> Iterator[tuple[int, ImageDetections | UserError]]:
         """Yields (number of the source, what was found or why it could not be read).
 
         Pictures are read in threads while the device works, and gathered into full batches by the
         way their canvas is turned; so the order is not quite that of the sources, but always the
-        same.
+        same. `config` as in `predict`.
         """
         waiting: dict[tuple[int, ...], list[tuple[int, Placed]]] = {}
         for number, picture in self._read_ahead(sources):
@@ -276,11 +396,11 @@ class Predictor:
             batch = waiting.setdefault(picture.canvas.shape, [])
             batch.append((number, picture))
             if len(batch) == self.batch_size:
-                yield from self._answer(batch, texts)
+                yield from self._answer(batch, texts, config)
                 batch.clear()
         for batch in waiting.values():
             if batch:
-                yield from self._answer(batch, texts)
+                yield from self._answer(batch, texts, config)
 
     def _read_ahead(self, sources: Iterable[Source]) -> Iterator[tuple[int, Placed | UserError]]:
         threads = min(16, os.cpu_count() or 1)
@@ -300,18 +420,18 @@ class Predictor:
 
     def _place_or_error(self, source: Source) -> Placed | UserError:
         try:
-            return place(source, self.canvas)
+            return place(source, self.canvas, upright=self._upright)
         except UserError as error:
             return error
 
     def _answer(
-        self, batch: list[tuple[int, Placed]], texts: Texts
+        self, batch: list[tuple[int, Placed]], texts: Texts, config: DetectConfig | None
     ) -> Iterator[tuple[int, ImageDetections]]:
         images = np.zeros((self.batch_size, *batch[0][1].canvas.shape), np.uint8)
         sizes = np.zeros((self.batch_size, 2), np.int32)
         for slot, (_, picture) in enumerate(batch):
             images[slot], sizes[slot] = picture.canvas, picture.size
-        found = self.predict(images, sizes, texts)
+        found = self.predict(images, sizes, texts, config)
         for slot, (number, picture) in enumerate(batch):
             yield number, _in_own_pixels(found, slot, picture, texts.names)
 

@@ -58,5 +58,6 @@ def told_by_cluster(environment: Mapping[str, str]) -> bool:
         or several("OMPI_COMM_WORLD_SIZE")
         or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys()
         or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+        or "," in environment.get("TPU_PROCESS_ADDRESSES", "")
         or "MEGASCALE_COORDINATOR_ADDRESS" in environment
     )

@@ -1,6 +1,7 @@
 """Steps whose gradient is far above the usual, told from what each kind of data has shown."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def judge(
     mean, seen, in_row = norms.log_norm[place], norms.seen[place], norms.spiked_in_row[place]
     log_norm = jnp.log(jnp.maximum(norm, 1e-12))
 
-    limit = jnp.log(config.spike_factor) if config.spike_factor > 0 else jnp.inf
+    limit = math.log(config.spike_factor) if config.spike_factor > 0 else jnp.inf
     high = finite & (seen >= config.spike_after) & (log_norm > mean + limit)
     spiked, anew = high & (in_row < IN_ROW), high & (in_row >= IN_ROW)
 

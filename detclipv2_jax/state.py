@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
+from detclipv2_jax import spikes
 from detclipv2_jax.optimizer import AdamW, Moments
+from detclipv2_jax.spikes import UsualNorms
 
 
 @jax.tree_util.register_dataclass
@@ -18,8 +20,10 @@ class TrainState:
     params: PyTree
     ema: PyTree  # moving average of the parameters, the ones that are evaluated and shipped
     moments: Moments
-    skipped: Int[Array, ""]  # updates skipped because a loss or gradient was not finite
+    skipped: Int[Array, ""]  # updates left out: a loss or gradient not finite, or a spike
     skipped_in_row: Int[Array, ""]
+    spiked: Int[Array, ""]  # those of them that were spikes
+    norms: UsualNorms  # of each kind's gradient: what a spike is measured by
 
 
 def create(params: PyTree, optimizer: AdamW) -> TrainState:
@@ -32,4 +36,6 @@ def create(params: PyTree, optimizer: AdamW) -> TrainState:
         moments=optimizer.init(params),
         skipped=jnp.array(zero),
         skipped_in_row=jnp.array(zero),
+        spiked=jnp.array(zero),
+        norms=spikes.create(),
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from detclipv2_jax import accumulate
+from detclipv2_jax import accumulate, spikes
 from detclipv2_jax.objective import LossConfig, Losses
 from detclipv2_jax.optimizer import AdamW
 from detclipv2_jax.state import TrainState
@@ -32,11 +32,12 @@ def train_step(
     forwarded one after another; the update is that of the whole batch. `gathered` is how all
     devices hold an array whole; None on one device.
 
-    A step whose loss or gradient is not finite changes nothing but the counters `skipped`.
+    A step whose loss or gradient is not finite, or whose gradient is a spike (`spikes.judge`),
+    changes nothing but the counters and the usual norms.
 
     Returns:
       The new state, and scalars: the total `loss`, its parts, the global norm of the gradient, the
-      similarity's scale, `skipped` and `skipped_in_row`.
+      similarity's scale, `skipped`, `skipped_in_row` and `spiked`.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
@@ -45,10 +46,14 @@ def train_step(
     )
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    params, ema, moments = optimizer.update(
-        state.params, state.ema, state.moments, gradients, norm, state.step, finite
+    spiked, norms = spikes.judge(
+        state.norms, batch.kind, jnp.where(finite, norm, jnp.nan), optimizer.config
     )
-    bad = (~finite).astype(jnp.int32)
+    good = finite & ~spiked
+    params, ema, moments = optimizer.update(
+        state.params, state.ema, state.moments, gradients, norm, state.step, good
+    )
+    bad = (~good).astype(jnp.int32)
     state = TrainState(
         step=state.step + 1,
         params=params,
@@ -56,6 +61,8 @@ def train_step(
         moments=moments,
         skipped=state.skipped + bad,
         skipped_in_row=(state.skipped_in_row + bad) * bad,
+        spiked=state.spiked + spiked,
+        norms=norms,
     )
     metrics = {
         "loss": loss,
@@ -64,5 +71,6 @@ def train_step(
         "scale": jnp.exp(params["logit_scale"]),
         "skipped": state.skipped,
         "skipped_in_row": state.skipped_in_row,
+        "spiked": state.spiked,
     }
     return state, metrics

@@ -26,7 +26,7 @@ from detclipv2_jax.data.lexicon import Lexicon
 from detclipv2_jax.data.plan import KindPlan, Plan, StepPlan
 from detclipv2_jax.data.transforms import TransformConfig
 from detclipv2_jax.errors import UserError
-from detclipv2_jax.files import write_json
+from detclipv2_jax.files import only_said, write_json
 from detclipv2_jax.interruption import Interrupted, StopRequest
 from detclipv2_jax.models import detclip
 from detclipv2_jax.objective import Losses
@@ -38,19 +38,23 @@ from detclipv2_jax.structures import Batch
 from detclipv2_jax.weights import initialise
 
 Program = tuple[str, tuple[int, int]]  # (kind, canvas): what one compiled step is for
+_WHY_SKIPPED = "their loss or gradient was not finite, or far above the usual"
 
 
-def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
+def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[str, Any] | None:
     """Trains as `config` says, going on from the newest checkpoint in `workdir` if there is one.
+
+    `began`: when the process did, as time.monotonic() tells it; now if None.
 
     Returns:
       The results of the last evaluation; None if the config names no validation set.
 
     Raises:
       UserError: for anything the user can mend; nothing is lost, the next start goes on.
-      Interrupted: by SIGTERM; the state is saved, the next start goes on.
+      Interrupted: by SIGTERM or Ctrl-C; the state is saved, the next start goes on.
     """
     first = jax.process_index() == 0  # the process that writes and shows; main.py mutes the others
+    clock, earlier = metrics.Clock(began), {}
 
     # ---- Data: from here on, what each step sees is a function of (seed, step).
     plan, sources, names = open_data(config)
@@ -78,10 +82,9 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
     state = state_lib.create(params, rule)
     shardings = state_shardings(mesh, state)
     state = jax.device_put(state, shardings)
-    clock = metrics.Clock()
     if checkpointer.latest is not None:
         state, meta = checkpointer.restore(jax.tree.map(_abstract, state, shardings))
-        clock = metrics.Clock(meta["seconds"])
+        earlier = meta["seconds"]
         print(f"going on after step {int(state.step)}{_changes(meta['config'], config)}")
     if first:
         write_json(workdir / "config.json", fields.to_dict(config))
@@ -111,20 +114,24 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
     # ---- The loop. A step's figures are read when the next one is under way.
     log = metrics.MetricsLog(workdir if first else None, start)
     progress = metrics.Progress(total_steps, start, shown=first)
-    recorder = Recorder(config, log, progress, checkpointer)
+    recorder = Recorder(config, log, progress, clock, checkpointer)
     on_device = sharding.prefetch(feed, mesh)
     results, stop = None, StopRequest()
+    clock.go_on(earlier, log.seconds)
+    clock.enter("other")
     for step in range(start, total_steps):
         with clock("data"):
             planned, batch = next(on_device)
         with clock("train"):
             state, values = programs[planned.kind, planned.shape](state, batch)
-            recorder.add(planned, values)
+        clock.watch(values["skipped_in_row"])
+        recorder.add(planned, values)
         stopping = stop.is_due(step + 1)
         last, score = step + 1 == total_steps, None
-        if evaluator and (last or _is_due(step + 1, config.train.eval_every)):
+        due = _is_due(step + 1, config.train.eval_every) and not stopping
+        if evaluator and (last or due):
             recorder.finish()
-            with clock("evaluate"):
+            with clock("evaluate"), only_said():
                 results = evaluator(graphdef, state)
                 score = headline(results)
                 log.write(step + 1, scalars(results))
@@ -133,20 +140,24 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
             recorder.finish()
             with clock("checkpoint"):
                 meta = {"config": fields.to_dict(config), "names": names}
-                meta |= {"definitions": definitions, "seconds": clock.seconds}
+                meta |= {"definitions": definitions, "seconds": clock.totals()}
                 checkpointer.save(state, meta, score)
         if stopping and not last:
             checkpointer.wait()
             latest = checkpointer.latest
             saved = "is saved" if latest == step + 1 else f"is not saved: the last one is {latest}"
-            raise Interrupted(f"stopped by SIGTERM after step {step + 1}, which {saved}")
+            raise Interrupted(
+                f"stopped by {stop.signal.name} after step {step + 1}, which {saved}", stop.signal
+            )
     progress.close()
     log.close()
-    checkpointer.close()
+    with clock("checkpoint"):
+        checkpointer.close()
 
     # ---- What came of it.
     if evaluator and results is None:
-        results = evaluator(graphdef, state)
+        with clock("evaluate"):
+            results = evaluator(graphdef, state)
     report(workdir if first else None, results, clock, int(state.skipped), feed)
     feed.close()
     return results
@@ -296,11 +307,12 @@ class Recorder:
         config: RunConfig,
         log: metrics.MetricsLog,
         progress: metrics.Progress,
+        clock: metrics.Clock,
         checkpointer: Checkpointer,
     ):
         """Nothing is pending."""
         self._config, self._log, self._progress = config.train, log, progress
-        self._checkpointer = checkpointer
+        self._clock, self._checkpointer = clock, checkpointer
         self._pending: tuple[StepPlan, Losses] | None = None
 
     def add(self, planned: StepPlan, values: Losses) -> None:
@@ -320,12 +332,13 @@ class Recorder:
         step = planned.step + 1
         self._progress.update(planned.kind, int((planned.records >= 0).sum()), values)
         if _is_due(step, self._config.log_every):
-            self._log.write(step, {"kind": planned.kind, "epoch": planned.epoch} | values)
+            line = {"kind": planned.kind, "epoch": planned.epoch} | values
+            self._log.write(step, line, self._clock.figures())
         if values["skipped_in_row"] >= self._config.max_skipped:
             records = planned.records[planned.records >= 0][:4].tolist()
             raise UserError(
                 f"the last {self._config.max_skipped} steps up to step {step} ({planned.kind}, "
-                f"records {records} …) had a loss or gradient that is not finite; the last good "
+                f"records {records} …) were skipped: {_WHY_SKIPPED}; the last good "
                 f"checkpoint is {self._checkpointer.latest}: start again from it with a lower "
                 "config.optimizer.learning_rate, or look at these records."
             )
@@ -403,15 +416,16 @@ def report(
     is drawn.
     """
     if workdir is not None:
-        drawing.loss_curves(workdir / "metrics.jsonl", workdir / "losses.png")
+        with only_said():
+            drawing.loss_curves(workdir / "metrics.jsonl", workdir / "losses.png")
     if results is not None:
         print(evaluate.table(results))
-    print("\nseconds: " + ", ".join(f"{part} {s:.0f}" for part, s in clock.seconds.items()))
+    print(f"\n{clock.summary()}")
     for source, (count, read) in _over_processes(feed.broken, feed.read).items():
         if count:
             print(f"{source}: {count} of {read} records could not be read")
     if skipped:
-        print(f"{skipped} updates were skipped: their loss or gradient was not finite")
+        print(f"{skipped} updates were skipped: {_WHY_SKIPPED}")
     print(f"\n{workdir}/: detections/*.png, losses.png, results.json, metrics.jsonl, checkpoints/")
 
 

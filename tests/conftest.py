@@ -1,8 +1,11 @@
 """Shared by all tests: CPU only, four virtual devices, programs compiled once for all runs."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,3 +19,37 @@ os.environ.setdefault(
     "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
 )
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 24 MB; skipped where this user may not mount one."""
+    root = tmp_path / "disk"
+    root.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(root)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("may not mount a file system")
+    yield root
+    subprocess.run(["umount", "--lazy", str(root)], check=True)
+
+
+@pytest.fixture
+def fill():
+    """`fill(directory, left)` takes all room but `left` bytes; returns the file to remove."""
+
+    def fill(directory, left):
+        path = directory / "filling"
+        with path.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                pass
+        os.truncate(path, max(path.stat().st_size - left, 0))
+        return path
+
+    return fill

@@ -11,7 +11,8 @@ import pytest
 import tiny_model
 from tiny_batch import LOSS, make_batch
 
-from detclipv2_jax import accumulate, sharding
+from detclipv2_jax import accumulate, sharding, train
+from detclipv2_jax.errors import UserError
 from detclipv2_jax.models import detclip
 from detclipv2_jax.objective import LossConfig, ProposalConfig
 from detclipv2_jax.ops.contrastive import ContrastiveConfig
@@ -129,5 +130,5 @@ def test_a_batch_that_cannot_be_cut_is_told(batch_size, devices, count):
 def test_a_run_is_told_before_it_starts():
     kinds = {"image_text": types.SimpleNamespace(batch_size=6, accumulate=4)}
     config = types.SimpleNamespace(data=types.SimpleNamespace(kinds=lambda: kinds))
-    with pytest.raises(UserError, match=r"6, which 1 device.* accumulate 4 do not divide"):
+    with pytest.raises(UserError, match=r"6, which 1 device.*accumulate 4 do not divide"):
         train.step_function(config, None, None, sharding.make_mesh(1, 1))

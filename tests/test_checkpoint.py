@@ -1,6 +1,10 @@
 import dataclasses
+import gc
 import json
+import resource
 import shutil
+import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +118,70 @@ def test_a_full_disk_is_told_and_ends_the_run_at_the_third_time(tmp_path, monkey
     saver.save(_state(step=5), META, None)
     saver.close()
     assert Checkpointer(tmp_path, 3).latest == 5
+
+
+def test_a_lost_directory_is_told_with_the_last_good_step_and_may_come_back(tmp_path, capsys):
+    root = _saved(tmp_path, 1)
+    saver = Checkpointer(tmp_path, 3)
+    root.rename(tmp_path / "away")
+    root.write_text("in its place")
+    threads = threading.active_count()
+    saver.save(_state(step=2), META, None)
+    said = capsys.readouterr().out
+    assert "checkpoint of step 2 could not be written" in said and "one is of step 1" in said
+    assert threading.active_count() <= threads + 1, "nothing waits for what cannot come"
+    root.unlink()
+    (tmp_path / "away").rename(root)
+    saver.save(_state(step=3), META, None)
+    saver.close()
+    assert Checkpointer(tmp_path, 3).latest == 3
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path):
+    root = _saved(tmp_path, 1)
+    saver = Checkpointer(tmp_path, 3)
+    root.rename(tmp_path / "away")
+    root.write_text("in its place")
+    saver.save(_state(step=2), META, None)
+    with pytest.raises(UserError, match="last checkpoint could not .*good one is of step 1: make"):
+        saver.close()
+
+
+def test_a_workdir_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/run/checkpoints: cannot be made or read"):
+        Checkpointer(tmp_path / "file" / "run", 3)
+
+
+def _save_often(directory, saves, look_every):
+    """(Python's allocated blocks, MB of resident memory) at every `look_every`-th of many saves."""
+    params = {name: jnp.ones((64, 64)) for name in ("logit_scale", "logit_bias", "text_projection")}
+    small = state.create(params, optimizer.create(OptimizerConfig(), params, 10))
+    saver, seen = Checkpointer(directory, 3), []
+    for step in range(1, saves + 1):
+        now = dataclasses.replace(small, step=jnp.asarray(step, jnp.int32))
+        saver.save(now, META, step % 37 / 37 if step % 10 == 0 else None)
+        if step % look_every == 0:
+            saver.wait()
+            gc.collect()
+            with open("/proc/self/statm") as file:
+                pages = int(file.read().split()[1])
+            seen.append((sys.getallocatedblocks(), pages * resource.getpagesize() / 1e6))
+    saver.close()
+    return seen
+
+
+def test_nothing_stays_in_memory_of_a_save(tmp_path):
+    """tensorstore would keep some 300 strings and lists of each, more with more parameters."""
+    (before, _), (after, _) = _save_often(tmp_path, 60, 30)
+    assert after - before < 30 * 30
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_thousands_of_saves(tmp_path):
+    seen = _save_often(tmp_path, 2400, 400)
+    print([f"{megabytes:.1f} MB" for _, megabytes in seen])
+    assert seen[-1][1] - seen[0][1] < 6
 
 
 def test_saving_the_same_step_twice_is_harmless(tmp_path):

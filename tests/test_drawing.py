@@ -132,3 +132,18 @@ def test_pictures_are_written_whole_or_not_at_all(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         drawing.save(picture, tmp_path / "file" / "a.png")
+
+
+def test_labels_of_many_boxes_are_small_and_ink_reads_well(monkeypatch):
+    sizes = []
+    place = drawing._label_place
+    monkeypatch.setattr(drawing, "_label_place", lambda *a: sizes.append(place(*a)) or sizes[-1])
+    boxes = np.random.default_rng(0).uniform(0, 500, (100, 2)).repeat(2, 0).reshape(-1, 4)
+    boxes[:, 2:] = boxes[:, :2] + 60
+    drawing.draw_boxes(np.zeros((1200, 1200, 3), np.uint8), boxes, ["a very long name " * 4] * 100)
+    assert max(y1 - y0 for _, y0, _, y1 in sizes) < 20
+    assert max(x1 - x0 for x0, _, x1, _ in sizes) <= 0.4 * 1200
+    for n in range(40):
+        luminance = drawing._luminance(drawing.colour(f"name {n}"))
+        black, white = (luminance + 0.05) / 0.05, 1.05 / (luminance + 0.05)
+        assert (black >= white) == (luminance > drawing._MIDDLE)

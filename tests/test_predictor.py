@@ -5,6 +5,7 @@ import math
 import types
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import tiny_model
 from detclipv2_jax import predictor as predictor_lib
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.models.atss_head import RegionOutputs
+from detclipv2_jax.models.detclip import DetCLIP
 from detclipv2_jax.ops.boxes import AnchorConfig
 from detclipv2_jax.predictor import DetectConfig, Predictor, predict, prompt, table_size
 from detclipv2_jax.structures import Detections
@@ -21,7 +23,7 @@ HEIGHT, WIDTH = 104, 136
 
 
 class Scripted:
-    """A model that says what it was given."""
+    """A model that says what it was given; the text of name n is the n-th unit vector."""
 
     def __init__(self, logits, deltas, centerness):
         self.cfg = types.SimpleNamespace(anchors=AnchorConfig())
@@ -34,7 +36,8 @@ class Scripted:
         return self._outputs
 
     def logits(self, regions, texts):
-        return regions
+        columns = jnp.argmax(texts, axis=-1)
+        return jnp.where(jnp.any(texts, axis=-1), regions[..., columns], 0.0)
 
 
 def anchors():
@@ -102,7 +105,7 @@ def test_predict_equals_a_direct_implementation(config):
     arrays = [np.float32(a) for a in (logits, deltas, rng.normal(size=(3, count)))]
     model = Scripted(*arrays)
     found = jax.jit(functools.partial(predict, model, config=config))(
-        np.zeros((3, HEIGHT, WIDTH, 3), np.uint8), sizes, np.zeros((5, 4), np.float32)
+        np.zeros((3, HEIGHT, WIDTH, 3), np.uint8), sizes, np.eye(5, dtype=np.float32)
     )
     assert found.boxes.shape == (3, config.keep, 4)
     for n in range(2):
@@ -115,6 +118,75 @@ def test_predict_equals_a_direct_implementation(config):
     assert not found.mask[2].any()  # a slot without a picture
 
 
+@pytest.mark.parametrize("count", [1, 127, 128, 129, 300])
+def test_names_in_blocks_equal_names_at_once(count, monkeypatch):
+    rng = np.random.default_rng(count)
+    logits = np.round(rng.normal(size=(1, len(anchors()), count)), 1).astype(np.float32)  # ties
+    deltas = rng.normal(size=(1, len(anchors()), 4)).astype(np.float32)
+    model = Scripted(logits, deltas, np.zeros((1, len(anchors())), np.float32))
+    answers = []
+    for block in (128, 7, 1000):
+        monkeypatch.setattr(predictor_lib, "_NAMES_AT_ONCE", block)
+        config = DetectConfig(candidates=20, keep=150)
+        answers.append(
+            jax.jit(functools.partial(predict, model, config=config))(
+                np.zeros((1, HEIGHT, WIDTH, 3), np.uint8),
+                np.array([[90, 120]]),
+                np.eye(count, dtype=np.float32),
+                np.arange(count) % 5 != 1,
+            )
+        )
+    for answer in answers[1:]:
+        jax.tree.map(np.testing.assert_array_equal, answer, answers[0])
+    assert count < 4 or answers[0].mask.all()
+
+
+def test_any_number_of_pictures_in_one_exported_program():
+    rng = np.random.default_rng(0)
+    model_arrays = [rng.normal(size=(3, len(anchors()), n)).astype(np.float32) for n in (200, 4, 1)]
+    ask = lambda logits, deltas, centerness, images, sizes: predict(
+        Scripted(logits, deltas, centerness[..., 0]),
+        images,
+        sizes,
+        np.eye(200, dtype=np.float32),
+        config=DetectConfig(candidates=20, keep=50),
+    )
+    arrays = [
+        *model_arrays,
+        np.zeros((3, HEIGHT, WIDTH, 3), np.uint8),
+        np.full((3, 2), 90, np.int32),
+    ]
+    (batch,) = jax.export.symbolic_shape("batch")
+    shapes = [jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype) for a in arrays]
+    exported = jax.export.export(jax.jit(ask), platforms=("cpu", "cuda", "tpu"))(*shapes)
+    for count in (1, 3):
+        few = [array[:count] for array in arrays]
+        jax.tree.map(np.testing.assert_array_equal, exported.call(*few), jax.jit(ask)(*few))
+
+
+def test_memory_does_not_grow_with_the_names():
+    class Embedding(Scripted):
+        logits = DetCLIP.logits
+        logit_bias = np.zeros(1)
+
+        def scale(self):
+            return 1.0
+
+    def temporary(count):
+        def ask(embeddings, deltas, centerness, images, sizes, texts):
+            model = Embedding(embeddings, deltas, centerness)
+            return predict(model, images, sizes, texts, config=DetectConfig())
+
+        shape = (1, len(anchors()))
+        arrays = [jax.ShapeDtypeStruct((*shape, *rest), jnp.float32) for rest in [(256,), (4,), ()]]
+        arrays.append(jax.ShapeDtypeStruct((1, HEIGHT, WIDTH, 3), jnp.uint8))
+        arrays.append(jax.ShapeDtypeStruct((1, 2), jnp.int32))
+        arrays.append(jax.ShapeDtypeStruct((table_size(count), 256), jnp.float32))
+        return jax.jit(ask).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(20_000) < 1.1 * temporary(80)
+
+
 def test_masked_names_and_scores_that_are_not_finite_are_never_answered():
     count = len(anchors())
     logits = np.zeros((1, count, 3), np.float32)
@@ -124,10 +196,10 @@ def test_masked_names_and_scores_that_are_not_finite_are_never_answered():
     model = Scripted(logits, deltas, np.zeros((1, count), np.float32))
     ask = jax.jit(functools.partial(predict, model, config=DetectConfig(candidates=400, keep=90)))
     image, size = np.zeros((1, HEIGHT, WIDTH, 3), np.uint8), np.array([[HEIGHT, WIDTH]])
-    found = ask(image, size, np.zeros((3, 4)), np.array([True, False, True]))
+    found = ask(image, size, np.eye(3), np.array([True, False, True]))
     assert set(np.asarray(found.labels)[found.mask].tolist()) == {0}
     assert np.isfinite(found.boxes).all() and np.isfinite(found.scores).all()
-    assert 1 in np.asarray(ask(image, size, np.zeros((3, 4))).labels)
+    assert 1 in np.asarray(ask(image, size, np.eye(3)).labels)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +281,7 @@ def test_long_streams_keep_their_order(tiny):
 def test_pictures_share_a_batch_with_those_that_turn_the_canvas_alike(tiny, monkeypatch):
     asked = []
 
-    def answer(self, images, sizes, texts):
+    def answer(self, images, sizes, texts, config):
         asked.append((images.shape, sizes.tolist()))
         shape = (len(images), 3)
         boxes = np.tile(np.float32([0, 0, 10, 20]), (*shape, 1))

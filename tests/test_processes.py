@@ -25,6 +25,7 @@ _PATIENCE = 900  # seconds for a start: sixteen programs are compiled on the sam
         {"OMPI_COMM_WORLD_SIZE": "2"},
         {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"},
         {"TPU_WORKER_HOSTNAMES": "t1k-0,t1k-1"},
+        {"TPU_PROCESS_ADDRESSES": "t1k-0:8476,t1k-1:8476"},
         {"MEGASCALE_COORDINATOR_ADDRESS": "job-0"},
     ],
 )

@@ -1,5 +1,6 @@
 """What a model is asked for a name: in a run, from its checkpoint, and on LVIS's own words."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from detclipv2_jax.data.concepts import TEMPLATE, fitted
 from detclipv2_jax.detect import Detector
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.evaluation import coco
+from detclipv2_jax.models.detclip import create
 from detclipv2_jax.predictor import Predictor
 from detclipv2_jax.prompting import Prompting, prompting
 
@@ -72,6 +74,47 @@ def test_another_template(predictor):
     asked = Prompting(True, DICTIONARY, "{definition} ({name})")
     assert asked.encode(predictor, ["anchor"]).prompts == ("what holds a ship (anchor)",)
     assert asked.settings(asked.encode(predictor, ["anchor"]))["template"] == asked.template
+
+
+SENTENCES = ("a photo of a {}.", "a {} in the snow")
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_sentences_stand_for_a_name_by_their_mean(similarity):
+    config = dataclasses.replace(tiny_model.CONFIG, similarity=similarity)
+    predictor = Predictor(*create(config, 0), canvas=tiny_model.CANVAS)
+    texts = Prompting(sentences=SENTENCES).encode(predictor, ["Sofa", "red  {bus}"])
+    assert texts.names == ("Sofa", "red  {bus}")
+    assert texts.prompts[1] == "a photo of a red {bus}. | a red {bus} in the snow"
+    each = predictor.encode(["a photo of a sofa.", "a sofa in the snow"]).embeddings[:2]
+    mean = np.mean(np.float64(each), axis=0)
+    if similarity == "cosine":
+        mean /= np.linalg.norm(mean)
+    np.testing.assert_allclose(texts.embeddings[0], mean, rtol=1e-5, atol=1e-7)
+    assert Prompting(sentences=SENTENCES).settings(texts) == {
+        "definitions": False,
+        "prompts": list(SENTENCES),
+    }
+    (alone,) = Prompting(sentences=SENTENCES[:1]).encode(predictor, ["sofa"]).embeddings[:1]
+    np.testing.assert_array_equal(alone, each[0])
+
+
+def test_who_decides_about_sentences():
+    config = {"eval": {"prompts": SENTENCES, "definitions": "on"}}
+    assert prompting(config, DICTIONARY).sentences == SENTENCES
+    assert not prompting(config, DICTIONARY).enabled
+    asked = prompting(config, DICTIONARY, "on")
+    assert asked.enabled and not asked.sentences
+    assert prompting({"eval": {}}, DICTIONARY, None, SENTENCES[:1]).sentences == SENTENCES[:1]
+    assert prompting(config, DICTIONARY, None, []).enabled
+    with pytest.raises(UserError, match="not both"):
+        prompting(config, DICTIONARY, "on", SENTENCES)
+
+
+@pytest.mark.parametrize("sentence", ["a photo", "{} and {}", "{name}", "{0}", "{", "{!r}"])
+def test_sentences_with_no_place_for_the_name(sentence):
+    with pytest.raises(UserError, match="must hold {} once"):
+        Prompting(sentences=(sentence,))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from tiny_batch import LOSS, make_batch
 
 from detclipv2_jax import optimizer, sharding, state, step, train
 from detclipv2_jax.optimizer import OptimizerConfig
+from detclipv2_jax.spikes import UsualNorms
+from detclipv2_jax.structures import KINDS
 
 
 @functools.cache
@@ -22,9 +24,37 @@ def _train_step():
     return fn, state.create(params, rule)
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted():
+@functools.cache
+def _compiled():
     fn, start = _train_step()
-    fn = jax.jit(fn)
+    return jax.jit(fn), start
+
+
+def test_a_spike_is_skipped_and_counted():
+    fn, start = _compiled()
+    batch, place = make_batch("detection"), KINDS.index("detection")
+    ordinary, metrics = fn(start, batch)
+    assert (int(metrics["skipped"]), int(metrics["spiked"])) == (0, 0)
+    norm = np.log(float(metrics["gradient_norm"]))
+    assert float(ordinary.norms.log_norm[place]) == pytest.approx(norm, rel=1e-5)
+
+    def known(log_norm):
+        seen = jnp.full(len(KINDS), 100)
+        norms = UsualNorms(jnp.full(len(KINDS), log_norm), seen, jnp.zeros_like(seen))
+        return dataclasses.replace(start, norms=norms)
+
+    after, metrics = fn(known(norm - np.log(21)), batch)
+    for part in ("params", "ema", "moments"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(start, part))
+    assert (int(after.step), int(after.skipped_in_row)) == (1, 1)
+    assert (int(metrics["skipped"]), int(metrics["spiked"])) == (1, 1)
+    after, metrics = fn(known(norm - np.log(19)), batch)
+    assert int(metrics["spiked"]) == 0
+    jax.tree.map(np.testing.assert_array_equal, after.params, ordinary.params)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted():
+    fn, start = _compiled()
     batch = make_batch("detection")
     broken = dataclasses.replace(start, params=start.params | {"logit_bias": jnp.asarray(jnp.nan)})
     after, metrics = fn(broken, batch)
@@ -32,7 +62,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
         jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(broken, part))
     assert (int(after.step), int(after.skipped), int(after.skipped_in_row)) == (1, 1, 1)
     after, _ = fn(after, batch)
-    assert (int(after.skipped), int(after.skipped_in_row)) == (2, 2)
+    assert (int(after.skipped), int(after.skipped_in_row), int(after.spiked)) == (2, 2, 0)
+    jax.tree.map(np.testing.assert_array_equal, after.norms, start.norms)
     healed, metrics = fn(dataclasses.replace(after, params=start.params), batch)
     assert (int(healed.skipped), int(healed.skipped_in_row)) == (2, 0)
     assert np.isfinite(float(metrics["loss"]))

@@ -37,6 +37,29 @@ def _losses(workdir):
     return [(x["step"], x["kind"], x["loss"], x["gradient_norm"]) for x in lines if "kind" in x]
 
 
+def _checkpoints(workdir):
+    root = workdir / "checkpoints"
+    return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
+
+
+def _check_goodput(workdir, printed, lost):
+    """Over all starts: the log adds up, the checkpoint has it by part, the end says it."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "kind" in line]
+    totals = [line["seconds"] for line in lines]
+    assert totals == sorted(totals)
+    for line in lines:
+        assert 0 < line["goodput"] < 1 and 0 <= line["data_wait"] < 1
+    newest = workdir / f"checkpoints/{_checkpoints(workdir)[-1]}"
+    parts = json.loads((newest / "meta/metadata").read_text())["seconds"]
+    assert parts.keys() - {"lost"} == {
+        "start", "compile", "other", "data", "train", "evaluate", "checkpoint"
+    }  # fmt: skip
+    assert (parts.get("lost", 0) > 0) == lost
+    assert sum(parts.values()) >= totals[-1]
+    assert re.search(r"\ngoodput \d+% of \d+ s \(this start \d+%\); the rest: \w+ \d+ s", printed)
+
+
 def test_a_run_leaves_what_the_readme_says(finished):
     workdir, printed = finished
     losses = _losses(workdir)
@@ -52,13 +75,14 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert list((workdir / "tensorboard").glob("events*"))
     assert printed.count("compiled ") == 3, "one program for each (kind, canvas)"
     assert "fixed AP" in printed and "novel" in printed
+    _check_goodput(workdir, printed, lost=False)
 
 
 @pytest.mark.parametrize("seed", [0])
 def test_a_run_killed_three_times_ends_with_the_same_losses(data, finished, tmp_path, seed):
     moments = random.Random(seed)
     expected = _losses(finished[0])
-    log = tmp_path / "metrics.jsonl"
+    log, redone = tmp_path / "metrics.jsonl", 0
     for kill in range(3):
         # Somewhere in the next third of the run, and within a step of a line being written.
         after = moments.randint(kill * len(expected) // 3 + 1, (kill + 1) * len(expected) // 3)
@@ -73,9 +97,11 @@ def test_a_run_killed_three_times_ends_with_the_same_losses(data, finished, tmp_
         time.sleep(moments.random() * 0.2)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        redone += _losses(tmp_path)[-1][0] - max(_checkpoints(tmp_path), default=0)
     process = tiny_run.run(data, tmp_path)
     assert process.returncode == 0, process.stderr[-3000:]
     assert _losses(tmp_path) == expected
+    _check_goodput(tmp_path, process.stdout, lost=redone > 0)
     a, b = (json.loads((w / "results.json").read_text()) for w in (tmp_path, finished[0]))
     assert a["fixed"] == b["fixed"]
 
@@ -94,7 +120,7 @@ def test_a_run_stopped_by_sigterm_whose_checkpoint_is_damaged_ends_with_the_same
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGTERM, said[-3000:]
     step = int(re.search(r"stopped by SIGTERM after step (\d+), which is saved; the same", said)[1])
-    saved = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    saved = _checkpoints(tmp_path)
     assert saved[-1] == step and saved[0] == 4
     assert log.read_text().count("\n") == step  # every line is there
 

@@ -31,6 +31,19 @@ def read_lists(path: Path, fields: Collection[str]) -> Iterator[tuple[str, int, 
         yield from _lists(scanner, path, fields)
 
 
+def read_entries(path: Path) -> Iterator[Any]:
+    """Entries of a JSON list; `UserError` where the file cannot be read or is no JSON list."""
+    with _open(path) as scanner:
+        if scanner.peek() != "[":
+            value = scanner.value()
+            kind = "object" if isinstance(value, dict) else type(value).__name__
+            raise UserError(
+                f"{path}: holds a JSON {kind}, not a list; give a file of the right kind"
+            )
+        yield from scanner.entries()
+        scanner.end()
+
+
 def read_json(path: Path) -> Any:
     """A JSON file whole, whatever it holds; `UserError` where it cannot be read or is no JSON."""
     with _open(path) as scanner:

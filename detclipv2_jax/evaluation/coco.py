@@ -1,25 +1,24 @@
 """COCO-format ground truth, and the twelve figures of COCO from a detector's boxes. NumPy only.
 
-The matching itself is faster-coco-eval's (C++), which gives pycocotools' figures.
+Equal to pycocotools' COCOeval to the last digits.
 """
 
 import dataclasses
 import functools
 import json
-import logging
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from faster_coco_eval import COCO, COCOeval_faster
 from jaxtyping import Float, Int
 
 from detclipv2_jax.errors import UserError
+from detclipv2_jax.evaluation import matching
 
 # In the order in which COCOeval.summarize lists them.
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-_log = logging.getLogger(__name__)
+_MAX_DETECTIONS = 100  # of an image and category that are measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +49,9 @@ class Category:
 class GroundTruth:
     """The boxes of a split, a row each: what a detector is measured against.
 
-    `boxes` are xyxy in pixels; `areas` are the file's (an instance's mask, where there is one),
-    which is what small, medium and large refer to; `crowd` marks regions in which nothing counts as
-    wrong.
+    `xywh` are the file's own [x, y, width, height] in pixels; `areas` are the file's (an instance's
+    mask, where there is one), which is what small, medium and large refer to; `crowd` marks regions
+    in which nothing counts as wrong.
     """
 
     path: str
@@ -60,14 +59,50 @@ class GroundTruth:
     categories: tuple[Category, ...]
     image_ids: Int[np.ndarray, " n"]
     category_ids: Int[np.ndarray, " n"]
-    boxes: Float[np.ndarray, "n 4"]
+    xywh: Float[np.ndarray, "n 4"]
     areas: Float[np.ndarray, " n"]
     crowd: Int[np.ndarray, " n"]
+
+    @functools.cached_property
+    def boxes(self) -> Float[np.ndarray, "n 4"]:
+        """(x_min, y_min, x_max, y_max) in pixels."""
+        return np.concatenate([self.xywh[:, :2], self.xywh[:, :2] + self.xywh[:, 2:]], axis=1)
+
+    @functools.cached_property
+    def sorted_images(self) -> Int[np.ndarray, " i"]:
+        """The ids of the images, ascending."""
+        return np.sort(np.asarray([image.id for image in self.images], np.int64))
+
+    @functools.cached_property
+    def sorted_categories(self) -> Int[np.ndarray, " k"]:
+        """The ids of the categories, ascending."""
+        return np.sort(np.asarray([category.id for category in self.categories], np.int64))
+
+    def image_places(self, ids: Int[np.ndarray, " n"] | int) -> Int[np.ndarray, " n"]:
+        """Where image ids stand in `sorted_images`; -1 for unknown ones."""
+        return _places(self.sorted_images, ids)
+
+    def category_places(self, ids: Int[np.ndarray, " n"] | int) -> Int[np.ndarray, " n"]:
+        """Where category ids stand in `sorted_categories`; -1 for unknown ones."""
+        return _places(self.sorted_categories, ids)
+
+    def truth(self) -> np.ndarray:
+        """The boxes as `matching.TRUTH`, in the order of the file."""
+        rows = np.empty(len(self.areas), matching.TRUTH)
+        rows["image"] = self.image_places(self.image_ids)
+        rows["category"] = self.category_places(self.category_ids)
+        rows["box"], rows["area"], rows["crowd"] = self.xywh, self.areas, self.crowd != 0
+        return rows
 
     @functools.cached_property
     def rows(self) -> Mapping[int, np.ndarray]:
         """Image id -> the rows of its boxes, in the order of the file."""
         return group_rows(self.image_ids, [image.id for image in self.images])
+
+
+def _places(known: Int[np.ndarray, " k"], ids: Int[np.ndarray, " n"] | int) -> np.ndarray:
+    found = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+    return np.where(known[found] == ids, found, -1)
 
 
 def group_rows(keys: Int[np.ndarray, " n"], groups: Sequence[int]) -> dict[int, np.ndarray]:
@@ -153,7 +188,7 @@ def parse_instances(path: str | pathlib.Path, content: dict) -> dict:
         "categories": categories,
         "image_ids": np.asarray(columns[0], np.int64),
         "category_ids": np.asarray(columns[1], np.int64),
-        "boxes": np.asarray(columns[2], np.float64).reshape(-1, 4),
+        "xywh": np.asarray(columns[2], np.float64).reshape(-1, 4),
         "areas": np.asarray(columns[3], np.float64),
         "crowd": np.asarray(columns[4], np.int64),
     }
@@ -233,7 +268,7 @@ def _annotation(
     if not _finite(area):
         raise UserError(f"{path}: {place}.area is {area!r}, not a number; mend that entry.")
     crowd = int(bool(row.get("iscrowd", 0)))
-    return image, category, (x, y, x + width, y + height), float(area), crowd
+    return image, category, (x, y, width, height), float(area), crowd
 
 
 def _finite(value: object) -> bool:
@@ -241,48 +276,20 @@ def _finite(value: object) -> bool:
     return is_number and math.isfinite(value)
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Detections, a row each: image id, category id, xyxy box in pixels, score."""
-
-    image_ids: Int[np.ndarray, " n"]
-    category_ids: Int[np.ndarray, " n"]
-    boxes: Float[np.ndarray, "n 4"]
-    scores: Float[np.ndarray, " n"]
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def take(self, rows: np.ndarray) -> "Table":
-        """Those rows, in that order."""
-        return Table(
-            self.image_ids[rows], self.category_ids[rows], self.boxes[rows], self.scores[rows]
-        )
-
-    @staticmethod
-    def concatenate(tables: Sequence["Table"]) -> "Table":
-        """All rows of all tables, in their order."""
-        return Table(
-            np.concatenate([np.zeros(0, np.int64), *(t.image_ids for t in tables)]),
-            np.concatenate([np.zeros(0, np.int64), *(t.category_ids for t in tables)]),
-            np.concatenate([np.zeros((0, 4), np.float32), *(t.boxes for t in tables)]),
-            np.concatenate([np.zeros(0, np.float32), *(t.scores for t in tables)]),
-        )
-
-
-def check_detections(
+def detections(
+    truth: GroundTruth,
     image_id: int,
     boxes: Float[np.ndarray, "n 4"],
     scores: Float[np.ndarray, " n"],
     category_ids: Int[np.ndarray, " n"],
-    known_categories: np.ndarray,
-) -> Table:
-    """One image's detections as a `Table`.
+) -> np.ndarray:
+    """One image's xyxy boxes in pixels, scores and category ids as `matching.DETECTION`.
 
     Raises:
-      ValueError: shapes that do not match, a score or box that is not finite, an unknown category.
+      ValueError: an unknown image or category, shapes that do not match, a score or box that is not
+        finite.
     """
-    boxes, scores = np.asarray(boxes), np.asarray(scores)
+    boxes, scores = np.asarray(boxes, np.float64), np.asarray(scores, np.float64)
     category_ids = np.asarray(category_ids, np.int64)
     if boxes.shape != (len(scores), 4) or scores.ndim != 1 or category_ids.shape != scores.shape:
         raise ValueError(
@@ -291,19 +298,27 @@ def check_detections(
         )
     if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
         raise ValueError(f"image {image_id}: a detection's score or box is not finite")
-    if not np.isin(category_ids, known_categories).all():
+    image, categories = truth.image_places(image_id), truth.category_places(category_ids)
+    if image < 0:
+        raise ValueError(f"image {image_id} is not in the ground truth")
+    if (categories < 0).any():
         raise ValueError(f"image {image_id}: a detection's category is not in the ground truth")
-    return Table(np.full(len(scores), image_id, np.int64), category_ids, boxes, scores)
+    rows = np.empty(len(scores), matching.DETECTION)
+    rows["image"], rows["category"], rows["score"] = image, categories, scores
+    rows["box"][:, :2] = boxes[:, :2]
+    rows["box"][:, 2:] = boxes[:, 2:] - boxes[:, :2]
+    return rows
 
 
-class CocoEvaluator:
-    """Takes a detector's boxes image by image and gives COCO's twelve figures."""
+class Evaluator:
+    """Takes a detector's boxes, image by image or all rows of a results file at once.
+
+    What is kept of them and what comes out is the sets': see `CocoEvaluator`, `LvisEvaluator`.
+    """
 
     def __init__(self, ground_truth: GroundTruth):
         self._truth = ground_truth
-        self._categories = np.asarray([category.id for category in ground_truth.categories])
-        self._images = {image.id for image in ground_truth.images}
-        self._tables: dict[int, Table] = {}
+        self._given = np.zeros(len(ground_truth.images), bool)
 
     def add(
         self,
@@ -317,74 +332,56 @@ class CocoEvaluator:
         Raises:
           ValueError: an unknown image, or one that was already given; broken arrays.
         """
-        if image_id not in self._images or image_id in self._tables:
-            raise ValueError(f"image {image_id} is not in the ground truth, or was already given")
-        self._tables[image_id] = check_detections(
-            image_id, boxes, scores, category_ids, self._categories
-        )
+        rows = detections(self._truth, image_id, boxes, scores, category_ids)
+        self._note(self._truth.image_places([image_id]))
+        self._keep(rows)
+
+    def add_rows(self, rows: np.ndarray) -> None:
+        """All detections of some images, as `matching.DETECTION`, in any order.
+
+        Raises:
+          ValueError: one of these images was already given.
+        """
+        self._note(np.unique(rows["image"]))
+        self._keep(rows)
+
+    def _note(self, images: Int[np.ndarray, " n"]) -> None:
+        """So that nothing is counted twice."""
+        again = images[self._given[images]]
+        if len(again):
+            raise ValueError(f"image {self._truth.sorted_images[again[0]]} was already given")
+        self._given[images] = True
+
+    def _keep(self, rows: np.ndarray) -> None:
+        raise NotImplementedError
+
+
+class CocoEvaluator(Evaluator):
+    """Takes a detector's boxes and gives COCO's twelve figures.
+
+    Equal scores rank as given within an image, and by image id between images.
+    """
+
+    def __init__(self, ground_truth: GroundTruth):
+        super().__init__(ground_truth)
+        self._kept: list[np.ndarray] = []
+
+    def _keep(self, rows: np.ndarray) -> None:
+        self._kept.append(rows[self._best(rows, _MAX_DETECTIONS)])
+
+    def _best(self, rows: np.ndarray, limit: int) -> np.ndarray:
+        """Whether each row is among the `limit` best of its image and category."""
+        pairs = rows["image"] * np.int64(len(self._truth.categories)) + rows["category"]
+        return matching.among_best(pairs, rows["score"], limit)
 
     def result(self) -> dict[str, float | None]:
         """The twelve figures, fractions of one; None where no ground truth could be averaged."""
-        table = Table.concatenate([self._tables[key] for key in sorted(self._tables)])
-        truth = self._truth
-        evaluation = COCOeval_faster(
-            *as_library_sets(
-                truth,
-                np.arange(len(truth.areas)),
-                table,
-                [{"id": image.id} for image in truth.images],
-                [{"id": int(key)} for key in self._categories],
-            ),
-            iouType="bbox",
-            print_function=_log.debug,
-        )
-        evaluation.run()
-        values = [float(value) for value in evaluation.stats]
-        return {name: None if value < 0 else value for name, value in zip(FIGURES, values)}
-
-
-def as_library_sets(
-    truth: GroundTruth, rows: np.ndarray, detections: Table, images: list[dict], cats: list[dict]
-) -> tuple[COCO, COCO]:
-    """The rows of the ground truth and the detections as faster-coco-eval's two data sets."""
-    # Its matching knows annotations by id and takes 0 for "unmatched": ours count from 1.
-    annotations = [
-        {
-            "id": number,
-            "image_id": int(truth.image_ids[row]),
-            "category_id": int(truth.category_ids[row]),
-            "bbox": _xywh(truth.boxes[row]),
-            "area": float(truth.areas[row]),
-            "iscrowd": int(truth.crowd[row]),
-        }
-        for number, row in enumerate(rows, start=1)
-    ]
-    answers = []
-    columns = zip(
-        detections.image_ids.tolist(),
-        detections.category_ids.tolist(),
-        detections.boxes.astype(np.float64),
-        detections.scores.tolist(),
-    )
-    for number, (image, category, box, score) in enumerate(columns, start=1):
-        box = _xywh(box)
-        answers.append(
-            {
-                "id": number,
-                "image_id": image,
-                "category_id": category,
-                "bbox": box,
-                "area": box[2] * box[3],
-                "score": score,
-                "iscrowd": 0,
-            }
-        )
-    sets = []
-    for entries in (annotations, answers):
-        sets.append(COCO({"images": images, "annotations": entries, "categories": cats}))
-    return sets[0], sets[1]
-
-
-def _xywh(box: Float[np.ndarray, " 4"]) -> list[float]:
-    x_min, y_min, x_max, y_max = box.tolist()
-    return [x_min, y_min, x_max - x_min, y_max - y_min]
+        rows = np.concatenate([np.zeros(0, matching.DETECTION), *self._kept])
+        truth, categories = self._truth.truth(), len(self._truth.categories)
+        recalls = {}
+        for limit in (1, 10, _MAX_DETECTIONS):
+            rated = rows[self._best(rows, limit)]
+            found = matching.curves(truth, rated, np.zeros(len(rated), bool), categories)
+            recalls[f"AR{limit}"] = matching.mean(found.recall[..., 0])
+        figures = matching.summarize(found) | recalls  # of the largest limit
+        return {name: figures[name] for name in FIGURES}

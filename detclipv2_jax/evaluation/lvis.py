@@ -4,31 +4,30 @@ LVIS is federated: on an image only the categories known to be present or absent
 unmatched detection of a category that was not annotated exhaustively is neither right nor wrong.
 *Standard* AP keeps the 300 best detections of each image, whatever their category. *Fixed* AP (Dave
 et al., arXiv 2102.01066) has no limit an image but keeps the 10,000 best of each category over the
-whole split. The two differ and must never share a column. The matching is faster-coco-eval's (C++).
+whole split. The two differ and must never share a column. Equal to lvis-api's LVISEval to the last
+digits.
 """
 
 import dataclasses
 import functools
-import logging
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-from faster_coco_eval import COCOeval_faster
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Int
 
 from detclipv2_jax.errors import UserError
-from detclipv2_jax.evaluation import coco
+from detclipv2_jax.evaluation import coco, matching
 
 FREQUENCIES = ("r", "c", "f")
-FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
-# The library makes an entry of every (image, category) that it is handed. All in one piece, 3,000
-# images of LVIS took 3.8 GB and 28 s; in small pieces, each with just the images that know its
-# categories, 0.3 GB and 3.5 s.
-_CATEGORIES_A_PIECE = 8
-# Detections that wait for the cut at the best of each category; 24 bytes each.
-_BUFFER = 4_000_000
-_log = logging.getLogger(__name__)
+# As LVISEval names them, but for its "@300", which fixed AP has not.
+FIGURES = (
+    *("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"),
+    *("AR", "ARs", "ARm", "ARl"),
+)
+_BUFFER = 1 << 20  # detections that wait until they are sorted by category; 48 bytes each
+_PIECE = 1 << 18  # detections that are measured at once, but whole categories
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,18 +42,32 @@ class LvisGroundTruth(coco.GroundTruth):
     frequencies: Mapping[int, str]  # category id -> r, c or f
     groups: Mapping[str, frozenset[int]]
 
-    @functools.cached_property
-    def countable(self) -> np.ndarray:
-        """Sorted keys (`pair_keys`) of the pairs (image, category) on which a detection counts."""
-        present = pair_keys(self.image_ids, self.category_ids)
-        return np.union1d(present, _keys_of(self.negatives))
+    def truth(self) -> np.ndarray:
+        """As COCO's, without boxes that have no area: LVISEval leaves those out."""
+        rows = super().truth()
+        return rows[rows["area"] > 0]
 
     @functools.cached_property
-    def images_of(self) -> Mapping[int, np.ndarray]:
-        """Category id -> sorted ids of the images on which it is known to be present or absent."""
-        images, categories = np.divmod(self.countable, _STRIDE)
-        rows = coco.group_rows(categories, [category.id for category in self.categories])
-        return {category: images[where] for category, where in rows.items()}
+    def countable(self) -> Int[np.ndarray, " p"]:
+        """Sorted `pair_keys` of the pairs (image, category) on which a detection counts."""
+        return np.union1d(self.pair_keys(self.truth()), self._keys_of(self.negatives))
+
+    @functools.cached_property
+    def unmarked(self) -> Int[np.ndarray, " p"]:
+        """Sorted `pair_keys` of the pairs of which not every object is marked."""
+        return np.unique(self._keys_of(self.not_exhaustive))
+
+    def pair_keys(self, rows: np.ndarray) -> Int[np.ndarray, " n"]:
+        """One number for each row's image and category."""
+        return rows["category"] * np.int64(len(self.images)) + rows["image"]
+
+    def _keys_of(self, sets: Mapping[int, Iterable[int]]) -> Int[np.ndarray, " p"]:
+        pairs = [(image, category) for image, members in sets.items() for category in members]
+        rows = np.empty(len(pairs), matching.DETECTION)
+        columns = np.asarray(pairs, np.int64).reshape(-1, 2)
+        rows["image"] = self.image_places(columns[:, 0])
+        rows["category"] = self.category_places(columns[:, 1])
+        return self.pair_keys(rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,21 +77,7 @@ class LvisScores:
     standard: dict[str, float | None]
     fixed: dict[str, float | None]
     groups: dict[str, dict[str, dict[str, float | None]]]  # name -> {"standard": …, "fixed": …}
-    categories: list[dict]  # a row each: id, name, frequency, boxes, standard AP, fixed AP
-
-
-_STRIDE = 1 << 24  # categories' ids stay below it
-
-
-def pair_keys(image_ids: Int[np.ndarray, " n"], category_ids: Int[np.ndarray, " n"]) -> np.ndarray:
-    """One int64 for each pair of image and category; orders by image, then category."""
-    return np.asarray(image_ids, np.int64) * _STRIDE + np.asarray(category_ids, np.int64)
-
-
-def _keys_of(sets: Mapping[int, Iterable[int]]) -> np.ndarray:
-    pairs = [(image, category) for image, members in sets.items() for category in members]
-    columns = np.asarray(pairs, np.int64).reshape(-1, 2)
-    return np.unique(pair_keys(columns[:, 0], columns[:, 1]))
+    categories: list[dict]  # a row each: id, name, frequency, groups, boxes, standard_AP, fixed_AP…
 
 
 def load_ground_truth(path: str | pathlib.Path) -> LvisGroundTruth:
@@ -99,11 +98,6 @@ def from_content(path: str | pathlib.Path, content: dict) -> LvisGroundTruth:
             f"{path}: annotations[{row}].iscrowd is set; LVIS has no crowds: use COCO's."
         )
     known = {category.id for category in fields["categories"]}
-    for number, category in enumerate(fields["categories"]):
-        if not 0 <= category.id < _STRIDE:
-            raise UserError(
-                f"{path}: categories[{number}].id is {category.id}, not from 0 to {_STRIDE - 1}."
-            )
     return LvisGroundTruth(
         **fields,
         negatives=_category_sets(path, content, "neg_category_ids", known),
@@ -152,11 +146,14 @@ def _groups(path: str | pathlib.Path, content: dict) -> dict[str, frozenset[int]
     return {name: frozenset(groups[name]) for name in sorted(groups)}
 
 
-class LvisEvaluator:
-    """Takes a detector's boxes image by image and gives standard and fixed AP.
+class LvisEvaluator(coco.Evaluator):
+    """Takes a detector's boxes and gives standard and fixed AP.
 
-    Equal scores rank in the order in which they were given: within an image as in its arrays,
-    between images by image id (the cut of fixed AP: by the order of `add`).
+    Equal scores rank as given within an image, and by image id between images; the cut of fixed AP
+    takes them as they come, which in a results file is its order.
+
+    Of standard AP's detections those of the federated filter are kept, of fixed AP's the best of
+    each category so far: what is no better than all of them is dropped when it comes.
     """
 
     def __init__(
@@ -168,54 +165,31 @@ class LvisEvaluator:
         groups: Mapping[str, Iterable[int]] | None = None,
     ):
         """`groups` (name -> category ids) replaces the ground truth's own."""
-        self._truth = ground_truth
+        super().__init__(ground_truth)
         self._max_per_image = max_per_image
-        self._max_per_category = max_per_category
         self._groups = {
             name: frozenset(ids)
             for name, ids in (ground_truth.groups if groups is None else groups).items()
         }
-        self._categories = np.asarray([category.id for category in ground_truth.categories])
-        self._waiting = {image.id for image in ground_truth.images}
-        self._standard: list[coco.Table] = []
-        self._fixed: list[coco.Table] = []
-        self._buffered = 0
+        self._standard = _Best(len(ground_truth.categories), sys.maxsize)
+        self._fixed = _Best(len(ground_truth.categories), max_per_category)
 
-    def add(
-        self,
-        image_id: int,
-        boxes: Float[np.ndarray, "n 4"],
-        scores: Float[np.ndarray, " n"],
-        category_ids: Int[np.ndarray, " n"],
-    ) -> None:
-        """One image's detections: xyxy boxes in pixels of the image, scores, category ids.
-
-        Raises:
-          ValueError: an unknown image, or one that was already given; broken arrays.
-        """
-        if image_id not in self._waiting:
-            raise ValueError(f"image {image_id} is not in the ground truth, or was already given")
-        table = coco.check_detections(image_id, boxes, scores, category_ids, self._categories)
-        self._waiting.remove(image_id)
-        best = np.argsort(-table.scores, kind="stable")[: self._max_per_image]
-        self._standard.append(self._countable(table.take(best)))
-        self._fixed.append(table)
-        self._buffered += len(table)
-        if self._buffered > _BUFFER:
-            self._cut()
+    def _keep(self, rows: np.ndarray) -> None:
+        self._fixed.add(rows)
+        best = matching.among_best(rows["image"], rows["score"], self._max_per_image)
+        self._standard.add(self._countable(rows[best]))
 
     def result(self) -> LvisScores:
         """Both sets of figures. Images that were never given count as images without detections."""
-        self._cut()
-        standard = self._precision(coco.Table.concatenate(self._standard))
-        fixed = self._precision(self._countable(coco.Table.concatenate(self._fixed)))
-        groups = {
-            name: {
-                "standard": summarize(standard, self._members(ids)),
-                "fixed": summarize(fixed, self._members(ids)),
+        standard, fixed = self.curves().values()
+        ids = self._truth.sorted_categories
+        groups = {}
+        for name, members in self._groups.items():
+            mask = np.isin(ids, np.fromiter(members, np.int64))
+            groups[name] = {
+                "standard": matching.summarize(standard.of(mask)),
+                "fixed": matching.summarize(fixed.of(mask)),
             }
-            for name, ids in self._groups.items()
-        }
         return LvisScores(
             standard=self._figures(standard),
             fixed=self._figures(fixed),
@@ -223,108 +197,132 @@ class LvisEvaluator:
             categories=self._category_rows(standard, fixed),
         )
 
-    def _countable(self, table: coco.Table) -> coco.Table:
-        """The federated filter: only pairs of image and category of which the truth is known."""
-        keys, known = pair_keys(table.image_ids, table.category_ids), self._truth.countable
-        if not len(known):
-            return table.take(known)
-        nearest = np.minimum(np.searchsorted(known, keys), len(known) - 1)  # sorted: not np.isin
-        return table.take(np.flatnonzero(known[nearest] == keys))
+    def held(self) -> dict[str, int]:
+        """How many detections are kept for "standard" and "fixed"; 48 bytes each."""
+        return {"standard": len(self._standard), "fixed": len(self._fixed)}
 
-    def _cut(self) -> None:
-        """Keeps the best of each category, in the order given; the others could never come back."""
-        table = coco.Table.concatenate(self._fixed)
-        order = np.lexsort((-table.scores, table.category_ids))  # stable: ties keep their order
-        categories = table.category_ids[order]
-        rank = np.arange(len(order)) - np.searchsorted(categories, categories, side="left")
-        kept = table.take(np.sort(order[rank < self._max_per_category]))
-        self._fixed, self._buffered = [kept], 0
+    def curves(self) -> dict[str, matching.Curves]:
+        """Precision and recall behind the figures of "standard" and "fixed"; categories by id."""
+        return {
+            "standard": self._measured(self._standard),
+            "fixed": self._measured(self._fixed),
+        }
 
-    def _precision(self, table: coco.Table) -> Float[np.ndarray, "T R K A"]:
-        """Precision at (IoU threshold, recall, category, area); -1 without ground truth."""
-        ids = np.sort(self._categories)
-        by_category = coco.group_rows(table.category_ids, ids.tolist())
-        truth_rows = coco.group_rows(self._truth.category_ids, ids.tolist())
+    def _countable(self, rows: np.ndarray) -> np.ndarray:
+        """The federated filter, and boxes that have an area: LVISEval leaves the others out."""
+        sized = rows["box"][:, 2] * rows["box"][:, 3] > 0
+        return rows[sized & _among(self._truth.countable, self._truth.pair_keys(rows))]
+
+    def _measured(self, best: "_Best") -> matching.Curves:
+        truth = self._truth.truth()
+        truth = truth[np.argsort(truth["category"], kind="stable")]
         pieces = []
-        for start in range(0, len(ids), _CATEGORIES_A_PIECE):
-            piece = ids[start : start + _CATEGORIES_A_PIECE].tolist()
-            rows = np.concatenate([truth_rows[key] for key in piece])
-            answers = table.take(np.concatenate([by_category[key] for key in piece]))
-            pieces.append(self._evaluate(piece, rows, answers))
-        precision = np.concatenate(pieces, axis=2)
-        return precision[:, :, np.searchsorted(ids, self._categories)]
+        for first, end, found in best.pieces(_PIECE):
+            found = self._countable(found)
+            unsure = _among(self._truth.unmarked, self._truth.pair_keys(found))
+            rows = slice(*np.searchsorted(truth["category"], [first, end]))
+            wanted = truth[rows].copy()
+            wanted["category"] -= first
+            found["category"] -= first
+            pieces.append(matching.curves(wanted, found, unsure, end - first))
+        return matching.Curves.concatenate(pieces)
 
-    def _evaluate(self, piece: list[int], rows: np.ndarray, answers: coco.Table) -> np.ndarray:
-        """The precision of a few categories, over just the images that know them."""
-        truth = self._truth
-        if not len(rows):  # nothing to find: no precision, whatever was detected
-            return np.full((10, 101, len(piece), 4), -1.0)
-        known = np.unique(np.concatenate([truth.images_of[key] for key in piece])).tolist()
-        images = [
-            {
-                "id": image,
-                "neg_category_ids": sorted(truth.negatives[image]),
-                "not_exhaustive_category_ids": sorted(truth.not_exhaustive[image]),
-            }
-            for image in known
-        ]
-        categories = [{"id": key, "frequency": truth.frequencies[key]} for key in piece]
-        evaluation = COCOeval_faster(
-            *coco.as_library_sets(truth, rows, answers, images, categories),
-            iouType="bbox",
-            lvis_style=True,
-            print_function=_log.debug,
-        )
-        # Its limit is one for each image *and category*; ours were applied before.
-        evaluation.params.maxDets = [max(len(answers), 1)]
-        evaluation.evaluate()
-        evaluation.accumulate()
-        return np.asarray(evaluation.eval["precision"])[..., 0]
-
-    def _members(self, ids: Iterable[int]) -> np.ndarray:
-        return np.isin(self._categories, np.fromiter(ids, np.int64))
-
-    def _figures(self, precision: np.ndarray) -> dict[str, float | None]:
-        figures = summarize(precision, np.ones(len(self._categories), bool))
-        letters = np.asarray([self._truth.frequencies[int(key)] for key in self._categories])
+    def _figures(self, found: matching.Curves) -> dict[str, float | None]:
+        ids = self._truth.sorted_categories
+        letters = np.asarray([self._truth.frequencies[int(key)] for key in ids])
+        figures = matching.summarize(found)
         for letter in FREQUENCIES:
-            figures[f"AP{letter}"] = mean_precision(precision[:, :, letters == letter, 0])
-        return figures
+            figures[f"AP{letter}"] = matching.mean(found.of(letters == letter).precision[..., 0])
+        return {name: figures[name] for name in FIGURES}
 
-    def _category_rows(self, standard: np.ndarray, fixed: np.ndarray) -> list[dict]:
+    def _category_rows(self, standard: matching.Curves, fixed: matching.Curves) -> list[dict]:
         keys, counts = np.unique(self._truth.category_ids, return_counts=True)
         boxes = dict(zip(keys.tolist(), counts.tolist()))
-        return [
-            {
+        rows = []
+        for category in self._truth.categories:
+            number = self._truth.category_places([category.id])
+            row = {
                 "id": category.id,
                 "name": category.name,
                 "frequency": self._truth.frequencies[category.id],
                 "groups": [name for name, ids in self._groups.items() if category.id in ids],
                 "boxes": boxes.get(category.id, 0),
-                "standard_AP": mean_precision(standard[:, :, number, 0]),
-                "fixed_AP": mean_precision(fixed[:, :, number, 0]),
             }
-            for number, category in enumerate(self._truth.categories)
-        ]
+            for protocol, found in (("standard", standard), ("fixed", fixed)):
+                figures = matching.summarize(found.of(number))
+                row |= {f"{protocol}_{key}": figures[key] for key in ("AP", "AP50", "AP75", "AR")}
+            rows.append(row)
+        return rows
 
 
-def summarize(precision: Float[np.ndarray, "T R K A"], members: np.ndarray) -> dict:
-    """AP, AP50, AP75 and AP by area over the categories of the mask `members`."""
-    chosen = precision[:, :, members]
-    return {
-        "AP": mean_precision(chosen[..., 0]),
-        "AP50": mean_precision(chosen[0, ..., 0]),
-        "AP75": mean_precision(chosen[5, ..., 0]),
-        "APs": mean_precision(chosen[..., 1]),
-        "APm": mean_precision(chosen[..., 2]),
-        "APl": mean_precision(chosen[..., 3]),
-    }
+def _among(known: Int[np.ndarray, " k"], keys: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    """Whether each key is one of the sorted keys `known`."""
+    if not len(known):
+        return np.zeros(len(keys), bool)
+    return known[np.minimum(np.searchsorted(known, keys), len(known) - 1)] == keys
 
 
-def mean_precision(values: np.ndarray) -> float | None:
-    """The mean of what is defined (not -1); None where nothing is."""
-    defined = values[values > -1]
-    return float(defined.mean()) if defined.size else None
+class _Best:
+    """The best detections of each category, of equal scores those that came first.
+
+    Holds at most 5/4 of what it may, and `_BUFFER` that wait: sorting after every image takes long.
+    """
+
+    def __init__(self, categories: int, limit: int):
+        self._limit = limit
+        self._floor = np.full(categories, -np.inf)  # a score that has to be beaten
+        self._rows: list[list[np.ndarray]] = [[] for _ in range(categories)]
+        self._counts = np.zeros(categories, np.int64)
+        self._waiting: list[np.ndarray] = []
+        self._buffered = 0
+
+    def __len__(self) -> int:
+        """How many detections are held."""
+        return int(self._counts.sum()) + self._buffered
+
+    def add(self, rows: np.ndarray) -> None:
+        """Detections of any categories."""
+        rows = rows[rows["score"] > self._floor[rows["category"]]]
+        self._waiting.append(rows)
+        self._buffered += len(rows)
+        if self._buffered > _BUFFER:
+            self._sort()
+
+    def pieces(self, size: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """All that are to stay: (first category, end, rows), some `size` rows at once."""
+        self._sort()
+        for category in np.flatnonzero(self._counts > self._limit):
+            self._cut(category)
+        first, total = 0, 0
+        for category, count in enumerate(self._counts.tolist()):
+            total += count
+            if total >= size or category == len(self._counts) - 1:
+                parts = [part for rows in self._rows[first : category + 1] for part in rows]
+                empty = np.zeros(0, matching.DETECTION)
+                yield first, category + 1, np.concatenate([empty, *parts])
+                first, total = category + 1, 0
+
+    def _sort(self) -> None:
+        """Hands what waits to its categories."""
+        rows = np.concatenate([np.zeros(0, matching.DETECTION), *self._waiting])
+        self._waiting, self._buffered = [], 0
+        rows = rows[np.argsort(rows["category"], kind="stable")]
+        edges = np.searchsorted(rows["category"], np.arange(len(self._counts) + 1))
+        for category in np.flatnonzero(np.diff(edges)):
+            # A copy: a view of a few rows would keep all of them in memory.
+            self._rows[category].append(rows[edges[category] : edges[category + 1]].copy())
+        self._counts += np.diff(edges)
+        for category in np.flatnonzero(self._counts > self._limit + self._limit // 4):
+            self._cut(category)
+
+    def _cut(self, category: int) -> None:
+        rows = np.concatenate(self._rows[category])
+        scores = rows["score"]
+        floor = np.partition(scores, len(scores) - self._limit)[len(scores) - self._limit]
+        better, equal = scores > floor, scores == floor
+        equal &= np.cumsum(equal) <= self._limit - np.count_nonzero(better)
+        self._rows[category] = [rows[better | equal]]
+        self._counts[category], self._floor[category] = self._limit, floor
 
 
 def is_lvis(content: Mapping[str, Sequence[Mapping]]) -> bool:

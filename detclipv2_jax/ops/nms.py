@@ -4,15 +4,16 @@ A box is dropped where its IoU with a kept box of a higher score is *above* the 
 scores rank by index. A box without area overlaps nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from detclipv2_jax.ops.boxes import area
 
-_CLASS_BLOCK = 512  # classes suppressed at a time, so that a huge vocabulary costs no more memory
+_CLASSES_AT_ONCE = 32  # classes suppressed side by side
+_CHUNK = 32  # values of which the largest is looked at first
 
 
 def nms(
@@ -45,64 +46,139 @@ def nms(
 
 
 def class_nms(
-    boxes: Float[Array, "K 4"],
-    scores: Float[Array, "K C"],
-    mask: Bool[Array, " K"],
+    boxes: Float[Array, "B K 4"],
+    mask: Bool[Array, "B K"],
+    score: Callable[[PyTree], Float[Array, "B C K"]],
+    blocks: PyTree,
     *,
     iou_threshold: float,
     score_threshold: float,
     candidates: int,
     keep: int,
-) -> tuple[Float[Array, "T 4"], Float[Array, " T"], Int[Array, " T"], Bool[Array, " T"]]:
-    """The best `keep` detections of one image, where a box suppresses only boxes of its own class.
+) -> tuple[Float[Array, "B T 4"], Float[Array, "B T"], Int[Array, "B T"], Bool[Array, "B T"]]:
+    """The best `keep` detections of each image, where a box suppresses only boxes of its own class.
 
     Of each class the best `candidates` anchors enter, if they score above `score_threshold`: no
     class loses its place to another one's scores, which fixed AP, a measure a class, must not see.
-    Returns boxes, scores, labels (columns of `scores`) and a mask, best first, padded with zeros to
-    T = keep. Equal scores rank by class, then by anchor. Beside `scores` it holds `_CLASS_BLOCK`
-    columns of it, and six numbers for each of the C * candidates that enter.
+    Returns boxes, scores, labels and a mask, best first, padded with zeros to T = keep. Equal
+    scores rank by class, then by anchor.
+
+    The classes come in blocks: arrays with one entry a block on their first axis, of which `score`
+    makes the scores of the C classes of one block. So the memory is that of one block, however many
+    there are. The score of the last detection kept so far is a bar for all that follow: what does
+    not pass it can neither be kept nor, ranking lower, suppress what is.
     """
-    boxes, scores, mask = jnp.asarray(boxes), jnp.asarray(scores), jnp.asarray(mask)
-    classes, size = scores.shape[-1], min(scores.shape[-1], _CLASS_BLOCK)
-    count = min(candidates, len(boxes))
+    found = (
+        jnp.full((boxes.shape[0], keep), -jnp.inf),
+        jnp.zeros((boxes.shape[0], keep), jnp.int32),
+        jnp.zeros((boxes.shape[0], keep), jnp.int32),
+    )
+    options = {"iou_threshold": iou_threshold, "candidates": min(candidates, boxes.shape[1])}
 
-    def suppress_block(first):
-        """Scores, anchors and classes of `size` columns: those from `first` on, if still new."""
-        start = jnp.minimum(first, classes - size)  # the last block begins in the one before it
-        table = jax.lax.dynamic_slice_in_dim(scores, start, size, axis=1).T
-        values, anchors = jax.lax.top_k(jnp.where(mask, table, -jnp.inf), count)
-        labels = start + jnp.arange(size)[:, None]
-        alive = (values > score_threshold) & (labels >= first)
-        kept = _suppress_rows(_columns(boxes)[:, anchors], alive, iou_threshold)
-        return jnp.where(kept, values, -jnp.inf), anchors, jnp.broadcast_to(labels, kept.shape)
+    def add_block(state, block):
+        first, found = state
+        scores = jnp.where(mask[:, None], score(block), -jnp.inf)
+        scores = jnp.where(scores > score_threshold, scores, -jnp.inf)
+        found = _add_classes(found, boxes, scores, first, **options)
+        return (first + scores.shape[1], found), None
 
-    found = jax.lax.map(suppress_block, jnp.arange(0, classes, size))
-    values, anchors, labels = (x.reshape(-1) for x in found)
-    values = jnp.pad(values, (0, max(0, keep - len(values))), constant_values=-jnp.inf)
-    values, picks = jax.lax.top_k(values, keep)
+    start = jnp.zeros((), jnp.int32)
+    (_, (values, anchors, labels)), _ = jax.lax.scan(add_block, (start, found), blocks)
     there = values > -jnp.inf
-    picks = jnp.where(there, picks, 0)
     return (
-        jnp.where(there[:, None], boxes[anchors[picks]], 0.0),
+        jnp.where(there[..., None], _rows(boxes, anchors), 0.0),
         jnp.where(there, values, 0.0),
-        jnp.where(there, labels[picks].astype(jnp.int32), 0),
+        jnp.where(there, labels, 0),
         there,
     )
 
 
+def _add_classes(
+    found: tuple[Float[Array, "B T"], Int[Array, "B T"], Int[Array, "B T"]],
+    boxes: Float[Array, "B K 4"],
+    scores: Float[Array, "B C K"],
+    first: Int[Array, ""],
+    *,
+    iou_threshold: float,
+    candidates: int,
+) -> tuple[Float[Array, "B T"], Int[Array, "B T"], Int[Array, "B T"]]:
+    """The best scores, anchors and labels so far, and those of C classes from `first` on.
+
+    Only classes with a score above the bar are looked at, a few at a time, in their order: that is
+    what keeps equal scores in the order of their classes.
+    """
+    keep, classes = found[0].shape[1], scores.shape[1]
+    few = min(classes, _CLASSES_AT_ONCE)
+    passes = jnp.max(scores, axis=-1) > found[0][:, -1:]
+    order = jnp.argsort(~passes, axis=-1, stable=True).astype(jnp.int32)
+    order = jnp.pad(order, ((0, 0), (0, -classes % few)), mode="edge")
+    rounds = -(-jnp.max(jnp.sum(passes, axis=-1)) // few)
+
+    def add_few(number, found):
+        picks = jax.lax.dynamic_slice_in_dim(order, number * few, few, axis=1)
+        # The last round may have more places than classes are left.
+        fresh = number * few + jnp.arange(few) < classes
+        values, anchors = _top_k(_rows(scores, picks), candidates)
+        alive = fresh[:, None] & (values > found[0][:, -1:, None])
+        corners = _rows(boxes, anchors.reshape(boxes.shape[0], -1)).reshape(*anchors.shape, 4)
+        kept = _suppress_rows(_columns(corners), alive, iou_threshold)
+        labels = jnp.broadcast_to((first + picks)[..., None], kept.shape)
+        new = (jnp.where(kept, values, -jnp.inf), anchors, labels)
+        pool = [
+            jnp.concatenate([old, x.reshape(old.shape[0], -1)], axis=1)
+            for old, x in zip(found, new)
+        ]
+        best, places = jax.lax.top_k(pool[0], keep)
+        return best, *(jnp.take_along_axis(x, places, axis=1) for x in pool[1:])
+
+    return jax.lax.fori_loop(0, rounds, add_few, found)
+
+
+def _rows(table: Float[Array, "B N D"], picks: Int[Array, "B M"]) -> Float[Array, "B M D"]:
+    """Rows of each image's table."""
+    return jnp.take_along_axis(table, picks[..., None], axis=1)
+
+
+def _top_k(
+    values: Float[Array, "B R N"], k: int
+) -> tuple[Float[Array, "B R k"], Int[Array, "B R k"]]:
+    """`jax.lax.top_k`, sooner where N is many times k: only the k best chunks are searched.
+
+    Each chunk before that of a value, by the largest in it and then by place, holds a value that
+    ranks before it: the k best values cannot lie but in the k best chunks.
+    """
+    batch, rows, total = values.shape
+    chunks = -(-total // _CHUNK)
+    if chunks <= 2 * k:
+        values, places = jax.lax.top_k(values, k)
+        return values, places.astype(jnp.int32)
+    padding = ((0, 0), (0, 0), (0, chunks * _CHUNK - total))
+    table = jnp.pad(values, padding, constant_values=-jnp.inf)
+    table = table.reshape(batch, rows, chunks, _CHUNK)
+    _, best = jax.lax.top_k(jnp.max(table, axis=-1), k)
+    best = jnp.sort(best, axis=-1).astype(jnp.int32)  # equal values rank by place
+    table = jnp.take_along_axis(table, best[..., None], axis=2).reshape(batch, rows, k * _CHUNK)
+    values, places = jax.lax.top_k(table, k)
+    chunk = jnp.take_along_axis(best, places // _CHUNK, axis=2)
+    return values, chunk * _CHUNK + places.astype(jnp.int32) % _CHUNK
+
+
 def _suppress_rows(
-    columns: Float[Array, "5 C N"], alive: Bool[Array, "C N"], iou_threshold: float
-) -> Bool[Array, "C N"]:
-    """What greedy suppression keeps of each row of boxes sorted best first, rows side by side."""
-    ranks = jnp.arange(alive.shape[1])
+    columns: Float[Array, "5 *rows N"], alive: Bool[Array, "*rows N"], iou_threshold: float
+) -> Bool[Array, "*rows N"]:
+    """What greedy suppression keeps of each row of boxes sorted best first, rows side by side.
 
-    def step(kept, rank):
-        box = jax.lax.dynamic_slice_in_dim(columns, rank, 1, axis=2)
-        acts = jax.lax.dynamic_slice_in_dim(kept, rank, 1, axis=1)
+    `alive` boxes are the first of their row.
+    """
+    ranks = jnp.arange(alive.shape[-1])
+
+    def step(rank, kept):
+        box = jax.lax.dynamic_slice_in_dim(columns, rank, 1, axis=-1)
+        acts = jax.lax.dynamic_slice_in_dim(kept, rank, 1, axis=-1)
         overlaps = _overlap_more(box, columns, iou_threshold)
-        return kept & ~(acts & overlaps & (ranks > rank)), None
+        return kept & ~(acts & overlaps & (ranks > rank))
 
-    return jax.lax.scan(step, alive, ranks)[0]
+    return jax.lax.fori_loop(0, jnp.max(jnp.sum(alive, axis=-1)), step, alive)
 
 
 def select_proposals(
@@ -167,9 +243,9 @@ def _pick_greedily(
     return jnp.where(found, picks, 0), found
 
 
-def _columns(boxes: Float[Array, "N 4"]) -> Float[Array, "5 N"]:
+def _columns(boxes: Float[Array, "*n 4"]) -> Float[Array, "5 *n"]:
     """The four coordinates and the area, each contiguous."""
-    return jnp.stack([*jnp.asarray(boxes).T, area(boxes)])
+    return jnp.stack([*jnp.moveaxis(jnp.asarray(boxes), -1, 0), area(boxes)])
 
 
 def _overlap_more(

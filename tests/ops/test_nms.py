@@ -1,5 +1,7 @@
 """Suppression against the textbook loop in float64. Coordinates are multiples of 1/4, so exact."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,11 +102,20 @@ def test_nms_under_vmap():
 
 # Classes -----------------------------------------------------------------------------------------
 
-run_class_nms = jax.jit(ops.class_nms, static_argnames=("candidates", "keep"))
+
+@functools.partial(jax.jit, static_argnames=("block", "candidates", "keep"))
+def run_class_nms(boxes, scores, mask, block, **options):
+    """Of tables (B, K, C) that are there already, `block` classes at a time."""
+    classes = scores.shape[2]
+    blocks = jnp.pad(scores, ((0, 0), (0, 0), (0, -classes % block)), constant_values=-1.0)
+    blocks = blocks.reshape(*scores.shape[:2], -1, block).transpose(2, 0, 3, 1)
+    return ops.class_nms(boxes, mask, lambda scores: scores, blocks, **options)
 
 
-def class_nms(*arrays, **options):
-    return jax.device_get(run_class_nms(*arrays, **options))
+def class_nms(*arrays, block=256, **options):
+    """Of one image: boxes (K, 4), scores (K, C), mask (K,)."""
+    found = run_class_nms(*(np.asarray(x)[None] for x in arrays), block=block, **options)
+    return [x[0] for x in jax.device_get(found)]
 
 
 def reference_class_nms(boxes, scores, mask, iou_threshold, score_threshold, candidates, keep):
@@ -134,10 +145,11 @@ def reference_class_nms(boxes, scores, mask, iou_threshold, score_threshold, can
         (5, 4, 50, 0.0),  # more asked for than enter
         (1, 40, 20, 0.3),
         (40, 1, 10, 0.5),
-        (700, 3, 500, 0.5),  # two blocks of classes, the second one not full
+        (700, 3, 500, 0.5),  # blocks of classes, the last one not full
     ],
 )
-def test_class_nms(case):
+@pytest.mark.parametrize("block", [7, 256])
+def test_class_nms(case, block):
     classes, candidates, keep, score_threshold = case
     for seed in range(3):
         boxes, _, mask = clustered(seed)
@@ -150,6 +162,7 @@ def test_class_nms(case):
             boxes,
             scores,
             mask,
+            block=block,
             iou_threshold=0.5,
             score_threshold=score_threshold,
             candidates=candidates,
@@ -202,31 +215,56 @@ def test_class_nms_of_nothing():
     assert not any(np.asarray(x).any() for x in result)
 
 
-def test_class_nms_under_vmap():
+def test_class_nms_of_several_images_is_that_of_each():
     cases = [clustered(seed) for seed in range(3)]
     boxes, _, mask = (np.stack(x) for x in zip(*cases))
-    scores = np.random.default_rng(0).random((3, COUNT, 5)).astype(np.float32)
+    scores = np.random.default_rng(0).random((3, COUNT, 90)).astype(np.float32)
+    scores[1] *= 0.2  # one image's bar must not be another one's
     options = {"iou_threshold": 0.5, "score_threshold": 0.1, "candidates": 16, "keep": 30}
-    run = jax.jit(jax.vmap(lambda *x: ops.class_nms(*x, **options)))
-    together = jax.device_get(run(boxes, scores, mask))
+    together = jax.device_get(run_class_nms(boxes, scores, mask, block=40, **options))
     for b in range(3):
         for got, expected in zip(together, class_nms(boxes[b], scores[b], mask[b], **options)):
             np.testing.assert_array_equal(got[b], expected)
 
 
-def test_class_nms_makes_no_copy_of_a_huge_score_table():
-    anchors, classes, candidates = 2000, 20000, 100
-    run = jax.vmap(
-        lambda *x: ops.class_nms(
-            *x, iou_threshold=0.5, score_threshold=0.1, candidates=candidates, keep=50
+@pytest.mark.parametrize("ascending", [False, True])
+def test_class_nms_among_equal_scores_takes_the_first_classes_and_anchors(ascending):
+    """Few scores, so many are equal to the bar; the first blocks hold the worst or the best."""
+    boxes = np.float32([[9 * i, 0, 9 * i + 8, 8] for i in range(COUNT)])
+    scores = np.random.default_rng(0).integers(1, 4, (COUNT, 100)).astype(np.float32)
+    scores = np.sort(scores, axis=1) if ascending else -np.sort(-scores, axis=1)
+    scores /= 4
+    everything = np.ones(COUNT, bool)
+    for keep in (5, 64, 1000):
+        got = class_nms(
+            boxes,
+            scores,
+            everything,
+            block=10,
+            iou_threshold=0.5,
+            score_threshold=0.0,
+            candidates=COUNT,
+            keep=keep,
         )
-    )
-    shapes = [
-        jax.ShapeDtypeStruct((1, anchors, *rest), kind)
-        for rest, kind in [((4,), jnp.float32), ((classes,), jnp.float32), ((), jnp.bool_)]
-    ]
-    memory = jax.jit(run).lower(*shapes).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 0.2 * 4 * anchors * classes
+        order = np.lexsort([*np.indices(scores.T.shape).reshape(2, -1)[::-1], -scores.T.ravel()])
+        labels, anchors = np.unravel_index(order[:keep], scores.T.shape)
+        np.testing.assert_array_equal(got[2], labels)
+        np.testing.assert_array_equal(got[0], boxes[anchors])
+
+
+def test_top_k_by_chunks_is_top_k():
+    rng = np.random.default_rng(0)
+    for total, k in ((1000, 3), (999, 15), (4000, 60), (50, 20), (64, 1)):
+        for values in (
+            rng.random((2, 3, total)),
+            rng.integers(0, 3, (2, 3, total)),  # ties within chunks and between them
+            np.sort(rng.random((2, 3, total))),
+            np.full((2, 3, total), -np.inf),
+        ):
+            values = values.astype(np.float32)
+            expected = jax.lax.top_k(values, k)
+            for got, wanted in zip(jax.jit(ops._top_k, static_argnums=1)(values, k), expected):
+                np.testing.assert_array_equal(got, wanted)
 
 
 # Proposals ---------------------------------------------------------------------------------------

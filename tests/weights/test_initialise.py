@@ -161,7 +161,7 @@ def test_out_and_in_again_is_bit_equal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("detclipv2_jax.checkpoint.load_model", lambda *_: loaded)
     command = ["--checkpoint=run", "--format=safetensors", f"--output={tmp_path / 'out'}"]
     assert export.main(command) == 0
-    assert "parameters of step 7" in capsys.readouterr().out
+    assert "model.safetensors: step 7, " in capsys.readouterr().out
     path = tmp_path / "out" / "model.safetensors"
     assert "backbone.layers.0.blocks.0.attn.qkv.kernel" in load_file(path)
     found, (report,) = start(model=str(path))

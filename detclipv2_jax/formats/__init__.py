@@ -1,0 +1,1 @@
+"""A checkpoint's model as files for other programs: one module a format."""
