@@ -80,12 +80,18 @@ class DeformConv(nnx.Module):
         self.kernel = nnx.Param(normal(cfg.branch_std)(rngs, (3, 3, width, cfg.channels)))
 
     def __call__(
-        self, x: Float[Array, "B H W C"], regression: Float[Array, "B H W D"], canvas: Canvas
+        self,
+        x: Float[Array, "B H W C"],
+        regression: Float[Array, "B H W D"],
+        canvas: Canvas,
+        by_tap: bool,
     ) -> Float[Array, "B H W D"]:
         """Convolve the canvas `x` where `regression` says, level by level."""
         outputs = canvas.flatten(self.offset(regression)).astype(jnp.float32)
         offsets, mask = outputs[..., :18], jax.nn.sigmoid(outputs[..., 18:])
-        return canvas.unflatten(deform_conv_levels(x, canvas, offsets, mask, self.kernel[...]))
+        return canvas.unflatten(
+            deform_conv_levels(x, canvas, offsets, mask, self.kernel[...], by_tap=by_tap)
+        )
 
 
 class ATSSHead(nnx.Module):
@@ -96,8 +102,8 @@ class ATSSHead(nnx.Module):
         levels: how many there are; each has its own learned factor on the box deltas.
         cfg: its sizes.
         dtype: of the activations; parameters and norms' statistics are float32.
-        remat: all but "none" keep nothing of the inside of the deformable convolution, which begins
-            with four times the map that comes in.
+        remat: all but "none" keep nothing of the inside of the deformable convolution, and go
+            through its nine taps one after another.
         rngs: initialises the parameters.
     """
 
@@ -131,8 +137,8 @@ class ATSSHead(nnx.Module):
         for conv in self.reg_convs:
             regression = conv(regression, canvas)
         if self.dcn is not None:
-            run = block_of(_run_deform_conv, self.remat, static=3)
-            region = run(self.dcn, x, regression, canvas)
+            run = block_of(_run_deform_conv, self.remat, static=(3, 4))
+            region = run(self.dcn, x, regression, canvas, self.remat != "none")
         for conv in self.cls_convs:
             region = conv(region, canvas)
         embeddings, deltas, centerness = (
@@ -148,5 +154,5 @@ class ATSSHead(nnx.Module):
         )
 
 
-def _run_deform_conv(module: DeformConv, x, regression, canvas: Canvas):
-    return module(x, regression, canvas)
+def _run_deform_conv(module: DeformConv, x, regression, canvas: Canvas, by_tap: bool):
+    return module(x, regression, canvas, by_tap)
