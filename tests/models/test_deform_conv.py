@@ -72,9 +72,9 @@ def test_tap_by_tap_is_the_same():
     """Values and gradients by map, offsets, mask and kernel, on two levels."""
     canvas = Canvas(((4, 5), (2, 3)))
     pixels = 4 * 5 + 2 * 3
-    x = canvas.place([RNG.normal(size=(2, 4, 5, 3)), RNG.normal(size=(2, 2, 3, 3))])
+    levels = single((RNG.normal(size=(2, 4, 5, 3)), RNG.normal(size=(2, 2, 3, 3))))
     offsets, mask = RNG.normal(size=(2, pixels, 18)), RNG.uniform(size=(2, pixels, 9))
-    arrays = single((x, offsets, mask, RNG.normal(size=(3, 3, 3, 2))))
+    arrays = single((canvas.place(levels), offsets, mask, RNG.normal(size=(3, 3, 3, 2))))
 
     def loss(x, offsets, mask, kernel, by_tap):
         out = deform_conv_levels(x, canvas, offsets, mask, kernel, by_tap=by_tap)
