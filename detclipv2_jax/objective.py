@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from detclipv2_jax.models import detclip
@@ -118,9 +118,14 @@ def dense_losses(
     regions = model.encode_image(batch.images, keep)
     texts = model.scale() * encode_concepts(model, batch.tokens, gathered)
     canvas, with_boxes = batch.images.shape[1:3], has_box_losses(batch.kind, config)
-    targets = dense_targets(
-        batch.sizes, batch.boxes, batch.labels, canvas, model.cfg.anchors, config.candidates
+    assign = functools.partial(
+        dense_targets, canvas=canvas, grid=model.cfg.anchors, candidates=config.candidates
     )
+    if gathered is not None:
+        # Said image by image: the compiler would gather what a top-k reads, gigabytes of distances.
+        split = PartitionSpec(gathered.mesh.axis_names)
+        assign = jax.shard_map(assign, mesh=gathered.mesh, in_specs=split, out_specs=split)
+    targets = assign(batch.sizes, batch.boxes, batch.labels)
     divisors = normalisers(targets)
     total, parts = matched_losses(
         model, regions, texts, batch.token_mask, targets, divisors, canvas, config, with_boxes

@@ -76,7 +76,7 @@ class Ours:
     """The detector as `Detector` and `evaluate` ask it."""
 
     def __init__(self):
-        config = dataclasses.replace(sizes.SWIN_T, dtype="float32", remat=False)
+        config = dataclasses.replace(sizes.SWIN_T, dtype="float32", remat="none")
         self._parts = create(config, 0)
         self._predictor = self._fresh()
         self._image = image()

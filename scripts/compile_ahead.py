@@ -5,20 +5,25 @@
 
 A TPU's topology (v5e:4x8, v5p:4x4x4, v6e:4x8) is compiled for by the TPU's own compiler, on any
 machine: `pip install "libtpu==0.0.42.*"`, for jax 0.10.2, is all it wants. cpu:N stands for N CPU
-devices. For each (kind, canvas) it prints the memory a device needs and has, the step's arithmetic
-by part (analytic) and as the compiler counts it, the bytes that are read and written, and what
-travels between devices; --output writes the same as JSON. Any field of the config can be set behind
-it. The full steps of swin_t take some minutes each on two cores.
+devices. For each (kind, canvas) it prints the parameters, the memory a device needs and has, the
+step's arithmetic by part (analytic) and as the compiler counts it, the bytes that are read and
+written, and what travels between devices. The full steps of swin_t take some ten minutes each on
+two cores, so --output keeps the figures of each as soon as it is done, as JSON and as a picture
+beside it; the same command goes on where it was stopped. Any field of the config can be set behind
+it.
 """
 
 import collections
-import dataclasses
 import functools
+import hashlib
+import importlib.metadata
+import json
 import math
 import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from detclipv2_jax.commands import run_with_config
 from detclipv2_jax.errors import UserError
 
+PACKAGE = Path(__file__).resolve().parent.parent / "detclipv2_jax"
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's config.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Devices: v5e:4x8, v5p:4x4x4, v6e:4x8, cpu:8.")
 _KIND = flags.DEFINE_string("kind", None, "Only steps of this kind; by default of all.")
@@ -40,9 +46,13 @@ flags.mark_flags_as_required(["config", "topology"])
 CHIP_GIB = {"v5e": 16, "v5p": 95, "v6e": 32}
 _ACCELERATORS = {"v5e": "v5litepod-8", "v5p": "v5p-8", "v6e": "v6e-8"}
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _COLLECTIVE = re.compile(
-    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
 )
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|\w+_computations?)=(\{[^}]*\}|%?[\w.-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
@@ -70,6 +80,7 @@ def devices(topology: str) -> list[Any]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": _ACCELERATORS[chip],
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is touched: several may compile at a time
     }
     from jax.experimental import topologies
 
@@ -85,20 +96,72 @@ def devices(topology: str) -> list[Any]:
 def collectives(text: str) -> dict[str, dict[str, int]]:
     """What travels between devices in a compiled program: {"all-gather": {"count", "bytes"}, …}.
 
-    Bytes are those of the results, on each device; what stands in a loop counts once.
+    Bytes are those of the results, on each device. What stands in a loop counts as often as the
+    loop turns where the program says that (a CPU's does, a TPU's does not), else once; of branches
+    each counts.
     """
+    bodies, entry = _computations(text)
+    # A TPU spreads one collective over many computations, which all name its channel.
+    channels: dict[tuple[str, str], tuple[int, int]] = {}
+
+    def walk(computation: str, times: int) -> None:
+        for line in bodies[computation]:
+            if collective := _COLLECTIVE.search(line):
+                shapes, name, started = collective.groups()
+                channel = _CHANNEL.search(line)
+                size = _result_bytes(shapes, name, bool(started))
+                channels[name, channel[1] if channel else line] = times, times * size
+                continue  # what it calls is its sum
+            trips = _TRIPS.search(line)
+            for called in _CALLED.findall(line):
+                for inner in re.findall(r"[\w.-]+", called):
+                    if inner in bodies:
+                        walk(inner, times * int(trips[1]) if trips else times)
+
+    walk(entry, 1)
     found: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
-    for shapes, name in _COLLECTIVE.findall(text):
-        found[name]["count"] += 1
-        found[name]["bytes"] += sum(
-            _BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
-            for kind, dims in _ARRAY.findall(shapes)
-        )
-    return dict(sorted(found.items()))
+    for (name, _), (times, size) in sorted(channels.items()):
+        found[name]["count"] += times
+        found[name]["bytes"] += size
+    return dict(found)
 
 
-def measure(config, program, mesh) -> dict[str, Any]:
-    """Compiles the step of one (kind, canvas) for a mesh, from shapes alone."""
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The instructions of each computation of a program that mention others, and the first's name.
+
+    Most computations are the insides of fusions, in which nothing travels.
+    """
+    bodies: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            name = head[2]
+            bodies[name] = []
+            entry = name if head[1] else entry
+        elif _COLLECTIVE.search(line) or _CALLED.search(line):
+            bodies[name].append(line)
+    return bodies, entry
+
+
+def _result_bytes(shapes: str, name: str, started: bool) -> int:
+    arrays = _ARRAY.findall(shapes)
+    if started and name != "all-reduce":  # what goes in, what comes out, and scalars
+        arrays = [(kind, dims) for kind, dims in arrays if dims]
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(
+        _BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
+        for kind, dims in arrays
+    )
+
+
+def measure(
+    config: Any, program: Any, mesh: Any, options: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Compiles the step of one (kind, canvas) for a mesh, from shapes alone.
+
+    `options` are the compiler's. A step that the compiler finds no room for has no figures but
+    `too_large`: what the compiler said.
+    """
     import jax
 
     from detclipv2_jax import flops, optimizer, train
@@ -110,55 +173,114 @@ def measure(config, program, mesh) -> dict[str, Any]:
     state = jax.eval_shape(functools.partial(state_lib.create, optimizer=rule), params)
     shardings = train.state_shardings(mesh, state)
     step_fn = train.step_function(config, graphdef, rule, mesh)
-    began = time.monotonic()
-    compiled = train.lower_program(step_fn, program, state, shardings, mesh, config).compile()
     kind, shape = program
-    data, memory = config.data.kinds()[kind], compiled.memory_analysis()
-    cost = compiled.cost_analysis()
+    data = config.data.kinds()[kind]
     parts = flops.step(
         config.model, kind, shape, data.batch_size, data.table_size,
         proposals=config.loss.proposals.k, group=config.loss.proposals.group,
     )  # fmt: skip
-    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    extra = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {
+    row = {
         "kind": kind,
         "shape": list(shape),
         "images_a_device": data.batch_size / mesh.size,
+        "concepts": data.table_size,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "model_flops_a_device": {k: v / mesh.size for k, v in parts.items()},
+    }
+    began = time.monotonic()
+    lowered = train.lower_program(step_fn, program, state, shardings, mesh, config)
+    try:
+        compiled = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return row | {"too_large": str(error)}
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    extra = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return row | {
         "seconds_to_compile": round(time.monotonic() - began, 1),
         "argument_bytes": arguments,
         "temporary_bytes": temporary,
         "peak_bytes": arguments + temporary + max(extra, 0),
-        "model_flops_a_device": {k: v / mesh.size for k, v in parts.items()},
         "compiler_flops": cost.get("flops", 0.0),
         "bytes_accessed": cost.get("bytes accessed", 0.0),
         "collectives": collectives(compiled.as_text()),
     }
 
 
-def table(rows: list[dict[str, Any]], chip: str) -> str:
+def table(rows: Sequence[dict[str, Any]], chip: str) -> str:
     """The figures for people, a block a program."""
     lines = []
     for row in rows:
-        has = CHIP_GIB.get(chip)
-        peak = row["peak_bytes"] / 2**30
-        fits = "" if has is None else f" of {has}: {'fits' if peak < has else 'DOES NOT FIT'}"
         model = sum(row["model_flops_a_device"].values())
         lines += [
             f"{row['kind']}, {row['shape'][0]}×{row['shape'][1]}, {row['images_a_device']:g} "
-            f"images a device ({row['seconds_to_compile']:.0f} s to compile)",
+            f"images a device, {row['concepts']} concepts, {row['parameters'] / 1e6:.1f} M "
+            "parameters",
+            f"  model TFLOP a device   {model / 1e12:.2f}: "
+            + ", ".join(f"{k} {v / model:.0%}" for k, v in row["model_flops_a_device"].items()),
+        ]
+        if "too_large" in row:
+            lines.append(f"  DOES NOT FIT           {row['too_large']}")
+            continue
+        has = CHIP_GIB.get(chip)
+        peak = row["peak_bytes"] / 2**30
+        fits = "" if has is None else f" of {has}: {'fits' if peak < has else 'DOES NOT FIT'}"
+        lines += [
             f"  memory a device, GiB   {peak:.2f}{fits} "
             f"(state and batch {row['argument_bytes'] / 2**30:.2f}, "
             f"temporary {row['temporary_bytes'] / 2**30:.2f})",
-            f"  TFLOP a device         {model / 1e12:.2f} by the model, "
-            f"{row['compiler_flops'] / 1e12:.2f} as compiled",
-            "    of these             "
-            + ", ".join(f"{k} {v / model:.0%}" for k, v in row["model_flops_a_device"].items()),
+            f"  TFLOP as compiled      {row['compiler_flops'] / 1e12:.2f} "
+            f"(in {row['seconds_to_compile']:.0f} s)",
             f"  GB read and written    {row['bytes_accessed'] / 1e9:.1f}",
         ]
         for name, found in row["collectives"].items():
             lines.append(f"  {name:<23}{found['count']} of {found['bytes'] / 1e6:.1f} MB in all")
     return "\n".join(lines)
+
+
+def draw(rows: Sequence[dict[str, Any]], chip: str, path: Path) -> None:
+    """A bar a program: what it takes of a device's memory, and a line at what there is."""
+    from matplotlib.figure import Figure
+
+    from detclipv2_jax.files import replacing
+
+    rows = [row for row in rows if "peak_bytes" in row]
+    figure = Figure(figsize=(7, 1.2 + 0.4 * len(rows)), layout="constrained")
+    panel = figure.subplots()
+    labels = [f"{row['kind']} {row['shape'][0]}×{row['shape'][1]}" for row in rows]
+    left = [0.0] * len(rows)
+    for name, label in (("argument_bytes", "state and batch"), ("temporary_bytes", "temporary")):
+        sizes = [row[name] / 2**30 for row in rows]
+        panel.barh(labels, sizes, left=left, label=label)
+        left = [a + b for a, b in zip(left, sizes)]
+    if chip in CHIP_GIB:
+        panel.axvline(CHIP_GIB[chip], color="black", linestyle="--", label=f"a {chip} chip")
+    panel.set(xlabel="GiB a device")
+    panel.invert_yaxis()
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def _about(config: Any, mesh: Any) -> dict[str, Any]:
+    """What the figures depend on."""
+    from detclipv2_jax import fields
+
+    code = sorted(PACKAGE.rglob("*.py"))
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("jax", "libtpu")
+        if name == "jax" or not _TOPOLOGY.value.startswith("cpu")
+    }
+    return {
+        "topology": _TOPOLOGY.value,
+        "devices": mesh.size,
+        "versions": versions,
+        "code": hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:16],
+        "config": json.loads(json.dumps(fields.to_dict(config))),
+    }
 
 
 def main(argv: list[str]) -> None:
@@ -180,16 +302,26 @@ def main(argv: list[str]) -> None:
         for shape in data.shapes
         if _KIND.value in (None, kind)
     ]
-    rows = []
+    chip, about, rows = _TOPOLOGY.value.partition(":")[0], _about(config, mesh), []
+    output = Path(_OUTPUT.value) if _OUTPUT.value else None
+    if output and output.exists():
+        before = json.loads(output.read_text(encoding="utf-8"))
+        rows = before.pop("programs")
+        if before != about:
+            raise UserError(
+                f"--output={output}: these figures are of another config, topology, version or "
+                "code: name another file, or delete it."
+            )
+        print(table(rows, chip), flush=True)
+    done = {(row["kind"], tuple(row["shape"])) for row in rows}
     for program in programs:
+        if program in done:
+            continue
         rows.append(measure(config, program, mesh))
-        print(table(rows[-1:], _TOPOLOGY.value.partition(":")[0]), flush=True)
-    if _OUTPUT.value:
-        import jax
-
-        about = {"topology": _TOPOLOGY.value, "devices": mesh.size, "jax": jax.__version__}
-        about["mesh"] = dataclasses.asdict(config.mesh)
-        write_json(_OUTPUT.value, about | {"programs": rows})
+        print(table(rows[-1:], chip), flush=True)
+        if output:
+            write_json(output, about | {"programs": rows})
+            draw(rows, chip, output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

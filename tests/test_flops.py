@@ -15,7 +15,7 @@ def traced(function, *shapes):
 
 
 def model(cfg):
-    graphdef, params = detclip.abstract(dataclasses.replace(cfg, dtype="float32", remat=False))
+    graphdef, params = detclip.abstract(dataclasses.replace(cfg, dtype="float32", remat="none"))
     return lambda params: detclip.build(graphdef, params), params
 
 

@@ -15,6 +15,7 @@ from detclipv2_jax.models.deform_conv import deform_conv_levels
 from detclipv2_jax.models.fpn import conv3x3
 from detclipv2_jax.models.initialise import Draws, normal
 from detclipv2_jax.models.norms import GroupNorm
+from detclipv2_jax.models.remat import Remat, block_of
 
 _OUTPUT_STD = 0.01  # ATSS's, of the kernels that end the branches
 
@@ -79,12 +80,18 @@ class DeformConv(nnx.Module):
         self.kernel = nnx.Param(normal(cfg.branch_std)(rngs, (3, 3, width, cfg.channels)))
 
     def __call__(
-        self, x: Float[Array, "B H W C"], regression: Float[Array, "B H W D"], canvas: Canvas
+        self,
+        x: Float[Array, "B H W C"],
+        regression: Float[Array, "B H W D"],
+        canvas: Canvas,
+        by_tap: bool,
     ) -> Float[Array, "B H W D"]:
         """Convolve the canvas `x` where `regression` says, level by level."""
         outputs = canvas.flatten(self.offset(regression)).astype(jnp.float32)
         offsets, mask = outputs[..., :18], jax.nn.sigmoid(outputs[..., 18:])
-        return canvas.unflatten(deform_conv_levels(x, canvas, offsets, mask, self.kernel[...]))
+        return canvas.unflatten(
+            deform_conv_levels(x, canvas, offsets, mask, self.kernel[...], by_tap=by_tap)
+        )
 
 
 class ATSSHead(nnx.Module):
@@ -95,8 +102,8 @@ class ATSSHead(nnx.Module):
         levels: how many there are; each has its own learned factor on the box deltas.
         cfg: its sizes.
         dtype: of the activations; parameters and norms' statistics are float32.
-        remat: recompute the deformable convolution's samples in the backward pass: they are nine
-            times the size of the map they come from.
+        remat: all but "none" keep nothing of the inside of the deformable convolution, and go
+            through its nine taps one after another.
         rngs: initialises the parameters.
     """
 
@@ -107,7 +114,7 @@ class ATSSHead(nnx.Module):
         cfg: HeadConfig,
         *,
         dtype=jnp.float32,
-        remat: bool = False,
+        remat: Remat = "none",
         rngs: Draws,
     ):
         self.remat = remat
@@ -130,8 +137,8 @@ class ATSSHead(nnx.Module):
         for conv in self.reg_convs:
             regression = conv(regression, canvas)
         if self.dcn is not None:
-            run = nnx.remat(_run_deform_conv, static_argnums=3) if self.remat else _run_deform_conv
-            region = run(self.dcn, x, regression, canvas)
+            run = block_of(_run_deform_conv, self.remat, static=(3, 4))
+            region = run(self.dcn, x, regression, canvas, self.remat != "none")
         for conv in self.cls_convs:
             region = conv(region, canvas)
         embeddings, deltas, centerness = (
@@ -147,5 +154,5 @@ class ATSSHead(nnx.Module):
         )
 
 
-def _run_deform_conv(module: DeformConv, x, regression, canvas: Canvas):
-    return module(x, regression, canvas)
+def _run_deform_conv(module: DeformConv, x, regression, canvas: Canvas, by_tap: bool):
+    return module(x, regression, canvas, by_tap)

@@ -4,6 +4,7 @@ A gather reads the four bilinear neighbours of a point as a single wide row, bec
 what accelerators are worst at; one gather and one matmul serve all levels of a pyramid.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -40,20 +41,39 @@ def deform_conv_levels(
     offsets: Float[Array, "B K 18"],
     mask: Float[Array, "B K 9"],
     kernel: Float[Array, "3 3 C O"],
+    *,
+    by_tap: bool = False,
 ) -> Float[Array, "B K O"]:
-    """`deform_conv2d` of each of the levels that lie on `x`, for their K pixels in anchor order."""
+    """`deform_conv2d` of each of the levels that lie on `x`, for their K pixels in anchor order.
+
+    `by_tap` reads the nine taps one after another, forward and backward: all they read together is
+    the largest array of a training step, 36 times the size of `x`.
+    """
     batch, _, _, channels = x.shape
     index, weights = sampling_points(offsets, canvas)
-    weights = weights * mask.reshape(batch, -1, 1).astype(jnp.float32)
-    rows = jnp.take_along_axis(pack_neighbours(x), index[..., None], axis=1, mode="clip")
-    rows = rows.reshape(batch, -1, 4, channels)
-    samples = jnp.einsum("bpn,bpnc->bpc", weights.astype(x.dtype), rows)
-    out = jnp.matmul(
-        samples.reshape(batch, -1, 9 * channels),
-        kernel.astype(x.dtype).reshape(9 * channels, -1),
-        preferred_element_type=jnp.float32,
-    )
-    return out.astype(x.dtype)
+    weights = (weights * mask.reshape(batch, -1, 1).astype(jnp.float32)).astype(x.dtype)
+    packed, kernel = pack_neighbours(x), kernel.astype(x.dtype).reshape(9, channels, -1)
+
+    def sample(index: Int[Array, "B P"], weights: Float[Array, "B P 4"]) -> Float[Array, "B P C"]:
+        rows = jnp.take_along_axis(packed, index[..., None], axis=1, mode="clip")
+        return jnp.einsum("bpn,bpnc->bpc", weights, rows.reshape(*index.shape, 4, channels))
+
+    if not by_tap:
+        samples = sample(index, weights).reshape(batch, -1, 9 * channels)
+        kernel = kernel.reshape(9 * channels, -1)
+        out = jnp.matmul(samples, kernel, preferred_element_type=jnp.float32)
+        return out.astype(x.dtype)
+
+    @jax.checkpoint
+    def add_tap(total, tap):
+        index, weights, kernel = tap
+        samples = sample(index, weights)
+        return total + jnp.matmul(samples, kernel, preferred_element_type=jnp.float32), None
+
+    index, weights = index.reshape(batch, -1, 9), weights.reshape(batch, -1, 9, 4)
+    taps = (jnp.moveaxis(index, 2, 0), jnp.moveaxis(weights, 2, 0), kernel)
+    total = jnp.zeros((*index.shape[:2], kernel.shape[-1]), jnp.float32)
+    return jax.lax.scan(add_tap, total, taps)[0].astype(x.dtype)
 
 
 def pack_neighbours(x: Float[Array, "B H W C"]) -> Float[Array, "B Q C4"]:

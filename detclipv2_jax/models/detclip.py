@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from detclipv2_jax.errors import UserError
 from detclipv2_jax.models.atss_head import ATSSHead, HeadConfig, RegionOutputs
 from detclipv2_jax.models.fpn import FPN
 from detclipv2_jax.models.initialise import Draws
+from detclipv2_jax.models.remat import Remat
 from detclipv2_jax.models.swin import Swin, SwinConfig
 from detclipv2_jax.models.text import TextConfig, TextTower
 from detclipv2_jax.ops.boxes import AnchorConfig
@@ -44,7 +45,9 @@ class DetCLIPConfig:
     prior: the probability that an untrained model gives any concept anywhere (RetinaNet's 0.01);
         the bias starts at log(prior / (1 - prior)).
     dtype: of the activations; parameters, norms' statistics and softmax are float32.
-    remat: recompute blocks in the backward pass instead of storing what is inside them.
+    remat: what is kept of each Swin and text block for the backward pass, which computes the rest
+        again: 'none' is computed again, 'dots' keeps the outputs of the dense layers, 'blocks' the
+        input alone.
     """
 
     swin: SwinConfig = SwinConfig()
@@ -57,11 +60,13 @@ class DetCLIPConfig:
     initial_scale: float = 1 / 0.07
     prior: float = 0.01
     dtype: str = "float32"
-    remat: bool = False
+    remat: Remat = "none"
 
     def __post_init__(self):
         if self.dtype not in _DTYPES:
             raise UserError(f"dtype is {self.dtype!r}; choose one of {', '.join(_DTYPES)}")
+        if self.remat not in get_args(Remat):
+            raise UserError(f"remat is {self.remat!r}; choose one of {', '.join(get_args(Remat))}")
         if self.similarity not in _SIMILARITIES:
             raise UserError(
                 f"similarity is {self.similarity!r}; choose one of {', '.join(_SIMILARITIES)}"

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.models.initialise import Draws, normal
 from detclipv2_jax.models.norms import LayerNorm
+from detclipv2_jax.models.remat import Remat, block_of, product
 
 _MASKED = -1e9  # finite, so that a row of masked scores is no NaN
 
@@ -154,7 +155,9 @@ class WindowAttention(nnx.Module):
     ) -> Float[Array, "B N T C"]:
         """Attend within each of the N windows; softmax in float32."""
         batch, windows, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, windows, tokens, 3 * self.heads, width // self.heads)
+        qkv = product(self.qkv(x)).reshape(
+            batch, windows, tokens, 3 * self.heads, width // self.heads
+        )
         query, key, value = jnp.split(qkv, 3, axis=3)
         query = query * (width // self.heads) ** -0.5
         scores = jnp.einsum("bnqhd,bnkhd->bnhqk", query, key, preferred_element_type=jnp.float32)
@@ -164,7 +167,7 @@ class WindowAttention(nnx.Module):
             bias = jnp.where(mask[:, None], bias, _MASKED)
         weights = jax.nn.softmax(scores + bias, axis=-1).astype(x.dtype)
         out = jnp.einsum("bnhqk,bnkhd->bnqhd", weights, value)
-        return self.proj(out.reshape(batch, windows, tokens, width))
+        return product(self.proj(out.reshape(batch, windows, tokens, width)))
 
 
 class Mlp(nnx.Module):
@@ -176,7 +179,7 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         """Position by position."""
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        return product(self.fc2(jax.nn.gelu(product(self.fc1(x)), approximate=False)))
 
 
 class SwinBlock(nnx.Module):
@@ -270,11 +273,11 @@ class Swin(nnx.Module):
     Args:
         cfg: its sizes.
         dtype: of the activations; parameters, norms' statistics and softmax are float32.
-        remat: recompute each block in the backward pass instead of storing its inside.
+        remat: what of a block is kept for the backward pass.
         rngs: initialises the parameters.
     """
 
-    def __init__(self, cfg: SwinConfig, *, dtype=jnp.float32, remat: bool = False, rngs: Draws):
+    def __init__(self, cfg: SwinConfig, *, dtype=jnp.float32, remat: Remat = "none", rngs: Draws):
         self.dtype = dtype
         self.remat = remat
         self.rates = tuple(np.linspace(0, cfg.drop_path, sum(cfg.depths)).tolist())
@@ -299,7 +302,7 @@ class Swin(nnx.Module):
             x: normalised images of any size.
             keep: drop path factors of each block's two branches; None keeps every branch.
         """
-        run = nnx.remat(SwinBlock.__call__) if self.remat else SwinBlock.__call__
+        run = block_of(SwinBlock.__call__, self.remat)
         x = self.patch_embed(x.astype(self.dtype))
         maps, index = [], 0
         for number, stage in enumerate(self.layers):

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.models.initialise import Draws, normal
 from detclipv2_jax.models.norms import LayerNorm
+from detclipv2_jax.models.remat import Remat, block_of, product
 from detclipv2_jax.models.swin import linear
 
 
@@ -58,14 +59,14 @@ class TextAttention(nnx.Module):
         No padding mask: pads come after [EOS], and only [EOS] is read.
         """
         batch, length, width = x.shape
-        qkv = self.in_proj(x).reshape(batch, length, 3 * self.heads, width // self.heads)
+        qkv = product(self.in_proj(x)).reshape(batch, length, 3 * self.heads, width // self.heads)
         query, key, value = jnp.split(qkv, 3, axis=2)
         query = query * (width // self.heads) ** -0.5
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
         causal = np.tril(np.ones((length, length), bool))
         weights = jax.nn.softmax(jnp.where(causal, scores, -1e9), axis=-1).astype(x.dtype)
         out = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-        return self.out_proj(out.reshape(batch, length, width))
+        return product(self.out_proj(out.reshape(batch, length, width)))
 
 
 class TextMlp(nnx.Module):
@@ -79,7 +80,7 @@ class TextMlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "M L C"]) -> Float[Array, "M L C"]:
         """Position by position."""
-        return self.c_proj(quick_gelu(self.c_fc(x)))
+        return product(self.c_proj(quick_gelu(product(self.c_fc(x)))))
 
 
 class TextBlock(nnx.Module):
@@ -103,11 +104,11 @@ class TextTower(nnx.Module):
     Args:
         cfg: its sizes.
         dtype: of the activations; parameters, norms' statistics and softmax are float32.
-        remat: recompute each block in the backward pass instead of storing its inside.
+        remat: what of a block is kept for the backward pass.
         rngs: initialises the parameters.
     """
 
-    def __init__(self, cfg: TextConfig, *, dtype=jnp.float32, remat: bool = False, rngs: Draws):
+    def __init__(self, cfg: TextConfig, *, dtype=jnp.float32, remat: Remat = "none", rngs: Draws):
         self.dtype = dtype
         self.remat = remat
         self.token_embedding = nnx.Param(normal(0.02)(rngs, (cfg.vocab, cfg.width)))
@@ -128,7 +129,7 @@ class TextTower(nnx.Module):
         # Gathered in float32, so that the gradient of a token that occurs often sums in float32.
         x = self.token_embedding[...][tokens] + self.positional_embedding[...][:length]
         x = x.astype(self.dtype)
-        run = nnx.remat(TextBlock.__call__) if self.remat else TextBlock.__call__
+        run = block_of(TextBlock.__call__, self.remat)
         for block in self.resblocks:
             x = run(block, x)
         end = jnp.argmax(tokens, axis=1)

@@ -68,6 +68,24 @@ def test_gradients_equal_finite_differences():
             np.testing.assert_allclose(gradient[place], expected, rtol=1e-3, atol=1e-3)
 
 
+def test_tap_by_tap_is_the_same():
+    """Values and gradients by map, offsets, mask and kernel, on two levels."""
+    canvas = Canvas(((4, 5), (2, 3)))
+    pixels = 4 * 5 + 2 * 3
+    levels = single((RNG.normal(size=(2, 4, 5, 3)), RNG.normal(size=(2, 2, 3, 3))))
+    offsets, mask = RNG.normal(size=(2, pixels, 18)), RNG.uniform(size=(2, pixels, 9))
+    arrays = single((canvas.place(levels), offsets, mask, RNG.normal(size=(3, 3, 3, 2))))
+
+    def loss(x, offsets, mask, kernel, by_tap):
+        out = deform_conv_levels(x, canvas, offsets, mask, kernel, by_tap=by_tap)
+        return jnp.sum(jnp.sin(out)), out
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True), static_argnames=("by_tap",))
+    together, apart = run(*arrays, by_tap=False), run(*arrays, by_tap=True)
+    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(apart), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_without_offsets_it_is_a_convolution():
     x, offsets, mask, kernel = single(case(height=6, width=7))
     out = jax.jit(deform_conv2d)(x, jnp.zeros_like(offsets), jnp.ones_like(mask), kernel)

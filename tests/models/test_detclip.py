@@ -149,13 +149,34 @@ def outputs_and_gradients(cfg):
 
 
 def test_a_black_picture_is_finite_and_rematerialisation_changes_nothing():
-    plain = outputs_and_gradients(CONFIG)
-    for a, b in zip(
-        jax.tree.leaves(plain),
-        jax.tree.leaves(outputs_and_gradients(dataclasses.replace(CONFIG, remat=True))),
-    ):
-        assert np.isfinite(a).all()
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(b).max()))
+    plain = jax.tree.leaves(outputs_and_gradients(CONFIG))
+    for remat in ("dots", "blocks"):
+        again = outputs_and_gradients(dataclasses.replace(CONFIG, remat=remat))
+        for a, b in zip(plain, jax.tree.leaves(again), strict=True):
+            assert np.isfinite(a).all()
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(b).max()))
+
+
+def test_rematerialisation_keeps_as_little_as_it_says():
+    """The arrays that wait for the backward pass: fewer from policy to policy."""
+
+    def kept(remat):
+        graph, params = detclip.abstract(dataclasses.replace(CONFIG, remat=remat))
+        pictures = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
+
+        def pullback(params, pictures):
+            run = lambda p: detclip.build(graph, p).encode_image(pictures)
+            return jax.vjp(run, params)[1]
+
+        shapes = jax.tree.leaves(jax.eval_shape(pullback, params, pictures))
+        return sum(leaf.size for leaf in shapes)
+
+    assert kept("blocks") < kept("dots") < kept("none")
+
+
+def test_a_policy_that_nobody_knows():
+    with pytest.raises(UserError, match="remat is 'all'; choose one of none, dots, blocks"):
+        dataclasses.replace(CONFIG, remat="all")
 
 
 def test_bfloat16_answers_in_float32_with_finite_gradients():

@@ -78,7 +78,7 @@ def test_an_unused_row_of_the_table_is_finite(tower):
     assert np.isfinite(run(state, np.zeros((3, 7), np.int32))).all()
 
 
-@pytest.mark.parametrize("options", [{"dtype": jnp.bfloat16}, {"remat": True}])
+@pytest.mark.parametrize("options", [{"dtype": jnp.bfloat16}, {"remat": "dots"}])
 def test_options_give_the_same_features(tower, options):
     run, state = tower
     other, _ = make(**options)
