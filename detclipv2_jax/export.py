@@ -59,7 +59,9 @@ def served_model(
     from detclipv2_jax.models import detclip
 
     model = detclip.DetCLIPConfig.from_dict(loaded.config["model"])
-    graphdef, _ = detclip.abstract(dataclasses.replace(model, dtype="float32", remat="none"))
+    graphdef, _ = detclip.abstract(
+        dataclasses.replace(model, dtype="float32", remat="none", loop=False)
+    )
     detector = Detector(
         dataclasses.replace(loaded, graphdef=graphdef),
         score_threshold=score_threshold,

@@ -48,6 +48,8 @@ class DetCLIPConfig:
     remat: what is kept of each Swin and text block for the backward pass, which computes the rest
         again: 'none' is computed again, 'dots' keeps the outputs of the dense layers, 'blocks' the
         input alone.
+    loop: run the equal blocks of a stage, and of the text tower, as a loop over their stacked
+        parameters. The same values; a deep model compiles in a fraction of the time and memory.
     """
 
     swin: SwinConfig = SwinConfig()
@@ -61,6 +63,7 @@ class DetCLIPConfig:
     prior: float = 0.01
     dtype: str = "float32"
     remat: Remat = "none"
+    loop: bool = False
 
     def __post_init__(self):
         if self.dtype not in _DTYPES:
@@ -125,11 +128,12 @@ class DetCLIP(nnx.Module):
     def __init__(self, cfg: DetCLIPConfig, *, rngs: Draws):
         options = {"dtype": _DTYPES[cfg.dtype], "rngs": rngs}
         self.cfg = cfg
-        self.backbone = Swin(cfg.swin, remat=cfg.remat, **options)
+        blocks = {"remat": cfg.remat, "loop": cfg.loop}
+        self.backbone = Swin(cfg.swin, **blocks, **options)
         self.neck = FPN(cfg.swin.widths[1:], cfg.neck_channels, cfg.neck_coarse_gain, **options)
         levels = len(cfg.anchors.strides)
         self.head = ATSSHead(cfg.neck_channels, levels, cfg.head, remat=cfg.remat, **options)
-        self.text = TextTower(cfg.text, remat=cfg.remat, **options)
+        self.text = TextTower(cfg.text, **blocks, **options)
         start = cfg.initial_scale if cfg.similarity == "cosine" else 1.0
         self.logit_scale = nnx.Param(jnp.asarray(math.log(start), jnp.float32))
         bias = math.log(cfg.prior / (1 - cfg.prior))

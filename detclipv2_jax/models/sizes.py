@@ -16,6 +16,7 @@ SWIN_L = DetCLIPConfig(
     swin=SwinConfig(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window=12),
     dtype="bfloat16",
     remat="blocks",
+    loop=True,
 )
 # The same parts for two CPU cores [ours]. It starts from noise where the paper's towers are
 # pretrained, so it starts differently: docs/paper_vs_ours.md says what each of these is for.

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.models.initialise import Draws, normal
+from detclipv2_jax.models.loop import run_blocks
 from detclipv2_jax.models.norms import LayerNorm
 from detclipv2_jax.models.remat import Remat, block_of, product
 
@@ -274,12 +275,22 @@ class Swin(nnx.Module):
         cfg: its sizes.
         dtype: of the activations; parameters, norms' statistics and softmax are float32.
         remat: what of a block is kept for the backward pass.
+        loop: whether the pairs of blocks of a stage are a loop.
         rngs: initialises the parameters.
     """
 
-    def __init__(self, cfg: SwinConfig, *, dtype=jnp.float32, remat: Remat = "none", rngs: Draws):
+    def __init__(
+        self,
+        cfg: SwinConfig,
+        *,
+        dtype=jnp.float32,
+        remat: Remat = "none",
+        loop: bool = False,
+        rngs: Draws,
+    ):
         self.dtype = dtype
         self.remat = remat
+        self.loop = loop
         self.rates = tuple(np.linspace(0, cfg.drop_path, sum(cfg.depths)).tolist())
         self.patch_embed = PatchEmbed(cfg, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
@@ -306,9 +317,9 @@ class Swin(nnx.Module):
         x = self.patch_embed(x.astype(self.dtype))
         maps, index = [], 0
         for number, stage in enumerate(self.layers):
-            for block in stage.blocks:
-                x = run(block, x, None if keep is None else keep[index])
-                index += 1
+            here = None if keep is None else keep[index : index + len(stage.blocks)]
+            x = run_blocks(run, stage.blocks, x, here, loop=self.loop, period=2)
+            index += len(stage.blocks)
             if number:
                 maps.append(self.norms[number - 1](x))
             if stage.downsample is not None:

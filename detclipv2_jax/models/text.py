@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.models.initialise import Draws, normal
+from detclipv2_jax.models.loop import run_blocks
 from detclipv2_jax.models.norms import LayerNorm
 from detclipv2_jax.models.remat import Remat, block_of, product
 from detclipv2_jax.models.swin import linear
@@ -105,12 +106,22 @@ class TextTower(nnx.Module):
         cfg: its sizes.
         dtype: of the activations; parameters, norms' statistics and softmax are float32.
         remat: what of a block is kept for the backward pass.
+        loop: whether the blocks are a loop.
         rngs: initialises the parameters.
     """
 
-    def __init__(self, cfg: TextConfig, *, dtype=jnp.float32, remat: Remat = "none", rngs: Draws):
+    def __init__(
+        self,
+        cfg: TextConfig,
+        *,
+        dtype=jnp.float32,
+        remat: Remat = "none",
+        loop: bool = False,
+        rngs: Draws,
+    ):
         self.dtype = dtype
         self.remat = remat
+        self.loop = loop
         self.token_embedding = nnx.Param(normal(0.02)(rngs, (cfg.vocab, cfg.width)))
         self.positional_embedding = nnx.Param(normal(0.01)(rngs, (cfg.context, cfg.width)))
         self.resblocks = nnx.List(TextBlock(cfg, dtype=dtype, rngs=rngs) for _ in range(cfg.layers))
@@ -130,8 +141,7 @@ class TextTower(nnx.Module):
         x = self.token_embedding[...][tokens] + self.positional_embedding[...][:length]
         x = x.astype(self.dtype)
         run = block_of(TextBlock.__call__, self.remat)
-        for block in self.resblocks:
-            x = run(block, x)
+        x = run_blocks(lambda block, x, _: run(block, x), self.resblocks, x, None, loop=self.loop)
         end = jnp.argmax(tokens, axis=1)
         # The norm is position by position: only the one that is read needs it.
         feature = self.ln_final(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])

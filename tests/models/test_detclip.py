@@ -157,6 +157,26 @@ def test_a_black_picture_is_finite_and_rematerialisation_changes_nothing():
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(b).max()))
 
 
+def test_blocks_in_a_loop_change_nothing_but_the_size_of_the_program():
+    swin = dataclasses.replace(CONFIG.swin, depths=(2, 4, 3, 1), drop_path=0.5)
+    deep = dataclasses.replace(
+        CONFIG, swin=swin, text=dataclasses.replace(CONFIG.text, layers=3), remat="blocks"
+    )
+    looped = dataclasses.replace(deep, loop=True)
+    plain, again = (jax.tree.leaves(outputs_and_gradients(cfg)) for cfg in (deep, looped))
+    for a, b in zip(plain, again, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()))
+
+    def lines(loop):
+        text = dataclasses.replace(CONFIG.text, layers=12)
+        graph, params = detclip.abstract(dataclasses.replace(CONFIG, text=text, loop=loop))
+        tokens = jax.ShapeDtypeStruct(TOKENS.shape, TOKENS.dtype)
+        run = lambda params, tokens: detclip.build(graph, params).encode_text(tokens)
+        return jax.jit(run).lower(params, tokens).as_text().count("\n")
+
+    assert lines(True) < 0.5 * lines(False)
+
+
 def test_rematerialisation_keeps_as_little_as_it_says():
     """The arrays that wait for the backward pass: fewer from policy to policy."""
 
