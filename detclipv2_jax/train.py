@@ -120,9 +120,10 @@ def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[
     clock.go_on(earlier, log.seconds)
     clock.enter("other")
     for step in range(start, total_steps):
-        with clock("data"):
+        # What a step needs is sent by name and nothing else: an implicit transfer is an error.
+        with clock("data"), jax.transfer_guard("disallow"):
             planned, batch = next(on_device)
-        with clock("train"):
+        with clock("train"), jax.transfer_guard("disallow"):
             state, values = programs[planned.kind, planned.shape](state, batch)
         clock.watch(values["skipped_in_row"])
         recorder.add(planned, values)

@@ -131,6 +131,42 @@ def test_two_processes_train_as_one_and_a_checkpoint_moves_between_them(data, tm
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
+def test_eight_devices_train_as_one_and_a_checkpoint_moves_between_them(data, tmp_path):
+    """Over all three kinds; on eight devices, then on one, and the other way round."""
+
+    def start(workdir, devices, *, stop_after=None):
+        flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
+        layout = {} if devices == 1 else {"mesh.fsdp": 2}
+        with open(tmp_path / "printed", "w") as out:
+            process = subprocess.Popen(
+                tiny_run.command(data, workdir, **layout),
+                env=tiny_run.environment() | {"XLA_FLAGS": f"{flags}{devices}"},
+                cwd=tiny_run.ROOT, stdout=out, stderr=out,
+            )  # fmt: skip
+            if stop_after is not None:
+                wait_for_steps(workdir, stop_after)
+                process.send_signal(signal.SIGTERM)
+            status = process.wait(_PATIENCE)
+        expected = 0 if stop_after is None else 128 + signal.SIGTERM
+        assert status == expected, (tmp_path / "printed").read_text()[-3000:]
+
+    start(tmp_path / "one", 1)
+    expected = losses(tmp_path / "one")
+    assert len(expected) >= 20 and len({kind for kind, _ in expected}) == 3
+    start(tmp_path / "eight", 8)
+    start(tmp_path / "eight_then_one", 8, stop_after=9)
+    start(tmp_path / "eight_then_one", 1)
+    start(tmp_path / "one_then_eight", 1, stop_after=9)
+    start(tmp_path / "one_then_eight", 8)
+    for workdir in ("eight", "eight_then_one", "one_then_eight"):
+        found = losses(tmp_path / workdir)
+        assert [kind for kind, _ in found] == [kind for kind, _ in expected]
+        for (_, a), (_, b) in zip(found, expected):
+            assert a == pytest.approx(b, rel=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_a_process_that_dies_stops_the_other_within_a_minute(data, tmp_path):
     with two_processes(data, tmp_path, **{"train.epochs": 100.0}) as started:
         wait_for_steps(tmp_path, 6)

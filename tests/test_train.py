@@ -161,6 +161,70 @@ def test_a_run_over_data_with_broken_pictures_finishes_and_counts_them(data, tmp
     assert (tmp_path / "run/results.json").is_file()
 
 
+_POISONED = """
+import dataclasses, itertools, runpy, sys
+import jax
+import numpy as np
+from detclipv2_jax import train
+
+compile_programs, steps = train.compile_programs, {steps}
+
+def poisoned(*args):
+    def program(compiled):
+        def run(state, batch):
+            bad = next(count) in steps
+            params = dict(state.params)
+            if bad:
+                bias = params["logit_bias"]
+                nan = np.float32(np.nan)
+                params["logit_bias"] = jax.device_put(nan, bias.sharding) if {explicit} else nan
+            new, values = compiled(dataclasses.replace(state, params=params), batch)
+            if bad:  # only the step was to see it
+                new = dataclasses.replace(new, params=new.params | {{"logit_bias": bias}})
+            return new, values
+        return run
+    count = itertools.count()
+    return {{key: program(value) for key, value in compile_programs(*args).items()}}
+
+train.compile_programs = poisoned
+sys.argv[0] = "main"
+runpy.run_module("detclipv2_jax.main", run_name="__main__")
+"""
+
+
+def _run_poisoned(data, workdir, steps, explicit=True, **overrides):
+    _, _, _, *arguments = tiny_run.command(data, workdir, **overrides)
+    return subprocess.run(
+        [sys.executable, "-c", _POISONED.format(steps=steps, explicit=explicit), *arguments],
+        env=tiny_run.environment(), capture_output=True, text=True, cwd=tiny_run.ROOT,
+    )  # fmt: skip
+
+
+def test_steps_that_are_not_finite_are_left_out_and_the_run_goes_on(data, tmp_path):
+    process = _run_poisoned(data, tmp_path, {2, 3, 7})
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "3 updates were skipped: their loss or gradient was not finite" in process.stdout
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "kind" in line]
+    assert [line["step"] for line in lines if line["loss"] is None] == [3, 4, 8]
+    assert [line["skipped"] for line in lines[:8]] == [0, 0, 1, 2, 2, 2, 2, 3]
+    assert all(math.isfinite(line["loss"]) for line in lines[8:])
+
+
+def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(data, tmp_path):
+    process = _run_poisoned(data, tmp_path, set(range(5, 99)), **{"train.max_skipped": 3})
+    assert process.returncode == 2
+    assert re.search(
+        r"error: the last 3 steps up to step 8 \(\w+, records .*the last good checkpoint is 4",
+        process.stderr,
+    )
+
+
+def test_a_transfer_that_nobody_asked_for_ends_the_run(data, tmp_path):
+    process = _run_poisoned(data, tmp_path, {1}, explicit=False)
+    assert process.returncode == 1 and "Disallowed host-to-device transfer" in process.stderr
+
+
 def test_a_finished_run_started_again_only_reports(data, finished):
     before = (finished[0] / "metrics.jsonl").read_text()
     process = tiny_run.run(data, finished[0])
