@@ -9,6 +9,8 @@ import copy
 import dataclasses
 import functools
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from detclipv2_jax.state import TrainState
 
 SUBDIRECTORY = "checkpoints"
 _PATIENCE = 3  # checkpoints in a row that cannot be written before the run stops
+_WAIT = 60  # seconds for the threads of one that could not be written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +89,14 @@ class Checkpointer:
         A checkpoint that cannot be written is told, and the run goes on to the next one.
 
         Raises:
-          UserError: `_PATIENCE` of them in a row could not; names the last good one.
+          UserError: `_PATIENCE` of them in a row could not, or one by several processes; names the
+            last good one.
         """
         self.wait()
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        if self._failures and jax.process_index() == 0:  # what was written of them takes room
-            for part in Path(self._manager.directory).glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(part, ignore_errors=True)
+        self._remove_parts()
         try:
             self._manager.save(
                 step,
@@ -122,17 +124,35 @@ class Checkpointer:
 
     def _failed(self, step: int, error: Exception) -> None:
         self._failures += 1
-        with contextlib.suppress(Exception):  # its other threads: of the same step, no news
-            self._manager.wait_until_finished()
-        self._manager.reload()
+        several = jax.process_count() > 1  # the others may have written it, and wait for this one
+        if not several:
+            self._give_up()
         told = f"{self._manager.directory}: the checkpoint of step {step} could not be written"
         told += f" ({_first_line(error)})"
-        if self._failures >= _PATIENCE:
+        if self._failures >= _PATIENCE or several:
+            row = "" if several else f", as {self._failures} in a row"
             raise UserError(
-                f"{told}, as {self._failures} in a row; {self._good()}: make room, then start "
-                "again with the same command."
+                f"{told}{row}; {self._good()}: make room, then start again with the same command."
             ) from None
         print(f"{told}; {self._good()}", flush=True)
+
+    def _give_up(self) -> None:
+        """Nothing is left of a save that failed: no thread to meet the next one's, no part."""
+        with contextlib.suppress(Exception):
+            self._manager.wait_until_finished()
+        deadline = time.monotonic() + _WAIT
+        for thread in threading.enumerate():
+            if type(thread).__module__.startswith("orbax."):
+                with contextlib.suppress(Exception):  # which each of them raises: no news
+                    thread.join(max(deadline - time.monotonic(), 0.0))
+        self._manager.reload()
+        self._remove_parts()
+
+    def _remove_parts(self) -> None:
+        """They take room. tensorstore writes on when its save was given up: asked at each save."""
+        if jax.process_index() == 0:
+            for part in Path(self._manager.directory).glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
 
     def _good(self) -> str:
         if self._last_good is None:

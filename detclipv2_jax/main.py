@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,9 @@ def _split_cpu(parsed: Any) -> None:
 
 def run(argv: list[str]) -> None:
     """`main`; a run that a signal ended has exit status 128 + its number, as one that it killed."""
+    import jax
+
+    from detclipv2_jax.errors import UserError
     from detclipv2_jax.interruption import Interrupted
 
     try:
@@ -110,6 +114,17 @@ def run(argv: list[str]) -> None:
     except Interrupted as interrupted:
         print(f"{interrupted}; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + interrupted.signal)
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        # Python's own end would wait for the other processes, which wait for this one.
+        if mendable := isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2 if mendable else 1)
 
 
 if __name__ == "__main__":

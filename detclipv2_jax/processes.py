@@ -1,12 +1,15 @@
 """The processes of a run find each other: by themselves on a cluster, or as the flags say."""
 
+import importlib.util
 import os
 from collections.abc import Mapping
 
 import jax
+from jax._src import cloud_tpu_init
 
 from detclipv2_jax.errors import UserError
 
+_KUBERNETES = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"}  # of an indexed job
 _HEARTBEAT = 30  # seconds of silence after which a process counts as dead and the others end
 
 
@@ -28,8 +31,10 @@ def start(address: str | None, count: int | None, index: int | None) -> bool:
             "--coordinator_address, --num_processes and --process_id belong together: give all "
             "three, or none where the cluster tells."
         )
-    if not any(given) and not told_by_cluster(os.environ):
-        return False
+    if not any(given):
+        if not told_by_cluster(os.environ, cloud_tpu_init.running_in_cloud_tpu_vm):
+            return False
+        _check_kubernetes(os.environ)
     options = {"heartbeat_timeout_seconds": _HEARTBEAT}
     if address is not None and address.rpartition(":")[0] in ("localhost", "127.0.0.1", "[::1]"):
         options["coordinator_bind_address"] = address  # of no concern to other machines
@@ -43,21 +48,36 @@ def start(address: str | None, count: int | None, index: int | None) -> bool:
     return True
 
 
-def told_by_cluster(environment: Mapping[str, str]) -> bool:
-    """Does the environment say that this process is one of several?
+def told_by_cluster(environment: Mapping[str, str], on_tpu_vm: bool = False) -> bool:
+    """Does the environment, or the machine, say that this process is one of several?
 
     The variables are those that JAX's own detection reads: a SLURM step of several tasks, Open MPI,
-    an indexed job on Kubernetes, a slice of several TPU hosts, or JAX's own.
+    an indexed job on Kubernetes, a slice of several TPU hosts, or JAX's own. On a TPU VM whose
+    environment names no hosts JAX asks the metadata server, which knows a slice of one host, too.
     """
     several = lambda name: (
         environment.get(name, "1").isdigit() and int(environment.get(name, "1")) > 1
     )
+    hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
+    asks_machine = on_tpu_vm and hosts is None and "TPU_SKIP_MDS_QUERY" not in environment
     return (
         "JAX_COORDINATOR_ADDRESS" in environment
         or ("SLURM_PROCID" in environment and several("SLURM_NTASKS"))
         or several("OMPI_COMM_WORLD_SIZE")
-        or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys()
-        or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
-        or "," in environment.get("TPU_PROCESS_ADDRESSES", "")
+        or environment.keys() >= _KUBERNETES
+        or "," in (hosts or "")
+        or asks_machine
         or "MEGASCALE_COORDINATOR_ADDRESS" in environment
     )
+
+
+def _check_kubernetes(environment: Mapping[str, str]) -> None:
+    """JAX asks Kubernetes through its client, unless the environment already says all."""
+    hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
+    asked = environment.keys() >= _KUBERNETES and hosts is None
+    if asked and importlib.util.find_spec("kubernetes") is None:
+        raise UserError(
+            "the other processes of a Kubernetes job are found by the package kubernetes, which is "
+            'not there: pip install "jax[k8s]", or give --coordinator_address, --num_processes and '
+            "--process_id."
+        )

@@ -38,6 +38,26 @@ def small_disk(tmp_path):
 
 
 @pytest.fixture
+def make_read_only():
+    """`make_read_only(directory)`: for root, whom permission bits do not stop, by a mount."""
+    mounted = []
+
+    def make_read_only(directory):
+        if os.geteuid():
+            directory.chmod(0o555)
+            return
+        for options in (["--bind"], ["-o", "remount,bind,ro"]):
+            line = ["mount", *options, str(directory), str(directory)]
+            if subprocess.run(line, capture_output=True).returncode:
+                pytest.skip("may not mount a file system")
+            mounted[:] = [directory]
+
+    yield make_read_only
+    for directory in mounted:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+@pytest.fixture
 def fill():
     """`fill(directory, left)` takes all room but `left` bytes; returns the file to remove."""
 

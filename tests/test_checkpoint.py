@@ -120,6 +120,33 @@ def test_a_full_disk_is_told_and_ends_the_run_at_the_third_time(tmp_path, monkey
     assert Checkpointer(tmp_path, 3).latest == 5
 
 
+def test_on_a_disk_that_is_full_the_run_goes_on_and_saves_again_when_there_is_room(
+    small_disk, fill, capsys
+):
+    """The state of 14 MB takes 7 there; with a MB or so left its arrays are written in part."""
+    saver = Checkpointer(small_disk, 1)
+    saver.save(_state(step=1), META, None)
+    saver.wait()
+    filling = fill(small_disk, 1_500_000)
+    for step in (2, 3):
+        saver.save(_state(step=step), META, None)
+        saver.wait()
+        said = capsys.readouterr().out
+        assert f"the checkpoint of step {step} could not be written" in said
+        assert "No space left on device" in said and "last good one is of step 1" in said
+        assert not [t for t in threading.enumerate() if "orbax" in type(t).__module__]
+    filling.unlink()
+    saver.save(_state(step=4), META, None)
+    saver.wait()
+    assert saver.latest == 4 and "could not" not in capsys.readouterr().out
+    saver.save(_state(step=5), META, None)  # by now what tensorstore still wrote is removed, too
+    saver.close()
+    assert [p.name for p in (small_disk / "checkpoints").iterdir()] == ["5"]
+    target = _abstract(_state(), train.state_shardings(sharding.make_mesh(1), _state()))
+    restored, _ = Checkpointer(small_disk, 1).restore(target)
+    jax.tree.map(np.testing.assert_array_equal, restored.params, _state().params)
+
+
 def test_a_lost_directory_is_told_with_the_last_good_step_and_may_come_back(tmp_path, capsys):
     root = _saved(tmp_path, 1)
     saver = Checkpointer(tmp_path, 3)
@@ -179,9 +206,14 @@ def test_nothing_stays_in_memory_of_a_save(tmp_path):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_over_thousands_of_saves(tmp_path):
+    """Python's objects grow by 16 a save (1.2 KB): the JSON of two new paths, kept by tensorstore.
+
+    Of the C heap what is in use stays the same; what lies free between it grows by 4 MB at first.
+    """
     seen = _save_often(tmp_path, 2400, 400)
     print([f"{megabytes:.1f} MB" for _, megabytes in seen])
-    assert seen[-1][1] - seen[0][1] < 6
+    assert seen[-1][0] - seen[0][0] < 20 * 2000
+    assert seen[-1][1] - seen[0][1] < 2 * 2.4 + 5
 
 
 def test_saving_the_same_step_twice_is_harmless(tmp_path):

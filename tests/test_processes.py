@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import resource
 import signal
 import socket
 import subprocess
@@ -46,6 +47,27 @@ def test_a_cluster_is_recognised(environment):
 )
 def test_a_lone_process_is_alone(environment):
     assert not processes.told_by_cluster(environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "joins"),
+    [
+        ({}, True),  # JAX asks the metadata server
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_SKIP_MDS_QUERY": "1"}, False),
+    ],
+)
+def test_on_a_tpu_vm_the_machine_is_asked_where_the_environment_is_silent(environment, joins):
+    assert processes.told_by_cluster(environment, on_tpu_vm=True) == joins
+
+
+def test_kubernetes_without_its_client_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match="jax.k8s.*, or give --coordinator_address"):
+        processes.start(None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -174,3 +196,15 @@ def test_a_process_that_dies_stops_the_other_within_a_minute(data, tmp_path):
         began = time.monotonic()
         assert started[0].wait(60) != 0
         assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_a_process_that_cannot_save_says_so_and_stops_the_other_within_a_minute(data, tmp_path):
+    with two_processes(data, tmp_path, **{"train.epochs": 100.0}) as started:
+        wait_for_steps(tmp_path, 6)
+        resource.prlimit(started[0].pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+        assert started[0].wait(_PATIENCE) == 2
+        assert started[1].wait(60) != 0
+        said = (tmp_path / "stderr0").read_text().splitlines()[-1]
+        assert "could not be written" in said and "the last good one is of step" in said

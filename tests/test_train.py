@@ -135,6 +135,87 @@ def test_a_run_stopped_by_sigterm_whose_checkpoint_is_damaged_ends_with_the_same
     assert _losses(tmp_path) == expected
 
 
+def _start(data, workdir, **overrides):
+    workdir.mkdir()
+    with open(workdir / "stderr", "w") as stderr:
+        return subprocess.Popen(
+            tiny_run.command(data, workdir, **overrides), env=tiny_run.environment(),
+            cwd=tiny_run.ROOT, stdout=subprocess.DEVNULL, stderr=stderr,
+        )  # fmt: skip
+
+
+def _wait_until(process, what):
+    while process.poll() is None and not what():
+        time.sleep(0.005)
+    assert process.poll() is None, process.args
+
+
+def test_signals_while_it_evaluates_while_it_saves_and_twice(data, tmp_path):
+    """Three runs side by side, each stopped at its moment."""
+    evaluating, saving, hasty = (tmp_path / name for name in ("evaluating", "saving", "hasty"))
+    runs = [
+        _start(data, evaluating, **{"train.eval_every": 1, "train.epochs": 50.0}),
+        _start(data, saving, **{"train.checkpoint_every": 1, "train.epochs": 50.0}),
+        _start(data, hasty, **{"train.epochs": 50.0}),
+    ]
+
+    def lines(workdir):
+        log = workdir / "metrics.jsonl"
+        return log.read_text().splitlines() if log.exists() else []
+
+    try:
+        # A step's line is written before its evaluation begins, the evaluation's after it.
+        _wait_until(runs[0], lambda: len(lines(evaluating)) == 3)
+        runs[0].send_signal(signal.SIGTERM)
+        _wait_until(runs[1], lambda: list(saving.glob("checkpoints/*-tmp")) and lines(saving))
+        runs[1].send_signal(signal.SIGTERM)
+        _wait_until(runs[2], lambda: lines(hasty))
+        runs[2].send_signal(signal.SIGINT)
+        _wait_until(runs[2], lambda: "Ctrl-C again: at once" in (hasty / "stderr").read_text())
+        runs[2].send_signal(signal.SIGINT)
+        assert runs[2].wait(10) == 128 + signal.SIGINT
+        assert [run.wait(60) for run in runs[:2]] == [128 + signal.SIGTERM] * 2
+    finally:
+        for run in runs:
+            run.kill()
+    for workdir in (evaluating, saving):
+        said = (workdir / "stderr").read_text()
+        step = int(
+            re.search(r"stopped by SIGTERM after step (\d+), which is saved; the same", said)[1]
+        )
+        assert _checkpoints(workdir)[-1] == step == _losses(workdir)[-1][0]
+        assert not list(workdir.glob("checkpoints/*-tmp"))
+    assert any("fixed/AP" in json.loads(line) for line in lines(evaluating)[3:])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_ends_the_run_at_once(data, tmp_path, number):
+    """While it starts Python, imports, reads, draws parameters, traces, compiles."""
+    runs = [_start(data, tmp_path / str(i), **{"train.epochs": 50.0}) for i in range(3)]
+    for i, run in enumerate(runs):
+        time.sleep(random.uniform(0.5, 3))
+        run.send_signal(number)
+        assert run.wait(20) != 0
+        said = (tmp_path / str(i) / "stderr").read_text()
+        assert run.returncode in (128 + number, -number), said[-2000:]
+    assert not list(tmp_path.glob("*/checkpoints/*"))
+
+
+def test_a_workdir_that_cannot_be_written_to_is_one_sentence(
+    data, finished, tmp_path, make_read_only
+):
+    """Neither begun nor gone on with; the checkpoints that are there stay."""
+    shutil.copytree(finished[0], tmp_path / "locked/finished")
+    make_read_only(tmp_path / "locked")
+    for name in ("new", "finished"):
+        process = tiny_run.run(data, tmp_path / "locked" / name, **{"train.epochs": 3.0})
+        assert process.returncode == 2, process.stderr[-3000:]
+        assert "Traceback" not in process.stderr
+        assert f"locked/{name}" in process.stderr.splitlines()[-1]
+        assert "cannot be" in process.stderr.splitlines()[-1]
+    assert _checkpoints(tmp_path / "locked/finished") == _checkpoints(finished[0])
+
+
 def _spoil(source, count):
     """Overwrites the first bytes of some of a source's stored pictures, as a bad disk would."""
     shards = sorted(source.glob("*.array_record-*"))
