@@ -15,7 +15,16 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from detclipv2_jax import config as config_lib
-from detclipv2_jax import drawing, evaluate, fields, metrics, optimizer, sharding
+from detclipv2_jax import (
+    drawing,
+    evaluate,
+    evaluation_sets,
+    fields,
+    metrics,
+    optimizer,
+    reports,
+    sharding,
+)
 from detclipv2_jax import state as state_lib
 from detclipv2_jax.checkpoint import Checkpointer
 from detclipv2_jax.config import RunConfig
@@ -133,6 +142,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
             with clock("checkpoint"):
                 meta = {"config": fields.to_dict(config), "names": names}
                 meta |= {"definitions": definitions, "seconds": clock.seconds}
+                meta |= {"total_steps": total_steps, "score": score}  # for jobs that follow
                 checkpointer.save(state, meta, score)
         if stopping and not last:
             checkpointer.wait()
@@ -338,7 +348,7 @@ class Evaluator:
         """
         self._config, self._workdir, self._mesh = config, workdir, mesh
         root = Path(config.data_dir)
-        self._truth = evaluate.load_ground_truth(root / config.eval.dataset)
+        self._truth = evaluation_sets.load_ground_truth(root / config.eval.dataset)
         self._images = root / config.eval.images
         self._prompts = prompting(fields.to_dict(config), definitions)
         self._predictor: Predictor | None = None
@@ -396,7 +406,7 @@ def report(
     if workdir is not None:
         drawing.loss_curves(workdir / "metrics.jsonl", workdir / "losses.png")
     if results is not None:
-        print(evaluate.table(results))
+        print(reports.table(results))
     print("\nseconds: " + ", ".join(f"{part} {s:.0f}" for part, s in clock.seconds.items()))
     for source, (count, read) in _over_processes(feed.broken, feed.read).items():
         if count:
