@@ -158,9 +158,10 @@ def _average(
         values = [row[figure] for row in rows.values() if row[figure] is not None]
         average[figure] = float(np.mean(values)) if values else None
     every = [results["settings"] for results in found.values()]
-    settings = {k: v for k, v in every[0].items() if all(s.get(k) == v for s in every)}
-    counts = [key for key in every[0] if key.startswith("images")]
-    settings |= {key: sum(s[key] for s in every) for key in (*counts, "names_defined") if key in s}
+    settings = {k: v for k, v in every[0].items() if all(other.get(k) == v for other in every)}
+    for key in every[0]:
+        if key.startswith("images") or key == "names_defined":
+            settings[key] = sum(other[key] for other in every)
     return {"dataset": dataset, **about, "average": average, "sets": rows, "settings": settings}
 
 
