@@ -293,6 +293,10 @@ def start(workdir, dataset, output, *flags, devices=1):
 def test_the_checkpoint_tells_that_it_is_the_best_and_the_last(workdir):
     assert checkpoint.steps(workdir) == [7] and checkpoint.best_step(workdir) == 7
     assert checkpoint.is_finished(workdir) and checkpoint.load_model(workdir).total_steps == 7
+    for half in ("8.orbax-checkpoint-tmp-1", "9.damaged"):
+        (workdir / "checkpoints" / half).mkdir()
+        assert checkpoint.steps(workdir) == [7]  # nothing that is written half
+        (workdir / "checkpoints" / half).rmdir()
     assert checkpoint.steps(workdir / "none") == [] and not checkpoint.is_finished("none")
 
 
