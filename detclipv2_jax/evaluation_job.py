@@ -119,6 +119,8 @@ def _evaluate_set(
     kept = Predictions(output / "predictions", one.truth.images, paths, model.predictors[0], texts)
     identity = kept.identity({**model.identity, "settings": settings})
     todo = processes.of_the_first(lambda: kept.begin(identity), output / ".todo.json")
+    if len(todo) < len(kept):
+        print(f"{len(kept) - len(todo)} of {len(kept)} parts were answered before", flush=True)
     mine = todo[jax.process_index() :: jax.process_count()]
     kept.complete(model.predictors, mine, _title(model, one, mine, todo))
     processes.meet()

@@ -53,6 +53,10 @@ class Predictions:
         self._images, self._paths, self._texts = images, paths, texts
         self._parts = split(images, predictor.canvas, predictor.batch_size)
 
+    def __len__(self) -> int:
+        """How many parts there are, answered or not."""
+        return len(self._parts)
+
     def identity(self, about: Mapping[str, Any]) -> dict[str, Any]:
         """All that the answers depend on: `about` the model and how it is asked, images, names."""
         images = [(i.id, i.file_name, i.coco_url, i.height, i.width) for i in self._images]
