@@ -344,7 +344,7 @@ def together(count, *args, devices=1):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("count", "devices"), [(2, 1), (2, 2)])
+@pytest.mark.parametrize(("count", "devices"), [(2, 1), (2, 2), (4, 1)])
 def test_processes_share_the_images_and_find_the_same(workdir, tmp_path, count, devices):
     dataset = make_set(tmp_path, images=IMAGES)
     assert start(workdir, dataset, tmp_path / "one").wait(_PATIENCE) == 0
