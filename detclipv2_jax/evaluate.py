@@ -260,7 +260,7 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     output = pathlib.Path(args.output)
     if not args.predictions:
-        from detclipv2_jax import evaluation_job  # orbax, which a training run has already
+        from detclipv2_jax import evaluation_job  # measures with what is in this module
 
         evaluation_job.run(args, output)
         return
