@@ -157,6 +157,7 @@ def test_a_detector_asks_as_its_model_was_trained():
 def checkpoint(monkeypatch):
     from detclipv2_jax import checkpoint
 
+    monkeypatch.setattr(checkpoint, "steps", lambda path: [7])
     monkeypatch.setattr(checkpoint, "load_model", lambda path, step=None: loaded(DICTIONARY))
 
 
@@ -193,8 +194,8 @@ def test_an_evaluation_uses_the_set_s_own_definitions(checkpoint, tmp_path, fede
     assert evaluate.main(flags) == 0
     settings = json.loads((output / "results.json").read_text())["settings"]
     assert settings["definitions"] and settings["names_defined"] == 4
-    assert evaluate.main([*flags, "--definitions=off"]) == 0
-    settings = json.loads((output / "results.json").read_text())["settings"]
+    assert evaluate.main([*flags, "--definitions=off", f"--output={output}/bare"]) == 0
+    settings = json.loads((output / "bare" / "results.json").read_text())["settings"]
     assert settings["definitions"] is False and "template" not in settings
 
 
