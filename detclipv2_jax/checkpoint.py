@@ -41,6 +41,7 @@ class LoadedModel:
     step: int
     names: list[str]  # the names its detection data knew
     definitions: dict[str, str]  # name → definition; empty: it was trained on bare names
+    total_steps: int | None = None  # of the run; older checkpoints do not tell
 
 
 class Checkpointer:
@@ -232,29 +233,69 @@ class Checkpointer:
             )
 
 
+def steps(directory: Path | str) -> list[int]:
+    """The steps of the complete checkpoints of a run, ascending; none where there is no run yet."""
+    root = _root(directory)
+    if not root.is_dir():
+        return []
+    return sorted(int(path.name) for path in root.iterdir() if path.name.isdigit())
+
+
+def some_steps(directory: Path | str) -> list[int]:
+    """As `steps`, but UserError where there is none."""
+    found = steps(directory)
+    if not found:
+        raise UserError(
+            f"there is no checkpoint in {directory}: give the --workdir of a training run."
+        )
+    return found
+
+
+def best_step(directory: Path | str) -> int:
+    """The step whose evaluation in training gave the best figure, of equal ones the last.
+
+    Raises:
+      UserError: none of the checkpoints was evaluated in training, or there is none.
+    """
+    scores = {}
+    for step in some_steps(directory):
+        with _reading(directory) as manager:
+            scores[step] = _meta(manager, step).get("score")
+    measured = [step for step, score in scores.items() if score is not None]
+    if not measured:
+        raise UserError(
+            f"{directory}: training evaluated none of its checkpoints (config.train.eval_every), "
+            "so none is the best; give --step=all, newest or a number."
+        )
+    return max(measured, key=lambda step: (scores[step], step))
+
+
+def is_finished(directory: Path | str) -> bool:
+    """Is the newest checkpoint that of the run's last step? Not known of older ones: no."""
+    known = steps(directory)
+    if not known:
+        return False
+    with _reading(directory) as manager:
+        return _meta(manager, known[-1]).get("total_steps") == known[-1]
+
+
 def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
-    """The model of a run's newest checkpoint, or of `step`.
+    """The model of a run's newest checkpoint, or of `step`; each process reads it for itself.
 
     `directory` is the run's workdir or its `checkpoints/`.
 
     Raises:
       UserError: if there is no checkpoint, not that step, or it does not fit its own config.
     """
-    root = Path(directory).absolute()
-    root = root / SUBDIRECTORY if (root / SUBDIRECTORY).is_dir() else root
-    steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
-    if not steps:
+    known = some_steps(directory)
+    if step is not None and step not in known:
         raise UserError(
-            f"there is no checkpoint in {directory}: give the --workdir of a training run."
+            f"{_root(directory)} has no checkpoint of step {step}: it has "
+            f"{', '.join(map(str, known))}."
         )
-    if step is not None and step not in steps:
-        raise UserError(
-            f"{root} has no checkpoint of step {step}: it has {', '.join(map(str, steps))}."
-        )
-    step = steps[-1] if step is None else step
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(root, item_handlers=_handlers(), options=options) as manager:
-        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    step = known[-1] if step is None else step
+    with _reading(directory) as manager:
+        meta = _meta(manager, step)
         graphdef, target = detclip.abstract(
             detclip.DetCLIPConfig.from_dict(meta["config"]["model"])
         )
@@ -262,12 +303,36 @@ def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
         target = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), target
         )
-        _check_shapes(manager, step, target, root / str(step))
+        _check_shapes(manager, step, target, _root(directory) / str(step))
         params = manager.restore(
             step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target))
         ).model
-    definitions = meta.get("definitions", {})  # older checkpoints have none
-    return LoadedModel(graphdef, params, meta["config"], step, meta["names"], definitions)
+    return LoadedModel(
+        graphdef,
+        params,
+        meta["config"],
+        step,
+        meta["names"],
+        meta.get("definitions", {}),  # older checkpoints have none
+        meta.get("total_steps"),
+    )
+
+
+def _root(directory: Path | str) -> Path:
+    root = Path(directory).absolute()
+    return root / SUBDIRECTORY if (root / SUBDIRECTORY).is_dir() else root
+
+
+def _reading(directory: Path | str) -> ocp.CheckpointManager:
+    """For this process alone: no other one is waited for."""
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+    options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone)
+    return ocp.CheckpointManager(_root(directory), item_handlers=_handlers(alone), options=options)
+
+
+def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
 
 @functools.cache  # once
@@ -303,9 +368,14 @@ def _everywhere(good: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(good))))
 
 
-def _handlers() -> dict[str, Any]:
+def _handlers(processes: ocp.options.MultiprocessingOptions | None = None) -> dict[str, Any]:
+    options = {"multiprocessing_options": processes or ocp.options.MultiprocessingOptions()}
     standard = ocp.StandardCheckpointHandler
-    return {"model": standard(), "state": standard(), "meta": ocp.JsonCheckpointHandler()}
+    return {
+        "model": standard(**options),
+        "state": standard(**options),
+        "meta": ocp.JsonCheckpointHandler(**options),
+    }
 
 
 def _without_average(state: TrainState) -> dict[str, Any]:

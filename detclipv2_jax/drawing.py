@@ -114,6 +114,28 @@ def loss_curves(metrics: str | os.PathLike, picture: str | os.PathLike) -> None:
         figure.savefig(temporary, format="png", dpi=110)
 
 
+def figures_over_steps(
+    steps: Sequence[int],
+    panels: Mapping[str, Mapping[str, Sequence[float | None]]],
+    picture: str | os.PathLike,
+) -> None:
+    """Draws figures of a run over its steps, a panel for each title; None is left out."""
+    figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
+    for panel, (title, lines) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items()
+    ):
+        for name, values in lines.items():
+            values = np.array([np.nan if value is None else value for value in values], np.float64)
+            if np.isfinite(values).any():
+                panel.plot(steps, values, label=name, linewidth=1.8, marker="o", markersize=3)
+        panel.set(title=title, xlabel="step", ylim=(0, None))
+        panel.grid(alpha=0.3)
+        if panel.lines:
+            panel.legend(frameon=False, fontsize="small")
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
 def save(picture: Image.Image, path: str | os.PathLike) -> None:
     """Writes a PNG, whole or not at all; makes its directory."""
     with replacing(path) as temporary:

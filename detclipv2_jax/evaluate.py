@@ -1,88 +1,41 @@
-"""Measures a model on an LVIS- or COCO-format set, in a training run or as a job of its own.
+"""Measures a model on sets with boxes, in a training run or as a job of its own.
 
-    python -m detclipv2_jax.evaluate --checkpoint=DIR --dataset=FILE.json --output=DIR
-    python -m detclipv2_jax.evaluate --predictions=FILE.json --dataset=FILE.json --output=DIR
+    python -m detclipv2_jax.evaluate --checkpoint=DIR --dataset=NAME --output=DIR
+    python -m detclipv2_jax.evaluate --predictions=FILE.json --dataset=NAME --output=DIR
 
-All names of the set are asked at once. Runs without TensorFlow.
+All names of a set are asked at once. A job shares the images among devices and processes, keeps
+the answers on disk (predictions.py) and goes on after a kill. Runs without TensorFlow.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import pathlib
+import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 from tqdm import tqdm
 
-from detclipv2_jax import drawing, images
+from detclipv2_jax import drawing, evaluation_sets
 from detclipv2_jax import results as results_file
 from detclipv2_jax.commands import status
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.evaluation import coco, lvis
+from detclipv2_jax.evaluation_sets import find_image
 from detclipv2_jax.files import write_json
-from detclipv2_jax.ops.nms import nms
-from detclipv2_jax.predictor import ImageDetections, Predictor, Texts, detect_config
-from detclipv2_jax.prompting import CHOICES, Prompting, prompting
+from detclipv2_jax.interruption import Interrupted
+from detclipv2_jax.predictions import Answer
+from detclipv2_jax.predictor import ImageDetections, Predictor, Texts
+from detclipv2_jax.prompting import CHOICES, Prompting
+from detclipv2_jax.reports import PROTOCOLS, compare, readable, table
 
-_PROTOCOLS = {
-    "standard": "best 300 detections of each image",
-    "fixed": "best 10,000 detections of each category, no limit an image",
-}
 _EXPLAINED = 3  # problems with images that are spelt out before only their number is
 
 
-def evaluate_lvis(
-    predictor: Predictor,
-    ground_truth: lvis.LvisGroundTruth,
-    image_dir: str | pathlib.Path,
-    *,
-    prompts: Prompting = Prompting(),  # noqa: B008 - frozen
-    step: int | None = None,
-    output: str | pathlib.Path | None = None,
-    pictures: int = 8,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Standard and fixed AP of one set of detections, over all categories, r/c/f and groups.
-
-    With `output`, writes there `results.json` (what is returned), `categories.json` (both AP of
-    each category) and `detections/step_….png` (ground truth beside the best detections of
-    `pictures` images).
-
-    Returns:
-      {"dataset", "step", "standard", "fixed", "groups": {name: {"standard", "fixed"}}, "settings"},
-      fractions of one, None where there is no ground truth. Images that are missing or cannot be
-      read count as images without detections; "settings" tells how many.
-
-    Raises:
-      UserError: not one image was found or could be read.
-    """
-    evaluator = lvis.LvisEvaluator(ground_truth)
-    settings = _detect_all(
-        predictor, ground_truth, image_dir, evaluator.add, prompts, step, output, pictures, progress
-    )
-    scores = evaluator.result()
-    results = {
-        "dataset": ground_truth.path,
-        "step": step,
-        "standard": scores.standard,
-        "fixed": scores.fixed,
-        "groups": scores.groups,
-        "settings": {
-            **_settings(predictor),
-            **_PROTOCOLS,
-            **settings,
-        },
-    }
-    if output is not None:
-        write_json(pathlib.Path(output) / "results.json", results)
-        write_json(pathlib.Path(output) / "categories.json", scores.categories)
-    return results
-
-
-def evaluate_coco(
+def evaluate(
     predictor: Predictor,
     ground_truth: coco.GroundTruth,
     image_dir: str | pathlib.Path,
@@ -93,32 +46,108 @@ def evaluate_coco(
     pictures: int = 8,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """COCO's twelve figures; otherwise as `evaluate_lvis`.
+    """Asks a model for all names of a set on all of its images, and measures what it answers.
+
+    With `output`, writes there what `measure` does. With several processes each makes this call.
 
     Returns:
-      {"dataset", "step", "coco", "settings"}.
+      As `measure`.
+
+    Raises:
+      UserError: not one image was found or could be read.
     """
-    evaluator = coco.CocoEvaluator(ground_truth)
-    settings = _detect_all(
-        predictor, ground_truth, image_dir, evaluator.add, prompts, step, output, pictures, progress
+    texts = ask(predictor, ground_truth, prompts)
+    paths = [find_image(image, image_dir) for image in ground_truth.images]
+    return measure(
+        ground_truth,
+        image_dir,
+        paths,
+        _answers(predictor, paths, texts, progress),
+        {"step": step},
+        {**_settings(predictor), **prompts.settings(texts)},
+        output=output,
+        pictures=pictures,
     )
-    results = {
-        "dataset": ground_truth.path,
-        "step": step,
-        "coco": evaluator.result(),
-        "settings": {**_settings(predictor), **settings},
-    }
+
+
+def ask(predictor: Predictor, truth: coco.GroundTruth, prompts: Prompting) -> Texts:
+    """The set's names, encoded; two categories of one name are two rows."""
+    return prompts.encode(
+        predictor,
+        [readable(category.name) for category in truth.categories],
+        [(category.definition, category.synset) for category in truth.categories],
+    )
+
+
+def measure(
+    truth: coco.GroundTruth,
+    image_dir: str | pathlib.Path,
+    paths: Sequence[pathlib.Path | None],
+    answers: Iterable[tuple[int, Answer]],
+    about: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    output: str | pathlib.Path | None = None,
+    pictures: int = 8,
+    results_json: bool = False,
+) -> dict[str, Any]:
+    """The figures of the answers to images, (number of the image, answer) in any order.
+
+    LVIS sets get standard and fixed AP of one and the same detections, over all categories, r/c/f
+    and groups; others COCO's twelve figures. With `output`, writes there `results.json` (what is
+    returned), for LVIS `categories.json` (both AP of each category), `detections/….png` (ground
+    truth beside the best detections of `pictures` images) and, with `results_json`, the detections
+    as `predictions.json` in COCO's and LVIS's form.
+
+    Returns:
+      {"dataset", *about, "standard", "fixed", "groups": {name: {"standard", "fixed"}}, "settings"}
+      or {"dataset", *about, "coco", "settings"}: fractions of one, None where there is no ground
+      truth. Images that are missing or cannot be read count as images without detections;
+      "settings" tells how many.
+
+    Raises:
+      UserError: not one image was found or could be read.
+    """
+    federated = isinstance(truth, lvis.LvisGroundTruth)
+    evaluator = (lvis.LvisEvaluator if federated else coco.CocoEvaluator)(truth)
+    output = None if output is None else pathlib.Path(output)
+    with contextlib.ExitStack() as stack:
+        write = None
+        if output is not None and results_json:
+            write = stack.enter_context(results_file.writing(output / "predictions.json"))
+        wanted = _evenly([n for n, path in enumerate(paths) if path], pictures if output else 0)
+        samples: dict[int, ImageDetections] = {}
+        problems = _Problems(truth, image_dir, paths)
+        category_ids = np.asarray([category.id for category in truth.categories])
+        for number, found in answers:
+            if problems.told(number, found):
+                continue
+            image = truth.images[number]
+            scale = np.tile([image.width / found.size[1], image.height / found.size[0]], 2)
+            row = (image.id, found.boxes * scale, found.scores, category_ids[found.labels])
+            evaluator.add(*row)
+            if write:
+                write(*row)
+            if number in wanted:
+                samples[number] = found
+        problems.check()
+    results = {"dataset": truth.path, **about}
+    if federated:
+        scores = evaluator.result()
+        results |= {"standard": scores.standard, "fixed": scores.fixed, "groups": scores.groups}
+        settings = {**settings, **PROTOCOLS}
+    else:
+        results["coco"] = evaluator.result()
+    results["settings"] = {**settings, **problems.counts}
     if output is not None:
-        write_json(pathlib.Path(output) / "results.json", results)
+        write_json(output / "results.json", results)
+        if federated:
+            write_json(output / "categories.json", scores.categories)
+        if samples:
+            step = about.get("step")
+            name = "detections" if step is None else f"step_{step:08d}"
+            drawing.save(compare(truth, paths, samples), output / "detections" / f"{name}.png")
     return results
-
-
-def evaluate(predictor: Predictor, ground_truth: coco.GroundTruth, *args, **options) -> dict:
-    """`evaluate_lvis` or `evaluate_coco`, as the ground truth is."""
-    federated = isinstance(ground_truth, lvis.LvisGroundTruth)
-    return (evaluate_lvis if federated else evaluate_coco)(
-        predictor, ground_truth, *args, **options
-    )
 
 
 def evaluate_predictions(
@@ -130,25 +159,25 @@ def evaluate_predictions(
     """The figures of a results file (COCO's and LVIS's format), of this or of any other tool.
 
     Returns:
-      As `evaluate_lvis` or `evaluate_coco`, with "predictions" for "step"; "settings" tells how
-      many entries were of unknown images or categories.
+      As `measure`, with "predictions" for `about`; "settings" tells how many entries were of
+      unknown images or categories.
 
     Raises:
       UserError: the file cannot be read, or an entry is broken.
     """
-    predictions = results_file.read(path, ground_truth)
-    for text in predictions.oddities():
+    found = results_file.read(path, ground_truth)
+    for text in found.oddities():
         tqdm.write(f"warning: {path}: {text}", file=sys.stderr)
-    figures = results_file.measure(predictions, ground_truth)
+    figures = results_file.measure(found, ground_truth)
     categories = figures.pop("categories", None)
     results = {
         "dataset": ground_truth.path,
         "predictions": str(path),
         **figures,
         "settings": {
-            **({} if "coco" in figures else _PROTOCOLS),
+            **({} if "coco" in figures else PROTOCOLS),
             "images": len(ground_truth.images),
-            **predictions.counts,
+            **found.counts,
         },
     }
     if output is not None:
@@ -158,111 +187,13 @@ def evaluate_predictions(
     return results
 
 
-def load_ground_truth(path: str | pathlib.Path, layout: str = "auto") -> coco.GroundTruth:
-    """An annotation file as LVIS or COCO ground truth; `layout` is 'auto', 'lvis' or 'coco'.
-
-    Raises:
-      UserError: the file is missing or broken; names the file and the field.
-    """
-    content = coco.read_annotations(path)
-    federated = lvis.is_lvis(content) if layout == "auto" else layout == "lvis"
-    return (lvis if federated else coco).from_content(path, content)
-
-
-def readable(name: str) -> str:
-    """A category's name as people write it: LVIS spells 'traffic_light'."""
-    return " ".join(name.replace("_", " ").split())
-
-
-def table(results: dict[str, Any]) -> str:
-    """The results for people: a block for each protocol, so that no column mixes two."""
-    settings = results["settings"]
-    source = results.get("predictions") or f"step {results['step']}"
-    lines = [f"{results['dataset']}, {source}: {settings['images']} images"]
-    for problem in ("missing", "unreadable", "other_size"):
-        if count := settings.get(f"images_{problem}"):
-            lines[0] += f", {count} {problem.replace('_', ' ')}"
-    if "coco" in results:
-        blocks = {"COCO": {"all": results["coco"]}}
-    else:
-        blocks = {
-            f"{protocol} AP ({settings[protocol]})": {
-                "all": results[protocol],
-                **{name: group[protocol] for name, group in results["groups"].items()},
-            }
-            for protocol in ("fixed", "standard")
-        }
-    for title, rows in blocks.items():
-        columns = list(rows["all"])
-        width = max(map(len, rows))
-        lines += ["", title, " ".join([" " * width, *(f"{column:>6}" for column in columns)])]
-        for name, row in rows.items():
-            lines.append(" ".join([f"{name:<{width}}", *(_cell(row, key) for key in columns)]))
-    return "\n".join(lines)
-
-
-def _cell(row: dict[str, float | None], key: str) -> str:
-    """A figure; '-' where there was no ground truth, blank where the row has no such figure."""
-    if key not in row:
-        return " " * 6
-    return "     -" if row[key] is None else f"{row[key]:6.3f}"
-
-
 def _settings(predictor: Predictor) -> dict[str, Any]:
     return {**dataclasses.asdict(predictor.config), "canvas": list(predictor.canvas)}
 
 
-def _detect_all(
-    predictor: Predictor,
-    truth: coco.GroundTruth,
-    image_dir: str | pathlib.Path,
-    add: Callable[..., None],
-    prompts: Prompting,
-    step: int | None,
-    output: str | pathlib.Path | None,
-    pictures: int,
-    progress: bool,
-) -> dict[str, Any]:
-    """Hands the detections of every image to `add`; tells how it asked and what was wrong."""
-    texts = prompts.encode(
-        predictor,
-        [readable(category.name) for category in truth.categories],
-        [(category.definition, category.synset) for category in truth.categories],
-    )
-    category_ids = np.asarray([category.id for category in truth.categories])
-    paths = [find_image(image, image_dir) for image in truth.images]
-    problems = _Problems(len(paths))
-    wanted = _evenly([n for n, path in enumerate(paths) if path], pictures if output else 0)
-    samples: dict[int, ImageDetections] = {}
-    for number, found in _answers(predictor, paths, texts, progress):
-        image = truth.images[number]
-        if found is None:
-            problems.add("missing", f"image {image.id} is not under {image_dir}")
-            continue
-        if isinstance(found, UserError):
-            problems.add("unreadable", str(found))
-            continue
-        if found.size != (image.height, image.width):
-            sizes = f"{found.size[0]}×{found.size[1]}, not {image.height}×{image.width}"
-            problems.add(
-                "other_size",
-                f"{paths[number]} is {sizes} as the annotations say; its boxes were scaled",
-            )
-        scale = np.tile([image.width / found.size[1], image.height / found.size[0]], 2)
-        add(image.id, found.boxes * scale, found.scores, category_ids[found.labels])
-        if number in wanted:
-            samples[number] = found
-    problems.check(image_dir)
-    if samples:
-        name = "detections" if step is None else f"step_{step:08d}"
-        sheet = _compare(truth, paths, samples)
-        drawing.save(sheet, pathlib.Path(output) / "detections" / f"{name}.png")
-    return {**prompts.settings(texts), **problems.counts}
-
-
 def _answers(
     predictor: Predictor, paths: Sequence[pathlib.Path | None], texts: Texts, progress: bool
-) -> Iterator[tuple[int, ImageDetections | UserError | None]]:
+) -> Iterator[tuple[int, Answer]]:
     """Yields (number of the path, its answer); None, first of all, where there is no path."""
     yield from ((number, None) for number, path in enumerate(paths) if path is None)
     here = [number for number, path in enumerate(paths) if path is not None]
@@ -274,55 +205,48 @@ def _answers(
 class _Problems:
     """Counts what is wrong with images, and explains the first few of each sort."""
 
-    def __init__(self, images: int):
+    def __init__(
+        self,
+        truth: coco.GroundTruth,
+        image_dir: str | pathlib.Path,
+        paths: Sequence[pathlib.Path | None],
+    ):
+        self._truth, self._image_dir, self._paths = truth, image_dir, paths
         self.counts = {
-            "images": images,
+            "images": len(truth.images),
             "images_missing": 0,
             "images_unreadable": 0,
             "images_other_size": 0,
         }
 
-    def add(self, sort: str, sentence: str) -> None:
+    def told(self, number: int, found: Answer) -> bool:
+        """Notes what is wrong with an answer; is there nothing to measure in it?"""
+        image = self._truth.images[number]
+        if found is None:
+            self._add("missing", f"image {image.id} is not under {self._image_dir}")
+        elif isinstance(found, UserError):
+            self._add("unreadable", str(found))
+        elif found.size != (image.height, image.width):
+            sizes = f"{found.size[0]}×{found.size[1]}, not {image.height}×{image.width}"
+            self._add(
+                "other_size",
+                f"{self._paths[number]} is {sizes} as the annotations say; its boxes were scaled",
+            )
+        return found is None or isinstance(found, UserError)
+
+    def _add(self, sort: str, sentence: str) -> None:
         self.counts[f"images_{sort}"] += 1
         if self.counts[f"images_{sort}"] <= _EXPLAINED:
             tqdm.write(f"warning: {sentence}", file=sys.stderr)
 
-    def check(self, image_dir: str | pathlib.Path) -> None:
+    def check(self) -> None:
         """Raises UserError where no image at all could be measured."""
         lost = self.counts["images_missing"] + self.counts["images_unreadable"]
         if lost == self.counts["images"]:
             raise UserError(
-                f"none of the {lost} images could be read under {image_dir}; "
+                f"none of the {lost} images could be read under {self._image_dir}; "
                 "set the directory that holds them (--images=DIR)."
             )
-
-
-def find_image(image: coco.ImageInfo, image_dir: str | pathlib.Path) -> pathlib.Path | None:
-    """The file of an image: by its `file_name`, or by the end of its `coco_url` as in LVIS."""
-    names = [image.file_name] if image.file_name else []
-    if image.coco_url:
-        names.append("/".join(image.coco_url.split("/")[-2:]))
-    names += [pathlib.PurePosixPath(name).name for name in names]
-    for name in names:
-        path = pathlib.Path(image_dir) / name
-        if path.is_file():
-            return path
-    return None
-
-
-def guess_image_dir(ground_truth: coco.GroundTruth) -> pathlib.Path:
-    """Where the images of an annotation file lie, by the habits of COCO-format sets.
-
-    Raises:
-      UserError: in none of the usual places.
-    """
-    home = pathlib.Path(ground_truth.path).absolute().parent
-    places = [home, home / "images", home.parent / "images", home.parent]
-    for place in places:
-        if any(find_image(image, place) for image in ground_truth.images[:20]):
-            return place
-    looked = ", ".join(map(str, places))
-    raise UserError(f"the images of {ground_truth.path} are not in {looked}; give --images=DIR.")
 
 
 def _evenly(numbers: Sequence[int], count: int) -> set[int]:
@@ -331,63 +255,41 @@ def _evenly(numbers: Sequence[int], count: int) -> set[int]:
     return {numbers[pick] for pick in picks}
 
 
-def _compare(
-    truth: coco.GroundTruth,
-    paths: Sequence[pathlib.Path | None],
-    samples: dict[int, ImageDetections],
-):
-    """A sheet with ground truth on the left and the best detections on the right of each image."""
-    names = {category.id: readable(category.name) for category in truth.categories}
-    sheets, titles = [], []
-    for number in sorted(samples):
-        image, found = truth.images[number], samples[number]
-        pixels, rows = images.read(paths[number]), truth.rows[image.id]
-        scale = np.tile([found.size[1] / image.width, found.size[0] / image.height], 2)
-        labels = [names[int(key)] for key in truth.category_ids[rows]]
-        sheets.append(drawing.draw_boxes(pixels, truth.boxes[rows] * scale, labels, side=480))
-        titles.append(f"{image.file_name or image.id}: truth, {len(rows)} boxes")
-        # As many as there is to find: readable for a young model and for a good one.
-        best = _best_names(found)[: max(len(rows), 3)]
-        answers = (found.boxes[best], [found.names[n] for n in best], found.scores[best])
-        sheets.append(drawing.draw_boxes(pixels, *answers, side=480))
-        titles.append(f"the best {len(best)} detections")
-    return drawing.grid(sheets, titles, columns=4)
-
-
-def _best_names(found: ImageDetections) -> Int[np.ndarray, " k"]:
-    """Of the best detections, those that no better one overlaps, whatever the names: one a place.
-
-    For pictures only; what is measured keeps every name of a place.
-    """
-    count = min(len(found), 200)
-    everything = np.ones(count, bool)
-    return np.flatnonzero(nms(found.boxes[:count], found.scores[:count], everything, 0.6))
-
-
 def run(args: argparse.Namespace) -> None:
     """Evaluates as the command line says, writes and prints the results."""
-    truth = load_ground_truth(args.dataset, args.format)
-    if args.predictions:
-        print(table(evaluate_predictions(args.predictions, truth, output=args.output)))
-        print(f"\nwritten to {args.output}: results.json")
-        return
-    image_dir = pathlib.Path(args.images) if args.images else guess_image_dir(truth)
-    from detclipv2_jax.checkpoint import load_model  # orbax, which a training run has already
+    _check(args)
+    output = pathlib.Path(args.output)
+    if not args.predictions:
+        from detclipv2_jax import evaluation_job  # measures with what is in this module
 
-    loaded = load_model(args.checkpoint, args.step)
-    predictor = Predictor(
-        loaded.graphdef,
-        loaded.params,
-        canvas=loaded.config["eval"]["canvas"],
-        config=detect_config(loaded.config),
-        batch_size=args.batch_size or loaded.config["eval"]["batch_size"],
-    )
-    prompts = prompting(loaded.config, loaded.definitions, args.definitions)
-    results = evaluate(
-        predictor, truth, image_dir, prompts=prompts, step=loaded.step, output=args.output
-    )
-    print(table(results))
-    print(f"\nwritten to {args.output}: results.json, detections/*.png")
+        evaluation_job.run(args, output)
+        return
+    sets = evaluation_sets.load(args.dataset, args.data_dir, args.images, args.format)
+    if len(sets) > 1:
+        raise UserError(f"a results file is of one set, and --dataset={args.dataset} are several.")
+    print(table(evaluate_predictions(args.predictions, sets[0].truth, output=output)))
+    print(f"\nwritten to {output}: results.json")
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.follow and args.step != "newest":
+        raise UserError("--follow evaluates every checkpoint of the run; leave --step out.")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--batch_size={args.batch_size} must be at least 1.")
+    if args.predictions and (args.follow or args.step != "newest" or args.results_json):
+        raise UserError("--predictions takes no --step, --follow or --results_json.")
+
+
+def _step_option(text: str) -> str | int | list[int]:
+    if text in ("newest", "best", "all"):
+        return text
+    try:
+        steps = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of newest, best, all, a number, or numbers between commas"
+        ) from None
+    return steps if "," in text else steps[0]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -395,7 +297,8 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m detclipv2_jax.evaluate",
         description="Measures a checkpoint on an LVIS set (standard and fixed AP) or a COCO-format "
-        "set (COCO's twelve figures); writes results.json and pictures, prints a table.",
+        "set (COCO's twelve figures); writes results.json and pictures, prints a table. Killed, "
+        "the same command goes on.",
     )
     detector = result.add_mutually_exclusive_group(required=True)
     detector.add_argument("--checkpoint", metavar="DIR", help="the workdir of a training run")
@@ -407,33 +310,73 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--dataset",
         required=True,
-        metavar="FILE.json",
-        help="annotations, LVIS v1 or COCO instances",
+        metavar="NAME",
+        help=f"{', '.join(evaluation_sets.NAMES)}, or an annotation file (LVIS v1 or COCO "
+        "instances), or a folder with one",
     )
     result.add_argument(
-        "--images", metavar="DIR", help="where its images lie (default: near the annotations)"
+        "--data_dir",
+        default="data",
+        metavar="DIR",
+        help="where the sets known by name lie, in coco/ and odinw/ (default: %(default)s)",
+    )
+    result.add_argument(
+        "--images", metavar="DIR", help="where the images lie (default: near the annotations)"
     )
     result.add_argument(
         "--format", choices=("auto", "lvis", "coco"), default="auto", help="(default: %(default)s)"
     )
     result.add_argument("--output", required=True, metavar="DIR", help="where to write")
     result.add_argument(
-        "--step", type=int, help="which of the run's checkpoints (default: the newest)"
+        "--step",
+        type=_step_option,
+        default="newest",
+        metavar="STEP",
+        help="which of the run's checkpoints: newest, best (in training), a number, or several in "
+        "one job: all, or 1000,2000 (default: %(default)s)",
     )
     result.add_argument(
-        "--batch_size", type=int, help="images at once (default: as in the training run)"
+        "--follow",
+        action="store_true",
+        help="evaluate every checkpoint of a running training as it is written, to its last step",
+    )
+    result.add_argument(
+        "--batch_size", type=int, help="images at once, a device (default: as in the training run)"
     )
     result.add_argument(
         "--definitions",
         choices=CHOICES,
         help="ask for names with their definitions (default: as in the training run)",
     )
+    result.add_argument(
+        "--prompts",
+        action="append",
+        metavar="SENTENCE",
+        help="ask in a sentence, as 'a photo of a {}.'; may be given several times, then the mean "
+        "of their embeddings is asked",
+    )
+    result.add_argument(
+        "--results_json",
+        action="store_true",
+        help="write the detections as predictions.json too, in COCO's and LVIS's format",
+    )
+    result.add_argument(
+        "--coordinator_address", help="host:port of the first process, where no cluster tells it"
+    )
+    result.add_argument("--num_processes", type=int, help="processes of the job")
+    result.add_argument("--process_id", type=int, help="number of this process")
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 2 if something that the user can mend went wrong, in one sentence."""
-    return status(run, parser().parse_args(arguments))
+    args = parser().parse_args(arguments)
+    try:
+        return status(run, args)
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        told = stopped if isinstance(stopped, Interrupted) else "stopped"
+        print(f"{told}; the same command goes on from there", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(stopped, Interrupted) else signal.SIGINT)
 
 
 if __name__ == "__main__":

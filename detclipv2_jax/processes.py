@@ -1,15 +1,22 @@
 """The processes of a run find each other: by themselves on a cluster, or as the flags say."""
 
 import importlib.util
+import itertools
+import json
 import os
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jax._src import cloud_tpu_init
 
 from detclipv2_jax.errors import UserError
+from detclipv2_jax.files import write_json
 
 _KUBERNETES = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"}  # of an indexed job
+_WEEK = 7 * 24 * 3600 * 1000  # milliseconds that the slowest process is waited for
+_meetings = itertools.count()  # each of its own name; all processes come to the same ones
 _HEARTBEAT = 30  # seconds of silence after which a process counts as dead and the others end
 
 
@@ -46,6 +53,48 @@ def start(address: str | None, count: int | None, index: int | None) -> bool:
             "check --coordinator_address, --num_processes and --process_id."
         ) from None
     return True
+
+
+def meet() -> None:
+    """Returns when every process has called it as often; uses no device, whatever time it takes."""
+    if jax.process_count() > 1:
+        from orbax.checkpoint import multihost
+
+        wait = multihost.get_barrier_sync_fn()
+        wait(key=f"detclipv2_jax {next(_meetings)}", timeout_ms=_WEEK)
+
+
+def of_the_first(make: Callable[[], Any], path: str | os.PathLike) -> Any:
+    """What `make` gives in the first process, in all of them; it travels as JSON in a file.
+
+    All processes call it, and see the directory of `path`; the file is gone afterwards.
+
+    Raises:
+        UserError: if `make` does so; in all of them.
+    """
+    if jax.process_count() == 1:
+        return make()
+    path = pathlib.Path(path)
+    if jax.process_index() == 0:
+        try:
+            told = {"value": make()}
+        except UserError as error:
+            told = {"error": str(error)}
+        write_json(path, told)
+    meet()
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: process {jax.process_index()} does not see what process 0 wrote there; all "
+            "processes need the same directory."
+        ) from None
+    meet()
+    if jax.process_index() == 0:
+        path.unlink()
+    if "error" in told:
+        raise UserError(told["error"])
+    return told["value"]
 
 
 def told_by_cluster(environment: Mapping[str, str], on_tpu_vm: bool = False) -> bool:

@@ -14,7 +14,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from detclipv2_jax import accumulate, drawing, evaluate, fields, metrics, optimizer, sharding
+from detclipv2_jax import (
+    accumulate,
+    drawing,
+    evaluate,
+    evaluation_sets,
+    fields,
+    metrics,
+    optimizer,
+    reports,
+    sharding,
+)
 from detclipv2_jax import config as config_lib
 from detclipv2_jax import state as state_lib
 from detclipv2_jax.checkpoint import Checkpointer
@@ -142,6 +152,7 @@ def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[
             with clock("checkpoint"):
                 meta = {"config": fields.to_dict(config), "names": names}
                 meta |= {"definitions": definitions, "seconds": clock.totals()}
+                meta |= {"total_steps": total_steps, "score": score}  # for jobs that follow
                 checkpointer.save(state, meta, score)
         if stopping and not last:
             checkpointer.wait()
@@ -361,7 +372,7 @@ class Evaluator:
         """
         self._config, self._workdir, self._mesh = config, workdir, mesh
         root = Path(config.data_dir)
-        self._truth = evaluate.load_ground_truth(root / config.eval.dataset)
+        self._truth = evaluation_sets.load_ground_truth(root / config.eval.dataset)
         self._images = root / config.eval.images
         self._prompts = prompting(fields.to_dict(config), definitions)
         self._predictor: Predictor | None = None
@@ -420,7 +431,7 @@ def report(
         with only_said():
             drawing.loss_curves(workdir / "metrics.jsonl", workdir / "losses.png")
     if results is not None:
-        print(evaluate.table(results))
+        print(reports.table(results))
     print(f"\n{clock.summary()}")
     for source, (count, read) in _over_processes(feed.broken, feed.read).items():
         if count:

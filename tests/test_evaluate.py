@@ -6,7 +6,7 @@ import pytest
 import tiny_model
 from PIL import Image
 
-from detclipv2_jax import evaluate
+from detclipv2_jax import evaluate, evaluation_sets, reports
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.predictor import DetectConfig, ImageDetections
 
@@ -74,7 +74,7 @@ class Oracle:
 
 
 def test_right_answers_score_one(tmp_path):
-    truth = evaluate.load_ground_truth(make_set(tmp_path))
+    truth = evaluation_sets.load_ground_truth(make_set(tmp_path))
     oracle = Oracle(truth)
     results = evaluate.evaluate(
         oracle, truth, tmp_path / "images", step=12, output=tmp_path / "out", progress=False
@@ -97,13 +97,13 @@ def test_pictures_show_the_best_name_of_a_place():
     boxes = np.float32([[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [0, 0, 9, 10]])
     scores = np.float32([0.9, 0.8, 0.7, 0.6])
     found = ImageDetections(boxes, scores, np.arange(4), ("a", "b", "c", "d"), (40, 40))
-    np.testing.assert_array_equal(evaluate._best_names(found), [0, 2])
+    np.testing.assert_array_equal(reports.best_names(found), [0, 2])
     nothing = ImageDetections(boxes[:0], scores[:0], np.arange(0), (), (40, 40))
-    assert not len(evaluate._best_names(nothing))
+    assert not len(reports.best_names(nothing))
 
 
 def test_coco_sets_get_the_twelve_figures(tmp_path):
-    truth = evaluate.load_ground_truth(make_set(tmp_path, federated=False))
+    truth = evaluation_sets.load_ground_truth(make_set(tmp_path, federated=False))
     results = evaluate.evaluate(Oracle(truth), truth, tmp_path / "images", progress=False)
     assert set(results) == {"dataset", "step", "coco", "settings"}
     assert results["coco"]["AP"] == results["coco"]["AR100"] == pytest.approx(1.0)
@@ -112,16 +112,16 @@ def test_coco_sets_get_the_twelve_figures(tmp_path):
 
 def test_layout_can_be_forced(tmp_path):
     path = make_set(tmp_path)
-    truth = evaluate.load_ground_truth(path, "coco")
+    truth = evaluation_sets.load_ground_truth(path, "coco")
     results = evaluate.evaluate(Oracle(truth), truth, tmp_path / "images", progress=False)
     assert "coco" in results
     path = make_set(tmp_path, federated=False)
     with pytest.raises(UserError, match="neg_category_ids"):
-        evaluate.load_ground_truth(path, "lvis")
+        evaluation_sets.load_ground_truth(path, "lvis")
 
 
 def test_missing_and_broken_images_are_counted_and_explained(tmp_path, capsys):
-    truth = evaluate.load_ground_truth(make_set(tmp_path))
+    truth = evaluation_sets.load_ground_truth(make_set(tmp_path))
     (tmp_path / "images" / "0.png").unlink()
     (tmp_path / "images" / "1.png").write_text("broken")
     results = evaluate.evaluate(Oracle(truth), truth, tmp_path / "images", progress=False)
@@ -134,7 +134,7 @@ def test_missing_and_broken_images_are_counted_and_explained(tmp_path, capsys):
 
 
 def test_images_of_another_size_than_the_annotations_say(tmp_path, capsys):
-    truth = evaluate.load_ground_truth(make_set(tmp_path))
+    truth = evaluation_sets.load_ground_truth(make_set(tmp_path))
     for n in range(5):
         Image.new("RGB", (128, 80)).save(tmp_path / "images" / f"{n}.png")
     results = evaluate.evaluate(
@@ -147,7 +147,7 @@ def test_images_of_another_size_than_the_annotations_say(tmp_path, capsys):
 
 
 def test_no_image_at_all_is_an_error(tmp_path):
-    truth = evaluate.load_ground_truth(make_set(tmp_path))
+    truth = evaluation_sets.load_ground_truth(make_set(tmp_path))
     with pytest.raises(UserError, match="none of the 6 images"):
         evaluate.evaluate(Oracle(truth), truth, tmp_path / "annotations", progress=False)
 
@@ -156,7 +156,7 @@ def test_images_are_found_by_name_or_url(tmp_path):
     (tmp_path / "val2017").mkdir()
     (tmp_path / "val2017" / "1.jpg").write_text("")
     (tmp_path / "2.jpg").write_text("")
-    find = lambda **names: evaluate.find_image(
+    find = lambda **names: evaluation_sets.find_image(
         types.SimpleNamespace(**({"file_name": None, "coco_url": None} | names)), tmp_path
     )
     assert find(coco_url="http://x.org/val2017/1.jpg") == tmp_path / "val2017" / "1.jpg"
@@ -167,11 +167,11 @@ def test_images_are_found_by_name_or_url(tmp_path):
 
 
 def test_the_directory_of_the_images_is_guessed(tmp_path):
-    truth = evaluate.load_ground_truth(make_set(tmp_path))
-    assert evaluate.guess_image_dir(truth) == tmp_path / "images"
+    truth = evaluation_sets.load_ground_truth(make_set(tmp_path))
+    assert evaluation_sets.guess_image_dir(truth) == tmp_path / "images"
     (tmp_path / "images").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="--images=DIR"):
-        evaluate.guess_image_dir(truth)
+        evaluation_sets.guess_image_dir(truth)
 
 
 def test_table_keeps_the_protocols_apart():
@@ -204,6 +204,7 @@ def test_table_keeps_the_protocols_apart():
 def checkpoint(monkeypatch):
     from detclipv2_jax import checkpoint
 
+    monkeypatch.setattr(checkpoint, "steps", lambda path: [7])
     monkeypatch.setattr(checkpoint, "load_model", lambda path, step=None: tiny_model.loaded())
 
 

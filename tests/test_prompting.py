@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from detclipv2_jax import detect, evaluate
+from detclipv2_jax import detect, evaluate, evaluation_sets
 from detclipv2_jax.data.concepts import TEMPLATE, fitted
 from detclipv2_jax.detect import Detector
 from detclipv2_jax.errors import UserError
@@ -157,6 +157,7 @@ def test_a_detector_asks_as_its_model_was_trained():
 def checkpoint(monkeypatch):
     from detclipv2_jax import checkpoint
 
+    monkeypatch.setattr(checkpoint, "steps", lambda path: [7])
     monkeypatch.setattr(checkpoint, "load_model", lambda path, step=None: loaded(DICTIONARY))
 
 
@@ -185,7 +186,7 @@ def test_an_evaluation_uses_the_set_s_own_definitions(checkpoint, tmp_path, fede
     content["categories"][2] |= {"synset": "umbrella.n.01"}
     content["categories"][3] |= {"def": "", "synset": 7}  # as good as nothing
     path.write_text(json.dumps(content))
-    truth = evaluate.load_ground_truth(path)
+    truth = evaluation_sets.load_ground_truth(path)
     assert truth.categories[0].definition == "a hook for boats"
     assert truth.categories[3] == coco.Category(3, "snowman")
     output = tmp_path / "out"
@@ -193,8 +194,8 @@ def test_an_evaluation_uses_the_set_s_own_definitions(checkpoint, tmp_path, fede
     assert evaluate.main(flags) == 0
     settings = json.loads((output / "results.json").read_text())["settings"]
     assert settings["definitions"] and settings["names_defined"] == 4
-    assert evaluate.main([*flags, "--definitions=off"]) == 0
-    settings = json.loads((output / "results.json").read_text())["settings"]
+    assert evaluate.main([*flags, "--definitions=off", f"--output={output}/bare"]) == 0
+    settings = json.loads((output / "bare" / "results.json").read_text())["settings"]
     assert settings["definitions"] is False and "template" not in settings
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_evaluate import make_set
 
-from detclipv2_jax import evaluate, results
+from detclipv2_jax import evaluate, evaluation_sets, results
 from detclipv2_jax.data import json_stream
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.evaluation import coco, lvis
@@ -29,7 +29,7 @@ def save(tmp_path, entries):
 
 @pytest.mark.parametrize("federated", [True, False])
 def test_what_is_written_reads_back_to_the_same_figures(tmp_path, federated):
-    truth = evaluate.load_ground_truth(make_set(tmp_path, federated=federated))
+    truth = evaluation_sets.load_ground_truth(make_set(tmp_path, federated=federated))
     evaluator = (lvis.LvisEvaluator if federated else coco.CocoEvaluator)(truth)
     path = tmp_path / "new" / "found.json"
     with results.writing(path) as write:
@@ -65,7 +65,7 @@ def test_a_run_that_is_cut_off_leaves_no_file(tmp_path):
 
 
 def test_entries_may_stand_in_any_order_and_come_in_pieces(tmp_path, monkeypatch):
-    truth = evaluate.load_ground_truth(make_set(tmp_path))
+    truth = evaluation_sets.load_ground_truth(make_set(tmp_path))
     path = tmp_path / "found.json"
     with results.writing(path) as write:
         for answer in found(truth):
@@ -82,7 +82,7 @@ def test_entries_may_stand_in_any_order_and_come_in_pieces(tmp_path, monkeypatch
 
 
 def test_strange_entries_are_counted_and_told(tmp_path, capsys):
-    truth = evaluate.load_ground_truth(make_set(tmp_path))
+    truth = evaluation_sets.load_ground_truth(make_set(tmp_path))
     strange = [{"image_id": 99}, {"category_id": 99}, {"image_id": -1, "category_id": 99}]
     strange += [{"bbox": [5, 5, -2, 3]}, {"bbox": [5, 5, 0, 3]}]
     path = save(tmp_path, [GOOD, *(GOOD | change for change in strange)])
@@ -115,7 +115,7 @@ def test_strange_entries_are_counted_and_told(tmp_path, capsys):
     ],
 )
 def test_broken_entries_are_named(tmp_path, monkeypatch, change, told):
-    truth = evaluate.load_ground_truth(make_set(tmp_path))
+    truth = evaluation_sets.load_ground_truth(make_set(tmp_path))
     path = save(tmp_path, [GOOD, GOOD, GOOD | change, GOOD])
     for batch in (1, 3, 100):
         monkeypatch.setattr(results, "_BATCH", batch)
@@ -138,18 +138,18 @@ def test_broken_entries_are_named(tmp_path, monkeypatch, change, told):
 def test_what_is_no_results_file_is_one_sentence(tmp_path, capsys, text, told):
     dataset, path = make_set(tmp_path), save(tmp_path, text)
     with pytest.raises(UserError, match=rf"found\.json.*{told}"):
-        results.read(path, evaluate.load_ground_truth(dataset))
+        results.read(path, evaluation_sets.load_ground_truth(dataset))
     command = [f"--predictions={path}", f"--dataset={dataset}", f"--output={tmp_path / 'out'}"]
     assert evaluate.main(command) == 2
     assert "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="no such file"):
-        results.read(tmp_path / "missing.json", evaluate.load_ground_truth(dataset))
+        results.read(tmp_path / "missing.json", evaluation_sets.load_ground_truth(dataset))
 
 
 def test_the_command_measures_a_results_file(tmp_path, capsys):
     dataset = make_set(tmp_path, federated=False)
-    truth = evaluate.load_ground_truth(dataset)
+    truth = evaluation_sets.load_ground_truth(dataset)
     entries = [
         {"image_id": int(i), "category_id": int(c), "bbox": box, "score": 1}
         for i, c, box in zip(truth.image_ids, truth.category_ids, truth.xywh.tolist())

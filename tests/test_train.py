@@ -327,6 +327,12 @@ def test_a_run_starts_from_an_exported_model(data, finished, tmp_path):
     assert process.returncode == 2 and "none.pth: no such file" in process.stderr
 
 
+def test_a_checkpoint_tells_a_job_that_follows_whether_it_is_the_last_and_the_best(finished):
+    workdir, _ = finished
+    assert checkpoint.is_finished(workdir)
+    assert checkpoint.best_step(workdir) == checkpoint.steps(workdir)[-1]
+
+
 def test_another_model_in_the_same_workdir_is_one_sentence(data, finished):
     process = tiny_run.run(data, finished[0], **{"model.swin.embed_dim": 16})
     assert process.returncode == 2

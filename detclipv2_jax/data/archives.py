@@ -35,7 +35,8 @@ FORMATS: dict[str, tuple[str, Callable[[Path, ImageFolder], Archive]]] = {
     "img2dataset's shards": ("image_text", lambda path, images: img2dataset.read(path)),
 }
 _ROBOFLOW = "_annotations.coco.json"
-_EVALUATION_WORDS = {"val", "valid", "validation", "test", "dev", "minival", "eval"}
+#: In the name of a file that is not trained on.
+EVALUATION_WORDS = {"val", "valid", "validation", "test", "dev", "minival", "eval"}
 
 
 def format_of(path: Path) -> str | None:
@@ -82,7 +83,7 @@ def discover(directory: Path) -> tuple[dict[str, list[Path]], dict[Path, str]]:
         if path.suffix not in (".json", ".jsonl", ".tsv") or not path.is_file():
             continue
         name = path.parent.name if path.name == _ROBOFLOW else path.stem
-        if _EVALUATION_WORDS & set(re.split(r"[\W_\d]+", name.lower())):  # "val2017" too
+        if EVALUATION_WORDS & set(re.split(r"[\W_\d]+", name.lower())):  # "val2017" too
             left_out[path] = "by its name it is for evaluation"
         elif (name := format_of(path)) is None:
             left_out[path] = "it is no JSON with the fields of a known training format"

@@ -42,21 +42,26 @@ def write_minival(val: str | Path, to: str | Path) -> int:
     of the images that stay. The same val gives the same bytes, whole or not at all. `UserError`
     where val is no LVIS file or has no picture of val2017.
     """
-    content = read_json(Path(val))
+    content = minival(val, read_json(Path(val)))
+    with replacing(to) as temporary:
+        temporary.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
+    return len(content["images"])
+
+
+def minival(val: str | Path, content: dict[str, Any]) -> dict[str, Any]:
+    """LVIS minival as `write_minival` writes it, of the content of `lvis_v1_val.json`."""
     try:
         images = [entry for entry in content["images"] if _is_minival(entry)]
         ids = {entry["id"] for entry in images}
         annotations = [entry for entry in content["annotations"] if entry["image_id"] in ids]
-        content |= {"images": images, "annotations": annotations}
+        content = content | {"images": images, "annotations": annotations}
     except BROKEN as error:
         raise UserError(f"{val}: {problem(error)}; give lvis_v1_val.json") from error
     if not images:
         raise UserError(
             f'{val}: no image whose "coco_url" is in {MINIVAL_FOLDER}; give lvis_v1_val.json'
         )
-    with replacing(to) as temporary:
-        temporary.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
-    return len(images)
+    return content
 
 
 def _is_minival(entry: dict[str, Any]) -> bool:
