@@ -1,5 +1,6 @@
 """The training loop, top to bottom: data, model, programs, loop, report."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -37,6 +38,8 @@ from detclipv2_jax.structures import Batch
 from detclipv2_jax.weights import initialise
 
 Program = tuple[str, tuple[int, int]]  # (kind, canvas): what one compiled step is for
+BEFORE = "before.json"  # in the workdir: results before the first step, if the config asks for them
+ZERO_SHOT = "zero_shot"  # the second validation set's results
 
 
 def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
@@ -55,7 +58,8 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
     plan, sources, names = open_data(config)
     total_steps = max(1, round(config.train.epochs * plan.steps_per_epoch))
     batches = ", ".join(f"{count} of {kind}" for kind, count in plan.batches.items())
-    print(f"{total_steps} steps; an epoch is {plan.steps_per_epoch}: {batches}")
+    rehearsed = f"; of these {n} rehearse" if (n := plan.rehearsal_batches) else ""
+    print(f"{total_steps} steps; an epoch is {plan.steps_per_epoch}: {batches}{rehearsed}")
 
     definitions = plan.dictionary.definitions("detection")
     if definitions:
@@ -108,11 +112,19 @@ def train(config: RunConfig, workdir: Path) -> dict[str, Any] | None:
         programs = compile_programs(step_fn, todo, state, shardings, mesh, config)
 
     # ---- The loop. A step's figures are read when the next one is under way.
-    log = metrics.MetricsLog(workdir if first else None, start)
+    # Of a run that starts anew nothing is kept, not even what it measured at step 0.
+    log = metrics.MetricsLog(workdir if first else None, start or -1)
     progress = metrics.Progress(total_steps, start, shown=first)
     recorder = Recorder(config, log, progress, checkpointer)
     on_device = sharding.prefetch(feed, mesh)
     results, stop = None, StopRequest()
+    if evaluator and config.train.eval_first and start == 0:
+        with clock("evaluate"):
+            before = evaluator(graphdef, state)
+            log.write(0, scalars(before))
+            progress.say(f"before the first step: {headline(before):.4f} AP")
+        if first:
+            write_json(workdir / BEFORE, before)
     for step in range(start, total_steps):
         with clock("data"):
             planned, batch = next(on_device)
@@ -155,20 +167,26 @@ def open_data(config: RunConfig) -> tuple[Plan, dict[str, Source], list[str]]:
     """The plan, the open sources by name, and the names that detection data knows."""
     root, kinds = Path(config.data_dir), config.data.kinds()
     if config.data.skip_missing:
-        kinds = {
-            k: c for k, c in kinds.items() if all((root / name).exists() for name in c.sources)
-        }
+        kinds = {kind: without_missing(root, c) for kind, c in kinds.items()}
+        kinds = {kind: c for kind, c in kinds.items() if c.sources or c.rehearsal}
     try:
-        if not kinds:
+        if not any(c.sources for c in kinds.values()):
             raise UserError(f"{root}: none of the config's prepared sources is there")
-        sources = {name: Source.open(root / name) for c in kinds.values() for name in c.sources}
+        sources = {
+            name: Source.open(root / name)
+            for c in kinds.values()
+            for name in c.sources + c.rehearsal
+        }
     except UserError as error:
         hint = f"; to make it: {config.data.prepare}" if config.data.prepare else ""
         raise UserError(f"{error}{hint}") from None
+    own = sum(len(sources[name]) for c in kinds.values() for name in c.sources)
     plans = [
         KindPlan(
             kind=kind,
-            sources=c.sources,
+            sources=c.sources + c.rehearsal,
+            rehearsal=c.rehearsal,
+            rehearsal_records=round(c.rehearsal_share * own),
             batch_size=c.batch_size,
             shapes=c.shapes,
             table_size=c.table_size,
@@ -188,6 +206,17 @@ def open_data(config: RunConfig) -> tuple[Plan, dict[str, Source], list[str]]:
     )
     names = dictionary.names(dictionary.pool("detection"))
     return Plan(sources, dictionary, plans, config.seed), sources, names
+
+
+def without_missing(root: Path, config: config_lib.KindConfig) -> config_lib.KindConfig:
+    """Without `sources` if one is not under `root`, and without those to rehearse that are not."""
+    there = [name for name in config.rehearsal if (root / name).exists()]
+    for name in set(config.rehearsal) - set(there):
+        print(f"{root / name} is not there: it is not rehearsed")
+    whole = all((root / name).exists() for name in config.sources)
+    return dataclasses.replace(
+        config, sources=config.sources if whole else (), rehearsal=tuple(there)
+    )
 
 
 def state_shardings(mesh: jax.sharding.Mesh, state: TrainState) -> TrainState:
@@ -323,7 +352,7 @@ class Recorder:
 
 
 class Evaluator:
-    """Measures the averaged parameters on the config's validation set and draws some of it."""
+    """Measures the averaged parameters on the config's validation sets and draws some of them."""
 
     def __init__(
         self,
@@ -338,13 +367,21 @@ class Evaluator:
         """
         self._config, self._workdir, self._mesh = config, workdir, mesh
         root = Path(config.data_dir)
-        self._truth = evaluate.load_ground_truth(root / config.eval.dataset)
-        self._images = root / config.eval.images
+        sets = {"": (config.eval.dataset, config.eval.images)}
+        if config.eval.zero_shot:
+            sets[ZERO_SHOT] = (config.eval.zero_shot, config.eval.zero_shot_images)
+        self._sets = {
+            name: (evaluate.load_ground_truth(root / dataset), root / images)
+            for name, (dataset, images) in sets.items()
+        }
         self._prompts = prompting(fields.to_dict(config), definitions)
         self._predictor: Predictor | None = None
 
     def __call__(self, graphdef: Any, state: TrainState) -> dict[str, Any]:
-        """The results, also written to results.json and detections/ of the workdir."""
+        """The results, also written to results.json and detections/ of the workdir.
+
+        Those of the second set, if there is one, are in "zero_shot" and in the folder of that name.
+        """
         config = self._config.eval
         if self._predictor is None:
             self._predictor = Predictor(
@@ -356,16 +393,21 @@ class Evaluator:
                 batch_sharding=sharding.split(self._mesh),
             )
         self._predictor.params = state.ema
-        return evaluate.evaluate(
-            self._predictor,
-            self._truth,
-            self._images,
-            prompts=self._prompts,
-            step=int(state.step),
-            output=self._workdir if jax.process_index() == 0 else None,
-            pictures=config.pictures,
-            progress=jax.process_index() == 0,
-        )
+        first = jax.process_index() == 0
+        every = {
+            name: evaluate.evaluate(
+                self._predictor,
+                truth,
+                images,
+                prompts=self._prompts,
+                step=int(state.step),
+                output=self._workdir / name if first else None,
+                pictures=config.pictures,
+                progress=first,
+            )
+            for name, (truth, images) in self._sets.items()
+        }
+        return every.pop("") | every
 
 
 def headline(results: dict[str, Any]) -> float:
@@ -378,7 +420,23 @@ def scalars(results: dict[str, Any]) -> dict[str, float | None]:
     tables = {name: results[name] for name in ("standard", "fixed", "coco") if name in results}
     for group, protocols in results.get("groups", {}).items():
         tables |= {f"{group}/{protocol}": figures for protocol, figures in protocols.items()}
-    return {f"{name}/{key}": value for name, row in tables.items() for key, value in row.items()}
+    flat = {f"{name}/{key}": value for name, row in tables.items() for key, value in row.items()}
+    if ZERO_SHOT in results:
+        flat |= {
+            f"{ZERO_SHOT}/{name}": value for name, value in scalars(results[ZERO_SHOT]).items()
+        }
+    return flat
+
+
+def compared(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Lines for people: AP before the first step and after the last, of every set and group."""
+    old, new = scalars(before), scalars(after)
+    rows = [name for name in new if name.endswith("/AP")]
+    width = max(map(len, rows))
+    cell = lambda value: f"{'-':>7}" if value is None else f"{value:7.3f}"
+    lines = [f"{'':<{width}}  before  after"]
+    lines += [f"{name:<{width}} {cell(old.get(name))}{cell(new[name])}" for name in rows]
+    return "\n".join(lines)
 
 
 def report(
@@ -397,6 +455,10 @@ def report(
         drawing.loss_curves(workdir / "metrics.jsonl", workdir / "losses.png")
     if results is not None:
         print(evaluate.table(results))
+        if ZERO_SHOT in results:
+            print(evaluate.table(results[ZERO_SHOT]))
+        if workdir is not None and (path := workdir / BEFORE).exists():
+            print("\n" + compared(json.loads(path.read_text()), results))
     print("\nseconds: " + ", ".join(f"{part} {s:.0f}" for part, s in clock.seconds.items()))
     for source, (count, read) in _over_processes(feed.broken, feed.read).items():
         if count:
