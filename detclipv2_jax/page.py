@@ -6,6 +6,7 @@ The page is Gradio's (`pip install -r requirements-page.txt`). It is served to t
 and asks nothing of any other: neither fonts nor scripts, no telemetry.
 """
 
+import abc
 import argparse
 import os
 import pathlib
@@ -115,6 +116,11 @@ def build(detector: Detector, title: str, samples: list[list[str]]) -> "gradio.B
     """The page; what was found in an image stays with its visitor, for the sliders to show."""
     gr = _gradio()
 
+    # An image that gives its file as it is: what is none is for `find` to say, in a sentence. Made
+    # past Gradio's own metaclass, which would write a page.pyi beside this file.
+    fields = {"is_template": True, "preprocess": lambda self, upload: upload and upload.path}
+    Upload = abc.ABCMeta.__new__(type(gr.Image), "Upload", (gr.Image,), fields)
+
     def search(image, text, threshold, most):
         try:
             answer = find(detector, image, text)
@@ -130,7 +136,7 @@ def build(detector: Detector, title: str, samples: list[list[str]]) -> "gradio.B
         gr.Markdown(f"## {title}\nDrop an image, type names of what to look for, see the boxes.")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                image = gr.Image(
+                image = Upload(
                     label="Image", type="filepath", sources=["upload", "clipboard"], height=280
                 )
                 text = gr.Textbox(
@@ -143,7 +149,13 @@ def build(detector: Detector, title: str, samples: list[list[str]]) -> "gradio.B
                 threshold = gr.Slider(LOWEST, 0.99, value=0.3, step=0.01, label="Score over")
                 most = gr.Slider(1, MOST, value=50, step=1, label="Boxes at most")
             with gr.Column(scale=3, min_width=400):
-                picture = gr.Image(label="Found", type="pil", format="png", interactive=False)
+                picture = gr.Image(
+                    label="Found",
+                    type="pil",
+                    format="png",
+                    interactive=False,
+                    buttons=["download", "fullscreen"],  # and none that would share it
+                )
                 said = gr.Markdown()
                 table = gr.Dataframe(
                     headers=_COLUMNS, label="Boxes, in pixels", interactive=False, max_height=300
@@ -217,6 +229,7 @@ def run(args: argparse.Namespace) -> None:
 
     loaded = load_model(args.checkpoint, args.step)
     detector = Detector(loaded, score_threshold=LOWEST, keep=MOST)
+    detector(np.zeros((*detector.predictor.canvas, 3), np.uint8), ["cat"])  # compiles
     title = f"DetCLIPv2 · {pathlib.Path(args.checkpoint).name} · step {loaded.step}"
     with tempfile.TemporaryDirectory(prefix="detclipv2_page_") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads  # gone with the page
