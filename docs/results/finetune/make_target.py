@@ -5,8 +5,8 @@
 The first archive's validation set is the one to measure on, the second's, of another seed, becomes
 the folder to fine-tune on: 20 of the 45 names that pre-training never boxed are boxed there, and
 nothing else is. Writes my_photos/annotations/instances_train.json, my_photos/images and, beside
-them, val.json (the 20 names alone, COCO's format) and zero_shot.json (all names, in the groups target, base and
-novel, the other 25).
+them, val.json (the 20 names alone, COCO's format) and zero_shot.json (all names, in the groups
+target, base and novel, the other 25).
 """
 
 import json
