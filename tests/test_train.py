@@ -188,7 +188,7 @@ def test_a_run_is_fine_tuned_and_what_it_knew_is_rehearsed_and_measured(data, fi
     assert (tmp_path / "run/zero_shot/results.json").is_file()
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 0 and lines[0]["zero_shot/fixed/AP"] == before["fixed"]["AP"]
-    assert re.search(r"before +after\n.*fixed/AP", process.stdout)
+    assert re.search(r"before +after\nstandard/AP", process.stdout)
     assert "zero_shot/novel/fixed/AP" in process.stdout
 
 
