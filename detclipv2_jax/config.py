@@ -24,6 +24,9 @@ class KindConfig:
     """One kind of data: its prepared sources, its batch, how its pictures are brought to size."""
 
     sources: tuple[str, ...] = ()  # directories of prepared sources, relative to data_dir; () = off
+    # Prepared sources of the pre-training that fine-tuning rehearses, so as not to forget [ours].
+    rehearsal: tuple[str, ...] = ()
+    rehearsal_share: float = 0.25  # their records an epoch, for each record of all kinds' `sources`
     batch_size: int = 128  # images a global step
     accumulate: int = 1  # parts that each device's images are cut into: less memory, the same step
     shapes: tuple[tuple[int, int], ...] = (
@@ -61,7 +64,8 @@ class DataConfig:
 
     def kinds(self) -> dict[str, KindConfig]:
         """The kinds that have a source, by name."""
-        return {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind).sources}
+        every = {kind: getattr(self, kind) for kind in KINDS}
+        return {kind: c for kind, c in every.items() if c.sources or c.rehearsal}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,7 @@ class TrainConfig:
     log_every: int = 50
     checkpoint_every: int = 1000  # steps between checkpoints
     eval_every: int = 0  # steps between evaluations; 0 = only after the last step
+    eval_first: bool = False  # before the first step as well: what a fine-tuning starts from
     keep: int = 3  # newest checkpoints kept, beside the best
     max_skipped: int = 20  # non-finite or spiking steps in a row after which the run stops
 
@@ -82,6 +87,8 @@ class EvalConfig(DetectConfig):
 
     dataset: str = ""  # LVIS or COCO JSON, relative to data_dir; "" = no evaluation
     images: str = ""  # folder of its images, relative to data_dir
+    zero_shot: str = ""  # a second set, of what is not trained on: is it forgotten? "" = none
+    zero_shot_images: str = ""  # folder of its images, relative to data_dir
     canvas: tuple[int, int] = (800, 1344)  # (height, width) that pictures are scaled into
     batch_size: int = 8
     pictures: int = 8  # validation pictures drawn at each evaluation

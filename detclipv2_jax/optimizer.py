@@ -24,6 +24,8 @@ class OptimizerConfig:
     learning_rate: float = 2.8e-4
     warmup_steps: int = 1000
     final_fraction: float = 0.0  # the cosine ends at this share of the peak
+    # Instead of the cosine: at these shares of the run the rate falls to a tenth of what it was.
+    drops: tuple[float, ...] = ()
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.05
@@ -34,6 +36,12 @@ class OptimizerConfig:
     # (pattern on a parameter's path, factor on its learning rate or decay): the first that matches.
     lr_rules: tuple[tuple[str, float], ...] = ((r"text/.*", 0.1), (r".*", 1.0))
     decay_rules: tuple[tuple[str, float], ...] = ((NO_DECAY, 0.0), (r".*", 1.0))
+
+    def __post_init__(self):
+        if not all(0 < share < 1 for share in self.drops):
+            raise UserError(
+                f"config.optimizer.drops {self.drops} must be shares of the run in (0, 1)"
+            )
 
 
 def path_name(path: Sequence) -> str:
@@ -59,8 +67,12 @@ def match_rules(rules: Sequence[tuple[str, object]], params: PyTree, what: str) 
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> Callable[[Array], Float[Array, ""]]:
-    """Linear warm-up from 0, then half a cosine that reaches its end at `total_steps`."""
+    """Linear warm-up from 0, then half a cosine that reaches its end at `total_steps`, or drops."""
     warmup = min(config.warmup_steps, max(total_steps - 1, 0))
+    if config.drops:
+        places = jnp.asarray([round(share * total_steps) for share in config.drops])
+        level = lambda step: config.learning_rate * 0.1 ** jnp.sum(step >= places)
+        return lambda step: level(step) * jnp.minimum(1.0, step / warmup if warmup else 1.0)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else config.learning_rate,
         peak_value=config.learning_rate,

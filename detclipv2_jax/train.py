@@ -1,10 +1,11 @@
 """The training loop, top to bottom: data, model, programs, loop, report."""
 
+import dataclasses
 import functools
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,6 @@ from jaxtyping import PyTree
 from detclipv2_jax import (
     accumulate,
     drawing,
-    evaluate,
-    evaluation_sets,
     fields,
     metrics,
     optimizer,
@@ -40,11 +39,10 @@ from detclipv2_jax.files import only_said, write_json
 from detclipv2_jax.interruption import Interrupted, StopRequest
 from detclipv2_jax.models import detclip
 from detclipv2_jax.objective import Losses
-from detclipv2_jax.predictor import Predictor, detect_config
-from detclipv2_jax.prompting import prompting
 from detclipv2_jax.state import TrainState
 from detclipv2_jax.step import train_step
 from detclipv2_jax.structures import Batch
+from detclipv2_jax.validation import BEFORE, ZERO_SHOT, Evaluator, compared, headline, scalars
 from detclipv2_jax.weights import initialise
 
 Program = tuple[str, tuple[int, int]]  # (kind, canvas): what one compiled step is for
@@ -70,7 +68,8 @@ def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[
     plan, sources, names = open_data(config)
     total_steps = max(1, round(config.train.epochs * plan.steps_per_epoch))
     batches = ", ".join(f"{count} of {kind}" for kind, count in plan.batches.items())
-    print(f"{total_steps} steps; an epoch is {plan.steps_per_epoch}: {batches}")
+    rehearsed = f"; of these {n} rehearse" if (n := plan.rehearsal_batches) else ""
+    print(f"{total_steps} steps; an epoch is {plan.steps_per_epoch}: {batches}{rehearsed}")
 
     definitions = plan.dictionary.definitions("detection")
     if definitions:
@@ -122,12 +121,20 @@ def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[
         programs = compile_programs(step_fn, todo, state, shardings, mesh, config)
 
     # ---- The loop. A step's figures are read when the next one is under way.
-    log = metrics.MetricsLog(workdir if first else None, start)
+    # Of a run that starts anew nothing is kept, not even what it measured at step 0.
+    log = metrics.MetricsLog(workdir if first else None, start or -1)
     progress = metrics.Progress(total_steps, start, shown=first)
     recorder = Recorder(config, log, progress, clock, checkpointer)
     on_device = sharding.prefetch(feed, mesh)
     results, stop = None, StopRequest()
     clock.go_on(earlier, log.seconds)
+    if evaluator and config.train.eval_first and start == 0:
+        with clock("evaluate"):
+            before = evaluator(graphdef, state)
+            log.write(0, scalars(before))
+            progress.say(f"before the first step: {headline(before):.4f} AP")
+        if first:
+            write_json(workdir / BEFORE, before)
     clock.enter("other")
     for step in range(start, total_steps):
         # What a step needs is sent by name and nothing else: an implicit transfer is an error.
@@ -179,20 +186,26 @@ def open_data(config: RunConfig) -> tuple[Plan, dict[str, Source], list[str]]:
     """The plan, the open sources by name, and the names that detection data knows."""
     root, kinds = Path(config.data_dir), config.data.kinds()
     if config.data.skip_missing:
-        kinds = {
-            k: c for k, c in kinds.items() if all((root / name).exists() for name in c.sources)
-        }
+        kinds = {kind: without_missing(root, c) for kind, c in kinds.items()}
+        kinds = {kind: c for kind, c in kinds.items() if c.sources or c.rehearsal}
     try:
-        if not kinds:
+        if not any(c.sources for c in kinds.values()):
             raise UserError(f"{root}: none of the config's prepared sources is there")
-        sources = {name: Source.open(root / name) for c in kinds.values() for name in c.sources}
+        sources = {
+            name: Source.open(root / name)
+            for c in kinds.values()
+            for name in c.sources + c.rehearsal
+        }
     except UserError as error:
         hint = f"; to make it: {config.data.prepare}" if config.data.prepare else ""
         raise UserError(f"{error}{hint}") from None
+    own = sum(len(sources[name]) for c in kinds.values() for name in c.sources)
     plans = [
         KindPlan(
             kind=kind,
-            sources=c.sources,
+            sources=c.sources + c.rehearsal,
+            rehearsal=c.rehearsal,
+            rehearsal_records=round(c.rehearsal_share * own),
             batch_size=c.batch_size,
             shapes=c.shapes,
             table_size=c.table_size,
@@ -212,6 +225,17 @@ def open_data(config: RunConfig) -> tuple[Plan, dict[str, Source], list[str]]:
     )
     names = dictionary.names(dictionary.pool("detection"))
     return Plan(sources, dictionary, plans, config.seed), sources, names
+
+
+def without_missing(root: Path, config: config_lib.KindConfig) -> config_lib.KindConfig:
+    """Without `sources` if one is not under `root`, and without those to rehearse that are not."""
+    there = [name for name in config.rehearsal if (root / name).exists()]
+    for name in set(config.rehearsal) - set(there):
+        print(f"{root / name} is not there: it is not rehearsed")
+    whole = all((root / name).exists() for name in config.sources)
+    return dataclasses.replace(
+        config, sources=config.sources if whole else (), rehearsal=tuple(there)
+    )
 
 
 def state_shardings(mesh: jax.sharding.Mesh, state: TrainState) -> TrainState:
@@ -356,65 +380,6 @@ class Recorder:
             )
 
 
-class Evaluator:
-    """Measures the averaged parameters on the config's validation set and draws some of it."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        definitions: Mapping[str, str],
-        workdir: Path,
-        mesh: jax.sharding.Mesh,
-    ):
-        """Reads the ground truth, so that a missing file is found before the training.
-
-        `definitions`: those that names of detection data are trained with.
-        """
-        self._config, self._workdir, self._mesh = config, workdir, mesh
-        root = Path(config.data_dir)
-        self._truth = evaluation_sets.load_ground_truth(root / config.eval.dataset)
-        self._images = root / config.eval.images
-        self._prompts = prompting(fields.to_dict(config), definitions)
-        self._predictor: Predictor | None = None
-
-    def __call__(self, graphdef: Any, state: TrainState) -> dict[str, Any]:
-        """The results, also written to results.json and detections/ of the workdir."""
-        config = self._config.eval
-        if self._predictor is None:
-            self._predictor = Predictor(
-                graphdef,
-                state.ema,
-                canvas=config.canvas,
-                config=detect_config(fields.to_dict(self._config)),
-                batch_size=-(-config.batch_size // self._mesh.size) * self._mesh.size,
-                batch_sharding=sharding.split(self._mesh),
-            )
-        self._predictor.params = state.ema
-        return evaluate.evaluate(
-            self._predictor,
-            self._truth,
-            self._images,
-            prompts=self._prompts,
-            step=int(state.step),
-            output=self._workdir if jax.process_index() == 0 else None,
-            pictures=config.pictures,
-            progress=jax.process_index() == 0,
-        )
-
-
-def headline(results: dict[str, Any]) -> float:
-    """The one figure by which checkpoints are compared: fixed AP, or COCO's AP; 0 without truth."""
-    return (results["fixed"] if "fixed" in results else results["coco"])["AP"] or 0.0
-
-
-def scalars(results: dict[str, Any]) -> dict[str, float | None]:
-    """Results as one flat line for the log: 'fixed/AP', 'novel/fixed/AP', …"""
-    tables = {name: results[name] for name in ("standard", "fixed", "coco") if name in results}
-    for group, protocols in results.get("groups", {}).items():
-        tables |= {f"{group}/{protocol}": figures for protocol, figures in protocols.items()}
-    return {f"{name}/{key}": value for name, row in tables.items() for key, value in row.items()}
-
-
 def report(
     workdir: Path | None,
     results: dict[str, Any] | None,
@@ -432,6 +397,10 @@ def report(
             drawing.loss_curves(workdir / "metrics.jsonl", workdir / "losses.png")
     if results is not None:
         print(reports.table(results))
+        if ZERO_SHOT in results:
+            print(reports.table(results[ZERO_SHOT]))
+        if workdir is not None and (path := workdir / BEFORE).exists():
+            print("\n" + compared(json.loads(path.read_text()), results))
     print(f"\n{clock.summary()}")
     for source, (count, read) in _over_processes(feed.broken, feed.read).items():
         if count:

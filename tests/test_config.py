@@ -36,6 +36,34 @@ def test_the_papers_numbers_are_in_the_recipe():
     )
 
 
+@pytest.mark.parametrize("size", ["nano", "swin_t", "swin_l"])
+@pytest.mark.parametrize("name", ["finetune_lvis", "finetune_coco_format"])
+def test_fine_tuning_rehearses_the_pre_training_of_its_size(name, size):
+    before, after = (
+        config.parse(load(file).get_config(size).to_dict()) for file in ("pretrain", name)
+    )
+    assert after.model == before.model and after.init.model and after.train.eval_first
+    kinds, earlier = after.data.kinds(), before.data.kinds()
+    for kind in ("grounding", "image_text"):
+        assert kinds[kind].rehearsal == earlier[kind].sources and not kinds[kind].sources
+        assert kinds[kind].shapes == earlier[kind].shapes
+    assert kinds["detection"].sources and 0 < kinds["detection"].rehearsal_share < 1
+    assert after.optimizer.learning_rate < before.optimizer.learning_rate
+
+
+@pytest.mark.parametrize("size", ["swin_t", "swin_l"])
+def test_the_papers_numbers_are_in_fine_tuning(size):
+    lvis, coco = (
+        config.parse(load(name).get_config(size).to_dict())
+        for name in ("finetune_lvis", "finetune_coco_format")
+    )
+    assert lvis.optimizer.learning_rate == coco.optimizer.learning_rate == 4e-5
+    assert lvis.optimizer.lr_rules[0] == ("text/.*", 0.1)
+    assert coco.optimizer.lr_rules[0] == ("text/.*", 0.01)  # 4e-7
+    assert (lvis.train.epochs, lvis.data.detection.batch_size) == (24, 64)
+    assert coco.data.detection.batch_size == 32 and coco.optimizer.drops
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

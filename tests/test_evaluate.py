@@ -130,7 +130,7 @@ def test_missing_and_broken_images_are_counted_and_explained(tmp_path, capsys):
     assert results["fixed"]["AP"] < 1  # what was not seen was not found
     errors = capsys.readouterr().err
     assert "image 0 is not under" in errors and "1.png: broken" in errors
-    assert "1 missing, 1 unreadable" in evaluate.table(results)
+    assert "1 missing, 1 unreadable" in reports.table(results)
 
 
 def test_images_of_another_size_than_the_annotations_say(tmp_path, capsys):
@@ -192,7 +192,7 @@ def test_table_keeps_the_protocols_apart():
             "images_other_size": 0,
         },
     }
-    lines = evaluate.table(results).splitlines()
+    lines = reports.table(results).splitlines()
     heads = [n for n, line in enumerate(lines) if " AP (" in line]
     assert [lines[n].split()[0] for n in heads] == ["fixed", "standard"]
     assert lines[heads[0] + 2].split() == ["all", "0.375", "0.500", "-"]

@@ -47,7 +47,7 @@ def test_rooms_know_only_whom_they_may(path):
                 assert other in ("data", "errors", "structures", "files", "images")
 
 
-@pytest.mark.parametrize("module", ["step", "checkpoint", "evaluate", "detect", "sharding"])
+@pytest.mark.parametrize("module", ["step", "checkpoint", "evaluate", "detect", "page", "sharding"])
 def test_runs_where_tensorflow_is_not_installed(module):
     program = f"""
 import sys

@@ -94,6 +94,19 @@ def test_schedule_warms_up_and_follows_half_a_cosine(step, expected):
     np.testing.assert_allclose(optimizer.learning_rate(config, 110)(step), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, 0.0), (5, 0.5), (10, 1.0), (59, 1.0), (60, 0.1), (84, 0.1), (85, 0.01)],
+)
+def test_schedule_falls_tenfold_at_set_shares_of_the_run(step, expected):
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, drops=(0.6, 0.85))
+    np.testing.assert_allclose(optimizer.learning_rate(config, 100)(step), expected, atol=1e-6)
+    at_once = OptimizerConfig(learning_rate=1.0, warmup_steps=0, drops=(0.5,))
+    assert float(optimizer.learning_rate(at_once, 100)(0)) == 1.0
+    with pytest.raises(UserError, match="drops.*must be shares"):
+        OptimizerConfig(drops=(1.0,))
+
+
 @pytest.mark.parametrize("total", [1, 2, 5])
 def test_schedule_of_a_run_shorter_than_its_warm_up_stays_finite(total):
     schedule = optimizer.learning_rate(OptimizerConfig(learning_rate=1.0, warmup_steps=1000), total)

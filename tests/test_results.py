@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_evaluate import make_set
 
-from detclipv2_jax import evaluate, evaluation_sets, results
+from detclipv2_jax import evaluate, evaluation_sets, reports, results
 from detclipv2_jax.data import json_stream
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.evaluation import coco, lvis
@@ -50,7 +50,7 @@ def test_what_is_written_reads_back_to_the_same_figures(tmp_path, federated):
         assert measured["coco"] == wanted
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == measured
     assert measured["settings"]["entries"] == 36
-    assert str(path) in evaluate.table(measured)
+    assert str(path) in reports.table(measured)
 
 
 def test_a_run_that_is_cut_off_leaves_no_file(tmp_path):

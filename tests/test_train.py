@@ -333,6 +333,42 @@ def test_a_checkpoint_tells_a_job_that_follows_whether_it_is_the_last_and_the_be
     assert checkpoint.best_step(workdir) == checkpoint.steps(workdir)[-1]
 
 
+def test_a_run_is_fine_tuned_and_what_it_knew_is_rehearsed_and_measured(data, finished, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("grounding", "image_text", "archives"):
+        (tmp_path / "data" / name).symlink_to(data / name)
+    (tmp_path / "data/target").mkdir()
+    (tmp_path / "data/target/detection").symlink_to(data / "detection")
+    dataset = {"eval.dataset": data / "archives/annotations/lvis_val.json"}
+    start = {"init.model": finished[0], "eval.images": "archives/images/val"}
+    line = tiny_run.command(tmp_path / "data", tmp_path / "run", **dataset, **start)
+    line = [part.replace("pretrain.py:nano", "finetune_coco_format.py:nano") for part in line]
+    process = subprocess.run(
+        line, env=tiny_run.environment(), capture_output=True, text=True, cwd=tiny_run.ROOT
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    # 24 scenes; half as many phrases, twice as many captions as there are; all in batches of 8.
+    epoch = "20 steps; an epoch is 10: 3 of detection, 2 of grounding, 5 of image_text"
+    assert f"{epoch}; of these 7 rehearse" in process.stdout
+    assert f"model from {finished[0]} (detclipv2_jax)" in process.stdout
+    assert f"{tmp_path}/data/detection is not there: it is not rehearsed" in process.stdout
+    before, after, pretrained = (
+        json.loads(path.read_text())
+        for path in (
+            tmp_path / "run/before.json",
+            tmp_path / "run/results.json",
+            finished[0] / "results.json",
+        )
+    )
+    assert before["fixed"] == before["zero_shot"]["fixed"] == pretrained["fixed"]
+    assert before["step"] == 0 and after["step"] == 20
+    assert (tmp_path / "run/zero_shot/results.json").is_file()
+    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["step"] == 0 and lines[0]["zero_shot/fixed/AP"] == before["fixed"]["AP"]
+    assert re.search(r"before +after\nstandard/AP", process.stdout)
+    assert "zero_shot/novel/fixed/AP" in process.stdout
+
+
 def test_another_model_in_the_same_workdir_is_one_sentence(data, finished):
     process = tiny_run.run(data, finished[0], **{"model.swin.embed_dim": 16})
     assert process.returncode == 2

@@ -285,8 +285,8 @@ class Dictionary:
         at = np.minimum(np.searchsorted(self.keys, wanted), len(self) - 1)
         return np.where(self.keys[at] == wanted, at, -1).astype(np.int32)
 
-    def pool(self, kind: str) -> Int32[np.ndarray, " p"]:
-        """Sorted global ids that may be drawn as negatives for a kind.
+    def pool(self, kind: str, names: Collection[str] | None = None) -> Int32[np.ndarray, " p"]:
+        """Sorted global ids that may be drawn as negatives for a kind, or for its sources `names`.
 
         These are the names and phrases of its sources, not their captions; grounding, whose
         phrases are anything, draws from the prepared dictionary where there is one.
@@ -296,7 +296,7 @@ class Dictionary:
         chosen = [
             self.local_to_global[name][source.vocabulary]
             for name, source in self.sources.items()
-            if source.kind == kind
+            if source.kind == kind and (names is None or name in names)
         ]
         return np.unique(np.concatenate(chosen or [np.zeros(0, np.int32)]))
 

@@ -7,6 +7,7 @@ data in its checkpoint, and sees the same batches on any number of processes.
 """
 
 import dataclasses
+import itertools
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,9 @@ class KindPlan:
     texts_per_image: int = 0  # image_text: concepts C an image, its caption first
     begin: float = 0.0  # share of the first epoch's other batches that come before this kind's
     mosaic: float = 0.0  # share of the canvases that show four records, a quarter each
+    # Those of `sources` that are only rehearsed: an epoch takes so many of their records at random.
+    rehearsal: tuple[str, ...] = ()
+    rehearsal_records: int = 0
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -65,7 +69,11 @@ class KindPlan:
                 raise UserError(
                     f"{self.kind}: `{field}` is {getattr(self, field)}, must be at least 1"
                 )
-        for field in ("negatives", "max_boxes", "texts_per_image"):
+        if strange := set(self.rehearsal) - set(self.sources):
+            raise UserError(
+                f"{self.kind}: {', '.join(sorted(strange))} cannot be rehearsed, being no source"
+            )
+        for field in ("negatives", "max_boxes", "texts_per_image", "rehearsal_records"):
             if getattr(self, field) < 0:
                 raise UserError(
                     f"{self.kind}: `{field}` is {getattr(self, field)}, must not be negative"
@@ -99,18 +107,25 @@ class StepPlan:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Bucket:
-    """The records of one kind that share a canvas, numbered through all sources of the kind."""
+    """The records of one kind that share a canvas, numbered through all sources of the kind.
+
+    What is rehearsed has buckets of its own: its images are not asked for names that nobody looked
+    for when they were annotated, nor the others for its names.
+    """
 
     kind: Kind
     shape_index: int
+    rehearsed: bool
     members: Int[np.ndarray, " n"]
+    records: int  # of the members, an epoch
     batches: int
 
 
 class Plan:
     """Every step of a run.
 
-    An epoch is each record of each kind exactly once. Its batches are those of all (kind, canvas)
+    An epoch is each record of each kind exactly once, and of what is only rehearsed as many records
+    as planned, drawn anew without repetition. Its batches are those of all (kind, canvas)
     buckets in one shuffled sequence, so a kind is drawn in proportion to its batches left (paper
     section 4); in the first epoch a kind may `begin` late. The last batch of a bucket is filled up
     with empty slots.
@@ -146,7 +161,9 @@ class Plan:
         self._buckets = [bucket for plan in kinds for bucket in self._cut(plan)]
         self.steps_per_epoch = sum(bucket.batches for bucket in self._buckets)
         self._pools = {
-            plan.kind: dictionary.pool(plan.kind) if plan.negatives else None for plan in kinds
+            (plan.kind, rehearsed): dictionary.pool(plan.kind, names) if plan.negatives else None
+            for plan in kinds
+            for rehearsed, names in _parts(plan).items()
         }
         self._lock = threading.Lock()
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]] = {}
@@ -162,7 +179,13 @@ class Plan:
     @property
     def programs(self) -> list[tuple[Kind, tuple[int, int]]]:
         """The (kind, canvas) pairs that occur: one compiled step each."""
-        return [(b.kind, self.kinds[b.kind].shapes[b.shape_index]) for b in self._buckets]
+        pairs = [(b.kind, self.kinds[b.kind].shapes[b.shape_index]) for b in self._buckets]
+        return list(dict.fromkeys(pairs))
+
+    @property
+    def rehearsal_batches(self) -> int:
+        """Of all batches of an epoch, those of what is only rehearsed."""
+        return sum(bucket.batches for bucket in self._buckets if bucket.rehearsed)
 
     def program(self, step: int) -> tuple[Kind, tuple[int, int]]:
         """The (kind, canvas) of a step, without the rest of its plan."""
@@ -184,7 +207,8 @@ class Plan:
         )]  # fmt: skip
         ids, images, ranks = self._positives(kind, *every)
         images = np.where(images < len(records), images, (images - len(records)) // 3)
-        concepts, positives, dropped = self._concepts(kind, step, ids, ranks, images, records)
+        pool = self._pools[kind.kind, bucket.rehearsed]
+        concepts, positives, dropped = self._concepts(kind, pool, step, ids, ranks, images, records)
         texts = np.full((kind.batch_size, kind.texts_per_image), -1, np.int32)
         if bucket.kind == "image_text":
             texts[images, ranks] = rows_of(concepts, ids)
@@ -226,12 +250,16 @@ class Plan:
         widths = np.concatenate([source.width for source in group])
         nearest = nearest_shape(heights, widths, plan.shapes)
         dtype = np.int32 if len(heights) < 2**31 else np.int64
+        only = [name in plan.rehearsal for name in plan.sources]
+        rehearsed = np.repeat(only, [len(source) for source in group])
+        share = min(1.0, plan.rehearsal_records / max(rehearsed.sum(), 1))
         buckets = []
-        for index in range(len(plan.shapes)):
-            members = np.flatnonzero(nearest == index).astype(dtype)
-            if members.size:
-                batches = math.ceil(members.size / plan.batch_size)
-                buckets.append(_Bucket(plan.kind, index, members, batches))
+        for flag, index in itertools.product((False, True), range(len(plan.shapes))):
+            members = np.flatnonzero((nearest == index) & (rehearsed == flag)).astype(dtype)
+            records = round(share * members.size) if flag else members.size
+            if records:
+                batches = math.ceil(records / plan.batch_size)
+                buckets.append(_Bucket(plan.kind, index, flag, members, records, batches))
         return buckets
 
     def _generator(self, *key: int) -> np.random.Generator:
@@ -273,10 +301,11 @@ class Plan:
             if number not in orders:
                 bucket = self._buckets[number]
                 key = (_ORDER, epoch, KINDS.index(bucket.kind), bucket.shape_index)
-                orders[number] = self._generator(*key).permutation(bucket.members)
+                generator = self._generator(*key, *([1] * bucket.rehearsed))
+                orders[number] = generator.permutation(bucket.members)[: bucket.records]
             return orders[number]
 
-    def _concepts(self, kind: KindPlan, step: int, ids, ranks, images, records):
+    def _concepts(self, kind: KindPlan, pool, step: int, ids, ranks, images, records):
         """The concept table of a step: its rows, how many are positives, how many found no room."""
         generator = self._generator(_CONCEPTS, step)
         wanted, lowest_rank = _unique_with_lowest(ids, ranks)
@@ -293,7 +322,6 @@ class Plan:
         if room and kind.negatives:
             owned = np.bincount(images, minlength=kind.batch_size)[records >= 0]
             missing = np.maximum(kind.negatives - owned, 0)
-            pool = self._pools[kind.kind]
             taken = self._with_synonyms(wanted, pool)
             drawn = _draw(generator, pool, taken, missing, room)
             concepts[table.size : table.size + drawn.size] = drawn
@@ -326,6 +354,14 @@ class Plan:
             kept = ranks < kind.texts_per_image
             ids, images, ranks = ids[kept], images[kept], ranks[kept]
         return ids, images, ranks
+
+
+def _parts(plan: KindPlan) -> dict[bool, list[str]]:
+    """Whether only rehearsed → the sources of which that is so."""
+    parts: dict[bool, list[str]] = {False: [], True: []}
+    for name in plan.sources:
+        parts[name in plan.rehearsal].append(name)
+    return parts
 
 
 def rows_of(concepts: Int[np.ndarray, " M"], ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:

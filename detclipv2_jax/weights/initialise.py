@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ _SECTIONS = collections.defaultdict(lambda: "model", backbone="model.swin", text
 class InitConfig:
     """Files that parameters start from, read before the first step; "" leaves them as drawn."""
 
-    model: str = ""  # all of a model, as `export --format=safetensors` wrote it
+    model: str = ""  # all of a model: a run's workdir, or what `export --format=safetensors` wrote
     backbone: str = ""  # Swin: the official code's, timm's, Hugging Face's or MMDetection's
     text: str = ""  # CLIP's text tower: OpenAI's, open_clip's or Hugging Face's
 
@@ -65,10 +66,19 @@ def initialise(params: PyTree, config: InitConfig) -> tuple[PyTree, list[Report]
         if path:
             paths = parameter_paths(params)
             wanted = {name: v.shape for name, v in paths.items() if name.startswith(part)}
-            found, report = convert(files.read(path), layouts, wanted, part, path)
+            tensors = _of_run(path) if not part and Path(path).is_dir() else files.read(path)
+            found, report = convert(tensors, layouts, wanted, part, path)
             params = _replaced(params, found)
             reports.append(report)
     return params, reports
+
+
+def _of_run(workdir: str) -> dict[str, np.ndarray]:
+    """The averaged parameters of a run's newest checkpoint, by the names of `OURS`."""
+    from detclipv2_jax.checkpoint import load_model  # orbax, which no other file needs
+
+    params = parameter_paths(load_model(workdir).params)
+    return {name.replace("/", "."): np.asarray(value) for name, value in params.items()}
 
 
 def table(reports: Sequence[Report]) -> str:

@@ -414,3 +414,70 @@ def test_bad_plans_are_told():
     with pytest.raises(UserError, match="seed"):
         Plan(sources, dictionary, [kind("s")], -1)
     assert Plan(sources, dictionary, [kind("s", "none")], 0).steps_per_epoch == 1
+
+
+def rehearsing(records, seed=0, **detection):
+    return three_kinds(
+        seed,
+        detection=dict(rehearsal=("boxes",), rehearsal_records=records, **detection),
+        grounding=dict(rehearsal=("phrases",), rehearsal_records=7),
+    )
+
+
+@pytest.mark.parametrize("records", [0, 10, 1000])
+def test_an_epoch_holds_the_target_once_and_a_part_of_what_is_rehearsed(records):
+    plan, _ = rehearsing(records)
+    seen = [collections.Counter(), collections.Counter()]
+    for step in range(2 * plan.steps_per_epoch):
+        planned = plan.plan(step)
+        names = {plan.kinds[planned.kind].sources[i] for i in planned.sources[planned.records >= 0]}
+        assert len(names) == 1, "no step holds both"
+        for record in planned.records[planned.records >= 0]:
+            seen[planned.epoch][names.copy().pop(), int(record)] += 1
+    for epoch in seen:
+        assert set(epoch.values()) == {1}
+        counts = collections.Counter(name for name, _ in epoch)
+        expected = {"more": 20, "pairs": 37, "boxes": min(records, 53), "phrases": 7}
+        assert counts == {name: n for name, n in expected.items() if n}
+    if records == 10:
+        assert seen[0].keys() != seen[1].keys(), "others in the next epoch"
+    assert sum(plan.batches.values()) == plan.steps_per_epoch
+    assert len(set(plan.programs)) == len(plan.programs)
+
+
+def test_what_is_rehearsed_takes_its_negatives_from_its_own_names():
+    plan, _ = rehearsing(30)
+    own = {
+        "more": set(plan.dictionary.local_to_global["more"].tolist()),
+        "boxes": set(plan.dictionary.local_to_global["boxes"].tolist()),
+    }
+    assert own["more"] - own["boxes"] and own["boxes"] - own["more"]
+    kinds = collections.Counter()
+    for step in range(plan.steps_per_epoch):
+        planned = plan.plan(step)
+        if planned.kind == "detection":
+            name = plan.kinds["detection"].sources[planned.sources[0]]
+            concepts = set(planned.concepts[planned.concepts >= 0].tolist())
+            assert concepts <= own[name]
+            kinds[name] += len(concepts) > planned.positives
+    assert kinds["more"] and kinds["boxes"]
+
+
+def test_a_plan_without_rehearsal_is_what_it_was_before_there_was_any():
+    plan, _ = three_kinds()
+    again, _ = three_kinds(detection=dict(rehearsal=(), rehearsal_records=5))
+    assert plan.rehearsal_batches == again.rehearsal_batches == 0
+    for step in range(plan.steps_per_epoch):
+        assert steps_equal(plan.plan(step), again.plan(step))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(rehearsal=("others",)), "others cannot be rehearsed, being no source"),
+        (dict(rehearsal_records=-1), "`rehearsal_records` is -1, must not be negative"),
+    ],
+)
+def test_a_rehearsal_that_cannot_be_is_named(change, message):
+    with pytest.raises(UserError, match=message):
+        three_kinds(detection=change)
