@@ -150,6 +150,7 @@ def _wait_until(process, what):
     assert process.poll() is None, process.args
 
 
+@pytest.mark.slow
 def test_signals_while_it_evaluates_while_it_saves_and_twice(data, tmp_path):
     """Three runs side by side, each stopped at its moment."""
     evaluating, saving, hasty = (tmp_path / name for name in ("evaluating", "saving", "hasty"))
