@@ -86,11 +86,8 @@ def scalars(results: dict[str, Any]) -> dict[str, float | None]:
     for group, protocols in results.get("groups", {}).items():
         tables |= {f"{group}/{protocol}": figures for protocol, figures in protocols.items()}
     flat = {f"{name}/{key}": value for name, row in tables.items() for key, value in row.items()}
-    if ZERO_SHOT in results:
-        flat |= {
-            f"{ZERO_SHOT}/{name}": value for name, value in scalars(results[ZERO_SHOT]).items()
-        }
-    return flat
+    second = scalars(results[ZERO_SHOT]) if ZERO_SHOT in results else {}
+    return flat | {f"{ZERO_SHOT}/{name}": value for name, value in second.items()}
 
 
 def compared(before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -99,6 +96,5 @@ def compared(before: dict[str, Any], after: dict[str, Any]) -> str:
     rows = [name for name in new if name.endswith("/AP")]
     width = max(map(len, rows))
     cell = lambda value: f"{'-':>7}" if value is None else f"{value:7.3f}"
-    lines = [f"{'':<{width}}  before  after"]
-    lines += [f"{name:<{width}} {cell(old.get(name))}{cell(new[name])}" for name in rows]
-    return "\n".join(lines)
+    lines = [f"{name:<{width}} {cell(old.get(name))}{cell(new[name])}" for name in rows]
+    return "\n".join([f"{'':<{width}}  before  after", *lines])
