@@ -242,7 +242,7 @@ def _ended_by_sigterm() -> Iterator[None]:
     """SIGTERM ends the block as Ctrl-C does, by an exception: what is being written is whole."""
 
     def end(*_: Any) -> None:
-        raise Interrupted("stopped by SIGTERM")
+        raise Interrupted("stopped by SIGTERM", signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, end)
     try:

@@ -77,7 +77,7 @@ def assert_same(found, expected):
         )
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_add_up_to_the_whole_on_one_device(kind, count):
     assert_same(result(kind, count), result(kind, 1))

@@ -257,12 +257,12 @@ def poisoned(*args):
             bad = next(count) in steps
             params = dict(state.params)
             if bad:
-                bias = params["logit_bias"]
+                scale = params["logit_scale"]
                 nan = np.float32(np.nan)
-                params["logit_bias"] = jax.device_put(nan, bias.sharding) if {explicit} else nan
+                params["logit_scale"] = jax.device_put(nan, scale.sharding) if {explicit} else nan
             new, values = compiled(dataclasses.replace(state, params=params), batch)
             if bad:  # only the step was to see it
-                new = dataclasses.replace(new, params=new.params | {{"logit_bias": bias}})
+                new = dataclasses.replace(new, params=new.params | {{"logit_scale": scale}})
             return new, values
         return run
     count = itertools.count()
@@ -288,11 +288,13 @@ def test_steps_that_are_not_finite_are_left_out_and_the_run_goes_on(data, tmp_pa
     assert "3 updates were skipped: their loss or gradient was not finite" in process.stdout
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "kind" in line]
-    assert [line["step"] for line in lines if line["loss"] is None] == [3, 4, 8]
+    bad = [line["step"] for line in lines if None in (line["loss"], line["gradient_norm"])]
+    assert bad == [3, 4, 8]
     assert [line["skipped"] for line in lines[:8]] == [0, 0, 1, 2, 2, 2, 2, 3]
     assert all(math.isfinite(line["loss"]) for line in lines[8:])
 
 
+@pytest.mark.slow
 def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(data, tmp_path):
     process = _run_poisoned(data, tmp_path, set(range(5, 99)), **{"train.max_skipped": 3})
     assert process.returncode == 2
@@ -302,6 +304,7 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(data, tmp_path)
     )
 
 
+@pytest.mark.slow
 def test_a_transfer_that_nobody_asked_for_ends_the_run(data, tmp_path):
     process = _run_poisoned(data, tmp_path, {1}, explicit=False)
     assert process.returncode == 1 and "Disallowed host-to-device transfer" in process.stderr

@@ -138,12 +138,11 @@ def randomised():
 
 
 def test_without_a_rate_a_key_changes_nothing(randomised):
-    x = RNG.normal(size=(2, 32, 32, 3)).astype(np.float32)
-    inference = apply(randomised, x)
     module = nnx.merge(*nnx.split(randomised))
+    assert module.draw_drop_path(jax.random.key(1), 2) is not None
+    assert module.draw_drop_path(None, 2) is None
     module.rates = (0.0,) * len(module.rates)
-    for a, b in zip(apply(module, x, jax.random.key(1)), inference):
-        np.testing.assert_array_equal(a, b)
+    assert module.draw_drop_path(jax.random.key(1), 2) is None
 
 
 def test_dropped_paths_are_per_sample_and_keep_the_mean():
