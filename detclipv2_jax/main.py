@@ -6,6 +6,7 @@ Any field of the config can be set behind it: `--config.train.epochs=1`. The sam
 where a killed run stopped.
 """
 
+import logging as python_logging
 import math
 import os
 import signal
@@ -68,7 +69,7 @@ def _say_failures_once() -> None:
     Orbax logs the error from each of its threads, with its stack; what still arrives for a save
     that was given up is shown by asyncio and by Python; and TensorBoard's thread dies of it.
     """
-    logging.get_absl_logger().manager.getLogger("asyncio").setLevel("CRITICAL")
+    python_logging.getLogger("asyncio").setLevel("CRITICAL")
     logging.get_absl_logger().addFilter(
         lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
     )

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from detclipv2_jax.data.concepts import enriched, normalise, tokenize
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.images import Placed, Source, place
+from detclipv2_jax.models.atss_head import RegionOutputs
 from detclipv2_jax.models.detclip import DetCLIP, DetCLIPConfig, build
 from detclipv2_jax.ops.boxes import anchor_grid, anchors_inside, area, decode_deltas
 from detclipv2_jax.ops.nms import class_nms
@@ -83,24 +84,13 @@ def predict(
     answered. Boxes are clipped to the picture. A score that is not finite is no detection. Beyond
     the model's own, memory is that of the scores of 128 names, however many are asked.
     """
-    height, width = images.shape[1:3]
-    anchors = jnp.asarray(anchor_grid(height, width, model.cfg.anchors))
     regions = model.encode_image(images)
-    limits = jnp.concatenate([sizes[:, ::-1]] * 2, axis=-1)[:, None].astype(jnp.float32)
-    boxes = jnp.clip(decode_deltas(anchors, regions.deltas), 0.0, limits)
-    centerness = jax.nn.sigmoid(regions.centerness)[:, None]
-
-    def score(block):
-        texts, asked = block
-        scores = jax.nn.sigmoid(jnp.swapaxes(model.logits(regions.embeddings, texts), 1, 2))
-        if config.score == "alignment*centerness":
-            scores *= centerness
-        return jnp.where(jnp.isfinite(scores) & asked[:, None], scores, -1.0)
-
+    boxes, mask = clipped_boxes(model, regions, images.shape[1:3], sizes)
+    score = lambda block: score_names(model, regions, *block, config)
     asked = jnp.ones(len(texts), bool) if text_mask is None else text_mask
     detections = class_nms(
         boxes,
-        anchors_inside(anchors, sizes) & (area(boxes) > 0),
+        mask,
         score,
         (_blocks(texts), _blocks(asked)),
         iou_threshold=config.nms_iou,
@@ -109,6 +99,30 @@ def predict(
         keep=config.keep,
     )
     return Detections(*detections)
+
+
+def clipped_boxes(
+    model: DetCLIP, regions: RegionOutputs, canvas: tuple[int, int], sizes: Int[Array, "B 2"]
+) -> tuple[Float[Array, "B K 4"], Bool[Array, "B K"]]:
+    """Every anchor's box, clipped to the picture, and whether it lies there and has an area."""
+    anchors = jnp.asarray(anchor_grid(*canvas, model.cfg.anchors))
+    limits = jnp.concatenate([sizes[:, ::-1]] * 2, axis=-1)[:, None].astype(jnp.float32)
+    boxes = jnp.clip(decode_deltas(anchors, regions.deltas), 0.0, limits)
+    return boxes, anchors_inside(anchors, sizes) & (area(boxes) > 0)
+
+
+def score_names(
+    model: DetCLIP,
+    regions: RegionOutputs,
+    texts: Float[Array, "C D"],
+    asked: Bool[Array, " C"],
+    config: DetectConfig,
+) -> Float[Array, "B C K"]:
+    """Scores of every anchor for each name; -1 for a name not `asked`, or what is not finite."""
+    scores = jax.nn.sigmoid(jnp.swapaxes(model.logits(regions.embeddings, texts), 1, 2))
+    if config.score == "alignment*centerness":
+        scores *= jax.nn.sigmoid(regions.centerness)[:, None]
+    return jnp.where(jnp.isfinite(scores) & asked[:, None], scores, -1.0)
 
 
 def _blocks(rows: Array) -> Array:

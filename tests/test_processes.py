@@ -118,6 +118,13 @@ def losses(workdir):
     return [(line["kind"], line["loss"]) for line in lines if "loss" in line]
 
 
+def check_losses(workdir, expected):
+    found = losses(workdir)
+    assert [kind for kind, _ in found] == [kind for kind, _ in expected]
+    for (_, a), (_, b) in zip(found, expected):
+        assert a == pytest.approx(b, rel=2e-6)
+
+
 def wait_for_steps(workdir, count):
     log, deadline = workdir / "metrics.jsonl", time.monotonic() + _PATIENCE
     while not (log.exists() and log.read_text().count("\n") >= count):
@@ -145,10 +152,7 @@ def test_two_processes_train_as_one_and_a_checkpoint_moves_between_them(data, tm
         assert "fixed AP" in (tmp_path / "all/stdout0").read_text()
         assert "compiled" not in (tmp_path / "all/stdout1").read_text()  # one voice, but Gloo's
     for workdir in ("two", "all"):
-        found = losses(tmp_path / workdir)
-        assert [kind for kind, _ in found] == [kind for kind, _ in expected]
-        for (_, a), (_, b) in zip(found, expected):
-            assert a == pytest.approx(b, rel=2e-6)
+        check_losses(tmp_path / workdir, expected)
 
 
 @pytest.mark.slow
@@ -181,10 +185,7 @@ def test_eight_devices_train_as_one_and_a_checkpoint_moves_between_them(data, tm
     start(tmp_path / "one_then_eight", 1, stop_after=9)
     start(tmp_path / "one_then_eight", 8)
     for workdir in ("eight", "eight_then_one", "one_then_eight"):
-        found = losses(tmp_path / workdir)
-        assert [kind for kind, _ in found] == [kind for kind, _ in expected]
-        for (_, a), (_, b) in zip(found, expected):
-            assert a == pytest.approx(b, rel=2e-6)
+        check_losses(tmp_path / workdir, expected)
 
 
 @pytest.mark.slow

@@ -12,8 +12,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from detclipv2_jax.data.concepts import CONTEXT
 from detclipv2_jax.models.detclip import DetCLIP, build
-from detclipv2_jax.ops.boxes import anchor_grid, anchors_inside, area, decode_deltas
-from detclipv2_jax.predictor import DetectConfig, predict
+from detclipv2_jax.predictor import DetectConfig, clipped_boxes, predict, score_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +85,7 @@ def dense(
     Boxes are clipped to the picture. A score is -1 where there can be no detection: off the
     picture, a box without area, a score that is not finite, a row of zeros in `texts`.
     """
-    anchors = jnp.asarray(anchor_grid(*images.shape[1:3], model.cfg.anchors))
     regions = model.encode_image(images)
-    scores = jax.nn.sigmoid(model.logits(regions.embeddings, texts))
-    if config.score == "alignment*centerness":
-        scores *= jax.nn.sigmoid(regions.centerness)[..., None]
-    limits = jnp.concatenate([sizes[:, ::-1]] * 2, axis=-1)[:, None].astype(jnp.float32)
-    boxes = jnp.clip(decode_deltas(anchors, regions.deltas), 0.0, limits)
-    there = anchors_inside(anchors, sizes) & (area(boxes) > 0)
-    asked = jnp.any(texts != 0, axis=-1)
-    allowed = there[..., None] & asked & jnp.isfinite(scores)
-    return boxes, jnp.where(allowed, scores, -1.0).transpose(0, 2, 1)
+    boxes, there = clipped_boxes(model, regions, images.shape[1:3], sizes)
+    scores = score_names(model, regions, texts, jnp.any(texts != 0, axis=-1), config)
+    return boxes, jnp.where(there[:, None], scores, -1.0)
