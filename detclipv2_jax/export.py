@@ -60,7 +60,7 @@ def served_model(
 
     model = detclip.DetCLIPConfig.from_dict(loaded.config["model"])
     graphdef, _ = detclip.abstract(
-        dataclasses.replace(model, dtype="float32", remat="none", loop=False)
+        dataclasses.replace(model, dtype="float32", remat="none", loop=False, kernels="xla")
     )
     detector = Detector(
         dataclasses.replace(loaded, graphdef=graphdef),

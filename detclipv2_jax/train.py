@@ -305,7 +305,8 @@ def lower_program(
         in_shardings=(shardings, sharding.batch_shardings(mesh, batch)),
         out_shardings=(shardings, sharding.replicated(mesh)),
     )
-    return run.lower(state, batch)
+    with jax.set_mesh(mesh):  # tells kernels what they are for, and which devices share the images
+        return run.lower(state, batch)
 
 
 def compile_programs(

@@ -18,7 +18,7 @@ from detclipv2_jax.models.atss_head import ATSSHead, HeadConfig, RegionOutputs
 from detclipv2_jax.models.fpn import FPN
 from detclipv2_jax.models.initialise import Draws
 from detclipv2_jax.models.remat import Remat
-from detclipv2_jax.models.swin import Swin, SwinConfig
+from detclipv2_jax.models.swin import Kernels, Swin, SwinConfig
 from detclipv2_jax.models.text import TextConfig, TextTower
 from detclipv2_jax.ops.boxes import AnchorConfig
 
@@ -50,6 +50,8 @@ class DetCLIPConfig:
         input alone.
     loop: run the equal blocks of a stage, and of the text tower, as a loop over their stacked
         parameters. The same values; a deep model compiles in a fraction of the time and memory.
+    kernels: 'auto' runs Swin blocks in bfloat16 by fused kernels on TPUs (kernels/), 'xla' leaves
+        all to the compiler, as other devices do.
     """
 
     swin: SwinConfig = SwinConfig()
@@ -64,12 +66,17 @@ class DetCLIPConfig:
     dtype: str = "float32"
     remat: Remat = "none"
     loop: bool = False
+    kernels: Kernels = "auto"
 
     def __post_init__(self):
         if self.dtype not in _DTYPES:
             raise UserError(f"dtype is {self.dtype!r}; choose one of {', '.join(_DTYPES)}")
         if self.remat not in get_args(Remat):
             raise UserError(f"remat is {self.remat!r}; choose one of {', '.join(get_args(Remat))}")
+        if self.kernels not in get_args(Kernels):
+            raise UserError(
+                f"kernels is {self.kernels!r}; choose one of {', '.join(get_args(Kernels))}"
+            )
         if self.similarity not in _SIMILARITIES:
             raise UserError(
                 f"similarity is {self.similarity!r}; choose one of {', '.join(_SIMILARITIES)}"
@@ -129,7 +136,7 @@ class DetCLIP(nnx.Module):
         options = {"dtype": _DTYPES[cfg.dtype], "rngs": rngs}
         self.cfg = cfg
         blocks = {"remat": cfg.remat, "loop": cfg.loop}
-        self.backbone = Swin(cfg.swin, **blocks, **options)
+        self.backbone = Swin(cfg.swin, kernels=cfg.kernels, **blocks, **options)
         self.neck = FPN(cfg.swin.widths[1:], cfg.neck_channels, cfg.neck_coarse_gain, **options)
         levels = len(cfg.anchors.strides)
         self.head = ATSSHead(cfg.neck_channels, levels, cfg.head, remat=cfg.remat, **options)

@@ -7,6 +7,7 @@ fit.
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from detclipv2_jax.errors import UserError
+from detclipv2_jax.kernels import attention, mlp, place
 from detclipv2_jax.models.initialise import Draws, normal
 from detclipv2_jax.models.loop import run_blocks
 from detclipv2_jax.models.norms import LayerNorm
 from detclipv2_jax.models.remat import Remat, block_of, product
+
+# Whether TPUs run the blocks by kernels: "auto" where these can, "xla" never.
+Kernels = Literal["auto", "xla"]
 
 _MASKED = -1e9  # finite, so that a row of masked scores is no NaN
 
@@ -162,13 +167,17 @@ class WindowAttention(nnx.Module):
         query, key, value = jnp.split(qkv, 3, axis=3)
         query = query * (width // self.heads) ** -0.5
         scores = jnp.einsum("bnqhd,bnkhd->bnhqk", query, key, preferred_element_type=jnp.float32)
-        bias = self.relative_position_bias_table[...][relative_position_index(self.window)]
-        bias = bias.transpose(2, 0, 1)[None]
+        bias = self.bias()[None]
         if mask is not None:
             bias = jnp.where(mask[:, None], bias, _MASKED)
         weights = jax.nn.softmax(scores + bias, axis=-1).astype(x.dtype)
         out = jnp.einsum("bnhqk,bnkhd->bnqhd", weights, value)
         return product(self.proj(out.reshape(batch, windows, tokens, width)))
+
+    def bias(self) -> Float[Array, "heads T T"]:
+        """The relative position bias of every (query, key) of a window."""
+        bias = self.relative_position_bias_table[...][relative_position_index(self.window)]
+        return bias.transpose(2, 0, 1)
 
 
 class Mlp(nnx.Module):
@@ -190,8 +199,18 @@ class SwinBlock(nnx.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, shifted: bool, cfg: SwinConfig, *, dtype, rngs: Draws
+        self,
+        width: int,
+        heads: int,
+        shifted: bool,
+        cfg: SwinConfig,
+        *,
+        dtype,
+        kernels: Kernels,
+        rngs: Draws,
     ):
+        supported = attention.supports(width, heads, cfg.window) and dtype == jnp.bfloat16
+        self.fused = kernels == "auto" and supported
         self.window = cfg.window
         self.shift = cfg.window // 2 if shifted else 0
         self.norm1 = LayerNorm(width)
@@ -203,6 +222,8 @@ class SwinBlock(nnx.Module):
         self, x: Float[Array, "B H W C"], keep: Float[Array, "2 B"] | None
     ) -> Float[Array, "B H W C"]:
         """One block; `keep` are the drop path factors of its two branches, None at inference."""
+        if self.fused and place.available():
+            return self._by_kernels(x, keep)
         keep_attention, keep_mlp = (None, None) if keep is None else (keep[0], keep[1])
         x = x + drop_path(self._attend(self.norm1(x)), keep_attention)
         return x + drop_path(self.mlp(self.norm2(x)), keep_mlp)
@@ -220,6 +241,36 @@ class SwinBlock(nnx.Module):
         if self.shift:
             x = jnp.roll(x, (self.shift, self.shift), axis=(1, 2))
         return x[:, :height, :width]
+
+    def _by_kernels(self, x, keep):
+        """The same by the kernels, which keep nothing but their input for the backward pass."""
+        keep = jnp.ones((2, len(x)), jnp.float32) if keep is None else keep
+        attend = functools.partial(attention.attention_branch, window=self.window, shift=self.shift)
+        x = place.on_each_device(attend, x, keep[0], self._attention_weights())
+        return place.on_each_device(mlp.mlp_branch, x, keep[1], self._mlp_weights())
+
+    def _attention_weights(self) -> attention.Weights:
+        attn, width = self.attn, self.norm1.scale.shape[0]
+        qkv_bias = attn.qkv.bias[...] if attn.qkv.bias is not None else jnp.zeros(3 * width)
+        return attention.Weights(
+            scale=self.norm1.scale[...][None],
+            offset=self.norm1.bias[...][None],
+            qkv=attn.qkv.kernel[...].reshape(width, 3, width).swapaxes(0, 1),
+            qkv_bias=qkv_bias.reshape(3, 1, width),
+            bias=attention.unit_bias(attn.bias(), self.window),
+            proj=attn.proj.kernel[...],
+            proj_bias=attn.proj.bias[...][None],
+        )
+
+    def _mlp_weights(self) -> mlp.Weights:
+        return mlp.Weights(
+            scale=self.norm2.scale[...][None],
+            offset=self.norm2.bias[...][None],
+            fc1=self.mlp.fc1.kernel[...],
+            fc1_bias=self.mlp.fc1.bias[...][None],
+            fc2=self.mlp.fc2.kernel[...],
+            fc2_bias=self.mlp.fc2.bias[...][None],
+        )
 
 
 class PatchMerging(nnx.Module):
@@ -258,10 +309,10 @@ class PatchEmbed(nnx.Module):
 class Stage(nnx.Module):
     """The blocks of one resolution, and the merging that leads to the next."""
 
-    def __init__(self, stage: int, cfg: SwinConfig, *, dtype, rngs: Draws):
+    def __init__(self, stage: int, cfg: SwinConfig, *, dtype, kernels: Kernels, rngs: Draws):
         width, heads = cfg.widths[stage], cfg.num_heads[stage]
         self.blocks = nnx.List(
-            SwinBlock(width, heads, index % 2 == 1, cfg, dtype=dtype, rngs=rngs)
+            SwinBlock(width, heads, index % 2 == 1, cfg, dtype=dtype, kernels=kernels, rngs=rngs)
             for index in range(cfg.depths[stage])
         )
         last = stage == len(cfg.depths) - 1
@@ -276,6 +327,7 @@ class Swin(nnx.Module):
         dtype: of the activations; parameters, norms' statistics and softmax are float32.
         remat: what of a block is kept for the backward pass.
         loop: whether the pairs of blocks of a stage are a loop.
+        kernels: "auto" runs blocks by kernels where there are TPUs and they can do it; "xla" never.
         rngs: initialises the parameters.
     """
 
@@ -286,6 +338,7 @@ class Swin(nnx.Module):
         dtype=jnp.float32,
         remat: Remat = "none",
         loop: bool = False,
+        kernels: Kernels = "auto",
         rngs: Draws,
     ):
         self.dtype = dtype
@@ -294,7 +347,8 @@ class Swin(nnx.Module):
         self.rates = tuple(np.linspace(0, cfg.drop_path, sum(cfg.depths)).tolist())
         self.patch_embed = PatchEmbed(cfg, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
-            Stage(stage, cfg, dtype=dtype, rngs=rngs) for stage in range(len(cfg.depths))
+            Stage(stage, cfg, dtype=dtype, kernels=kernels, rngs=rngs)
+            for stage in range(len(cfg.depths))
         )
         self.norms = nnx.List(LayerNorm(width) for width in cfg.widths[1:])
 
@@ -313,11 +367,13 @@ class Swin(nnx.Module):
             x: normalised images of any size.
             keep: drop path factors of each block's two branches; None keeps every branch.
         """
-        run = block_of(SwinBlock.__call__, self.remat)
         x = self.patch_embed(x.astype(self.dtype))
         maps, index = [], 0
         for number, stage in enumerate(self.layers):
             here = None if keep is None else keep[index : index + len(stage.blocks)]
+            # The kernels compute again what they need by themselves.
+            by_kernels = stage.blocks[0].fused and place.available() if stage.blocks else False
+            run = block_of(SwinBlock.__call__, "none" if by_kernels else self.remat)
             x = run_blocks(run, stage.blocks, x, here, loop=self.loop, period=2)
             index += len(stage.blocks)
             if number:

@@ -1,0 +1,1 @@
+"""Parts of the model as TPU kernels, each equal to what models/ writes in plain JAX."""

@@ -1,0 +1,70 @@
+"""What the kernels have in common."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, PyTree
+
+from detclipv2_jax.models.norms import EPS
+
+TILE = 16  # rows of a tile of bfloat16 in fast memory
+LANES = 128  # columns of a tile
+FAST_MEMORY = 60 * 2**20  # bytes that a kernel may take
+
+
+def whole(array: Any) -> pl.BlockSpec:
+    """All of an array at every step of the grid: it is fetched once."""
+    return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
+
+
+def sums(cores: int, weights: PyTree) -> tuple[list[jax.ShapeDtypeStruct], list[pl.BlockSpec]]:
+    """Where the gradient by each of the weights is summed in float32, by each core for itself."""
+    shapes, specs = [], []
+    for leaf in jax.tree.leaves(weights):
+        shapes.append(jax.ShapeDtypeStruct((cores, *leaf.shape), jnp.float32))
+        rest = (0,) * leaf.ndim
+        specs.append(pl.BlockSpec((1, *leaf.shape), lambda core, *_, rest=rest: (core, *rest)))
+    return shapes, specs
+
+
+def clear(refs: list[Any]) -> None:
+    """Zeros."""
+    for ref in refs:
+        ref[...] = jnp.zeros_like(ref)
+
+
+def parameters(axes: int) -> pltpu.CompilerParams:
+    """Of a call whose grid has so many axes: a chip's cores may share the first."""
+    semantics = ("parallel",) + ("arbitrary",) * (axes - 1)
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=FAST_MEMORY)
+
+
+def dot(a: Array, b: Array, *, left: int = 1, right: int = 0) -> Float[Array, "M N"]:
+    """The product over a's axis `left` and b's axis `right`, summed in float32."""
+    axes = (((left,), (right,)), ((), ()))
+    return lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+
+
+def total(x: Float[Array, "M N"]) -> Float[Array, "1 N"]:
+    """The sum of the rows, in float32."""
+    return jnp.sum(x.astype(jnp.float32), axis=0, keepdims=True)
+
+
+def standardise(x: Float[Array, "M C"]) -> tuple[Float[Array, "M C"], Float[Array, "M 1"]]:
+    """Zero mean and unit variance of each row, and what rows were multiplied by; float32."""
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=1, keepdims=True)
+    inverse = lax.rsqrt(jnp.mean(jnp.square(centred), axis=1, keepdims=True) + EPS)
+    return centred * inverse, inverse
+
+
+def standardise_backward(
+    normal: Float[Array, "M C"], inverse: Float[Array, "M 1"], gradient: Float[Array, "M C"]
+) -> Float[Array, "M C"]:
+    """The gradient by what was standardised."""
+    along = jnp.mean(gradient * normal, axis=1, keepdims=True)
+    return (gradient - jnp.mean(gradient, axis=1, keepdims=True) - normal * along) * inverse

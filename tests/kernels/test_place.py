@@ -1,0 +1,68 @@
+"""Kernels run on each device's images, and only where there are TPUs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from detclipv2_jax import sharding
+from detclipv2_jax.kernels import place
+
+
+def sized(x, keep, weights):
+    """Tells how many images it was given, so that cutting shows."""
+    return x * keep[:, None, None, None] * weights["scale"] + 1000.0 * len(x)
+
+
+@pytest.mark.parametrize("cut_already", [False, True])
+def test_each_device_has_its_images_and_the_gradients_of_weights_are_summed(cut_already):
+    mesh = sharding.make_mesh(2, 2)
+    random = np.random.default_rng(0)
+    x, slope = (jnp.asarray(random.normal(size=(8, 3, 2, 4)), jnp.float32) for _ in range(2))
+    keep = jnp.asarray(random.uniform(size=8), jnp.float32)
+    weights = {"scale": jnp.asarray(random.normal(size=4), jnp.float32)}
+    images = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+
+    def run(x, weights):
+        call = lambda x, keep, weights: place.on_each_device(sized, x, keep, weights)  # noqa: E731
+        if cut_already:
+            split, whole = images.spec, PartitionSpec()
+            call = jax.shard_map(
+                call, mesh=mesh, in_specs=(split, split, whole), out_specs=split, check_vma=False
+            )
+        return call(x, keep, weights)
+
+    def everything(x, weights):
+        value, back = jax.vjp(run, x, weights)
+        return value, back(slope)
+
+    with jax.set_mesh(mesh):
+        value, (by_x, by_weights) = jax.jit(everything)(jax.device_put(x, images), weights)
+    factor = keep[:, None, None, None]
+    np.testing.assert_allclose(value, x * factor * weights["scale"] + 2000.0, rtol=1e-6)
+    np.testing.assert_allclose(by_x, slope * factor * weights["scale"], rtol=1e-6)
+    expected = np.sum(np.asarray(slope * x * factor, np.float64), axis=(0, 1, 2))
+    np.testing.assert_allclose(by_weights["scale"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_mesh_nothing_is_cut():
+    ones = jnp.ones((3, 1, 1, 4))
+    value = place.on_each_device(sized, ones, jnp.ones(3), {"scale": jnp.ones(4)})
+    assert (value == 3001.0).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "memory", "expected"),
+    [("TPU v5 lite", 128, True), ("TPU v4", 16, False), ("NVIDIA H100", 0, False)],
+)
+def test_devices_that_are_not_here_are_those_of_the_mesh(monkeypatch, kind, memory, expected):
+    class Mesh:
+        abstract_device = type("Device", (), {"device_kind": kind})
+
+    class Info:
+        vmem_capacity_bytes = memory * 2**20
+
+    monkeypatch.setattr(place.jax.sharding, "get_abstract_mesh", lambda: Mesh)
+    monkeypatch.setattr(place.pltpu, "get_tpu_info", lambda: Info)
+    assert place.available() == expected
