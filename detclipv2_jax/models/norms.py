@@ -5,7 +5,6 @@ of which takes memory traffic to run and time to compile.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,36 +16,83 @@ from detclipv2_jax.models.canvas import Canvas
 EPS = 1e-5
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def standardise(
-    x: Float[Array, "*shape"], average: Callable, spread: Callable
-) -> Float[Array, "*shape"]:
-    """Zero mean and unit variance of each set of entries, in float32, returned in x's dtype.
-
-    Args:
-        x: what to normalise.
-        average: the mean of each set.
-        spread: brings these back to the entries of their sets, or to what broadcasts to them.
-    """
-    return _forward(x, average, spread)[0]
+@jax.custom_vjp
+def standardise(x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+    """Zero mean and unit variance of each position's channels: in float32, given in x's dtype."""
+    return _forward(x)[0]
 
 
-def _forward(x, average, spread):
+def _forward(x):
     wide = x.astype(jnp.float32)
-    centred = wide - spread(average(wide))
-    inverse = jax.lax.rsqrt(average(jnp.square(centred)) + EPS)
-    y = (centred * spread(inverse)).astype(x.dtype)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + EPS)
+    y = (centred * inverse).astype(x.dtype)
     return y, (y, inverse)
 
 
-def _backward(average, spread, saved, gradient):
+def _backward(saved, gradient):
     y, inverse = saved
     wide, y = gradient.astype(jnp.float32), y.astype(jnp.float32)
-    wide = wide - spread(average(wide)) - y * spread(average(wide * y))
-    return ((wide * spread(inverse)).astype(gradient.dtype),)
+    along = jnp.mean(wide * y, axis=-1, keepdims=True)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True) - y * along
+    return ((wide * inverse).astype(gradient.dtype),)
 
 
 standardise.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def standardise_levels(
+    x: Float[Array, "B H W C"], groups: int, canvas: Canvas
+) -> Float[Array, "B H W C"]:
+    """The same of each group of channels of each level of a canvas; the gaps are undefined.
+
+    Statistics are taken of levels cut from x before it is made wide: so no map is held in float32.
+    """
+    return _levels_forward(x, groups, canvas)[0]
+
+
+def _levels_forward(x, groups, canvas):
+    means, inverses = [], []
+    for level in canvas.cut(x):
+        means.append(_average(level.astype(jnp.float32), groups))
+        centred = level.astype(jnp.float32) - means[-1]
+        inverses.append(jax.lax.rsqrt(_average(jnp.square(centred), groups) + EPS))
+    centred = x.astype(jnp.float32) - _spread(means, canvas)
+    y = (centred * _spread(inverses, canvas)).astype(x.dtype)
+    return y, (y, inverses)
+
+
+def _levels_backward(groups, canvas, saved, gradient):
+    y, inverses = saved
+    plain, along = [], []
+    for level, slope in zip(canvas.cut(y), canvas.cut(gradient)):
+        slope = slope.astype(jnp.float32)
+        plain.append(_average(slope, groups))
+        along.append(_average(slope * level.astype(jnp.float32), groups))
+    wide = gradient.astype(jnp.float32) - _spread(plain, canvas)
+    wide = wide - y.astype(jnp.float32) * _spread(along, canvas)
+    return ((wide * _spread(inverses, canvas)).astype(gradient.dtype),)
+
+
+standardise_levels.defvjp(_levels_forward, _levels_backward)
+
+
+def _average(level: Float[Array, "B H W C"], groups: int) -> Float[Array, "B 1 1 C"]:
+    """Each channel's group's mean. Pixels first: groups of 8 channels would be padded to 128."""
+    means = jnp.mean(level, axis=(1, 2))
+    grouped = means.reshape(len(means), groups, -1)
+    grouped = jnp.broadcast_to(jnp.mean(grouped, axis=-1, keepdims=True), grouped.shape)
+    return grouped.reshape(len(means), 1, 1, -1)
+
+
+def _spread(values: list[Float[Array, "B 1 1 C"]], canvas: Canvas) -> Float[Array, "B H W C"]:
+    """Each pixel's level's. Selects instead of a gather: they melt into what reads the result."""
+    return functools.reduce(
+        lambda rest, entry: jnp.where(canvas.member(entry[0]), entry[1], rest),
+        enumerate(values),
+        jnp.zeros((), values[0].dtype),
+    )
 
 
 class LayerNorm(nnx.Module):
@@ -59,7 +105,7 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         """Same shape and dtype."""
         scale, bias = self.scale[...].astype(x.dtype), self.bias[...].astype(x.dtype)
-        return standardise(x, _channel_average, _identity) * scale + bias
+        return standardise(x) * scale + bias
 
 
 class GroupNorm(nnx.Module):
@@ -75,36 +121,5 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W C"], canvas: Canvas) -> Float[Array, "B H W C"]:
         """Same shape and dtype; what stands in the gaps afterwards is undefined."""
-        average = functools.partial(_level_average, self.groups, canvas)
-        spread = functools.partial(_level_spread, x.shape[-1] // self.groups, canvas)
         scale, bias = self.scale[...].astype(x.dtype), self.bias[...].astype(x.dtype)
-        return standardise(x, average, spread) * scale + bias
-
-
-def _channel_average(x: Float[Array, "... C"]) -> Float[Array, "... 1"]:
-    return jnp.mean(x, axis=-1, keepdims=True)
-
-
-def _identity(x: Float[Array, "... 1"]) -> Float[Array, "... 1"]:
-    return x
-
-
-def _level_average(
-    groups: int, canvas: Canvas, x: Float[Array, "B H W C"]
-) -> Float[Array, "B L G"]:
-    levels = [
-        level.reshape(x.shape[0], -1, groups, x.shape[-1] // groups) for level in canvas.cut(x)
-    ]
-    return jnp.stack([jnp.mean(level, axis=(1, 3)) for level in levels], axis=1)
-
-
-def _level_spread(
-    size: int, canvas: Canvas, means: Float[Array, "B L G"]
-) -> Float[Array, "B H W C"]:
-    """Selects instead of a gather: they melt into whatever reads the result."""
-    means = jnp.repeat(means, size, axis=-1)[:, :, None, None]
-    return functools.reduce(
-        lambda rest, level: jnp.where(canvas.member(level), means[:, level], rest),
-        range(len(canvas.sizes)),
-        jnp.zeros((), means.dtype),
-    )
+        return standardise_levels(x, self.groups, canvas) * scale + bias
