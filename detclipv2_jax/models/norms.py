@@ -41,6 +41,42 @@ def _backward(saved, gradient):
 standardise.defvjp(_forward, _backward)
 
 
+@jax.custom_vjp
+def standardise_patches(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """The same of the channels of each 2×2 patch together; the sides are even.
+
+    As `standardise` of patches that are laid side by side, but nothing is moved in float32.
+    """
+    return _patches_forward(x)[0]
+
+
+def _patches_forward(x):
+    centred = x.astype(jnp.float32) - _patch_average(x.astype(jnp.float32))
+    inverse = jax.lax.rsqrt(_patch_average(jnp.square(centred)) + EPS)
+    y = (centred * inverse).astype(x.dtype)
+    return y, (y, inverse)
+
+
+def _patches_backward(saved, gradient):
+    y, inverse = saved
+    # Else the compiler makes the gradient wide first and moves its patches apart then.
+    gradient = jax.lax.optimization_barrier(gradient)
+    wide, y = gradient.astype(jnp.float32), y.astype(jnp.float32)
+    wide = wide - _patch_average(wide) - y * _patch_average(wide * y)
+    return ((wide * inverse).astype(gradient.dtype),)
+
+
+standardise_patches.defvjp(_patches_forward, _patches_backward)
+
+
+def _patch_average(x: Float[Array, "B H W C"]) -> Float[Array, "B H W 1"]:
+    """Each pixel's patch's mean."""
+    batch, height, width, _ = x.shape
+    means = jnp.mean(x, axis=-1).reshape(batch, height // 2, 2, width // 2, 2)
+    means = jnp.broadcast_to(jnp.mean(means, axis=(2, 4), keepdims=True), means.shape)
+    return means.reshape(batch, height, width, 1)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def standardise_levels(
     x: Float[Array, "B H W C"], groups: int, canvas: Canvas
@@ -104,8 +140,11 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         """Same shape and dtype."""
-        scale, bias = self.scale[...].astype(x.dtype), self.bias[...].astype(x.dtype)
-        return standardise(x) * scale + bias
+        return self.finish(standardise(x))
+
+    def finish(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        """Scale and bias of what is standardised already."""
+        return x * self.scale[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
 
 
 class GroupNorm(nnx.Module):

@@ -19,7 +19,7 @@ from detclipv2_jax.errors import UserError
 from detclipv2_jax.kernels import attention, mlp, place
 from detclipv2_jax.models.initialise import Draws, normal
 from detclipv2_jax.models.loop import run_blocks
-from detclipv2_jax.models.norms import LayerNorm
+from detclipv2_jax.models.norms import LayerNorm, standardise_patches
 from detclipv2_jax.models.remat import Remat, block_of, product
 
 # Whether TPUs run the blocks by kernels: "auto" where these can, "xla" never.
@@ -206,7 +206,7 @@ class SwinBlock(nnx.Module):
         cfg: SwinConfig,
         *,
         dtype,
-        kernels: Kernels,
+        kernels: Kernels = "auto",
         rngs: Draws,
     ):
         supported = attention.supports(width, heads, cfg.window) and dtype == jnp.bfloat16
@@ -282,11 +282,12 @@ class PatchMerging(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C2"]:
         """(H, W) to (⌈H/2⌉, ⌈W/2⌉); an odd side gets a row or column of zeros."""
-        x = pad_to_multiple(x, 2)
+        x = standardise_patches(pad_to_multiple(x, 2))
         batch, height, width, channels = x.shape
         # The official order is (row, column) = 00, 10, 01, 11: columns outermost.
         x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 4, 2, 5)
-        return self.reduction(self.norm(x.reshape(batch, height // 2, width // 2, 4 * channels)))
+        x = x.reshape(batch, height // 2, width // 2, 4 * channels)
+        return self.reduction(self.norm.finish(x))
 
 
 class PatchEmbed(nnx.Module):
@@ -309,7 +310,9 @@ class PatchEmbed(nnx.Module):
 class Stage(nnx.Module):
     """The blocks of one resolution, and the merging that leads to the next."""
 
-    def __init__(self, stage: int, cfg: SwinConfig, *, dtype, kernels: Kernels, rngs: Draws):
+    def __init__(
+        self, stage: int, cfg: SwinConfig, *, dtype, kernels: Kernels = "auto", rngs: Draws
+    ):
         width, heads = cfg.widths[stage], cfg.num_heads[stage]
         self.blocks = nnx.List(
             SwinBlock(width, heads, index % 2 == 1, cfg, dtype=dtype, kernels=kernels, rngs=rngs)
