@@ -16,11 +16,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from detclipv2_jax.errors import UserError
-from detclipv2_jax.kernels import attention, mlp, place
 from detclipv2_jax.models.initialise import Draws, normal
 from detclipv2_jax.models.loop import run_blocks
 from detclipv2_jax.models.norms import LayerNorm, standardise_patches
 from detclipv2_jax.models.remat import Remat, block_of, product
+from detclipv2_jax.ops.kernels import attention, mlp, place
 
 # Whether TPUs run the blocks by kernels: "auto" where these can, "xla" never.
 Kernels = Literal["auto", "xla"]

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from detclipv2_jax import sharding
-from detclipv2_jax.kernels import place
+from detclipv2_jax.ops.kernels import place
 
 
 def sized(x, keep, weights):

@@ -26,8 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from detclipv2_jax.kernels import pieces
-from detclipv2_jax.kernels.pieces import LANES, TILE, dot
+from detclipv2_jax.ops.kernels import pieces
+from detclipv2_jax.ops.kernels.pieces import LANES, TILE, dot
 
 _MASKED = -1e9  # finite, so that a row of masked scores is no NaN
 _COLUMNS = TILE  # of a unit

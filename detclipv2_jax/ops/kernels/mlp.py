@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from detclipv2_jax.kernels import pieces
-from detclipv2_jax.kernels.pieces import TILE, dot
+from detclipv2_jax.ops.kernels import pieces
+from detclipv2_jax.ops.kernels.pieces import TILE, dot
 
 _TOKENS = 1024  # of a step, at most
 _PIECE = 128  # of these at a time

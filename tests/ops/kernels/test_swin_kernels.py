@@ -3,8 +3,6 @@
 The simulation fills memory that nobody wrote with NaN and raises at a read beyond an array.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +10,9 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
-from detclipv2_jax.kernels import attention, place
 from detclipv2_jax.models.initialise import Draws
 from detclipv2_jax.models.swin import SwinBlock, SwinConfig
+from detclipv2_jax.ops.kernels import attention, place
 
 SLOW = pytest.mark.slow
 

@@ -1,0 +1,1 @@
+"""Layers of models/ as TPU kernels, each equal to the plain one."""
