@@ -4,10 +4,10 @@
     python scripts/benchmark_train.py --output=DIR --parts --compare \
         --steps=detection:4x800x1344,image_text:64x320x320
 
-On the device that JAX finds, on noise, without TensorFlow. Each of `--steps` is compiled as training
-compiles it (`step.train_step`, its state donated) and timed; a time is the median of `--rounds`
-calls, each waited for. `--forward_backward` times loss and gradient without the update too,
-`--parts` each part of the step by itself, forward and backward (scripts/step_parts.py).
+On the device that JAX finds, on noise, without TensorFlow. Each of `--steps` is compiled as
+training compiles it (`step.train_step`, its state donated) and timed; a time is the median of
+`--rounds` calls, each waited for. `--forward_backward` times loss and gradient without the update
+too, `--parts` each part of the step by itself, forward and backward (scripts/step_parts.py).
 `--compare` does the same with the model in PyTorch (scripts/comparison/torch_detclip.py) on the
 same device; the two take turns, round by round.
 
@@ -486,6 +486,8 @@ def _settle(args: argparse.Namespace) -> DetCLIPConfig:
     )
     args.torch_device = None
     if args.compare:
+        # Where others use the cores too, threads that wait by spinning burn most of PyTorch's time.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
             import torch
             import transformers  # noqa: F401
