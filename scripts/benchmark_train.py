@@ -118,6 +118,10 @@ class Ours:
         self._on_device = sharding.put_batch(
             self.batch, sharding.batch_shardings(self.mesh, self.batch)
         )
+        self.flops = flops.step(
+            model, shape.kind, shape.canvas, shape.images, shape.concepts,
+            proposals=loss.proposals.k, group=loss.proposals.group,
+        )  # fmt: skip
         self.compile_seconds = self.memory = None
 
     def step(self) -> Callable[[], None]:
@@ -223,12 +227,7 @@ def measure(
     """The figures of one step."""
     _say(f"{shape}: compiling")
     ours = Ours(model, shape, losses(shape))
-    row = dataclasses.asdict(shape) | {
-        "model_flops": flops.step(
-            model, shape.kind, shape.canvas, shape.images, shape.concepts,
-            proposals=ours.loss.proposals.k, group=ours.loss.proposals.group,
-        )
-    }  # fmt: skip
+    row = dataclasses.asdict(shape) | {"model_flops": ours.flops}
     theirs = None
     if args.compare:
         from comparison import torch_detclip
@@ -263,25 +262,20 @@ def _whole(ours: Ours, theirs: Any, rounds: int, gradient: bool) -> dict[str, An
     work = {(OURS, STEP): ours.step()}
     if theirs is not None:
         work[THEIRS, STEP] = theirs.step
-    if gradient:
-        work[OURS, GRADIENT] = ours.gradient()
-    if gradient and theirs is not None:
-        work[THEIRS, GRADIENT] = theirs.forward_backward
     work["ceiling",], operations = ceiling(ours.model.dtype)
     times = in_turns(work, rounds)
     rate = operations / np.median(times.pop(("ceiling",))[:, 0])
+    if gradient:
+        work = {(OURS, GRADIENT): ours.gradient()}  # the state before it is freed
+        if theirs is not None:
+            work[THEIRS, GRADIENT] = theirs.forward_backward
+        times |= in_turns(work, rounds)
     taken = float(np.median(times[OURS, STEP][:, 0]))
-    total = sum(
-        flops.step(
-            ours.model, ours.shape.kind, ours.shape.canvas, ours.shape.images,
-            ours.shape.concepts, proposals=ours.loss.proposals.k, group=ours.loss.proposals.group,
-        ).values()
-    )  # fmt: skip
     return {
         "compile_seconds": ours.compile_seconds,
         "images_per_second": ours.shape.images / taken,
         "ceiling_flops_per_second": float(rate),
-        "mfu": total / taken / rate,
+        "mfu": sum(ours.flops.values()) / taken / rate,
         "times": [
             {"what": what} | figures(times, what)
             for what in (STEP, GRADIENT)

@@ -111,7 +111,8 @@ class DeformConv(nn.Module):
         # taps lie below one another, so that one call samples all of them.
         grid = torch.stack([(2 * z + 1) / columns - 1, (2 * y + 1) / rows - 1], dim=-1)
         grid = grid.reshape(batch, 9 * rows, columns, 2)
-        samples = functional.grid_sample(x, grid, padding_mode="zeros", align_corners=False)
+        # In float32, as autocast would have it: bfloat16 cannot say where between two pixels.
+        samples = functional.grid_sample(x.float(), grid, padding_mode="zeros", align_corners=False)
         samples = samples.to(x.dtype).reshape(batch, width, 9, rows, columns)
         samples = samples * weights[:, None].to(samples.dtype)
         samples = samples.permute(0, 3, 4, 2, 1).reshape(batch, rows * columns, 9 * width)
