@@ -104,6 +104,22 @@ def parse_steps(text: str, concepts: int) -> list[Shape]:
 # ---- What takes turns.
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What to call, how long it took to compile, and the memory that the compiler set aside."""
+
+    run: Callable[[], None]
+    compile_seconds: float
+    memory: Any
+
+
+def compiled(function: Any, *arguments: Any) -> tuple[Any, float]:
+    """A jitted function's program for these arguments, and the seconds that it took."""
+    began = time.perf_counter()
+    program = function.lower(*arguments).compile()
+    return program, time.perf_counter() - began
+
+
 class Ours:
     """The step of training on one device, and its parts."""
 
@@ -122,10 +138,9 @@ class Ours:
             model, shape.kind, shape.canvas, shape.images, shape.concepts,
             proposals=loss.proposals.k, group=loss.proposals.group,
         )  # fmt: skip
-        self.compile_seconds = self.memory = None
 
-    def step(self) -> Callable[[], None]:
-        """The whole step; compiled here."""
+    def step(self) -> "Program":
+        """The whole step."""
         graphdef, params = detclip.create(self.model, 0)
         rule = optimizer.create(self.optimizer, params, 1000)
         whole = sharding.replicated(self.mesh)
@@ -140,10 +155,7 @@ class Ours:
             in_shardings=(whole, sharding.batch_shardings(self.mesh, self.batch)),
             out_shardings=whole,
         )
-        began = time.perf_counter()
-        program = run.lower(state, self._on_device).compile()
-        self.compile_seconds = time.perf_counter() - began
-        self.memory = program.memory_analysis()
+        program, seconds = compiled(run, state, self._on_device)
         held = [state]
         del state, params
 
@@ -153,9 +165,9 @@ class Ours:
             if not np.isfinite(figures["loss"]):
                 raise UserError(f"{self.shape}: the loss is not finite.")
 
-        return once
+        return Program(once, seconds, program.memory_analysis())
 
-    def gradient(self) -> Callable[[], None]:
+    def gradient(self) -> "Program":
         """Loss and gradient."""
         graphdef, params = detclip.create(self.model, 0)
         whole = sharding.replicated(self.mesh)
@@ -166,8 +178,9 @@ class Ours:
                 params, batch, jax.random.key(0), graphdef, self.loss, 1, whole
             )
 
-        program = run.lower(params, self._on_device).compile()
-        return lambda: _wait(program(params, self._on_device))
+        program, seconds = compiled(run, params, self._on_device)
+        once = lambda: _wait(program(params, self._on_device))
+        return Program(once, seconds, program.memory_analysis())
 
     def parts(self) -> dict[str, step_parts.Part]:
         """Of the step."""
@@ -236,14 +249,14 @@ def measure(
             model, ours.loss, ours.optimizer, ours.batch,
             device=args.torch_device, compiled=args.torch_compile,
         )  # fmt: skip
-    before = _device_peak()
+    whole = [] if args.no_step else [STEP]
+    whole += [GRADIENT] if args.forward_backward or args.no_step else []
     try:
-        row |= _whole(ours, theirs, rounds, args.forward_backward)
+        row["times"] = [_whole(ours, theirs, what, rounds) for what in whole]
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return row | {"too_large": str(error).splitlines()[0]}
-    row |= peak_memory(ours.memory, before, _device_peak())
     gc.collect()
     if args.parts:
         row["parts"] = _parts(ours, theirs, rounds)
@@ -258,30 +271,25 @@ def losses(shape: Shape) -> LossConfig:
     return LossConfig(proposals=ProposalConfig(group=group))
 
 
-def _whole(ours: Ours, theirs: Any, rounds: int, gradient: bool) -> dict[str, Any]:
-    work = {(OURS, STEP): ours.step()}
+def _whole(ours: Ours, theirs: Any, what: str, rounds: int) -> dict[str, Any]:
+    """The step or its gradient; the ceiling has its turn too."""
+    before = _device_peak()
+    program = ours.step() if what == STEP else ours.gradient()
+    work = {(OURS, what): program.run}
     if theirs is not None:
-        work[THEIRS, STEP] = theirs.step
+        work[THEIRS, what] = theirs.step if what == STEP else theirs.forward_backward
     work["ceiling",], operations = ceiling(ours.model.dtype)
     times = in_turns(work, rounds)
-    rate = operations / np.median(times.pop(("ceiling",))[:, 0])
-    if gradient:
-        work = {(OURS, GRADIENT): ours.gradient()}  # the state before it is freed
-        if theirs is not None:
-            work[THEIRS, GRADIENT] = theirs.forward_backward
-        times |= in_turns(work, rounds)
-    taken = float(np.median(times[OURS, STEP][:, 0]))
-    return {
-        "compile_seconds": ours.compile_seconds,
-        "images_per_second": ours.shape.images / taken,
-        "ceiling_flops_per_second": float(rate),
-        "mfu": sum(ours.flops.values()) / taken / rate,
-        "times": [
-            {"what": what} | figures(times, what)
-            for what in (STEP, GRADIENT)
-            if (OURS, what) in times
-        ],
-    }
+    rate = float(operations / np.median(times["ceiling",][:, 0]))
+    found = {"what": what} | figures(times, what)
+    return (
+        found
+        | {"images_per_second": ours.shape.images / found["seconds"]}
+        | {"ceiling_flops_per_second": rate}
+        | {"mfu": sum(ours.flops.values()) / found["seconds"] / rate}
+        | {"compile_seconds": program.compile_seconds}
+        | peak_memory(program.memory, before, _device_peak())
+    )
 
 
 def _parts(ours: Ours, theirs: Any, rounds: int) -> list[dict[str, Any]]:
@@ -351,11 +359,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             lines.append(f"| {_name(row)} | does not fit | | | | | | | | | |")
             continue
         for times in row["times"]:
-            whole = times["what"] == STEP
             cells = [_name(row), times["what"], f"{times['seconds']:.4g}"]
-            cells += [f"{row['images'] / times['seconds']:.3g}", f"{times['core_seconds']:.4g}"]
-            cells += [f"{row['mfu']:.1%}", f"{row['compile_seconds']:.0f}"] if whole else ["", ""]
-            cells += [f"{row['peak_bytes'] / 2**30:.2f}" if whole else "", *_compared(times)]
+            cells += [f"{times['images_per_second']:.3g}", f"{times['core_seconds']:.4g}"]
+            cells += [f"{times['mfu']:.1%}", f"{times['compile_seconds']:.0f}"]
+            cells += [f"{times['peak_bytes'] / 2**30:.2f}", *_compared(times)]
             lines.append("| " + " | ".join(cells) + " |")
     for row in rows:
         lines += ["", *_parts_table(row)] if "parts" in row else []
@@ -363,16 +370,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _parts_table(row: Mapping[str, Any]) -> list[str]:
+    ceiling = row["times"][0]["ceiling_flops_per_second"]
     lines = [
-        f"{_name(row)}, by part; the ceiling is "
-        f"{row['ceiling_flops_per_second'] / 1e12:.3g} TFLOP/s:",
+        f"{_name(row)}, by part; the ceiling is {ceiling / 1e12:.3g} TFLOP/s:",
         "",
         "| part | s | share | TFLOP | of the ceiling | least GB | GB/s if no more | PyTorch s | "
         "ours is faster by | by core s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for part in row["parts"]:
-        rate = part["flops"] / part["seconds"] / row["ceiling_flops_per_second"]
+        rate = part["flops"] / part["seconds"] / ceiling
         cells = [part["part"], f"{part['seconds']:.4g}", f"{part['share']:.0%}"]
         cells += [f"{part['flops'] / 1e12:.3g}", f"{rate:.0%}"] if part["flops"] else ["", ""]
         cells += [f"{part['least_bytes'] / 1e9:.3g}"]
@@ -460,6 +467,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--remat", choices=get_args(Remat), default="none", help="(default: %(default)s)")
     add("--rounds", type=int, default=20, help="timed rounds (default: %(default)s)")
     add("--forward_backward", action="store_true", help="loss and gradient without the update too")
+    add("--no_step", action="store_true", help="only loss and gradient: no optimizer in memory")
     add("--parts", action="store_true", help="each part by itself too")
     add("--compare", action="store_true", help="beside the same model in PyTorch")
     add("--torch_compile", choices=("auto", "yes", "no"), default="auto",
