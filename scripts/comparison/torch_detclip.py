@@ -96,6 +96,8 @@ class DeformConv(nn.Module):
         nn.init.zeros_(self.offset.weight)
         nn.init.zeros_(self.offset.bias)
         self.kernel = nn.Parameter(torch.randn(3, 3, width, cfg.channels) * cfg.branch_std)
+        taps = torch.tensor(list(itertools.product((-1, 0, 1), repeat=2)))  # (dy, dx), row by row
+        self.register_buffer("taps", taps, persistent=False)
 
     def forward(self, x: Tensor, regression: Tensor) -> Tensor:
         """Samples `x` where `regression` says."""
@@ -103,9 +105,8 @@ class DeformConv(nn.Module):
         outputs = self.offset(regression).float()
         offsets = outputs[:, :18].reshape(batch, 9, 2, rows, columns)
         weights = outputs[:, 18:].sigmoid()  # (B, 9, H, W)
-        taps = torch.tensor(list(itertools.product((-1, 0, 1), repeat=2)), device=x.device)
-        y = torch.arange(rows, device=x.device)[:, None] + taps[:, 0, None, None]
-        z = torch.arange(columns, device=x.device) + taps[:, 1, None, None]
+        y = torch.arange(rows, device=x.device)[:, None] + self.taps[:, 0, None, None]
+        z = torch.arange(columns, device=x.device) + self.taps[:, 1, None, None]
         y, z = y + offsets[:, :, 0], z + offsets[:, :, 1]
         # grid_sample counts from -1, the first pixel's left edge, to 1, the last one's right. The
         # taps lie below one another, so that one call samples all of them.
@@ -253,10 +254,10 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
     return found - torch.where(hull > 0, (hull - union) / hull.clamp(min=1e-9), 0.0)
 
 
-def decode(anchors: Tensor, deltas: Tensor) -> Tensor:
+def decode(anchors: Tensor, deltas: Tensor, stds: Tensor) -> Tensor:
     """Boxes in pixels."""
     centres, sides = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
-    deltas = deltas * torch.tensor(DELTA_STDS, device=deltas.device)
+    deltas = deltas * stds
     centres = centres + deltas[..., :2] * sides
     half = sides * deltas[..., 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() / 2
     return torch.cat([centres - half, centres + half], dim=-1)
@@ -309,6 +310,7 @@ class Objective:
         self.cfg, self.loss = cfg, loss
         self.anchors = torch.from_numpy(anchor_grid(*canvas, cfg.anchors)).to(device)
         self.levels = level_sizes(*canvas, cfg.anchors)
+        self.stds = torch.tensor(DELTA_STDS, device=device)
 
     def __call__(self, model: DetCLIP, batch: "Tensors") -> Tensor:
         """The loss of a batch."""
@@ -359,7 +361,7 @@ class Objective:
         align = torch.where(count, cost, 0.0).sum() / positives
         if batch.kind != "detection" and not self.loss.grounding_boxes:
             return align
-        boxes = ((1 - giou(decode(self.anchors, deltas), box)) * central).sum()
+        boxes = ((1 - giou(decode(self.anchors, deltas, self.stds), box)) * central).sum()
         boxes = boxes / central.sum().clamp(min=1e-6)
         bce = functional.binary_cross_entropy_with_logits(centerness, central, reduction="none")
         bce = torch.where(positive, bce, 0.0).sum() / positives
@@ -394,7 +396,8 @@ class Objective:
             start += size
         entering = torch.cat(entering, dim=1)
         score = score.gather(1, entering)
-        boxes = decode(self.anchors, deltas).gather(1, entering[..., None].expand(-1, -1, 4))
+        boxes = decode(self.anchors, deltas, self.stds)
+        boxes = boxes.gather(1, entering[..., None].expand(-1, -1, 4))
         picks, there = [], []
         for _ in range(self.loss.proposals.k):
             best, place = score.max(dim=1, keepdim=True)
@@ -470,6 +473,7 @@ class Trainer:
         if device == "cuda":
             self.model.to(memory_format=torch.channels_last)
             torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.benchmark = True
         self.batch = Tensors(batch, device)
         self.objective = Objective(cfg, loss, batch.images.shape[1:3], device)
         self.config = optimizer
