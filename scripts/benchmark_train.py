@@ -63,6 +63,7 @@ MODELS = {"swin_t": sizes.SWIN_T, "swin_l": sizes.SWIN_L, "nano": sizes.NANO}
 CONCEPTS = {"detection": 384, "grounding": 2048, "image_text": 4}
 STEP, GRADIENT = "step", "forward + backward"
 OURS, THEIRS = "ours", "PyTorch"
+Work = Mapping[Any, Callable[[], None]]  # contestants: (who, what)
 Times = dict[Any, np.ndarray]  # (rounds, 2) of each contestant: seconds by the clock, of all cores
 
 
@@ -205,6 +206,7 @@ class Ours:
         return once
 
 
+@functools.cache
 def ceiling(dtype: str) -> tuple[Callable[[], None], float]:
     """A large product of square matrices, and its FLOPs."""
     small = jax.default_backend() == "cpu"
@@ -220,7 +222,7 @@ def _wait(arrays: Any) -> None:
     jax.block_until_ready(arrays)
 
 
-def in_turns(work: Mapping[Any, Callable[[], None]], rounds: int) -> Times:
+def in_turns(work: Work, rounds: int) -> Times:
     """Everything once in each round, after one call that does not count."""
     times: dict[Any, list[tuple[float, float]]] = {name: [] for name in work}
     for number in range(rounds + 1):
@@ -250,7 +252,7 @@ def measure(
             device=args.torch_device, compiled=args.torch_compile,
         )  # fmt: skip
     whole = [] if args.no_step else [STEP]
-    whole += [GRADIENT] if args.forward_backward or args.no_step else []
+    whole += [GRADIENT] if args.forward_backward else []
     try:
         row["times"] = [_whole(ours, theirs, what, rounds) for what in whole]
     except jax.errors.JaxRuntimeError as error:
@@ -278,15 +280,11 @@ def _whole(ours: Ours, theirs: Any, what: str, rounds: int) -> dict[str, Any]:
     work = {(OURS, what): program.run}
     if theirs is not None:
         work[THEIRS, what] = theirs.step if what == STEP else theirs.forward_backward
-    work["ceiling",], operations = ceiling(ours.model.dtype)
-    times = in_turns(work, rounds)
-    rate = float(operations / np.median(times["ceiling",][:, 0]))
-    found = {"what": what} | figures(times, what)
+    found = {"what": what} | _timed(work, what, rounds, ours.model.dtype)
     return (
         found
         | {"images_per_second": ours.shape.images / found["seconds"]}
-        | {"ceiling_flops_per_second": rate}
-        | {"mfu": sum(ours.flops.values()) / found["seconds"] / rate}
+        | {"mfu": _of_ceiling(sum(ours.flops.values()), found)}
         | {"compile_seconds": program.compile_seconds}
         | peak_memory(program.memory, before, _device_peak())
     )
@@ -299,16 +297,27 @@ def _parts(ours: Ours, theirs: Any, rounds: int) -> list[dict[str, Any]]:
         work = {(OURS, name): ours.part(part)}
         if name in other:
             work[THEIRS, name] = other[name]
-        times = in_turns(work, rounds)
-        rows.append(
-            {"part": name}
-            | figures(times, name)
-            | {"flops": part.flops, "least_bytes": part.least_bytes}
-        )
+        found = {"part": name} | _timed(work, name, rounds, ours.model.dtype)
+        found |= {"flops": part.flops, "least_bytes": part.least_bytes}
+        rows.append(found | {"of_ceiling": _of_ceiling(part.flops, found)})
         del work
         gc.collect()
     total = sum(row["seconds"] for row in rows)
     return [row | {"share": row["seconds"] / total} for row in rows]
+
+
+def _timed(
+    work: Mapping[Any, Callable[[], None]], what: str, rounds: int, dtype: str
+) -> dict[str, float]:
+    """The figures of what takes turns with the ceiling."""
+    product, operations = ceiling(dtype)
+    times = in_turns({**work, ("ceiling",): product}, rounds)
+    rate = float(operations / np.median(times["ceiling",][:, 0]))
+    return figures(times, what) | {"ceiling_flops_per_second": rate}
+
+
+def _of_ceiling(operations: float, found: Mapping[str, float]) -> float:
+    return operations / found["seconds"] / found["ceiling_flops_per_second"]
 
 
 def figures(times: Times, what: str) -> dict[str, float]:
@@ -370,18 +379,21 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _parts_table(row: Mapping[str, Any]) -> list[str]:
-    ceiling = row["times"][0]["ceiling_flops_per_second"]
+    rate = np.median([part["ceiling_flops_per_second"] for part in row["parts"]])
     lines = [
-        f"{_name(row)}, by part; the ceiling is {ceiling / 1e12:.3g} TFLOP/s:",
+        f"{_name(row)}, by part; the ceiling is {rate / 1e12:.3g} TFLOP/s:",
         "",
         "| part | s | share | TFLOP | of the ceiling | least GB | GB/s if no more | PyTorch s | "
         "ours is faster by | by core s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for part in row["parts"]:
-        rate = part["flops"] / part["seconds"] / ceiling
         cells = [part["part"], f"{part['seconds']:.4g}", f"{part['share']:.0%}"]
-        cells += [f"{part['flops'] / 1e12:.3g}", f"{rate:.0%}"] if part["flops"] else ["", ""]
+        cells += (
+            [f"{part['flops'] / 1e12:.3g}", f"{part['of_ceiling']:.0%}"]
+            if part["flops"]
+            else ["", ""]
+        )
         cells += [f"{part['least_bytes'] / 1e9:.3g}"]
         cells += [f"{part['least_bytes'] / 1e9 / part['seconds']:.3g}", *_compared(part)]
         lines.append("| " + " | ".join(cells) + " |")
@@ -467,7 +479,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--remat", choices=get_args(Remat), default="none", help="(default: %(default)s)")
     add("--rounds", type=int, default=20, help="timed rounds (default: %(default)s)")
     add("--forward_backward", action="store_true", help="loss and gradient without the update too")
-    add("--no_step", action="store_true", help="only loss and gradient: no optimizer in memory")
+    add("--no_step", action="store_true", help="only what the other flags name")
     add("--parts", action="store_true", help="each part by itself too")
     add("--compare", action="store_true", help="beside the same model in PyTorch")
     add("--torch_compile", choices=("auto", "yes", "no"), default="auto",
@@ -480,6 +492,8 @@ def _settle(args: argparse.Namespace) -> DetCLIPConfig:
     cpu = jax.default_backend() == "cpu"
     if args.rounds < 1:
         raise UserError("--rounds must be 1 or more.")
+    if args.no_step and not (args.forward_backward or args.parts):
+        raise UserError("--no_step leaves nothing: add --forward_backward or --parts.")
     args.dtype = args.dtype or ("float32" if cpu else "bfloat16")
     args.steps = args.steps or (
         "detection:1x320x320,image_text:4x320x320"

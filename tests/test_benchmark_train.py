@@ -177,7 +177,8 @@ def row(kind="detection", compared=True):
     more = {"torch_seconds": 4.0, "torch_core_seconds": 5.0} if compared else {}
     more |= {"ours_is_faster_by": 2.0, "by_core_seconds": 2.5} if compared else {}
     times = {"seconds": 2.0, "core_seconds": 2.0} | more
-    part = {"flops": 1e12, "least_bytes": 1e9, "share": 0.5} | times
+    part = {"flops": 1e12, "least_bytes": 1e9, "share": 0.5, "of_ceiling": 0.25} | times
+    part["ceiling_flops_per_second"] = 2e12
     whole = times | {
         "compile_seconds": 30.2, "peak_bytes": 2**30, "peak_from": "compiler", "mfu": 0.25,
         "images_per_second": 2.0, "ceiling_flops_per_second": 2e12,
@@ -233,6 +234,8 @@ def test_a_run(tmp_path, capsys):
     assert (tmp_path / "train.png").exists()
     with pytest.raises(UserError, match="--rounds"):
         benchmark.run([*arguments, "--rounds=0"], tiny_model.CONFIG)
+    with pytest.raises(UserError, match="--no_step"):
+        benchmark.run([*arguments, "--no_step"], tiny_model.CONFIG)
 
 
 # ---- The model in PyTorch is ours.
