@@ -13,8 +13,10 @@ same device; the two take turns, round by round.
 
 MFU is the step's arithmetic (detclipv2_jax/flops.py) over what a large matrix product of the same
 dtype reaches on this device, in turns with the step. Core seconds are the processor time of all
-threads: on a machine that others use as well, compare by these. Parts that are run by themselves
-move their inputs and outputs through memory, so they do not add up to the step.
+threads; parts that are run by themselves move their inputs and outputs through memory, so they do
+not add up to the step. On a CPU that others use as well, compare by core seconds and set
+OMP_WAIT_POLICY=PASSIVE, or PyTorch's threads burn them waiting for one another; on one of its own
+leave it unset.
 
 Writes train.json, train.md and train.png.
 """
@@ -455,9 +457,12 @@ def about(args: argparse.Namespace, model: DetCLIPConfig) -> dict[str, Any]:
         "programs_from_cache": bool(jax.config.jax_compilation_cache_dir),
         "versions": versions,
         "rounds": args.rounds,
-        "torch": {"device": args.torch_device, "compiled": args.torch_compile}
-        if args.compare
-        else None,
+        "torch": args.compare
+        and {
+            "device": args.torch_device,
+            "compiled": args.torch_compile,
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
+        },
         "model": model.to_dict(),
     }
 
@@ -502,8 +507,6 @@ def _settle(args: argparse.Namespace) -> DetCLIPConfig:
     )
     args.torch_device = None
     if args.compare:
-        # Where others use the cores too, threads that wait by spinning burn most of PyTorch's time.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
             import torch
             import transformers  # noqa: F401
