@@ -1,0 +1,608 @@
+"""DetCLIPv2 in PyTorch, for comparison only: what a careful user of PyTorch would write.
+
+Hugging Face's Swin, a plain FPN, an ATSS head that runs level by level, a text tower like CLIP's
+with PyTorch's own attention, and the losses over all anchors at once. It has the arithmetic of
+`detclipv2_jax.models.detclip` and `detclipv2_jax.objective`, and a test holds it to them; nothing
+of the package but its configs and its constants is used here. Images are NHWC uint8, as ours.
+"""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+
+from detclipv2_jax.models.atss_head import HeadConfig
+from detclipv2_jax.models.detclip import IMAGE_MEAN, IMAGE_STD, DetCLIPConfig
+from detclipv2_jax.models.swin import SwinConfig
+from detclipv2_jax.models.text import TextConfig
+from detclipv2_jax.objective import LossConfig
+from detclipv2_jax.ops.boxes import DELTA_STDS, MAX_LOG_RATIO, anchor_grid, level_sizes
+from detclipv2_jax.ops.losses import ALPHA, GAMMA
+from detclipv2_jax.optimizer import OptimizerConfig
+from detclipv2_jax.structures import Batch
+
+Regions = tuple[Tensor, Tensor, Tensor]  # embeddings (B K D), deltas (B K 4), centerness (B K)
+
+
+def backbone(cfg: SwinConfig) -> nn.Module:
+    """Hugging Face's, with the attention that it chooses by itself."""
+    return transformers.SwinBackbone(
+        transformers.SwinConfig(
+            embed_dim=cfg.embed_dim,
+            depths=list(cfg.depths),
+            num_heads=list(cfg.num_heads),
+            window_size=cfg.window,
+            patch_size=cfg.patch_size,
+            mlp_ratio=cfg.mlp_ratio,
+            qkv_bias=cfg.qkv_bias,
+            drop_path_rate=cfg.drop_path,
+            out_features=["stage2", "stage3", "stage4"],
+        )
+    )
+
+
+class FPN(nn.Module):
+    """Three maps in, five out (NCHW)."""
+
+    def __init__(self, widths: Sequence[int], channels: int):
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in widths)
+        self.output = nn.ModuleList(_conv(channels, channels) for _ in widths)
+        self.extra = nn.ModuleList(_conv(channels, channels, stride=2) for _ in range(2))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """P3 to P7."""
+        merged = [lateral(x) for lateral, x in zip(self.lateral, maps)]
+        for level in reversed(range(len(merged) - 1)):
+            size = merged[level].shape[-2:]
+            above = functional.interpolate(merged[level + 1], size=size, mode="nearest")
+            merged[level] = merged[level] + above
+        levels = [output(x) for output, x in zip(self.output, merged)]
+        for extra in self.extra:
+            levels.append(extra(levels[-1]))
+        return levels
+
+
+def _conv(width: int, out: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(width, out, 3, stride=stride, padding=1, bias=bias)
+
+
+def _branch(widths: Sequence[int], cfg: HeadConfig) -> nn.Sequential:
+    return nn.Sequential(
+        *(
+            nn.Sequential(
+                _conv(width, cfg.channels, bias=False),
+                nn.GroupNorm(cfg.groups, cfg.channels),
+                nn.ReLU(inplace=True),
+            )
+            for width in widths
+        )
+    )
+
+
+class DeformConv(nn.Module):
+    """DCNv2 (Zhu et al. 2019, eq. 1): nine bilinear samples of the map, then one product."""
+
+    def __init__(self, width: int, cfg: HeadConfig):
+        super().__init__()
+        self.offset = _conv(cfg.channels, 27)
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
+        self.kernel = nn.Parameter(torch.randn(3, 3, width, cfg.channels) * cfg.branch_std)
+        taps = torch.tensor(list(itertools.product((-1, 0, 1), repeat=2)))  # (dy, dx), row by row
+        self.register_buffer("taps", taps, persistent=False)
+
+    def forward(self, x: Tensor, regression: Tensor) -> Tensor:
+        """Samples `x` where `regression` says."""
+        batch, width, rows, columns = x.shape
+        outputs = self.offset(regression).float()
+        offsets = outputs[:, :18].reshape(batch, 9, 2, rows, columns)
+        weights = outputs[:, 18:].sigmoid()  # (B, 9, H, W)
+        y = torch.arange(rows, device=x.device)[:, None] + self.taps[:, 0, None, None]
+        z = torch.arange(columns, device=x.device) + self.taps[:, 1, None, None]
+        y, z = y + offsets[:, :, 0], z + offsets[:, :, 1]
+        # grid_sample counts from -1, the first pixel's left edge, to 1, the last one's right. The
+        # taps lie below one another, so that one call samples all of them.
+        grid = torch.stack([(2 * z + 1) / columns - 1, (2 * y + 1) / rows - 1], dim=-1)
+        grid = grid.reshape(batch, 9 * rows, columns, 2)
+        # In float32, as autocast would have it: bfloat16 cannot say where between two pixels.
+        samples = functional.grid_sample(x.float(), grid, padding_mode="zeros", align_corners=False)
+        samples = samples.to(x.dtype).reshape(batch, width, 9, rows, columns)
+        samples = samples * weights[:, None].to(samples.dtype)
+        samples = samples.permute(0, 3, 4, 2, 1).reshape(batch, rows * columns, 9 * width)
+        out = samples @ self.kernel.reshape(9 * width, -1).to(samples.dtype)
+        return out.transpose(1, 2).reshape(batch, -1, rows, columns)
+
+
+class Head(nn.Module):
+    """Two branches shared by all levels, which run one after another."""
+
+    def __init__(self, width: int, levels: int, cfg: HeadConfig):
+        super().__init__()
+        first = cfg.channels if cfg.deformable else width
+        self.dcn = DeformConv(width, cfg) if cfg.deformable else None
+        self.cls_convs = _branch([first] + [cfg.channels] * (cfg.convs - 1), cfg)
+        self.reg_convs = _branch([width] + [cfg.channels] * (cfg.convs - 1), cfg)
+        self.embed = _conv(cfg.channels, cfg.embed_dim)
+        self.box = _conv(cfg.channels, 4)
+        self.centerness = _conv(cfg.channels, 1)
+        self.scales = nn.Parameter(torch.ones(levels))
+
+    def forward(self, levels: Sequence[Tensor]) -> Regions:
+        """Of all anchors, fine to coarse, each level row by row, in float32."""
+        found = [[], [], []]
+        for x, scale in zip(levels, self.scales):
+            regression = self.reg_convs(x)
+            region = x if self.dcn is None else self.dcn(x, regression)
+            embedding = self.embed(self.cls_convs(region))
+            outputs = (embedding, self.box(regression).float() * scale, self.centerness(regression))
+            for flat, output in zip(found, outputs):
+                flat.append(output.float().flatten(2).transpose(1, 2))
+        embeddings, deltas, centerness = (torch.cat(flat, dim=1) for flat in found)
+        return embeddings, deltas, centerness[..., 0]
+
+
+class TextBlock(nn.Module):
+    """Pre-norm causal attention and MLP."""
+
+    def __init__(self, cfg: TextConfig):
+        super().__init__()
+        self.heads = cfg.heads
+        self.ln_1, self.ln_2 = nn.LayerNorm(cfg.width), nn.LayerNorm(cfg.width)
+        self.in_proj = nn.Linear(cfg.width, 3 * cfg.width)
+        self.out_proj = nn.Linear(cfg.width, cfg.width)
+        self.c_fc = nn.Linear(cfg.width, 4 * cfg.width)
+        self.c_proj = nn.Linear(4 * cfg.width, cfg.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(M, L, C), the same shape."""
+        batch, length, width = x.shape
+        query, key, value = (
+            part.reshape(batch, length, self.heads, -1).transpose(1, 2)
+            for part in self.in_proj(self.ln_1(x)).chunk(3, dim=-1)
+        )
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        hidden = self.c_fc(self.ln_2(x))
+        return x + self.c_proj(hidden * torch.sigmoid(1.702 * hidden))
+
+
+class TextTower(nn.Module):
+    """CLIP's, over short concepts."""
+
+    def __init__(self, cfg: TextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(cfg.vocab, cfg.width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(cfg.context, cfg.width))
+        self.resblocks = nn.Sequential(*(TextBlock(cfg) for _ in range(cfg.layers)))
+        self.ln_final = nn.LayerNorm(cfg.width)
+        self.text_projection = nn.Parameter(torch.randn(cfg.width, cfg.embed_dim) * cfg.width**-0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Features of M concepts, float32: read at [EOS], the largest id."""
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        x = self.resblocks(x)
+        end = tokens.argmax(dim=1)
+        feature = self.ln_final(x[torch.arange(len(x), device=x.device), end])
+        return (feature @ self.text_projection.to(feature.dtype)).float()
+
+
+class DetCLIP(nn.Module):
+    """The whole model."""
+
+    def __init__(self, cfg: DetCLIPConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.backbone = backbone(cfg.swin)
+        self.neck = FPN(cfg.swin.widths[1:], cfg.neck_channels)
+        self.head = Head(cfg.neck_channels, len(cfg.anchors.strides), cfg.head)
+        self.text = TextTower(cfg.text)
+        start = cfg.initial_scale if cfg.similarity == "cosine" else 1.0
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(start)))
+        self.logit_bias = nn.Parameter(torch.tensor(math.log(cfg.prior / (1 - cfg.prior))))
+        self.register_buffer("mean", torch.tensor(IMAGE_MEAN), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGE_STD), persistent=False)
+
+    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Of uint8 images, NHWC."""
+        x = (images.float() - self.mean) / self.std
+        return self.backbone(x.permute(0, 3, 1, 2)).feature_maps
+
+    def regions(self, levels: Sequence[Tensor]) -> Regions:
+        """What the head says, its embeddings as they are compared."""
+        embeddings, deltas, centerness = self.head(levels)
+        return self._comparable(embeddings), deltas, centerness
+
+    def concepts(self, tokens: Tensor) -> Tensor:
+        """Features of the concepts, as they are compared."""
+        return self._comparable(self.text(tokens))
+
+    def _comparable(self, x: Tensor) -> Tensor:
+        if self.cfg.similarity != "cosine":
+            return x
+        return x * x.square().sum(dim=-1, keepdim=True).clamp(min=1e-12).rsqrt()
+
+
+# ---- Boxes and the assignment.
+
+
+def overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and union pair by pair (shapes broadcast)."""
+    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+    shared = (high - low).clamp(min=0).prod(dim=-1)
+    union = area(a) + area(b) - shared
+    return torch.where(union > 0, shared / union.clamp(min=1e-9), 0.0), union
+
+
+def area(boxes: Tensor) -> Tensor:
+    """Square pixels."""
+    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1)
+
+
+def giou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU pair by pair (Rezatofighi et al. 2019)."""
+    found, union = overlaps(a, b)
+    low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
+    hull = (high - low).clamp(min=0).prod(dim=-1)
+    return found - torch.where(hull > 0, (hull - union) / hull.clamp(min=1e-9), 0.0)
+
+
+def decode(anchors: Tensor, deltas: Tensor, stds: Tensor) -> Tensor:
+    """Boxes in pixels."""
+    centres, sides = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
+    deltas = deltas * stds
+    centres = centres + deltas[..., :2] * sides
+    half = sides * deltas[..., 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() / 2
+    return torch.cat([centres - half, centres + half], dim=-1)
+
+
+def atss(
+    anchors: Tensor, levels: Sequence[int], sizes: Tensor, boxes: Tensor, candidates: int
+) -> tuple[Tensor, Tensor]:
+    """(B, K) index of the box that each anchor learns, -1 for none, and which anchors count.
+
+    Zhang et al. 2020, algorithm 1, for all images at once.
+    """
+    centres, middles = (anchors[:, :2] + anchors[:, 2:]) / 2, (boxes[..., :2] + boxes[..., 2:]) / 2
+    inside = (centres[None] < sizes.flip(-1)[:, None]).all(dim=-1)
+    near, start = [], 0
+    for size in levels:
+        here = slice(start, start + size)
+        distances = (middles[:, :, None] - centres[here]).square().sum(dim=-1)
+        distances = distances.masked_fill(~inside[:, None, here], math.inf)
+        nearest = distances.topk(min(candidates, size), largest=False).indices
+        near.append(start + nearest)
+        start += size
+    near = torch.cat(near, dim=-1)  # (B, N, T)
+    exists = torch.gather(inside, 1, near.flatten(1)).reshape(near.shape)
+    found, _ = overlaps(anchors[near], boxes[:, :, None])
+    count = exists.sum(dim=-1, keepdim=True)
+    mean = (found * exists).sum(dim=-1, keepdim=True) / count.clamp(min=1)
+    spread = ((found - mean) * exists).square().sum(dim=-1, keepdim=True)
+    threshold = mean + (spread / (count - 1).clamp(min=1)).sqrt()
+    at = centres[near]
+    depth = torch.minimum(at - boxes[:, :, None, :2], boxes[:, :, None, 2:] - at).amin(dim=-1)
+    real = (boxes[..., 2] > boxes[..., 0])[..., None]
+    claims = exists & real & (found >= threshold) & (depth > 0.01)
+    # The largest overlap wins, and of equal ones the first box.
+    flat, overlap = near.flatten(1), torch.where(claims, found, -1.0).flatten(1)
+    best = torch.full(inside.shape, -1.0, device=boxes.device)
+    best = best.scatter_reduce(1, flat, overlap, "amax")
+    wins = claims.flatten(1) & (overlap == best.gather(1, flat))
+    number = boxes.shape[1]
+    index = torch.arange(number, device=boxes.device)[None, :, None].expand(near.shape).flatten(1)
+    winner = torch.full(inside.shape, number, device=boxes.device)
+    winner = winner.scatter_reduce(1, flat, torch.where(wins, index, number), "amin")
+    return torch.where(winner < number, winner, -1), inside
+
+
+class Objective:
+    """Losses of each kind on one canvas."""
+
+    def __init__(self, cfg: DetCLIPConfig, loss: LossConfig, canvas: tuple[int, int], device: Any):
+        self.cfg, self.loss = cfg, loss
+        self.anchors = torch.from_numpy(anchor_grid(*canvas, cfg.anchors)).to(device)
+        self.levels = level_sizes(*canvas, cfg.anchors)
+        self.stds = torch.tensor(DELTA_STDS, device=device)
+
+    def __call__(self, model: DetCLIP, batch: "Tensors") -> Tensor:
+        """The loss of a batch."""
+        regions = model.regions(model.neck(model.maps(batch.images)))
+        concepts = model.concepts(batch.tokens)
+        scale = model.logit_scale.exp()
+        if batch.kind == "image_text":
+            chosen = self.choose(regions, concepts, scale, model.logit_bias, batch)
+            return self.contrast(regions[0], concepts, scale, chosen, batch)
+        targets = self.assign(batch)
+        return self.dense(regions, concepts, scale, model.logit_bias, targets, batch)
+
+    def assign(self, batch: "Tensors") -> tuple[Tensor, ...]:
+        """positive, label, scored, box and centerness of every anchor."""
+        matched, inside = atss(
+            self.anchors, self.levels, batch.sizes, batch.boxes, self.loss.candidates
+        )
+        positive, index = matched >= 0, matched.clamp(min=0)
+        box = batch.boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        label = torch.where(positive, batch.labels.gather(1, index), -1)
+        middle = (self.anchors[:, :2] + self.anchors[:, 2:]) / 2
+        before, after = middle - box[..., :2], box[..., 2:] - middle
+        near, far = torch.minimum(before, after), torch.maximum(before, after)
+        ratio = near.clamp(min=0) / far.clamp(min=1e-9)
+        centerness = torch.where(positive, ratio.prod(dim=-1).sqrt(), 0.0)
+        box = torch.where(positive[..., None], box, self.anchors)
+        return positive, label, inside & ~(positive & (label < 0)), box, centerness
+
+    def dense(
+        self,
+        regions: Regions,
+        concepts: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        targets: tuple[Tensor, ...],
+        batch: "Tensors",
+    ) -> Tensor:
+        """Alignment of all anchors with all concepts, boxes, centerness."""
+        embeddings, deltas, centerness = regions
+        positive, label, scored, box, central = targets
+        positives = positive.sum().clamp(min=1)
+        logits = (embeddings @ (scale * concepts).T).float() + bias
+        hot = label[..., None] == torch.arange(len(concepts), device=label.device)
+        count = scored[..., None] & batch.token_mask
+        towards = torch.where(hot, logits, -logits)
+        cost = (1 - towards.sigmoid()) ** GAMMA * functional.softplus(-towards)
+        cost = cost * torch.where(hot, ALPHA, 1 - ALPHA)
+        align = torch.where(count, cost, 0.0).sum() / positives
+        if batch.kind != "detection" and not self.loss.grounding_boxes:
+            return align
+        boxes = ((1 - giou(decode(self.anchors, deltas, self.stds), box)) * central).sum()
+        boxes = boxes / central.sum().clamp(min=1e-6)
+        bce = functional.binary_cross_entropy_with_logits(centerness, central, reduction="none")
+        bce = torch.where(positive, bce, 0.0).sum() / positives
+        return align + self.loss.box * boxes + self.loss.centerness * bce
+
+    @torch.no_grad()
+    def choose(
+        self, regions: Regions, concepts: Tensor, scale: Tensor, bias: Tensor, batch: "Tensors"
+    ) -> tuple[Tensor, Tensor]:
+        """(B, P) anchors that take part in the contrast, and which of these there are.
+
+        Scored by the concepts of all images of a group; NMS picks one at a time, all images at
+        once: that needs no table of overlaps, and no value on the host.
+        """
+        if self.loss.proposals.score != "batch":
+            raise ValueError("the comparison knows the paper's choice of regions alone.")
+        embeddings, deltas, _ = regions
+        pools = batch.texts.reshape(len(batch.texts) // self.loss.proposals.group, -1)
+        owned = torch.zeros(len(pools), len(concepts) + 1, dtype=torch.bool, device=pools.device)
+        owned = owned.scatter(1, pools.remainder(len(concepts) + 1), True)[:, :-1]
+        grouped = embeddings.reshape(len(pools), -1, *embeddings.shape[1:])
+        dots = torch.einsum("gbkd,md->gbkm", grouped, concepts).float()
+        score = dots.masked_fill(~owned[:, None, None], -1e30).amax(dim=-1)
+        score = (scale * score + bias).reshape(embeddings.shape[:2])
+        middle = (self.anchors[:, :2] + self.anchors[:, 2:]) / 2
+        inside = (middle[None] < batch.sizes.flip(-1)[:, None]).all(dim=-1)
+        score = score.masked_fill(~inside, -math.inf)
+        entering, start = [], 0
+        for size in self.levels:
+            count = min(self.loss.proposals.pre_nms, size)
+            entering.append(start + score[:, start : start + size].topk(count).indices)
+            start += size
+        entering = torch.cat(entering, dim=1)
+        score = score.gather(1, entering)
+        boxes = decode(self.anchors, deltas, self.stds)
+        boxes = boxes.gather(1, entering[..., None].expand(-1, -1, 4))
+        picks, there = [], []
+        for _ in range(self.loss.proposals.k):
+            best, place = score.max(dim=1, keepdim=True)
+            picks.append(place)
+            there.append(best > -math.inf)
+            picked = boxes.gather(1, place[..., None].expand(-1, -1, 4))
+            overlap, _ = overlaps(picked, boxes)
+            score = score.masked_fill(overlap > self.loss.proposals.nms_iou, -math.inf)
+            score = score.scatter(1, place, -math.inf)
+        return entering.gather(1, torch.cat(picks, dim=1)), torch.cat(there, dim=1)
+
+    def contrast(
+        self,
+        embeddings: Tensor,
+        concepts: Tensor,
+        scale: Tensor,
+        chosen: tuple[Tensor, Tensor],
+        batch: "Tensors",
+    ) -> Tensor:
+        """λ times the cross-entropy of each text's image (paper eq. 3 to 5)."""
+        cfg, (index, there) = self.loss.word_region, chosen
+        if (cfg.direction, cfg.matching) != ("text_to_image", "max"):
+            raise ValueError("the comparison knows the paper's contrastive loss alone.")
+        width = embeddings.shape[-1]
+        features = embeddings.gather(1, index[..., None].expand(-1, -1, width)) * scale
+        dots = torch.einsum("bpd,md->bpm", features, concepts).float()
+        best = dots.masked_fill(~there[..., None], -1e30).amax(dim=1)  # (B, M)
+        owned = batch.texts >= 0
+        rows = best.T[batch.texts.clamp(min=0)]  # (texts, concepts of it, B)
+        rows = torch.where(owned[..., None], rows, 0.0).sum(dim=1)
+        logits = rows / owned.sum(dim=1, keepdim=True).clamp(min=1) / cfg.temperature
+        valid = there.any(dim=1) & owned.any(dim=1)
+        logits = logits.masked_fill(~valid, -1e30)
+        log_p = torch.where(valid, logits.log_softmax(dim=-1), 0.0)
+        count = valid.sum().clamp(min=1)
+        smoothing = cfg.label_smoothing
+        losses = -(1 - smoothing) * log_p.diagonal() - smoothing * log_p.sum(dim=-1) / count
+        return self.loss.contrastive * torch.where(valid, losses, 0.0).sum() / count
+
+
+class Tensors:
+    """A Batch in PyTorch."""
+
+    def __init__(self, batch: Batch, device: Any):
+        tensor = lambda array: torch.from_numpy(np.array(array)).to(device)
+        self.kind = batch.kind
+        self.images, self.sizes, self.boxes = map(tensor, (batch.images, batch.sizes, batch.boxes))
+        self.labels, self.texts, self.tokens = (
+            tensor(array).long() for array in (batch.labels, batch.texts, batch.tokens)
+        )
+        self.token_mask = tensor(batch.token_mask)
+
+
+# ---- What is timed.
+
+
+class Trainer:
+    """A model with its losses and its update on a device, as it is timed."""
+
+    def __init__(
+        self,
+        cfg: DetCLIPConfig,
+        loss: LossConfig,
+        optimizer: OptimizerConfig,
+        batch: Batch,
+        *,
+        device: str,
+        compiled: bool,
+    ):
+        torch.manual_seed(0)
+        self.device, self.bfloat16 = device, cfg.dtype == "bfloat16"
+        self.model = DetCLIP(cfg).to(device).train()
+        if device == "cuda":
+            self.model.to(memory_format=torch.channels_last)
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.benchmark = True
+        self.batch = Tensors(batch, device)
+        self.objective = Objective(cfg, loss, batch.images.shape[1:3], device)
+        self.config = optimizer
+        self._compile = torch.compile if compiled else lambda function: function
+        self._loss = self._compile(lambda: self.objective(self.model, self.batch))
+        self._used: list[nn.Parameter] = []
+
+    def forward_backward(self) -> None:
+        """Loss and gradient."""
+        self.model.zero_grad(set_to_none=True)
+        with self._autocast():
+            loss = self._loss()
+        loss.backward()
+
+    def step(self) -> None:
+        """Loss, gradient, update, as `train_step` does."""
+        self.forward_backward()
+        self.update()
+
+    def update(self) -> None:
+        """Clipping, AdamW with a tenth of the rate for the text tower, moving average."""
+        if not hasattr(self, "_adamw"):
+            self._begin()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self._adamw.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                self._average, list(self.model.parameters()), 1 - self.config.ema_decay
+            )
+        self.norm = norm
+
+    def _begin(self) -> None:
+        """Optimizer and moving average."""
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            key = (name.startswith("text."), parameter.ndim > 1)
+            groups.setdefault(key, []).append(parameter)
+        rate = 1e-6  # small: it is timed over and over on one batch
+        self._adamw = torch.optim.AdamW(
+            [
+                {
+                    "params": parameters,
+                    "lr": rate * (0.1 if text else 1.0),
+                    "weight_decay": self.config.weight_decay * matrix,
+                }
+                for (text, matrix), parameters in groups.items()
+            ],
+            betas=(self.config.beta1, self.config.beta2),
+            fused=True,
+        )
+        self._average = [p.detach().clone() for p in self.model.parameters()]
+
+    def parts(self) -> dict[str, Callable[[], None]]:
+        """The parts of a step, each to be run forward and backward, by the names of ours.
+
+        The head is without its deformable convolution, which is timed by itself.
+        """
+        model, objective, batch = self.model, self.objective, self.batch
+        with torch.no_grad(), self._autocast():
+            maps = [m.detach() for m in model.maps(batch.images)]
+            levels = [x.detach() for x in model.neck(maps)]
+            regressions = [model.head.reg_convs(x) for x in levels]
+            regions = [x.detach() for x in model.regions(levels)]
+            concepts = model.concepts(batch.tokens).detach()
+        found = {
+            "backbone": self._pulled(lambda: model.maps(batch.images), model.backbone, []),
+            "neck": self._pulled(lambda: model.neck(maps), model.neck, maps),
+        }
+        dcn, model.head.dcn = model.head.dcn, None
+        plain = self._pulled(lambda: model.regions(levels), model.head, levels)
+
+        def without_dcn() -> None:
+            held, model.head.dcn = model.head.dcn, None
+            plain()
+            model.head.dcn = held
+
+        model.head.dcn = dcn
+        found["head"] = without_dcn
+        if dcn is not None:
+            found["deformable sampling"] = self._pulled(
+                lambda: [dcn(x, r) for x, r in zip(levels, regressions)],
+                dcn,
+                [*levels, *regressions],
+            )
+        found["text"] = self._pulled(lambda: model.concepts(batch.tokens), model.text, [])
+        scale = model.logit_scale.detach().exp()
+        bias = model.logit_bias.detach().clone()
+        learned = [*regions, concepts, scale, bias]
+        if batch.kind == "image_text":
+            choose = self._compile(lambda: objective.choose(regions, concepts, scale, bias, batch))
+            chosen = objective.choose(regions, concepts, scale, bias, batch)
+            loss = lambda: objective.contrast(regions[0], concepts, scale, chosen, batch)
+            found["choice of regions"] = lambda: self._run(choose)
+        else:
+            assign = self._compile(lambda: objective.assign(batch))
+            targets = objective.assign(batch)
+            loss = lambda: objective.dense(regions, concepts, scale, bias, targets, batch)
+            found["assignment"] = lambda: self._run(assign)
+        found["losses"] = self._pulled(loss, None, learned)
+        self.forward_backward()
+        found["optimizer"] = self.update
+        return found
+
+    def _pulled(
+        self, forward: Callable[[], Any], module: nn.Module | None, learned: Sequence[Tensor]
+    ) -> Callable[[], None]:
+        """Forward, and the gradient by parameters and `learned` under random cotangents."""
+        parameters = [] if module is None else list(module.parameters())
+        forward, cotangents = self._compile(forward), []
+
+        def run() -> None:
+            for x in learned:
+                x.requires_grad_(True)
+            with self._autocast():
+                outputs = forward()
+            outputs = [outputs] if torch.is_tensor(outputs) else list(outputs)
+            if not cotangents:
+                cotangents.extend(torch.randn_like(x) for x in outputs)
+            torch.autograd.grad(
+                outputs, [*parameters, *learned], grad_outputs=cotangents, allow_unused=True
+            )
+
+        return run
+
+    def _run(self, function: Callable[[], Any]) -> None:
+        with torch.no_grad(), self._autocast():
+            function()
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if not self.bfloat16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, torch.bfloat16)

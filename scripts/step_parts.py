@@ -1,0 +1,603 @@
+"""The parts of one training step, each a function of its own: to be timed, or to be compiled ahead.
+
+    found = parts(sizes.SWIN_T, LossConfig(), OptimizerConfig(), "detection", (800, 1344), 4, 384)
+    jax.jit(found["neck"].fn).lower(*found["neck"].inputs).compile()        # from shapes alone
+    jax.jit(found["neck"].fn)(*concrete(found["neck"], batch))              # or run
+
+What a part learns from goes in as its first input: parameters and the activations of the part
+before it. It gives its outputs and the gradient by all of these, under random cotangents that are
+an input too, so that nothing is folded away. The assignment and the choice of regions have no
+gradient.
+
+`least_bytes` says how little memory traffic would do if every layer stood alone: one convolution
+with its norm, one branch of a block, one loss. Forward, a layer reads its inputs and its parameters
+once and writes its outputs once; backward it reads inputs, parameters and the gradient by its
+outputs once, and writes the gradients by inputs and parameters once. Activations count in the
+model's dtype, parameters and what the losses read in float32. A program that melts several layers
+into one may move less; one that splits them moves more.
+"""
+
+import dataclasses
+import functools
+import math
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import PyTree
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from detclipv2_jax import flops, objective
+from detclipv2_jax import optimizer as optimizer_lib
+from detclipv2_jax.models import detclip
+from detclipv2_jax.models.atss_head import ATSSHead
+from detclipv2_jax.models.canvas import Canvas
+from detclipv2_jax.models.detclip import DetCLIP, DetCLIPConfig, l2_normalise, normalise_images
+from detclipv2_jax.models.initialise import Draws
+from detclipv2_jax.models.remat import block_of
+from detclipv2_jax.models.swin import SwinConfig
+from detclipv2_jax.objective import LossConfig
+from detclipv2_jax.ops import boxes as box_ops
+from detclipv2_jax.optimizer import OptimizerConfig
+from detclipv2_jax.structures import Batch
+
+F32 = 4  # bytes
+_NOISE = 0.05  # deviation of concrete parameters and activations: nothing overflows, nothing is 0
+# The part that each entry of `flops.step` belongs to.
+FLOPS_OF = {
+    "backbone": "backbone",
+    "neck": "neck",
+    "head": "head",
+    "deformable": "deformable sampling",
+    "text": "text",
+    "choice of regions": "choice of regions",
+    "contrastive loss": "losses",
+    "alignment loss": "losses",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One part of a step.
+
+    fn: of `learned` and `fixed`, gives arrays.
+    learned: abstract arrays by which it is differentiated; of the optimizer what it renews.
+    fixed: abstract arrays by which it is not, a dict.
+    from_batch: what of `fixed` comes from a Batch, concrete or abstract; the rest is noise.
+    least_bytes: what its layers would have to move (see above).
+    flops: of matrix products, convolutions and samples, forward and backward.
+    renews: whether `fn` gives `learned` anew, so that the arrays may be donated.
+    """
+
+    fn: Callable[[PyTree, dict[str, Any]], PyTree]
+    learned: PyTree
+    fixed: dict[str, Any]
+    from_batch: Callable[[Batch], dict[str, Any]]
+    least_bytes: float
+    flops: float = 0.0
+    renews: bool = False
+
+    @property
+    def inputs(self) -> tuple[PyTree, dict[str, Any]]:
+        """The abstract arguments of `fn`."""
+        return self.learned, self.fixed
+
+    @property
+    def donate(self) -> tuple[int, ...]:
+        """`jax.jit`'s donate_argnums."""
+        return (0,) if self.renews else ()
+
+
+def parts(
+    model: DetCLIPConfig,
+    loss: LossConfig,
+    optimizer: OptimizerConfig,
+    kind: str,
+    shape: tuple[int, int],
+    images: int,
+    concepts: int,
+    *,
+    boxes: int = 100,
+    texts: int = 8,
+) -> dict[str, Part]:
+    """The parts of a step of one kind on one device, by name, in the order of the forward pass.
+
+    Args:
+        model: its sizes, activation dtype and rematerialisation.
+        loss: of the losses; `proposals.group` must divide `images` for image_text, as in training.
+        optimizer: of the update.
+        kind: detection, grounding or image_text.
+        shape: (height, width) of the canvas, pixels.
+        images: on the device.
+        concepts: rows of the step's table.
+        boxes: slots for boxes an image; none for image_text.
+        texts: concepts an image; image_text only.
+    """
+    batch = abstract_batch(model, kind, shape, images, concepts, boxes=boxes, texts=texts)
+    bytes_of = Least(model, loss, shape, images, concepts)
+    found = _encoders(model, batch, bytes_of)
+    regions = _regions(model, images, bytes_of.anchors)
+    if kind == "image_text":
+        found |= _image_text(model, loss, batch, regions, bytes_of)
+    else:
+        found |= _dense(model, loss, kind, batch, regions, bytes_of)
+    found["optimizer"] = _optimizer(model, optimizer)
+    counted = flops.step(
+        model, kind, shape, images, concepts,
+        proposals=loss.proposals.k, group=loss.proposals.group,
+    )  # fmt: skip
+    for entry, value in counted.items():
+        name = FLOPS_OF[entry]
+        found[name] = dataclasses.replace(found[name], flops=found[name].flops + value)
+    return found
+
+
+def concrete(part: Part, batch: Batch, seed: int = 0) -> tuple[PyTree, dict[str, Any]]:
+    """Arguments to run a part on: noise, and what `batch` says."""
+    rng = np.random.default_rng(seed)
+
+    def noise(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        drawn = rng.standard_normal(leaf.shape, np.float32) * np.float32(_NOISE)
+        return jnp.asarray(drawn, leaf.dtype)
+
+    learned = jax.tree.map(noise, part.learned)
+    if part.renews:
+        learned = jax.tree.map(jnp.abs, learned)  # a mean of squares is not negative
+    given = jax.jit(part.from_batch)(batch)
+    rest = {name: jax.tree.map(noise, v) for name, v in part.fixed.items() if name not in given}
+    return learned, rest | given
+
+
+def abstract_batch(
+    model: DetCLIPConfig,
+    kind: str,
+    shape: tuple[int, int],
+    images: int,
+    concepts: int,
+    *,
+    boxes: int = 100,
+    texts: int = 8,
+) -> Batch:
+    """Shapes and types of one device's batch."""
+    array = jax.ShapeDtypeStruct
+    boxes, texts = (0, texts) if kind == "image_text" else (boxes, 0)
+    return Batch(
+        images=array((images, *shape, 3), np.uint8),
+        sizes=array((images, 2), np.int32),
+        boxes=array((images, boxes, 4), np.float32),
+        labels=array((images, boxes), np.int32),
+        texts=array((images, texts), np.int32),
+        tokens=array((concepts, model.text.context), np.int32),
+        token_mask=array((concepts,), np.bool_),
+        kind=kind,
+    )
+
+
+def random_batch(abstract: Batch, vocab: int, seed: int = 0) -> Batch:
+    """Noise for pictures, and boxes, labels and tokens such as there could be.
+
+    Boxes have sides between a fiftieth and a half of the canvas's; half of their slots are empty.
+    Every concept has three to eight tokens, every image all the texts that it has room for.
+    """
+    rng = np.random.default_rng(seed)
+    images, height, width, _ = abstract.images.shape
+    slots, concepts = abstract.boxes.shape[1], len(abstract.tokens)
+    canvas = np.float32([width, height])
+    sides = canvas * np.exp(rng.uniform(math.log(0.02), math.log(0.5), (images, slots, 2)))
+    corners = rng.uniform(0, 1, (images, slots, 2)) * (canvas - sides)
+    there = np.arange(slots) < (slots + 1) // 2
+    boxes = np.concatenate([corners, corners + sides], axis=-1) * there[:, None]
+    tokens = np.zeros(abstract.tokens.shape, np.int32)
+    for row in tokens:
+        length = min(int(rng.integers(3, 9)), len(row) - 2)
+        row[: length + 2] = [vocab - 2, *rng.integers(1, vocab - 2, length), vocab - 1]
+    return Batch(
+        images=rng.integers(0, 256, abstract.images.shape, dtype=np.uint8),
+        sizes=np.tile(np.int32([height, width]), (images, 1)),
+        boxes=boxes.astype(np.float32),
+        labels=np.where(there, rng.integers(0, concepts, (images, slots)), -1).astype(np.int32),
+        texts=rng.integers(0, concepts, abstract.texts.shape).astype(np.int32),
+        tokens=tokens,
+        token_mask=np.ones(concepts, bool),
+        kind=abstract.kind,
+    )
+
+
+# ---- The parts.
+
+
+def _pulled(forward: Callable[[PyTree, dict[str, Any]], PyTree]):
+    """Outputs of `forward`, and the gradient of their product with `fixed["cotangent"]`."""
+
+    def run(learned: PyTree, fixed: dict[str, Any]) -> tuple[PyTree, PyTree]:
+        outputs, pull = jax.vjp(lambda learned: forward(learned, fixed), learned)
+        return outputs, pull(fixed["cotangent"])[0]
+
+    return run
+
+
+def _learning(
+    forward: Callable[[PyTree, dict[str, Any]], PyTree],
+    learned: PyTree,
+    batch: Batch,
+    from_batch: Callable[[Batch], dict[str, Any]] = lambda batch: {},
+    noise: dict[str, Any] | None = None,
+    *,
+    least_bytes: float,
+) -> Part:
+    """A part with a gradient; its cotangent is as its outputs are."""
+    fixed = (noise or {}) | jax.eval_shape(from_batch, batch)
+    cotangent = jax.eval_shape(forward, learned, fixed)
+    return Part(
+        _pulled(forward), learned, fixed | {"cotangent": cotangent}, from_batch, least_bytes
+    )
+
+
+def _module(build: Callable[[], nnx.Module]) -> tuple[Callable[[PyTree], nnx.Module], PyTree]:
+    """How to make a module of its parameters, and these, abstract."""
+    graphdef, state = jax.eval_shape(lambda: nnx.split(build()))
+    return functools.partial(nnx.merge, graphdef), state
+
+
+def _encoders(model: DetCLIPConfig, batch: Batch, bytes_of: "Least") -> dict[str, Part]:
+    """Backbone, neck, head, deformable sampling and text."""
+    whole = lambda: DetCLIP(model, rngs=Draws())
+    array, images = jax.ShapeDtypeStruct, len(batch.images)
+    unit = l2_normalise if model.similarity == "cosine" else lambda x: x
+
+    backbone, swin = _module(lambda: whole().backbone)
+    run_backbone = lambda learned, fixed: backbone(learned)(
+        normalise_images(fixed["images"]), fixed.get("keep")
+    )
+    drops = {"keep": array((sum(model.swin.depths), 2, images), jnp.float32)}
+    found = {
+        "backbone": _learning(
+            run_backbone, swin, batch, lambda batch: {"images": batch.images},
+            drops if model.swin.drop_path else {}, least_bytes=bytes_of.backbone(),
+        )
+    }  # fmt: skip
+    maps = found["backbone"].fixed["cotangent"]
+
+    neck, fpn = _module(lambda: whole().neck)
+    found["neck"] = _learning(
+        lambda learned, _: neck(learned[0])(learned[1]), (fpn, maps), batch,
+        least_bytes=bytes_of.neck(),
+    )  # fmt: skip
+    levels = found["neck"].fixed["cotangent"]
+
+    # Without the deformable convolution; the convolution after it then reads the neck's map.
+    plain = dataclasses.replace(model.head, deformable=False)
+    dtype, remat = levels[0].dtype, model.remat
+    head, atss = _module(
+        lambda: ATSSHead(
+            model.neck_channels, len(levels), plain, dtype=dtype, remat=remat, rngs=Draws()
+        )
+    )
+
+    def run_head(learned, _):
+        outputs = head(learned[0])(learned[1])
+        return dataclasses.replace(outputs, embeddings=unit(outputs.embeddings))
+
+    found["head"] = _learning(run_head, (atss, levels), batch, least_bytes=bytes_of.head())
+
+    if model.head.deformable:
+        sample, dcn = _module(lambda: whole().head.dcn)
+        canvas = Canvas(tuple(x.shape[1:3] for x in levels))
+        place = lambda width: array((images, *canvas.shape, width), dtype)
+        run = block_of(
+            lambda module, x, regression, by_tap: module(x, regression, canvas, by_tap),
+            remat, static=(3,),
+        )  # fmt: skip
+        found["deformable sampling"] = _learning(
+            lambda learned, _: run(sample(learned[0]), *learned[1:], remat != "none"),
+            (dcn, place(model.neck_channels), place(model.head.channels)), batch,
+            least_bytes=bytes_of.deformable(),
+        )  # fmt: skip
+
+    text, tower = _module(lambda: whole().text)
+    found["text"] = _learning(
+        lambda learned, fixed: unit(text(learned)(fixed["tokens"])), tower, batch,
+        lambda batch: {"tokens": batch.tokens}, least_bytes=bytes_of.text(),
+    )  # fmt: skip
+    return found
+
+
+def _regions(model: DetCLIPConfig, images: int, anchors: int) -> detclip.RegionOutputs:
+    array = jax.ShapeDtypeStruct
+    return detclip.RegionOutputs(
+        embeddings=array((images, anchors, model.head.embed_dim), jnp.float32),
+        deltas=array((images, anchors, 4), jnp.float32),
+        centerness=array((images, anchors), jnp.float32),
+    )
+
+
+def _similarity(model: DetCLIPConfig, batch: Batch, regions: Any) -> dict[str, Any]:
+    """What the losses learn from."""
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    concepts = jax.ShapeDtypeStruct((len(batch.tokens), model.text.embed_dim), jnp.float32)
+    return {"regions": regions, "concepts": concepts, "scale": scalar, "bias": scalar}
+
+
+def _stand_in(model: DetCLIPConfig, learned: dict[str, Any]) -> Any:
+    """What the losses ask a model for."""
+    scale = jnp.exp(learned["scale"])
+    return types.SimpleNamespace(cfg=model, logit_bias=learned["bias"], scale=lambda: scale)
+
+
+def _dense(
+    model: DetCLIPConfig,
+    loss: LossConfig,
+    kind: str,
+    batch: Batch,
+    regions: Any,
+    bytes_of: "Least",
+) -> dict[str, Part]:
+    """Assignment and losses of detection and grounding."""
+    canvas, with_boxes = batch.images.shape[1:3], objective.has_box_losses(kind, loss)
+    assign = functools.partial(
+        objective.dense_targets, canvas=canvas, grid=model.anchors, candidates=loss.candidates
+    )
+
+    def truth(batch: Batch) -> dict[str, Any]:
+        return {"sizes": batch.sizes, "boxes": batch.boxes, "labels": batch.labels}
+
+    def targets(batch: Batch) -> dict[str, Any]:
+        found = assign(**truth(batch))
+        divisors = objective.normalisers(found)
+        return {"targets": found, "divisors": divisors, "token_mask": batch.token_mask}
+
+    def losses(learned, fixed):
+        stand_in = _stand_in(model, learned)
+        total, _ = objective.matched_losses(
+            stand_in, learned["regions"], stand_in.scale() * learned["concepts"],
+            fixed["token_mask"], fixed["targets"], fixed["divisors"], canvas, loss, with_boxes,
+        )  # fmt: skip
+        return total
+
+    given = jax.eval_shape(truth, batch)
+    assigned = jax.eval_shape(assign, **given)
+    return {
+        "assignment": Part(
+            lambda _, fixed: assign(**fixed), (), given, truth,
+            least_bytes=size_of((given, assigned)),
+        ),
+        "losses": _learning(
+            losses, _similarity(model, batch, regions), batch, targets,
+            least_bytes=bytes_of.dense_losses(with_boxes),
+        ),
+    }  # fmt: skip
+
+
+def _image_text(
+    model: DetCLIPConfig, loss: LossConfig, batch: Batch, regions: Any, bytes_of: "Least"
+) -> dict[str, Part]:
+    """The choice of regions and the contrastive loss."""
+    canvas = batch.images.shape[1:3]
+
+    def given(batch: Batch) -> dict[str, Any]:
+        return {"pools": objective.concept_pools(batch, loss), "sizes": batch.sizes}
+
+    def choose(_, fixed):
+        return objective.select_regions(
+            _stand_in(model, fixed), fixed["regions"], fixed["concepts"], fixed["pools"],
+            fixed["sizes"], canvas, loss.proposals,
+        )  # fmt: skip
+
+    def contrast(learned, fixed):
+        features = objective.gather_regions(learned["regions"], fixed["chosen"])
+        total, _ = objective.contrast(
+            jnp.exp(learned["scale"]), features, fixed["chosen"], learned["concepts"],
+            fixed["texts"], loss,
+        )  # fmt: skip
+        return total
+
+    def chosen(batch: Batch) -> dict[str, Any]:
+        """Which regions, does not matter to how long the loss takes; here every second one."""
+        images, anchors = regions.centerness.shape
+        count = min(loss.proposals.k, anchors)
+        places = (2 * jnp.arange(count, dtype=jnp.int32)) % anchors
+        wide = lambda x: jnp.broadcast_to(x, (images, loss.proposals.k))
+        places = jnp.pad(places, (0, loss.proposals.k - count))
+        there = jnp.arange(loss.proposals.k) < count
+        areas = 1.0 + places.astype(jnp.float32)
+        selection = objective.Selection(wide(places), wide(there), wide(areas))
+        return {"chosen": selection, "texts": batch.texts}
+
+    noise = _similarity(model, batch, regions)
+    fixed = noise | jax.eval_shape(given, batch)
+    return {
+        "choice of regions": Part(
+            choose, (), fixed, given, least_bytes=bytes_of.choice(jax.eval_shape(choose, (), fixed))
+        ),
+        "losses": _learning(
+            contrast, {k: v for k, v in noise.items() if k != "bias"}, batch, chosen,
+            least_bytes=bytes_of.contrastive(batch.texts.shape[1]),
+        ),
+    }  # fmt: skip
+
+
+def _optimizer(model: DetCLIPConfig, config: OptimizerConfig) -> Part:
+    """Norm of the gradient and AdamW: (parameters, their average, moments) anew."""
+    _, params = detclip.abstract(model)
+    rule = optimizer_lib.create(config, params, 1000)
+
+    def update(learned, fixed):
+        gradients = fixed["gradients"]
+        norm = optax.tree.norm(gradients)
+        good = jnp.isfinite(norm)
+        return rule.update(*learned, gradients, norm, fixed["step"], good)
+
+    learned = (params, params, jax.eval_shape(rule.init, params))
+    fixed = {"gradients": params, "step": jax.ShapeDtypeStruct((), jnp.int32)}
+    # Reads the gradient for its norm; then parameters, average, moments and gradient; writes four.
+    return Part(
+        update, learned, fixed, lambda batch: {}, least_bytes=10 * size_of(params), renews=True
+    )
+
+
+# ---- The least that each part's layers would have to move.
+
+
+def size_of(arrays: PyTree) -> int:
+    """Bytes of all arrays, abstract ones too."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+
+
+def layer(inputs: float, outputs: float, parameters: float = 0, by_inputs: float | None = None):
+    """Bytes that a layer reads and writes, forward and backward.
+
+    Args:
+        inputs: bytes of its inputs, read forward and backward.
+        outputs: bytes, written forward; their gradient, as large, is read backward.
+        parameters: their number, in float32: read twice, their gradient written.
+        by_inputs: bytes of the gradient by the inputs, if not those of the inputs.
+    """
+    by_inputs = inputs if by_inputs is None else by_inputs
+    return 2 * inputs + 2 * outputs + by_inputs + 3 * F32 * parameters
+
+
+class Least:
+    """Least bytes of the parts of one step."""
+
+    def __init__(
+        self,
+        model: DetCLIPConfig,
+        loss: LossConfig,
+        shape: tuple[int, int],
+        images: int,
+        concepts: int,
+    ):
+        self.model, self.loss, self.shape = model, loss, shape
+        self.images, self.concepts = images, concepts
+        self.item = {"float32": 4, "bfloat16": 2}[model.dtype]
+        self.pixels = box_ops.level_sizes(*shape, model.anchors)  # of each level
+        self.anchors = sum(self.pixels)
+
+    def backbone(self) -> float:
+        """Patches; attention and MLP branch of each block; mergings; the norms of three maps."""
+        cfg, item = self.model.swin, self.images * self.item
+        rows, columns = (_up(side, cfg.patch_size) for side in self.shape)
+        pixels = self.images * self.shape[0] * self.shape[1] * 3  # uint8, no gradient by them
+        patches = (3 * cfg.patch_size**2 + 3) * cfg.embed_dim
+        total = layer(pixels, item * rows * columns * cfg.embed_dim, patches, by_inputs=0)
+        for stage, (width, depth) in enumerate(zip(cfg.widths, cfg.depths)):
+            here = item * rows * columns * width
+            attention, mlp = block_parameters(cfg, stage)
+            total += depth * (layer(here, here, attention) + layer(here, here, mlp))
+            if stage:
+                total += layer(here, here, 2 * width)
+            if stage < len(cfg.depths) - 1:
+                rows, columns = _up(rows, 2), _up(columns, 2)
+                merged = item * rows * columns * 2 * width
+                total += layer(here, merged, 8 * width**2 + 8 * width)
+        return total
+
+    def neck(self) -> float:
+        """Laterals, each with what it adds from above; five 3×3 convolutions."""
+        width, item = self.model.neck_channels, self.images * self.item
+        maps = [item * p * width for p in self.pixels]
+        wide = self.model.swin.widths[1:]
+        total = 0.0
+        for level, channels in enumerate(wide):
+            above = maps[level + 1] if level + 1 < len(wide) else 0
+            inputs = item * self.pixels[level] * channels + above
+            total += layer(inputs, maps[level], channels * width + width)
+        for level in range(len(maps)):
+            source = maps[level] if level < len(wide) else maps[level - 1]
+            total += layer(source, maps[level], 9 * width * width + width)
+        return total
+
+    def head(self) -> float:
+        """Convolutions with norm and activation; the three that end the branches give float32."""
+        cfg, here = self.model.head, self.images * self.anchors
+        inside, out = self.model.neck_channels, cfg.channels
+        total = 0.0
+        for width in 2 * ([inside] + [out] * (cfg.convs - 1)):  # of both branches
+            total += layer(
+                here * width * self.item, here * out * self.item, 9 * width * out + 2 * out
+            )
+        for outputs in (cfg.embed_dim, 4, 1):
+            total += layer(
+                here * out * self.item, here * outputs * F32, 9 * out * outputs + outputs
+            )
+        return total
+
+    def deformable(self) -> float:
+        """The convolution that gives 27 numbers a place; sampling with its projection."""
+        here, inside, out = (
+            self.images * self.anchors * self.item,
+            self.model.neck_channels,
+            self.model.head.channels,
+        )
+        chooses = layer(here * out, here * 27, 9 * out * 27 + 27)
+        return chooses + layer(here * (inside + 27), here * out, 9 * inside * out)
+
+    def text(self) -> float:
+        """The rows of the embedding, two branches a block, the feature that is read.
+
+        The gradient by the embedding is written for the whole vocabulary, as AdamW reads it.
+        """
+        cfg = self.model.text
+        tokens = self.concepts * cfg.context * cfg.width
+        here = tokens * self.item
+        attention = 4 * cfg.width**2 + 4 * cfg.width + 2 * cfg.width
+        mlp = 8 * cfg.width**2 + 5 * cfg.width + 2 * cfg.width
+        embedding = tokens * F32 + 2 * here + (cfg.vocab + cfg.context) * cfg.width * F32
+        blocks = cfg.layers * (layer(here, here, attention) + layer(here, here, mlp))
+        read = self.concepts * cfg.width * self.item
+        features = self.concepts * cfg.embed_dim * F32
+        return embedding + blocks + layer(read, features, cfg.width * cfg.embed_dim + 2 * cfg.width)
+
+    def dense_losses(self, with_boxes: bool) -> float:
+        """Alignment as one layer with a scalar output: its logits stay inside. Then the boxes.
+
+        A label and a mask an anchor are read beside the embeddings; beside deltas and centerness
+        what they should be.
+        """
+        dimensions, here = self.model.head.embed_dim, self.images * self.anchors
+        learned = (here + self.concepts) * dimensions * F32
+        total = layer(learned + here * (4 + 1) + self.concepts, 0, by_inputs=learned)
+        if with_boxes:
+            learned = here * 5 * F32
+            total += layer(learned + here * (5 * F32 + 1), 0, by_inputs=learned)
+        return total
+
+    def choice(self, chosen: Any) -> float:
+        """Forward only: scores from embeddings and concepts; then scores and deltas in."""
+        here = self.images * self.anchors * F32
+        dimensions = self.model.head.embed_dim
+        scored = here * dimensions + self.concepts * dimensions * F32 + here
+        return scored + here * (1 + 4) + size_of(chosen)
+
+    def contrastive(self, texts: int) -> float:
+        """Gather of the chosen embeddings; match with all concepts; texts; cross-entropy."""
+        images, dimensions = self.images, self.model.head.embed_dim
+        chosen = images * self.loss.proposals.k * dimensions * F32
+        every = images * self.anchors * dimensions * F32
+        gather = chosen + chosen + chosen + every  # read, write; gradient in, and out to all
+        matched = self.concepts * images * F32
+        match = layer(chosen + self.concepts * dimensions * F32, matched)
+        pairs = images * images * F32
+        return gather + match + layer(matched, pairs) + layer(pairs, 0)
+
+
+def block_parameters(cfg: SwinConfig, stage: int) -> tuple[int, int]:
+    """Parameters of the attention and of the MLP branch of one block, each with its norm."""
+    width, hidden = cfg.widths[stage], int(cfg.widths[stage] * cfg.mlp_ratio)
+    attention = 4 * width**2 + width + 3 * width * cfg.qkv_bias + 2 * width
+    attention += (2 * cfg.window - 1) ** 2 * cfg.num_heads[stage]
+    return attention, 2 * width * hidden + hidden + width + 2 * width
+
+
+def _up(size: int, divisor: int) -> int:
+    return -(-size // divisor)
