@@ -159,7 +159,7 @@ def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[
             with clock("checkpoint"):
                 meta = {"config": fields.to_dict(config), "names": names}
                 meta |= {"definitions": definitions, "seconds": clock.totals()}
-                meta |= {"total_steps": total_steps, "score": score}  # for jobs that follow
+                meta |= {"total_steps": total_steps}  # for jobs that follow
                 checkpointer.save(state, meta, score)
         if stopping and not last:
             checkpointer.wait()
