@@ -217,6 +217,28 @@ def test_a_workdir_that_cannot_be_written_to_is_one_sentence(
     assert _checkpoints(tmp_path / "locked/finished") == _checkpoints(finished[0])
 
 
+def test_a_run_started_on_a_full_disk_is_one_sentence_and_goes_on_when_there_is_room(
+    data, finished, small_disk, fill
+):
+    run = small_disk / "run"
+    shutil.copytree(finished[0], run)
+    there = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    filling = fill(small_disk, 0)
+    process = tiny_run.run(data, run)
+    assert process.returncode == 2, process.stderr[-3000:]
+    assert re.fullmatch(
+        r"error: .*run/\S+: cannot be written \(No space left on device\); make room, then start "
+        r"again with the same command\.",
+        process.stderr.splitlines()[-1],
+    )
+    assert "Traceback" not in process.stderr
+    filling.unlink()
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == there
+    process = tiny_run.run(data, run)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "going on after step" in process.stdout and _losses(run) == _losses(finished[0])
+
+
 def _spoil(source, count):
     """Overwrites the first bytes of some of a source's stored pictures, as a bad disk would."""
     shards = sorted(source.glob("*.array_record-*"))
