@@ -242,6 +242,7 @@ def test_nothing_stays_in_memory_of_a_save(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_memory_does_not_grow_over_thousands_of_saves(tmp_path):
     """Python's objects grow by 16 a save (1.2 KB): the JSON of two new paths, kept by tensorstore.
 

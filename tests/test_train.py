@@ -332,6 +332,56 @@ def test_a_transfer_that_nobody_asked_for_ends_the_run(data, tmp_path):
     assert process.returncode == 1 and "Disallowed host-to-device transfer" in process.stderr
 
 
+_LOOKING = """
+import gc, itertools, resource, runpy, sys
+import jax
+from detclipv2_jax import train
+
+compile_programs = train.compile_programs
+
+def looking(*args):
+    def program(compiled):
+        def run(state, batch):
+            if (step := next(count)) % 500 == 0:
+                jax.block_until_ready(state)
+                gc.collect()
+                with open("/proc/self/statm") as file:
+                    pages = int(file.read().split()[1])
+                megabytes = pages * resource.getpagesize() / 1e6
+                print("look", sys.getallocatedblocks(), len(jax.live_arrays()), megabytes)
+            return compiled(state, batch)
+        return run
+    count = itertools.count()
+    return {key: program(value) for key, value in compile_programs(*args).items()}
+
+train.compile_programs = looking
+sys.argv[0] = "main"
+runpy.run_module("detclipv2_jax.main", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_memory_does_not_grow_over_thousands_of_steps(data, tmp_path):
+    """From step 500 on Python's objects grow by a tenth of one a step, and arrays not at all."""
+    small = {"train.epochs": 50.0, "train.checkpoint_every": 0, "eval.dataset": ""}
+    small |= {f"data.{kind}.batch_size": 2 for kind in ("detection", "grounding", "image_text")}
+    small |= {f"data.{kind}.shapes": ((64, 64),) for kind in ("detection", "grounding")}
+    small |= {"data.image_text.shapes": ((32, 32),), "loss.proposals.group": 2}
+    _, _, _, *arguments = tiny_run.command(data, tmp_path, **small)
+    process = subprocess.run(
+        [sys.executable, "-c", _LOOKING, *arguments],
+        env=tiny_run.environment(), capture_output=True, text=True, cwd=tiny_run.ROOT,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    seen = [line.split()[1:] for line in process.stdout.splitlines() if line.startswith("look")]
+    print(seen)
+    (_, first, *_, last) = [(int(a), int(b), float(c)) for a, b, c in seen]
+    assert len(seen) == 5
+    blocks, arrays, megabytes = (after - before for before, after in zip(first, last))
+    assert blocks < 1500 / 2 and arrays < 10 and megabytes < 10
+
+
 def test_a_finished_run_started_again_only_reports(data, finished):
     before = (finished[0] / "metrics.jsonl").read_text()
     process = tiny_run.run(data, finished[0])
