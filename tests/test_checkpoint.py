@@ -213,6 +213,20 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path):
         saver.close()
 
 
+def test_a_thread_that_failed_does_not_wait_for_the_other_processes(monkeypatch):
+    met = []
+    barrier = lambda **_: met.append("met")
+    monkeypatch.setattr(checkpoint.multihost, "get_barrier_sync_fn", lambda: barrier)
+    checkpoint._meet_unless_failed(key="done", timeout_ms=1)
+    assert met == ["met"]
+    with pytest.raises(OSError, match="full"):
+        try:
+            raise OSError("full")
+        finally:
+            checkpoint._meet_unless_failed(key="done", timeout_ms=1)
+    assert met == ["met"]
+
+
 def test_a_workdir_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/run/checkpoints: cannot be made or read"):

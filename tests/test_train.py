@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import random
@@ -144,6 +145,16 @@ def _start(data, workdir, **overrides):
         )  # fmt: skip
 
 
+@contextlib.contextmanager
+def _started(data, workdir, **overrides):
+    run = _start(data, workdir, **{"train.epochs": 50.0}, **overrides)
+    try:
+        yield run
+    finally:
+        run.kill()
+        run.wait()
+
+
 def _wait_until(process, what):
     while process.poll() is None and not what():
         time.sleep(0.005)
@@ -152,33 +163,28 @@ def _wait_until(process, what):
 
 @pytest.mark.slow
 def test_signals_while_it_evaluates_while_it_saves_and_twice(data, tmp_path):
-    """Three runs side by side, each stopped at its moment."""
+    """Three runs, each stopped at its moment."""
     evaluating, saving, hasty = (tmp_path / name for name in ("evaluating", "saving", "hasty"))
-    runs = [
-        _start(data, evaluating, **{"train.eval_every": 1, "train.epochs": 50.0}),
-        _start(data, saving, **{"train.checkpoint_every": 1, "train.epochs": 50.0}),
-        _start(data, hasty, **{"train.epochs": 50.0}),
-    ]
 
     def lines(workdir):
         log = workdir / "metrics.jsonl"
         return log.read_text().splitlines() if log.exists() else []
 
-    try:
-        # A step's line is written before its evaluation begins, the evaluation's after it.
-        _wait_until(runs[0], lambda: len(lines(evaluating)) == 3)
-        runs[0].send_signal(signal.SIGTERM)
-        _wait_until(runs[1], lambda: list(saving.glob("checkpoints/*-tmp")) and lines(saving))
-        runs[1].send_signal(signal.SIGTERM)
-        _wait_until(runs[2], lambda: lines(hasty))
-        runs[2].send_signal(signal.SIGINT)
-        _wait_until(runs[2], lambda: "Ctrl-C again: at once" in (hasty / "stderr").read_text())
-        runs[2].send_signal(signal.SIGINT)
-        assert runs[2].wait(10) == 128 + signal.SIGINT
-        assert [run.wait(60) for run in runs[:2]] == [128 + signal.SIGTERM] * 2
-    finally:
-        for run in runs:
-            run.kill()
+    # A step's line is written before its evaluation begins, the evaluation's after it.
+    with _started(data, evaluating, **{"train.eval_every": 1}) as run:
+        _wait_until(run, lambda: len(lines(evaluating)) == 3)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 128 + signal.SIGTERM
+    with _started(data, saving, **{"train.checkpoint_every": 1}) as run:
+        _wait_until(run, lambda: list(saving.glob("checkpoints/*-tmp")) and lines(saving))
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 128 + signal.SIGTERM
+    with _started(data, hasty) as run:
+        _wait_until(run, lambda: lines(hasty))
+        run.send_signal(signal.SIGINT)
+        _wait_until(run, lambda: "Ctrl-C again: at once" in (hasty / "stderr").read_text())
+        run.send_signal(signal.SIGINT)
+        assert run.wait(10) == 128 + signal.SIGINT
     for workdir in (evaluating, saving):
         said = (workdir / "stderr").read_text()
         step = int(
