@@ -269,7 +269,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     counts = [row["names"] for row in rows]
     for name in rows[0]["seconds"]:
         axes.plot(counts, [1 / row["seconds"][name] for row in rows], "o-", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="names", ylabel="images/s, names encoded before")
+    axes.set(xscale="log", xlabel="names", ylabel="images/s, names encoded before")
+    if len(rows[0]["seconds"]) > 1:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
