@@ -534,7 +534,10 @@ def _dataset(generate, parallel: int):
     ).prefetch(1)
     # Two steps are worked on at once, so that no core waits for the last picture of a stack.
     stacks = steps.interleave(stack, cycle_length=2, num_parallel_calls=2, deterministic=True)
-    return stacks.prefetch(1)
+    options = tf.data.Options()
+    # There is nothing to tune, and its thread sleeps for up to a minute before it lets the end pass.
+    options.autotune.enabled = False
+    return stacks.prefetch(1).with_options(options)
 
 
 def _explain(data: bytes | None) -> str:
