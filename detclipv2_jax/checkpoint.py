@@ -9,8 +9,10 @@ import copy
 import dataclasses
 import functools
 import shutil
+import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ import orbax.checkpoint as ocp
 import tensorstore
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint import multihost
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.models import detclip
@@ -54,20 +57,15 @@ class Checkpointer:
           UserError: the directory cannot be made or read.
         """
         _stop_leaks()
-        policy = AnyPreservationPolicy(
-            [
-                LatestN(keep),
-                BestN(
-                    get_metric_fn=lambda m: m["score"], n=1, keep_checkpoints_without_metrics=False
-                ),
-            ]
-        )
         self._failures, self._writing = 0, None  # in a row; the step that is being written
+        self._scores: dict[int, float] = {}
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), _Best(self._scores)]),
             cleanup_tmp_directories=True,
             # Threads would wait for a directory that cannot be made, for twenty minutes.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.AsyncOptions(
+                create_directories_asynchronously=False, barrier_sync_fn=_meet_unless_failed
+            ),
         )
         root = Path(workdir).absolute() / SUBDIRECTORY
         try:
@@ -78,6 +76,9 @@ class Checkpointer:
                 "write to."
             ) from None
         self._last_good = self.latest
+        for step in self._manager.all_steps():
+            with contextlib.suppress(Exception):  # of a damaged one, which `restore` tells
+                self._note(step, _score(root, step))
 
     @property
     def latest(self) -> int | None:
@@ -87,7 +88,8 @@ class Checkpointer:
     def save(self, state: TrainState, meta: dict[str, Any], score: float | None) -> None:
         """Starts to write the state after `state.step` steps; returns when it left the devices.
 
-        A checkpoint that cannot be written is told, and the run goes on to the next one.
+        The `score` goes into the meta, too. A checkpoint that cannot be written is told, and the
+        run goes on to the next one.
 
         Raises:
           UserError: `_PATIENCE` of them in a row could not, or one by several processes; names the
@@ -98,19 +100,24 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         self._remove_parts()
+        self._note(step, score)
         try:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     model=ocp.args.StandardSave(state.ema),
                     state=ocp.args.StandardSave(_without_average(state)),
-                    meta=ocp.args.JsonSave(meta),
+                    meta=ocp.args.JsonSave(meta | {"score": score}),
                 ),
-                metrics=None if score is None else {"score": score},
             )
             self._writing = step
         except Exception as error:  # a full disk, a lost bucket, whatever a file system says
             self._failed(step, error)
+
+    def _note(self, step: int, score: float | None) -> None:
+        self._scores.pop(step, None)
+        if score is not None:
+            self._scores[step] = score
 
     def wait(self) -> None:
         """Returns when everything saved is on disk. What cannot be written is told as by `save`."""
@@ -257,10 +264,7 @@ def best_step(directory: Path | str) -> int:
     Raises:
       UserError: none of the checkpoints was evaluated in training, or there is none.
     """
-    scores = {}
-    for step in some_steps(directory):
-        with _reading(directory) as manager:
-            scores[step] = _meta(manager, step).get("score")
+    scores = {step: _score(directory, step) for step in some_steps(directory)}
     measured = [step for step, score in scores.items() if score is not None]
     if not measured:
         raise UserError(
@@ -333,6 +337,37 @@ def _reading(directory: Path | str) -> ocp.CheckpointManager:
 
 def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+
+def _score(directory: Path | str, step: int) -> float | None:
+    with _reading(directory) as manager:
+        return _meta(manager, step).get("score")
+
+
+@dataclasses.dataclass
+class _Best:
+    """Orbax's policy that keeps the checkpoint of the best score, of equal ones the last.
+
+    Its own one, BestN, knows no score of before the start, nor of before a `reload`.
+    """
+
+    scores: dict[int, float]  # by step
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """For each checkpoint there is: must it stay?"""
+        scored = [c.step for c in checkpoints if c.step in self.scores]
+        best = max(scored, key=lambda step: (self.scores[step], step), default=None)
+        return [c.step == best for c in checkpoints]
+
+
+def _meet_unless_failed(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier of the threads that save, which they would also come to with an error.
+
+    There this process would wait for the others, and they for its part, for twenty minutes.
+    """
+    if (error := sys.exc_info()[1]) is not None:
+        raise error
+    multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 @functools.cache  # once

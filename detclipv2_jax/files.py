@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import errno
 import json
 import os
 import pathlib
@@ -44,7 +45,9 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         os.replace(temporary, path)
     except OSError as error:
         if not _only_said.get():
-            raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+            room = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            way_out = "; make room, then start again with the same command" if room else ""
+            raise UserError(f"{path}: cannot be written ({error.strerror}){way_out}.") from error
         print(f"{path}: cannot be written ({error.strerror}): left out", flush=True)
     finally:
         with contextlib.suppress(OSError):

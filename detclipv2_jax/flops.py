@@ -2,7 +2,8 @@
 
 A multiplication with its addition counts as two. Only matrix products, convolutions and bilinear
 samples are counted, each once and on real pixels: padding to windows, gaps of the head's canvas and
-recomputation are the program's affair, and a compiler's own count would reward them.
+recomputation are the program's affair, and a compiler's own count would reward them. So is the
+second forward pass of image-text data in parts: a step has the same FLOPs in any number of parts.
 """
 
 import math

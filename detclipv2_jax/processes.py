@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax._src import cloud_tpu_init
 
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.files import write_json
@@ -39,7 +38,7 @@ def start(address: str | None, count: int | None, index: int | None) -> bool:
             "three, or none where the cluster tells."
         )
     if not any(given):
-        if not told_by_cluster(os.environ, cloud_tpu_init.running_in_cloud_tpu_vm):
+        if not told_by_cluster(os.environ, _on_tpu_vm()):
             return False
         _check_kubernetes(os.environ)
     options = {"heartbeat_timeout_seconds": _HEARTBEAT}
@@ -118,6 +117,15 @@ def told_by_cluster(environment: Mapping[str, str], on_tpu_vm: bool = False) -> 
         or asks_machine
         or "MEGASCALE_COORDINATOR_ADDRESS" in environment
     )
+
+
+def _on_tpu_vm() -> bool:
+    """JAX has no public name for it. Without its own one only the environment is asked."""
+    try:
+        from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
+    except ImportError:
+        return False
+    return running_in_cloud_tpu_vm
 
 
 def _check_kubernetes(environment: Mapping[str, str]) -> None:

@@ -21,6 +21,7 @@ from detclipv2_jax import (
     fields,
     metrics,
     optimizer,
+    processes,
     reports,
     sharding,
 )
@@ -119,6 +120,7 @@ def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[
     with clock("compile"):
         todo = plan.programs if start < total_steps else []
         programs = compile_programs(step_fn, todo, state, shardings, mesh, config)
+        processes.meet()  # the first step waits for the others no longer than Gloo's 30 s
 
     # ---- The loop. A step's figures are read when the next one is under way.
     # Of a run that starts anew nothing is kept, not even what it measured at step 0.
@@ -159,7 +161,7 @@ def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[
             with clock("checkpoint"):
                 meta = {"config": fields.to_dict(config), "names": names}
                 meta |= {"definitions": definitions, "seconds": clock.totals()}
-                meta |= {"total_steps": total_steps, "score": score}  # for jobs that follow
+                meta |= {"total_steps": total_steps}  # for jobs that follow
                 checkpointer.save(state, meta, score)
         if stopping and not last:
             checkpointer.wait()

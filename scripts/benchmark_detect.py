@@ -1,11 +1,11 @@
 """How long one image takes among 80, 1,203 and 20,000 names, beside Grounding DINO and OWLv2.
 
-    python scripts/benchmark_detect.py --output=DIR [--rounds=3] [--names=80,1203,20000]
+    python scripts/benchmark_detect.py --output=DIR [--rounds=3] [--names=80,1203,20000] [--alone]
 
 Swin-T at 800×1333, its full size; the others are Hugging Face's, at the sizes of
 `grounding-dino-tiny` (800×1333) and `owlv2-base-patch16` (960×960, which is its own). All weights
 are random, float32; the image and the names are the same. The contestants take turns within one
-run. The device is what JAX and PyTorch find, a GPU where both do.
+run; `--alone` leaves the others out. The device is what JAX and PyTorch find, a GPU where both do.
 
 Grounding DINO reads the names together with the image, 40 at a time so that they fit its 256
 tokens: one chunk is timed and multiplied by their number. The other two read names once, whatever
@@ -196,19 +196,19 @@ def seconds(function: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - cores
 
 
-def measure(ours: Ours, others: Torch, counts: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+def measure(
+    ours: Ours, others: Torch | None, counts: Sequence[int], rounds: int
+) -> list[dict[str, Any]]:
     """A row for each number of names: seconds an image of each contestant, medians of rounds.
 
-    In a round everything takes its turn once.
+    In a round everything takes its turn once. Without `others` ours is alone.
     """
     piece = names(PIECE)
-    work = {
-        **{(OURS, count): functools.partial(ours.answer, ours.texts(count)) for count in counts},
-        **{(OWL, count): others.owl(count) for count in counts},
-        "chunk": others.dino_chunk(piece[:CHUNK]),
-        (OURS, "piece"): lambda: ours.read_names(piece),
-        (OWL, "piece"): others.owl_names(piece),
-    }
+    work = {(OURS, n): functools.partial(ours.answer, ours.texts(n)) for n in counts}
+    work[OURS, "piece"] = lambda: ours.read_names(piece)
+    if others is not None:
+        work |= {(OWL, n): others.owl(n) for n in counts}
+        work |= {"chunk": others.dino_chunk(piece[:CHUNK]), (OWL, "piece"): others.owl_names(piece)}
     for function in work.values():
         function()  # compiles, or warms up
     times: dict[Any, list[tuple[float, float]]] = {key: [] for key in work}
@@ -220,11 +220,9 @@ def measure(ours: Ours, others: Torch, counts: Sequence[int], rounds: int) -> li
     rows = []
     for count in counts:
         chunks, pieces = -(-count // CHUNK), -(-count // PIECE)
-        image = {
-            OURS: medians[OURS, count],
-            DINO: chunks * medians["chunk"],
-            OWL: medians[OWL, count],
-        }
+        image = {OURS: medians[OURS, count]}
+        if others is not None:
+            image |= {DINO: chunks * medians["chunk"], OWL: medians[OWL, count]}
         rows.append(
             {
                 "names": count,
@@ -232,7 +230,9 @@ def measure(ours: Ours, others: Torch, counts: Sequence[int], rounds: int) -> li
                 "seconds": {name: float(clock) for name, (clock, _) in image.items()},
                 "core_seconds": {name: float(cores) for name, (_, cores) in image.items()},
                 "names_core_seconds": {
-                    name: float(pieces * medians[name, "piece"][1]) for name in (OURS, OWL)
+                    name: float(pieces * medians[name, "piece"][1])
+                    for name in image
+                    if name != DINO
                 },
                 "temporary_mb": ours.temporary_bytes(count) / 1e6,
             }
@@ -267,9 +267,13 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     counts = [row["names"] for row in rows]
-    for name in (OURS, OWL, DINO):
+    for name in rows[0]["seconds"]:
         axes.plot(counts, [1 / row["seconds"][name] for row in rows], "o-", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="names", ylabel="images/s, names encoded before")
+    axes.set(xscale="log", xlabel="names", ylabel="images/s, names encoded before")
+    if len(rows[0]["seconds"]) > 1:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -286,24 +290,21 @@ def main() -> None:
     parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default: %(default)s)")
     parser.add_argument("--names", default="80,1203,20000", help="(default: %(default)s)")
+    parser.add_argument("--alone", action="store_true", help="ours without the others")
     args = parser.parse_args()
-    import torch
-    import transformers
-
-    ours, others = Ours(), Torch()
+    ours, others = Ours(), None if args.alone else Torch()
     counts = [int(count) for count in args.names.split(",")]
     rows = measure(ours, others, counts, args.rounds)
     print(table(rows))
-    result = {
-        "device": {"jax": jax.devices()[0].device_kind, "torch": others.device},
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "rows": rows,
-    }
+    devices = {"jax": jax.devices()[0].device_kind}
+    versions = {"python": platform.python_version(), "jax": jax.__version__}
+    if others is not None:
+        import torch
+        import transformers
+
+        devices["torch"] = others.device
+        versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    result = {"device": devices, "versions": versions, "rows": rows}
     output = Path(args.output)
     write_json(output / "detect.json", result)
     with replacing(output / "detect.md") as temporary:

@@ -25,6 +25,17 @@ def test_names_are_different_and_fit_their_prompt(benchmark):
         benchmark.names(30_000)
 
 
+def test_ours_alone_is_measured_without_the_others(benchmark, tmp_path):
+    class Quick:
+        texts = answer = read_names = staticmethod(lambda _: None)
+        temporary_bytes = staticmethod(lambda _: 10**9)
+
+    rows = benchmark.measure(Quick(), None, [80, 20_000], 1)
+    assert [list(row["seconds"]) for row in rows] == [[benchmark.OURS]] * 2
+    assert len(benchmark.table(rows).splitlines()) == 4
+    benchmark.draw(rows, tmp_path / "detect.png")
+
+
 def test_table_and_picture(benchmark, tmp_path):
     rows = [
         {

@@ -46,7 +46,7 @@ def test_a_state_comes_back_bit_for_bit_on_another_mesh(tmp_path):
     shardings = train.state_shardings(four, old)
     new, meta = Checkpointer(tmp_path, 2).restore(_abstract(old, shardings))
     jax.tree.map(np.testing.assert_array_equal, new, old)
-    assert meta == META
+    assert meta == META | {"score": None}
     assert all(leaf.sharding.mesh.size == 4 for leaf in jax.tree.leaves(new))
 
 
@@ -55,8 +55,42 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     for step, score in [(1, None), (2, 0.9), (3, 0.1), (4, None), (5, 0.2), (6, None)]:
         saver.save(_state(step=step), META, score)
     saver.close()
-    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
-    assert kept == [2, 5, 6]
+    assert checkpoint.steps(tmp_path) == [2, 5, 6]
+
+
+def _small(step):
+    params = {name: jnp.ones((64, 64)) for name in ("logit_scale", "logit_bias", "text_projection")}
+    small = state.create(params, optimizer.create(OptimizerConfig(), params, 10))
+    return dataclasses.replace(small, step=jnp.asarray(step, jnp.int32))
+
+
+def _save_scores(directory, scores):
+    saver = Checkpointer(directory, 1)
+    for step, score in scores.items():
+        saver.save(_small(step), META, score)
+    saver.close()
+    return checkpoint.steps(directory)
+
+
+def test_a_restart_remembers_which_was_the_best(tmp_path):
+    """Its score is read again, whether it is the newest at the start or an older one."""
+    assert _save_scores(tmp_path, {1: 3.0}) == [1]
+    assert _save_scores(tmp_path, {2: 1.0, 3: None}) == [1, 3]
+    assert _save_scores(tmp_path, {4: 2.0, 5: 1.0, 6: None}) == [1, 6]
+    assert checkpoint.best_step(tmp_path) == 1
+    assert _save_scores(tmp_path, {7: 3.5, 8: 3.5, 9: 0.0}) == [8, 9]
+
+
+def test_a_damaged_checkpoint_does_not_make_the_best_forgotten(tmp_path, capsys):
+    """Neither one whose meta cannot be read, nor that the newest is set aside."""
+    assert _save_scores(tmp_path, {1: 3.0, 2: 1.0}) == [1, 2]
+    _cut(tmp_path / "checkpoints/2")
+    saver, one = Checkpointer(tmp_path, 1), sharding.replicated(sharding.make_mesh(1))
+    saver.restore(jax.tree.map(lambda leaf: train._abstract(leaf, one), _small(0)))
+    for step, score in [(2, 1.0), (3, 2.0), (4, 1.0)]:
+        saver.save(_small(step), META, score)
+    saver.close()
+    assert checkpoint.steps(tmp_path) == [1, 4]
 
 
 def _cut(directory):
@@ -179,6 +213,20 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path):
         saver.close()
 
 
+def test_a_thread_that_failed_does_not_wait_for_the_other_processes(monkeypatch):
+    met = []
+    barrier = lambda **_: met.append("met")
+    monkeypatch.setattr(checkpoint.multihost, "get_barrier_sync_fn", lambda: barrier)
+    checkpoint._meet_unless_failed(key="done", timeout_ms=1)
+    assert met == ["met"]
+    with pytest.raises(OSError, match="full"):
+        try:
+            raise OSError("full")
+        finally:
+            checkpoint._meet_unless_failed(key="done", timeout_ms=1)
+    assert met == ["met"]
+
+
 def test_a_workdir_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/run/checkpoints: cannot be made or read"):
@@ -187,9 +235,7 @@ def test_a_workdir_that_cannot_be_made_is_one_sentence(tmp_path):
 
 def _save_often(directory, saves, look_every):
     """(Python's allocated blocks, MB of resident memory) at every `look_every`-th of many saves."""
-    params = {name: jnp.ones((64, 64)) for name in ("logit_scale", "logit_bias", "text_projection")}
-    small = state.create(params, optimizer.create(OptimizerConfig(), params, 10))
-    saver, seen = Checkpointer(directory, 3), []
+    small, saver, seen = _small(0), Checkpointer(directory, 3), []
     for step in range(1, saves + 1):
         now = dataclasses.replace(small, step=jnp.asarray(step, jnp.int32))
         saver.save(now, META, step % 37 / 37 if step % 10 == 0 else None)
@@ -210,6 +256,7 @@ def test_nothing_stays_in_memory_of_a_save(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_memory_does_not_grow_over_thousands_of_saves(tmp_path):
     """Python's objects grow by 16 a save (1.2 KB): the JSON of two new paths, kept by tensorstore.
 

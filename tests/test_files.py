@@ -40,6 +40,8 @@ def test_what_does_not_fit_on_the_disk_leaves_the_old_file(small_disk, fill, cap
     files.write_json(path, "old")
     before = path.read_bytes()
     fill(small_disk, 8192)
+    with pytest.raises(UserError, match="No space left on device.; make room, then start again"):
+        files.write_json(path, "x" * 100_000)
     with files.only_said():
         files.write_json(path, "x" * 100_000)
     assert "results.json: cannot be written (No space left on device): left out" in (

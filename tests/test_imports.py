@@ -61,6 +61,22 @@ import detclipv2_jax.{module}
     subprocess.run([sys.executable, "-c", program], check=True, env=tiny_run.environment())
 
 
+def test_the_thread_of_the_data_replaces_no_imports_of_the_others():
+    """TensorFlow Datasets does so while it is imported: that comes first, TensorFlow in the thread.
+
+    Once in a while a step was traced at that moment, and JAX did not find its own modules.
+    """
+    program = """
+import sys
+import detclipv2_jax.train
+assert "tensorflow_datasets" in sys.modules and "tensorflow" not in sys.modules
+from etils.epy import lazy_imports_utils
+del lazy_imports_utils._lazy_import
+import tensorflow
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env=tiny_run.environment())
+
+
 def test_pins_carry_no_address_of_a_registry():
     for path in tiny_run.ROOT.glob("requirements*"):
         text = path.read_text()

@@ -6,6 +6,7 @@ import resource
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import pytest
@@ -60,6 +61,12 @@ def test_a_lone_process_is_alone(environment):
 )
 def test_on_a_tpu_vm_the_machine_is_asked_where_the_environment_is_silent(environment, joins):
     assert processes.told_by_cluster(environment, on_tpu_vm=True) == joins
+
+
+def test_a_jax_that_does_not_tell_of_tpu_vms_is_no_crash(monkeypatch):
+    assert not processes._on_tpu_vm()
+    monkeypatch.setitem(sys.modules, "jax._src.cloud_tpu_init", None)
+    assert not processes._on_tpu_vm()
 
 
 def test_kubernetes_without_its_client_is_one_sentence(monkeypatch):
@@ -125,10 +132,10 @@ def check_losses(workdir, expected):
         assert a == pytest.approx(b, rel=2e-6)
 
 
-def wait_for_steps(workdir, count):
+def wait_for_steps(workdir, count, *started):
     log, deadline = workdir / "metrics.jsonl", time.monotonic() + _PATIENCE
     while not (log.exists() and log.read_text().count("\n") >= count):
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline and all(p.poll() is None for p in started)
         time.sleep(0.1)
 
 
@@ -141,7 +148,7 @@ def test_two_processes_train_as_one_and_a_checkpoint_moves_between_them(data, tm
     assert len(expected) >= 20 and len({kind for kind, _ in expected}) == 3
     # One device goes on with what two processes began, and the other way round.
     with two_processes(data, tmp_path / "two") as started:
-        wait_for_steps(tmp_path / "two", 9)
+        wait_for_steps(tmp_path / "two", 9, *started)
         for process in started:
             process.send_signal(signal.SIGTERM)
         for process in started:
@@ -170,7 +177,7 @@ def test_eight_devices_train_as_one_and_a_checkpoint_moves_between_them(data, tm
                 cwd=tiny_run.ROOT, stdout=out, stderr=out,
             )  # fmt: skip
             if stop_after is not None:
-                wait_for_steps(workdir, stop_after)
+                wait_for_steps(workdir, stop_after, process)
                 process.send_signal(signal.SIGTERM)
             status = process.wait(_PATIENCE)
         expected = 0 if stop_after is None else 128 + signal.SIGTERM
@@ -192,7 +199,7 @@ def test_eight_devices_train_as_one_and_a_checkpoint_moves_between_them(data, tm
 @pytest.mark.timeout(3000)
 def test_a_process_that_dies_stops_the_other_within_a_minute(data, tmp_path):
     with two_processes(data, tmp_path, **{"train.epochs": 100.0}) as started:
-        wait_for_steps(tmp_path, 6)
+        wait_for_steps(tmp_path, 6, *started)
         started[1].kill()
         began = time.monotonic()
         assert started[0].wait(60) != 0
@@ -201,11 +208,16 @@ def test_a_process_that_dies_stops_the_other_within_a_minute(data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_a_process_that_cannot_save_says_so_and_stops_the_other_within_a_minute(data, tmp_path):
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_process_that_cannot_save_says_so_and_stops_the_other_within_a_minute(
+    data, tmp_path, which
+):
     with two_processes(data, tmp_path, **{"train.epochs": 100.0}) as started:
-        wait_for_steps(tmp_path, 6)
-        resource.prlimit(started[0].pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
-        assert started[0].wait(_PATIENCE) == 2
-        assert started[1].wait(60) != 0
-        said = (tmp_path / "stderr0").read_text().splitlines()[-1]
+        wait_for_steps(tmp_path, 6, *started)
+        resource.prlimit(started[which].pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+        assert started[which].wait(120) == 2  # at the next checkpoint, four steps later
+        began = time.monotonic()
+        assert started[1 - which].wait(60) != 0
+        print(f"process {1 - which} ended {time.monotonic() - began:.1f} s after it")
+        said = (tmp_path / f"stderr{which}").read_text().splitlines()[-1]
         assert "could not be written" in said and "the last good one is of step" in said

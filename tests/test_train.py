@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import random
@@ -144,6 +145,16 @@ def _start(data, workdir, **overrides):
         )  # fmt: skip
 
 
+@contextlib.contextmanager
+def _started(data, workdir, **overrides):
+    run = _start(data, workdir, **{"train.epochs": 50.0}, **overrides)
+    try:
+        yield run
+    finally:
+        run.kill()
+        run.wait()
+
+
 def _wait_until(process, what):
     while process.poll() is None and not what():
         time.sleep(0.005)
@@ -152,33 +163,28 @@ def _wait_until(process, what):
 
 @pytest.mark.slow
 def test_signals_while_it_evaluates_while_it_saves_and_twice(data, tmp_path):
-    """Three runs side by side, each stopped at its moment."""
+    """Three runs, each stopped at its moment."""
     evaluating, saving, hasty = (tmp_path / name for name in ("evaluating", "saving", "hasty"))
-    runs = [
-        _start(data, evaluating, **{"train.eval_every": 1, "train.epochs": 50.0}),
-        _start(data, saving, **{"train.checkpoint_every": 1, "train.epochs": 50.0}),
-        _start(data, hasty, **{"train.epochs": 50.0}),
-    ]
 
     def lines(workdir):
         log = workdir / "metrics.jsonl"
         return log.read_text().splitlines() if log.exists() else []
 
-    try:
-        # A step's line is written before its evaluation begins, the evaluation's after it.
-        _wait_until(runs[0], lambda: len(lines(evaluating)) == 3)
-        runs[0].send_signal(signal.SIGTERM)
-        _wait_until(runs[1], lambda: list(saving.glob("checkpoints/*-tmp")) and lines(saving))
-        runs[1].send_signal(signal.SIGTERM)
-        _wait_until(runs[2], lambda: lines(hasty))
-        runs[2].send_signal(signal.SIGINT)
-        _wait_until(runs[2], lambda: "Ctrl-C again: at once" in (hasty / "stderr").read_text())
-        runs[2].send_signal(signal.SIGINT)
-        assert runs[2].wait(10) == 128 + signal.SIGINT
-        assert [run.wait(60) for run in runs[:2]] == [128 + signal.SIGTERM] * 2
-    finally:
-        for run in runs:
-            run.kill()
+    # A step's line is written before its evaluation begins, the evaluation's after it.
+    with _started(data, evaluating, **{"train.eval_every": 1}) as run:
+        _wait_until(run, lambda: len(lines(evaluating)) == 3)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 128 + signal.SIGTERM
+    with _started(data, saving, **{"train.checkpoint_every": 1}) as run:
+        _wait_until(run, lambda: list(saving.glob("checkpoints/*-tmp")) and lines(saving))
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 128 + signal.SIGTERM
+    with _started(data, hasty) as run:
+        _wait_until(run, lambda: lines(hasty))
+        run.send_signal(signal.SIGINT)
+        _wait_until(run, lambda: "Ctrl-C again: at once" in (hasty / "stderr").read_text())
+        run.send_signal(signal.SIGINT)
+        assert run.wait(10) == 128 + signal.SIGINT
     for workdir in (evaluating, saving):
         said = (workdir / "stderr").read_text()
         step = int(
@@ -215,6 +221,28 @@ def test_a_workdir_that_cannot_be_written_to_is_one_sentence(
         assert f"locked/{name}" in process.stderr.splitlines()[-1]
         assert "cannot be" in process.stderr.splitlines()[-1]
     assert _checkpoints(tmp_path / "locked/finished") == _checkpoints(finished[0])
+
+
+def test_a_run_started_on_a_full_disk_is_one_sentence_and_goes_on_when_there_is_room(
+    data, finished, small_disk, fill
+):
+    run = small_disk / "run"
+    shutil.copytree(finished[0], run)
+    there = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    filling = fill(small_disk, 0)
+    process = tiny_run.run(data, run)
+    assert process.returncode == 2, process.stderr[-3000:]
+    assert re.fullmatch(
+        r"error: .*run/\S+: cannot be written \(No space left on device\); make room, then start "
+        r"again with the same command\.",
+        process.stderr.splitlines()[-1],
+    )
+    assert "Traceback" not in process.stderr
+    filling.unlink()
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == there
+    process = tiny_run.run(data, run)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "going on after step" in process.stdout and _losses(run) == _losses(finished[0])
 
 
 def _spoil(source, count):
@@ -308,6 +336,56 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(data, tmp_path)
 def test_a_transfer_that_nobody_asked_for_ends_the_run(data, tmp_path):
     process = _run_poisoned(data, tmp_path, {1}, explicit=False)
     assert process.returncode == 1 and "Disallowed host-to-device transfer" in process.stderr
+
+
+_LOOKING = """
+import gc, itertools, resource, runpy, sys
+import jax
+from detclipv2_jax import train
+
+compile_programs = train.compile_programs
+
+def looking(*args):
+    def program(compiled):
+        def run(state, batch):
+            if (step := next(count)) % 500 == 0:
+                jax.block_until_ready(state)
+                gc.collect()
+                with open("/proc/self/statm") as file:
+                    pages = int(file.read().split()[1])
+                megabytes = pages * resource.getpagesize() / 1e6
+                print("look", sys.getallocatedblocks(), len(jax.live_arrays()), megabytes)
+            return compiled(state, batch)
+        return run
+    count = itertools.count()
+    return {key: program(value) for key, value in compile_programs(*args).items()}
+
+train.compile_programs = looking
+sys.argv[0] = "main"
+runpy.run_module("detclipv2_jax.main", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_memory_does_not_grow_over_thousands_of_steps(data, tmp_path):
+    """From step 500 on Python's objects grow by a tenth of one a step, and arrays not at all."""
+    small = {"train.epochs": 50.0, "train.checkpoint_every": 0, "eval.dataset": ""}
+    small |= {f"data.{kind}.batch_size": 2 for kind in ("detection", "grounding", "image_text")}
+    small |= {f"data.{kind}.shapes": ((64, 64),) for kind in ("detection", "grounding")}
+    small |= {"data.image_text.shapes": ((32, 32),), "loss.proposals.group": 2}
+    _, _, _, *arguments = tiny_run.command(data, tmp_path, **small)
+    process = subprocess.run(
+        [sys.executable, "-c", _LOOKING, *arguments],
+        env=tiny_run.environment(), capture_output=True, text=True, cwd=tiny_run.ROOT,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    seen = [line.split()[1:] for line in process.stdout.splitlines() if line.startswith("look")]
+    print(seen)
+    (_, first, *_, last) = [(int(a), int(b), float(c)) for a, b, c in seen]
+    assert len(seen) == 5
+    blocks, arrays, megabytes = (after - before for before, after in zip(first, last))
+    assert blocks < 1500 / 2 and arrays < 10 and megabytes < 10
 
 
 def test_a_finished_run_started_again_only_reports(data, finished):

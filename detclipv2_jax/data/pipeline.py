@@ -26,6 +26,9 @@ import numpy as np
 from array_record.python import array_record_module
 from jaxtyping import Bool, Float, Int
 
+# records here and not in the thread: TensorFlow Datasets, while it is imported, replaces the import
+# of all threads, also of those that trace a step.
+from detclipv2_jax.data import records as records_lib
 from detclipv2_jax.data import transforms as transforms_lib
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.plan import Plan, StepPlan
@@ -482,14 +485,12 @@ def _dataset(generate, parallel: int):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no banner about this processor
     import tensorflow as tf
 
-    from detclipv2_jax.data import records
-
     tf.config.set_visible_devices([], "GPU")
     _keep_freed_memory()
 
     @tf.autograph.experimental.do_not_convert
     def picture(slot, record, frame, concepts):
-        example = records.parse(record)
+        example = records_lib.parse(record)
         labels = tf.cast(example["labels"], tf.int32)
         counts = tf.shape(example["boxes"])[0], tf.shape(example["concepts"])[0]
         agree = tf.reduce_all(tf.stack(counts) == tf.stack([tf.shape(labels)[0], concepts]))
@@ -533,7 +534,10 @@ def _dataset(generate, parallel: int):
     ).prefetch(1)
     # Two steps are worked on at once, so that no core waits for the last picture of a stack.
     stacks = steps.interleave(stack, cycle_length=2, num_parallel_calls=2, deterministic=True)
-    return stacks.prefetch(1)
+    options = tf.data.Options()
+    # There is nothing to tune, and its thread sleeps for up to a minute before it lets the end pass.
+    options.autotune.enabled = False
+    return stacks.prefetch(1).with_options(options)
 
 
 def _explain(data: bytes | None) -> str:
@@ -542,10 +546,8 @@ def _explain(data: bytes | None) -> str:
         return "its file is damaged there"
     import tensorflow as tf
 
-    from detclipv2_jax.data import records
-
     try:
-        record = records.decode(data)
+        record = records_lib.decode(data)
     except ValueError:
         return "it is no valid record"
     try:
