@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -375,17 +376,20 @@ class Predictor:
         `config` may stand for the predictor's; another threshold compiles nothing.
         """
         config = config or self.config
-        detections = _predict(
-            self._graphdef,
-            self._params,
-            self._laid_out(images),
-            self._laid_out(sizes),
-            texts.embeddings,
-            texts.mask,
-            np.float32(config.score_threshold),
-            config=dataclasses.replace(config, score_threshold=0.0),
-            replicated=self._replicated,
-        )
+        # Tells a TPU's kernels which devices share the images.
+        one = self._sharding is None
+        with contextlib.nullcontext() if one else jax.set_mesh(self._sharding.mesh):
+            detections = _predict(
+                self._graphdef,
+                self._params,
+                self._laid_out(images),
+                self._laid_out(sizes),
+                texts.embeddings,
+                texts.mask,
+                np.float32(config.score_threshold),
+                config=dataclasses.replace(config, score_threshold=0.0),
+                replicated=self._replicated,
+            )
         return jax.tree.map(np.asarray, detections)
 
     def _laid_out(self, array: np.ndarray) -> Array:
