@@ -535,7 +535,7 @@ def _dataset(generate, parallel: int):
     # Two steps are worked on at once, so that no core waits for the last picture of a stack.
     stacks = steps.interleave(stack, cycle_length=2, num_parallel_calls=2, deterministic=True)
     options = tf.data.Options()
-    # There is nothing to tune, and its thread sleeps for up to a minute before it lets the end pass.
+    # There is nothing to tune, and with it the end of the data took up to 40 s to pass.
     options.autotune.enabled = False
     return stacks.prefetch(1).with_options(options)
 
