@@ -11,6 +11,8 @@ from jaxtyping import Array, Float
 
 # Pixels of an image that one product takes: its operands then stay in a cache, more or less.
 _BLOCK = 2048
+# Multiplications a tap from which the products repay the tenth of a second that they compile.
+_WORTH = 1 << 25
 
 
 @jax.custom_vjp
@@ -32,6 +34,8 @@ def _forward(x, kernel):
 def _backward(saved, gradient):
     x, kernel = saved
     (by_x,) = jax.linear_transpose(lambda x: _convolve(x, kernel), x)(gradient)
+    if x.size * kernel.shape[-1] < _WORTH:
+        return by_x, kernel_gradient_by_convolution(x, gradient)
     by_kernel = jax.lax.platform_dependent(
         x, gradient, cpu=kernel_gradient_by_products, default=kernel_gradient_by_convolution
     )
