@@ -1,10 +1,12 @@
 """Feature pyramid network: three backbone maps in, five maps of equal width out."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from detclipv2_jax.models.initialise import Draws, xavier
+from detclipv2_jax.ops import conv
 
 
 def conv3x3(
@@ -23,9 +25,15 @@ def conv3x3(
         padding=((1, 1), (1, 1)),
         use_bias=use_bias,
         kernel_init=kernel_init,
+        conv_general_dilated=_convolve if stride == 1 else jax.lax.conv_general_dilated,
         dtype=dtype,
         rngs=rngs,
     )
+
+
+def _convolve(x, kernel, *_, **__):
+    """What flax passes besides is the stride and the padding that `conv.conv3x3` has."""
+    return conv.conv3x3(x, kernel)
 
 
 def upsample_to(

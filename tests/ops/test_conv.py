@@ -1,0 +1,78 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from detclipv2_jax.ops import conv
+
+RNG = np.random.default_rng(0)
+# One pixel, one row, one column, odd sizes; blocks that end with the map and blocks that do not.
+SHAPES = [(1, 1, 1, 3, 2), (2, 1, 6, 2, 3), (2, 7, 1, 3, 1), (3, 5, 9, 4, 6), (2, 65, 96, 5, 4)]
+
+
+def case(batch, height, width, channels, out):
+    shapes = (batch, height, width, channels), (3, 3, channels, out), (batch, height, width, out)
+    return [RNG.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def definition(x, kernel, gradient):
+    """The convolution and its two gradients, tap by tap, float64."""
+    x, kernel, gradient = (a.astype(np.float64) for a in (x, kernel, gradient))
+    height, width = x.shape[1:3]
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    y, by_x, by_kernel = np.zeros_like(gradient), np.zeros_like(padded), np.zeros_like(kernel)
+    for i, j in np.ndindex(3, 3):
+        tap = np.s_[:, i : i + height, j : j + width]
+        y += padded[tap] @ kernel[i, j]
+        by_x[tap] += gradient @ kernel[i, j].T
+        by_kernel[i, j] = np.einsum("bhwc,bhwo->co", padded[tap], gradient)
+    return y, by_x[:, 1:-1, 1:-1], by_kernel
+
+
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients_equal_the_definition(shape, monkeypatch):
+    monkeypatch.setattr(conv, "_WORTH", 0)
+    x, kernel, gradient = case(*shape)
+    y, pullback = jax.vjp(jax.jit(conv.conv3x3), x, kernel)
+    for actual, expected in zip(
+        (y, *pullback(gradient)), definition(x, kernel, gradient), strict=True
+    ):
+        close(actual, expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_products_equal_the_convolution(shape):
+    """Each against float64, within the same bounds."""
+    x, kernel, gradient = case(*shape)
+    expected = definition(x, kernel, gradient)[2]
+    for way in (conv.kernel_gradient_by_products, conv.kernel_gradient_by_convolution):
+        close(jax.jit(way)(x, gradient), expected)
+
+
+def test_bfloat16_sums_in_float32():
+    """Of 5,000 ones a bfloat16 sum would stop at 256."""
+    ones = jnp.ones((1, 50, 100, 1), jnp.bfloat16)
+    total = jax.jit(conv.kernel_gradient_by_products)(ones, ones)
+    assert total.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(total[1, 1, 0, 0]), 5000, rtol=4e-3)
+
+
+def test_only_large_maps_on_cpus_take_the_products():
+    """Lowered on a CPU for a TPU or a GPU it is XLA's own; either program holds one way alone."""
+
+    def by_kernel(x, kernel, gradient):
+        return jax.vjp(conv.conv3x3, x, kernel)[1](gradient)[1]
+
+    def ways(platform, *shape):
+        traced = jax.jit(by_kernel).trace(*case(*shape))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return {way for way in ("dot_general", "convolution") if f"stablehlo.{way}" in text}
+
+    large, small = (1, 64, 64, 96, 96), (1, 8, 8, 96, 96)
+    assert ways("cpu", *large) == {"dot_general"}
+    assert ways("cpu", *small) == {"convolution"}
+    assert ways("tpu", *large) == ways("cuda", *large) == {"convolution"}
