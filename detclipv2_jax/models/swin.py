@@ -222,7 +222,7 @@ class SwinBlock(nnx.Module):
         self, x: Float[Array, "B H W C"], keep: Float[Array, "2 B"] | None
     ) -> Float[Array, "B H W C"]:
         """One block; `keep` are the drop path factors of its two branches, None at inference."""
-        if self.fused and place.available():
+        if self.has_kernels(x.shape):
             return self._by_kernels(x, keep)
         keep_attention, keep_mlp = (None, None) if keep is None else (keep[0], keep[1])
         x = x + drop_path(self._attend(self.norm1(x)), keep_attention)
@@ -241,6 +241,13 @@ class SwinBlock(nnx.Module):
         if self.shift:
             x = jnp.roll(x, (self.shift, self.shift), axis=(1, 2))
         return x[:, :height, :width]
+
+    def has_kernels(self, shape: tuple[int, ...]) -> bool:
+        """Whether a map of this shape goes through kernels, on the device that is traced for."""
+        if not self.fused:
+            return False
+        attend = attention.fast_memory(shape, self.attn.heads, self.window)
+        return place.room() >= max(attend, mlp.fast_memory(shape, self.mlp.fc1.kernel.shape[1]))
 
     def _by_kernels(self, x, keep):
         """The same by the kernels, which keep nothing but their input for the backward pass."""
@@ -375,7 +382,7 @@ class Swin(nnx.Module):
         for number, stage in enumerate(self.layers):
             here = None if keep is None else keep[index : index + len(stage.blocks)]
             # The kernels compute again what they need by themselves.
-            by_kernels = stage.blocks[0].fused and place.available() if stage.blocks else False
+            by_kernels = all(block.has_kernels(x.shape) for block in stage.blocks)
             run = block_of(SwinBlock.__call__, "none" if by_kernels else self.remat)
             x = run_blocks(run, stage.blocks, x, here, loop=self.loop, period=2)
             index += len(stage.blocks)

@@ -100,8 +100,20 @@ class _Plan:
 
 
 def supports(channels: int, heads: int, window: int) -> bool:
-    """Can the kernel do it?"""
-    return window <= _COLUMNS and LANES % (channels // heads) == 0 and channels <= 768
+    """Can the kernel do it, if there is room?"""
+    return window <= _COLUMNS and LANES % (channels // heads) == 0
+
+
+def fast_memory(shape: tuple[int, ...], heads: int, window: int) -> int:
+    """Bytes that the backward pass of a bfloat16 map wants of fast memory, about."""
+    batch, height, width, channels = shape
+    plan = _Plan(batch, height, width, channels, heads, window, 0, jnp.bfloat16)
+    rows, size = plan.units * plan.tokens, pieces.size
+    weights = size(2, 4, channels, channels) + size(4, heads, plan.tokens, plan.tokens)
+    sums = size(4, 4, channels, channels) + size(4, heads, plan.tokens, plan.tokens)
+    maps = size(2, 5, window, width, channels)  # two that come, with two buffers; one that goes
+    field = size(4, window, plan.field, channels)
+    return weights + sums + maps + field + size(2, 10, rows, channels) + size(4, 3, rows, channels)
 
 
 def unit_bias(bias: Float[Array, "heads N N"], window: int) -> Float[Array, "heads T T"]:

@@ -74,6 +74,16 @@ class _Plan:
         return -(-self.band * self.pitch // _PIECE) * _PIECE
 
 
+def fast_memory(shape: tuple[int, ...], hidden: int) -> int:
+    """Bytes that the backward pass of a bfloat16 map wants of fast memory, about."""
+    batch, height, width, channels = shape
+    plan = _Plan(batch, height, width, channels, jnp.bfloat16)
+    size = pieces.size
+    dense = size(2, 2, channels, hidden) + size(4, 2, channels, hidden)  # weights and sums
+    maps = size(2, 6, plan.band, width, channels)  # three, with two buffers
+    return dense + maps + size(4, 2, plan.tokens, channels) + size(4, 3, _PIECE, hidden)
+
+
 def mlp_branch(
     x: Float[Array, "B H W C"],
     keep: Float[Array, " B"],

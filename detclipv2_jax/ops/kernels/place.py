@@ -10,18 +10,18 @@ from jaxtyping import Array, Float
 
 Weights = TypeVar("Weights")
 
-_FAST_MEMORY = 64 * 2**20  # bytes that the kernels may want: all chips since v5 have them
+_SHARE = 0.95  # of the fast memory that kernels may count on
 
 
-def available() -> bool:
-    """Is what is being traced for a TPU that has the fast memory?
+def room() -> float:
+    """Bytes of fast memory of the TPU that is traced for; 0: it is no TPU.
 
-    For the devices of the mesh that `jax.set_mesh` names, which need not be here, else for those
-    that are here.
+    It is that of the mesh that `jax.set_mesh` names, whose devices need not be here, else the one
+    that is here.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     on_tpu = jax.default_backend() == "tpu" if device is None else "TPU" in device.device_kind
-    return on_tpu and pltpu.get_tpu_info().vmem_capacity_bytes >= _FAST_MEMORY
+    return _SHARE * pltpu.get_tpu_info().vmem_capacity_bytes if on_tpu else 0.0
 
 
 def on_each_device(

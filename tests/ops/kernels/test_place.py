@@ -52,17 +52,14 @@ def test_without_a_mesh_nothing_is_cut():
     assert (value == 3001.0).all()
 
 
-@pytest.mark.parametrize(
-    ("kind", "memory", "expected"),
-    [("TPU v5 lite", 128, True), ("TPU v4", 16, False), ("NVIDIA H100", 0, False)],
-)
-def test_devices_that_are_not_here_are_those_of_the_mesh(monkeypatch, kind, memory, expected):
+@pytest.mark.parametrize(("kind", "room"), [("TPU v5 lite", 0.95 * 2**27), ("NVIDIA H100", 0)])
+def test_devices_that_are_not_here_are_those_of_the_mesh(monkeypatch, kind, room):
     class Mesh:
         abstract_device = type("Device", (), {"device_kind": kind})
 
     class Info:
-        vmem_capacity_bytes = memory * 2**20
+        vmem_capacity_bytes = 2**27
 
     monkeypatch.setattr(place.jax.sharding, "get_abstract_mesh", lambda: Mesh)
     monkeypatch.setattr(place.pltpu, "get_tpu_info", lambda: Info)
-    assert place.available() == expected
+    assert place.room() == room

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from detclipv2_jax.models.initialise import Draws
 from detclipv2_jax.models.swin import SwinBlock, SwinConfig
-from detclipv2_jax.ops.kernels import attention, place
+from detclipv2_jax.ops.kernels import attention, mlp, place
 
 SLOW = pytest.mark.slow
 
@@ -85,18 +85,38 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_block():
         assert np.linalg.norm(c - a) <= 1.2 * np.linalg.norm(b - a) + 1e-3 * np.linalg.norm(a)
 
 
-def test_what_the_kernels_cannot_do_is_left_to_the_compiler():
+def test_what_the_kernels_cannot_do_is_left_to_the_compiler(monkeypatch):
     assert attention.supports(768, 24, 7) and attention.supports(192, 6, 12)
-    assert not attention.supports(1536, 48, 12)  # does not fit into fast memory
     assert not attention.supports(96, 3, 17)
     assert not attention.supports(144, 3, 7)  # heads of 48 channels
     made = lambda **options: SwinBlock(  # noqa: E731
         32, 1, False, SwinConfig(), **{"dtype": jnp.bfloat16, "kernels": "auto"} | options,
         rngs=Draws(jnp.zeros(10**5)),
     )  # fmt: skip
-    assert made().fused
-    assert not made(kernels="xla").fused and not made(dtype=jnp.float32).fused
-    assert not place.available()  # no TPU here
+    assert not made().has_kernels((1, 14, 14, 32))  # no TPU here
+    monkeypatch.setattr(place, "room", lambda: 0.95 * 2**27)
+    assert made().has_kernels((1, 14, 14, 32))
+    assert not made(kernels="xla").has_kernels((1, 14, 14, 32))
+    assert not made(dtype=jnp.float32).has_kernels((1, 14, 14, 32))
+    assert not made().has_kernels((1, 14, 50_000, 32))
+
+
+@pytest.mark.parametrize(
+    ("mebibytes", "shape", "heads", "window", "fits"),
+    [
+        (64, (4, 25, 42, 768), 24, 7, True),  # v5p: Swin-T's last stage compiles
+        (64, (4, 50, 84, 768), 24, 12, False),  # v5p: Swin-L's third does not, for want of memory
+        (64, (4, 200, 336, 192), 6, 12, True),
+        (128, (4, 50, 84, 768), 24, 12, True),  # v5e
+        (128, (4, 25, 42, 1536), 48, 12, False),
+        (16, (4, 25, 42, 768), 24, 7, False),  # v4
+    ],
+)
+def test_the_room_that_is_asked_for_is_what_the_compiler_was_seen_to_want(
+    mebibytes, shape, heads, window, fits
+):
+    wanted = attention.fast_memory(shape, heads, window), mlp.fast_memory(shape, 4 * shape[-1])
+    assert (0.95 * mebibytes * 2**20 >= max(wanted)) == fits
 
 
 def test_the_block_becomes_kernels_of_a_tpu():
