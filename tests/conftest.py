@@ -23,10 +23,10 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 24 MB; skipped where this user may not mount one."""
+    """A file system of 64 MB; skipped where this user may not mount one."""
     root = tmp_path / "disk"
     root.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(root)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(root)]
     try:
         mounted = subprocess.run(mount, capture_output=True).returncode == 0
     except FileNotFoundError:

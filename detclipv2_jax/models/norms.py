@@ -117,9 +117,10 @@ standardise_levels.defvjp(_levels_forward, _levels_backward)
 def _average(level: Float[Array, "B H W C"], groups: int) -> Float[Array, "B 1 1 C"]:
     """Each channel's group's mean. Pixels first: groups of 8 channels would be padded to 128."""
     means = jnp.mean(level, axis=(1, 2))
-    grouped = means.reshape(len(means), groups, -1)
+    batch, channels = means.shape  # the batch may be a symbol, in an exported program
+    grouped = means.reshape(batch, groups, channels // groups)
     grouped = jnp.broadcast_to(jnp.mean(grouped, axis=-1, keepdims=True), grouped.shape)
-    return grouped.reshape(len(means), 1, 1, -1)
+    return grouped.reshape(batch, 1, 1, channels)
 
 
 def _spread(values: list[Float[Array, "B 1 1 C"]], canvas: Canvas) -> Float[Array, "B H W C"]:
