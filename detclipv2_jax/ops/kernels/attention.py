@@ -220,8 +220,8 @@ def _scratch(plan: _Plan, operands: int) -> list[Any]:
 
 def _cost(plan: _Plan, operands: list[Array], products: int, maps: int) -> pl.CostEstimate:
     """What the compiler cannot see: a band's rows are an operand each, yet all are read once."""
-    map_bytes = math.prod((plan.batch, plan.height, plan.width, plan.channels))
-    map_bytes *= jnp.dtype(plan.dtype).itemsize
+    item = jnp.dtype(plan.dtype).itemsize  # with padded lanes, as the compiler counts
+    map_bytes = pieces.size(item, plan.batch, plan.height, plan.width, plan.channels)
     rows = plan.batch * plan.bands * plan.units * plan.tokens
     dense = 2 * rows * plan.channels**2
     scores = 2 * rows * plan.tokens * plan.channels

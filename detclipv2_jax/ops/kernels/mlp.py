@@ -135,12 +135,12 @@ def _cost(plan: _Plan, operands: list[Array], products: int, maps: int) -> pl.Co
     """What the compiler cannot see."""
     tokens = plan.images * plan.rows * plan.width
     hidden = operands[2].shape[1]
+    item = jnp.dtype(plan.dtype).itemsize  # with padded lanes, as the compiler counts
+    map_bytes = pieces.size(item, plan.images, plan.rows, plan.width, plan.channels)
     sums = sum(math.prod(o.shape) * 4 for o in operands) if products > 2 else 0
     return pl.CostEstimate(
         flops=2 * tokens * plan.channels * hidden * products,
-        bytes_accessed=maps * tokens * plan.channels * jnp.dtype(plan.dtype).itemsize
-        + sum(o.nbytes for o in operands)
-        + plan.cores * sums,
+        bytes_accessed=maps * map_bytes + sum(o.nbytes for o in operands) + plan.cores * sums,
         transcendentals=tokens * hidden,
     )
 
