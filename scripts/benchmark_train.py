@@ -51,57 +51,18 @@ from detclipv2_jax import state as state_lib
 from detclipv2_jax.commands import status
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.files import replacing, write_json
-from detclipv2_jax.models import detclip, sizes
+from detclipv2_jax.models import detclip
 from detclipv2_jax.models.detclip import DetCLIPConfig
 from detclipv2_jax.models.remat import Remat
-from detclipv2_jax.objective import LossConfig, ProposalConfig
+from detclipv2_jax.objective import LossConfig
 from detclipv2_jax.optimizer import OptimizerConfig
 from detclipv2_jax.step import train_step
-from detclipv2_jax.structures import KINDS, Batch
+from detclipv2_jax.structures import Batch
 
-MODELS = {"swin_t": sizes.SWIN_T, "swin_l": sizes.SWIN_L, "nano": sizes.NANO}
-# Rows of the step's table where --concepts does not say: the recipe's (configs/pretrain.py), of
-# image-text pairs its four an image.
-CONCEPTS = {"detection": 384, "grounding": 2048, "image_text": 4}
 STEP, GRADIENT = "step", "forward + backward"
 OURS, THEIRS = "ours", "PyTorch"
 Work = Mapping[Any, Callable[[], None]]  # contestants: (who, what)
 Times = dict[Any, np.ndarray]  # (rounds, 2) of each contestant: seconds by the clock, of all cores
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """A step to be measured."""
-
-    kind: str
-    images: int
-    canvas: tuple[int, int]  # (height, width)
-    concepts: int
-
-    def __str__(self) -> str:
-        height, width = self.canvas
-        return f"{self.kind}, {self.images} × {height}×{width}, {self.concepts} concepts"
-
-
-def parse_steps(text: str, concepts: int) -> list[Shape]:
-    """--steps, with `concepts` rows of the table, 0: the kind's own.
-
-    Raises:
-      UserError: naming what is wrong.
-    """
-    found = []
-    for entry in text.split(","):
-        kind, _, numbers = entry.strip().partition(":")
-        parts = numbers.split("x")
-        if kind not in KINDS or len(parts) != 3 or not all(p.isdigit() and int(p) for p in parts):
-            raise UserError(
-                f"--steps: {entry!r} is no step; write KIND:IMAGESxHEIGHTxWIDTH, for example "
-                f"detection:4x800x1344, with a kind of {', '.join(KINDS)}."
-            )
-        images, height, width = map(int, parts)
-        rows = concepts or CONCEPTS[kind] * (images if kind == "image_text" else 1)
-        found.append(Shape(kind, images, (height, width), rows))
-    return found
 
 
 # ---- What takes turns.
@@ -126,7 +87,7 @@ def compiled(function: Any, *arguments: Any) -> tuple[Any, float]:
 class Ours:
     """The step of training on one device, and its parts."""
 
-    def __init__(self, model: DetCLIPConfig, shape: Shape, loss: LossConfig):
+    def __init__(self, model: DetCLIPConfig, shape: step_parts.Shape, loss: LossConfig):
         self.model, self.shape, self.loss = model, shape, loss
         self.optimizer = OptimizerConfig(warmup_steps=0, learning_rate=1e-6)  # one batch for ever
         self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -239,11 +200,11 @@ def in_turns(work: Work, rounds: int) -> Times:
 
 
 def measure(
-    model: DetCLIPConfig, shape: Shape, rounds: int, args: argparse.Namespace
+    model: DetCLIPConfig, shape: step_parts.Shape, rounds: int, args: argparse.Namespace
 ) -> dict[str, Any]:
     """The figures of one step."""
     _say(f"{shape}: compiling")
-    ours = Ours(model, shape, losses(shape))
+    ours = Ours(model, shape, step_parts.loss_config(shape))
     row = dataclasses.asdict(shape) | {"model_flops": ours.flops}
     theirs = None
     if args.compare:
@@ -265,14 +226,6 @@ def measure(
     if args.parts:
         row["parts"] = _parts(ours, theirs, rounds)
     return row
-
-
-def losses(shape: Shape) -> LossConfig:
-    """The recipe's; images that do not make whole groups of 192 are one group."""
-    group = ProposalConfig.group
-    if shape.images % group:
-        group = shape.images
-    return LossConfig(proposals=ProposalConfig(group=group))
 
 
 def _whole(ours: Ours, theirs: Any, what: str, rounds: int) -> dict[str, Any]:
@@ -477,7 +430,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--output", required=True, metavar="DIR")
-    add("--model", choices=MODELS, default="swin_t", help="(default: %(default)s)")
+    add("--model", choices=step_parts.MODELS, default="swin_t", help="(default: %(default)s)")
     add("--steps", metavar="KIND:IMAGESxHEIGHTxWIDTH,…", help="by default what suits the device")
     add("--concepts", type=int, default=0, help="rows of a step's table (default: the recipe's)")
     add("--dtype", choices=("float32", "bfloat16"), help="by default float32 on a CPU alone")
@@ -521,14 +474,14 @@ def _settle(args: argparse.Namespace) -> DetCLIPConfig:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     gpu = args.torch_device == "cuda"
     args.torch_compile = gpu if args.torch_compile == "auto" else args.torch_compile == "yes"
-    return dataclasses.replace(MODELS[args.model], dtype=args.dtype, remat=args.remat)
+    return dataclasses.replace(step_parts.MODELS[args.model], dtype=args.dtype, remat=args.remat)
 
 
 def run(argv: Sequence[str] | None = None, model: DetCLIPConfig | None = None) -> None:
     """Measures, prints and writes; `model` instead of --model's."""
     args = _options(argv)
     model = _settle(args) if model is None else _settle(args) and model
-    shapes, output, rows = parse_steps(args.steps, args.concepts), Path(args.output), []
+    shapes, output, rows = step_parts.parse_steps(args.steps, args.concepts), Path(args.output), []
     context = about(args, model)
     for shape in shapes:
         rows.append(measure(model, shape, args.rounds, args))

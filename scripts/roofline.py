@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -145,11 +144,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from detclipv2_jax.errors import UserError
     from detclipv2_jax.files import replacing, write_json
-    from detclipv2_jax.models import sizes
-    from detclipv2_jax.objective import LossConfig
     from detclipv2_jax.optimizer import OptimizerConfig
 
-    model = dataclasses.replace(getattr(sizes, asked.model.upper()), kernels=asked.kernels)
+    shapes = step_parts.parse_steps(asked.steps, asked.concepts)
+    model = dataclasses.replace(step_parts.MODELS[asked.model], kernels=asked.kernels)
     if asked.remat is not None:
         model = dataclasses.replace(model, remat=asked.remat)
     code = sorted([*compile_ahead.PACKAGE.rglob("*.py"), HERE / "step_parts.py"])
@@ -168,15 +166,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{output}: of another model, version or code: give another --output.")
     asked.output.mkdir(parents=True, exist_ok=True)
     wanted = [name for name in asked.parts.split(",") if name]
-    for step in asked.steps.split(","):
-        kind, _, shape = step.partition(":")
-        images, height, width = map(int, shape.split("x"))
-        loss = LossConfig()
-        group = math.gcd(loss.proposals.group, images)
-        loss = dataclasses.replace(loss, proposals=dataclasses.replace(loss.proposals, group=group))
+    for shape in shapes:
+        step = f"{shape.kind}, {shape.images} × {shape.canvas[0]}×{shape.canvas[1]}"
         parts = step_parts.parts(
-            model, loss, OptimizerConfig(), kind, (height, width), images, asked.concepts
-        )
+            model, step_parts.loss_config(shape), OptimizerConfig(), shape.kind, shape.canvas,
+            shape.images, shape.concepts,
+        )  # fmt: skip
         for name, part in parts.items():
             done = any(row["step"] == step and row["part"] == name for row in rows)
             if done or (wanted and name not in wanted):
@@ -192,4 +187,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from detclipv2_jax.commands import status
+
+    sys.exit(status(main))

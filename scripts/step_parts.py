@@ -9,12 +9,7 @@ before it. It gives its outputs and the gradient by all of these, under random c
 an input too, so that nothing is folded away. The assignment and the choice of regions have no
 gradient.
 
-`least_bytes` says how little memory traffic would do if every layer stood alone: one convolution
-with its norm, one branch of a block, one loss. Forward, a layer reads its inputs and its parameters
-once and writes its outputs once; backward it reads inputs, parameters and the gradient by its
-outputs once, and writes the gradients by inputs and parameters once. Activations count in the
-model's dtype, parameters and what the losses read in float32. A program that melts several layers
-into one may move less; one that splits them moves more.
+`scripts/least_bytes.py` says what `least_bytes` counts.
 """
 
 import dataclasses
@@ -34,22 +29,23 @@ from flax import nnx
 from jaxtyping import PyTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from least_bytes import Least, size_of
 
 from detclipv2_jax import flops, objective
 from detclipv2_jax import optimizer as optimizer_lib
-from detclipv2_jax.models import detclip
+from detclipv2_jax.errors import UserError
+from detclipv2_jax.models import detclip, sizes
 from detclipv2_jax.models.atss_head import ATSSHead
 from detclipv2_jax.models.canvas import Canvas
 from detclipv2_jax.models.detclip import DetCLIP, DetCLIPConfig, l2_normalise, normalise_images
 from detclipv2_jax.models.initialise import Draws
 from detclipv2_jax.models.remat import block_of
-from detclipv2_jax.models.swin import SwinConfig
-from detclipv2_jax.objective import LossConfig
-from detclipv2_jax.ops import boxes as box_ops
+from detclipv2_jax.objective import LossConfig, ProposalConfig
 from detclipv2_jax.optimizer import OptimizerConfig
-from detclipv2_jax.structures import Batch
+from detclipv2_jax.structures import KINDS, Batch
 
-F32 = 4  # bytes
 _NOISE = 0.05  # deviation of concrete parameters and activations: nothing overflows, nothing is 0
 # The part that each entry of `flops.step` belongs to.
 FLOPS_OF = {
@@ -62,6 +58,53 @@ FLOPS_OF = {
     "contrastive loss": "losses",
     "alignment loss": "losses",
 }
+MODELS = {"swin_t": sizes.SWIN_T, "swin_l": sizes.SWIN_L, "nano": sizes.NANO}
+# Rows of the step's table where --concepts does not say: the recipe's (configs/pretrain.py), of
+# image-text pairs its four an image.
+CONCEPTS = {"detection": 384, "grounding": 2048, "image_text": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A step to be measured."""
+
+    kind: str
+    images: int
+    canvas: tuple[int, int]  # (height, width)
+    concepts: int
+
+    def __str__(self) -> str:
+        height, width = self.canvas
+        return f"{self.kind}, {self.images} × {height}×{width}, {self.concepts} concepts"
+
+
+def parse_steps(text: str, concepts: int) -> list[Shape]:
+    """--steps, with `concepts` rows of the table, 0: the kind's own.
+
+    Raises:
+      UserError: naming what is wrong.
+    """
+    found = []
+    for entry in text.split(","):
+        kind, _, numbers = entry.strip().partition(":")
+        parts = numbers.split("x")
+        if kind not in KINDS or len(parts) != 3 or not all(p.isdigit() and int(p) for p in parts):
+            raise UserError(
+                f"--steps: {entry!r} is no step; write KIND:IMAGESxHEIGHTxWIDTH, for example "
+                f"detection:4x800x1344, with a kind of {', '.join(KINDS)}."
+            )
+        images, height, width = map(int, parts)
+        rows = concepts or CONCEPTS[kind] * (images if kind == "image_text" else 1)
+        found.append(Shape(kind, images, (height, width), rows))
+    return found
+
+
+def loss_config(shape: Shape) -> LossConfig:
+    """The recipe's; images that do not make whole groups of 192 are one group."""
+    group = ProposalConfig.group
+    if shape.images % group:
+        group = shape.images
+    return LossConfig(proposals=ProposalConfig(group=group))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +115,7 @@ class Part:
     learned: abstract arrays by which it is differentiated; of the optimizer what it renews.
     fixed: abstract arrays by which it is not, a dict.
     from_batch: what of `fixed` comes from a Batch, concrete or abstract; the rest is noise.
-    least_bytes: what its layers would have to move (see above).
+    least_bytes: what its layers would have to move.
     flops: of matrix products, convolutions and samples, forward and backward.
     renews: whether `fn` gives `learned` anew, so that the arrays may be donated.
     """
@@ -249,7 +292,7 @@ def _module(build: Callable[[], nnx.Module]) -> tuple[Callable[[PyTree], nnx.Mod
     return functools.partial(nnx.merge, graphdef), state
 
 
-def _encoders(model: DetCLIPConfig, batch: Batch, bytes_of: "Least") -> dict[str, Part]:
+def _encoders(model: DetCLIPConfig, batch: Batch, bytes_of: Least) -> dict[str, Part]:
     """Backbone, neck, head, deformable sampling and text."""
     whole = lambda: DetCLIP(model, rngs=Draws())
     array, images = jax.ShapeDtypeStruct, len(batch.images)
@@ -340,7 +383,7 @@ def _dense(
     kind: str,
     batch: Batch,
     regions: Any,
-    bytes_of: "Least",
+    bytes_of: Least,
 ) -> dict[str, Part]:
     """Assignment and losses of detection and grounding."""
     canvas, with_boxes = batch.images.shape[1:3], objective.has_box_losses(kind, loss)
@@ -379,7 +422,7 @@ def _dense(
 
 
 def _image_text(
-    model: DetCLIPConfig, loss: LossConfig, batch: Batch, regions: Any, bytes_of: "Least"
+    model: DetCLIPConfig, loss: LossConfig, batch: Batch, regions: Any, bytes_of: Least
 ) -> dict[str, Part]:
     """The choice of regions and the contrastive loss."""
     canvas = batch.images.shape[1:3]
@@ -443,161 +486,3 @@ def _optimizer(model: DetCLIPConfig, config: OptimizerConfig) -> Part:
     return Part(
         update, learned, fixed, lambda batch: {}, least_bytes=10 * size_of(params), renews=True
     )
-
-
-# ---- The least that each part's layers would have to move.
-
-
-def size_of(arrays: PyTree) -> int:
-    """Bytes of all arrays, abstract ones too."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
-
-
-def layer(inputs: float, outputs: float, parameters: float = 0, by_inputs: float | None = None):
-    """Bytes that a layer reads and writes, forward and backward.
-
-    Args:
-        inputs: bytes of its inputs, read forward and backward.
-        outputs: bytes, written forward; their gradient, as large, is read backward.
-        parameters: their number, in float32: read twice, their gradient written.
-        by_inputs: bytes of the gradient by the inputs, if not those of the inputs.
-    """
-    by_inputs = inputs if by_inputs is None else by_inputs
-    return 2 * inputs + 2 * outputs + by_inputs + 3 * F32 * parameters
-
-
-class Least:
-    """Least bytes of the parts of one step."""
-
-    def __init__(
-        self,
-        model: DetCLIPConfig,
-        loss: LossConfig,
-        shape: tuple[int, int],
-        images: int,
-        concepts: int,
-    ):
-        self.model, self.loss, self.shape = model, loss, shape
-        self.images, self.concepts = images, concepts
-        self.item = {"float32": 4, "bfloat16": 2}[model.dtype]
-        self.pixels = box_ops.level_sizes(*shape, model.anchors)  # of each level
-        self.anchors = sum(self.pixels)
-
-    def backbone(self) -> float:
-        """Patches; attention and MLP branch of each block; mergings; the norms of three maps."""
-        cfg, item = self.model.swin, self.images * self.item
-        rows, columns = (_up(side, cfg.patch_size) for side in self.shape)
-        pixels = self.images * self.shape[0] * self.shape[1] * 3  # uint8, no gradient by them
-        patches = (3 * cfg.patch_size**2 + 3) * cfg.embed_dim
-        total = layer(pixels, item * rows * columns * cfg.embed_dim, patches, by_inputs=0)
-        for stage, (width, depth) in enumerate(zip(cfg.widths, cfg.depths)):
-            here = item * rows * columns * width
-            attention, mlp = block_parameters(cfg, stage)
-            total += depth * (layer(here, here, attention) + layer(here, here, mlp))
-            if stage:
-                total += layer(here, here, 2 * width)
-            if stage < len(cfg.depths) - 1:
-                rows, columns = _up(rows, 2), _up(columns, 2)
-                merged = item * rows * columns * 2 * width
-                total += layer(here, merged, 8 * width**2 + 8 * width)
-        return total
-
-    def neck(self) -> float:
-        """Laterals, each with what it adds from above; five 3×3 convolutions."""
-        width, item = self.model.neck_channels, self.images * self.item
-        maps = [item * p * width for p in self.pixels]
-        wide = self.model.swin.widths[1:]
-        total = 0.0
-        for level, channels in enumerate(wide):
-            above = maps[level + 1] if level + 1 < len(wide) else 0
-            inputs = item * self.pixels[level] * channels + above
-            total += layer(inputs, maps[level], channels * width + width)
-        for level in range(len(maps)):
-            source = maps[level] if level < len(wide) else maps[level - 1]
-            total += layer(source, maps[level], 9 * width * width + width)
-        return total
-
-    def head(self) -> float:
-        """Convolutions with norm and activation; the three that end the branches give float32."""
-        cfg, here = self.model.head, self.images * self.anchors
-        inside, out = self.model.neck_channels, cfg.channels
-        total = 0.0
-        for width in 2 * ([inside] + [out] * (cfg.convs - 1)):  # of both branches
-            total += layer(
-                here * width * self.item, here * out * self.item, 9 * width * out + 2 * out
-            )
-        for outputs in (cfg.embed_dim, 4, 1):
-            total += layer(
-                here * out * self.item, here * outputs * F32, 9 * out * outputs + outputs
-            )
-        return total
-
-    def deformable(self) -> float:
-        """The convolution that gives 27 numbers a place; sampling with its projection."""
-        here, inside, out = (
-            self.images * self.anchors * self.item,
-            self.model.neck_channels,
-            self.model.head.channels,
-        )
-        chooses = layer(here * out, here * 27, 9 * out * 27 + 27)
-        return chooses + layer(here * (inside + 27), here * out, 9 * inside * out)
-
-    def text(self) -> float:
-        """The rows of the embedding, two branches a block, the feature that is read.
-
-        The gradient by the embedding is written for the whole vocabulary, as AdamW reads it.
-        """
-        cfg = self.model.text
-        tokens = self.concepts * cfg.context * cfg.width
-        here = tokens * self.item
-        attention = 4 * cfg.width**2 + 4 * cfg.width + 2 * cfg.width
-        mlp = 8 * cfg.width**2 + 5 * cfg.width + 2 * cfg.width
-        embedding = tokens * F32 + 2 * here + (cfg.vocab + cfg.context) * cfg.width * F32
-        blocks = cfg.layers * (layer(here, here, attention) + layer(here, here, mlp))
-        read = self.concepts * cfg.width * self.item
-        features = self.concepts * cfg.embed_dim * F32
-        return embedding + blocks + layer(read, features, cfg.width * cfg.embed_dim + 2 * cfg.width)
-
-    def dense_losses(self, with_boxes: bool) -> float:
-        """Alignment as one layer with a scalar output: its logits stay inside. Then the boxes.
-
-        A label and a mask an anchor are read beside the embeddings; beside deltas and centerness
-        what they should be.
-        """
-        dimensions, here = self.model.head.embed_dim, self.images * self.anchors
-        learned = (here + self.concepts) * dimensions * F32
-        total = layer(learned + here * (4 + 1) + self.concepts, 0, by_inputs=learned)
-        if with_boxes:
-            learned = here * 5 * F32
-            total += layer(learned + here * (5 * F32 + 1), 0, by_inputs=learned)
-        return total
-
-    def choice(self, chosen: Any) -> float:
-        """Forward only: scores from embeddings and concepts; then scores and deltas in."""
-        here = self.images * self.anchors * F32
-        dimensions = self.model.head.embed_dim
-        scored = here * dimensions + self.concepts * dimensions * F32 + here
-        return scored + here * (1 + 4) + size_of(chosen)
-
-    def contrastive(self, texts: int) -> float:
-        """Gather of the chosen embeddings; match with all concepts; texts; cross-entropy."""
-        images, dimensions = self.images, self.model.head.embed_dim
-        chosen = images * self.loss.proposals.k * dimensions * F32
-        every = images * self.anchors * dimensions * F32
-        gather = chosen + chosen + chosen + every  # read, write; gradient in, and out to all
-        matched = self.concepts * images * F32
-        match = layer(chosen + self.concepts * dimensions * F32, matched)
-        pairs = images * images * F32
-        return gather + match + layer(matched, pairs) + layer(pairs, 0)
-
-
-def block_parameters(cfg: SwinConfig, stage: int) -> tuple[int, int]:
-    """Parameters of the attention and of the MLP branch of one block, each with its norm."""
-    width, hidden = cfg.widths[stage], int(cfg.widths[stage] * cfg.mlp_ratio)
-    attention = 4 * width**2 + width + 3 * width * cfg.qkv_bias + 2 * width
-    attention += (2 * cfg.window - 1) ** 2 * cfg.num_heads[stage]
-    return attention, 2 * width * hidden + hidden + width + 2 * width
-
-
-def _up(size: int, divisor: int) -> int:
-    return -(-size // divisor)

@@ -26,6 +26,7 @@ LOSS = LossConfig(proposals=ProposalConfig(group=2, k=6))
 
 
 sys.path.insert(0, str(SCRIPTS))
+least_bytes = importlib.import_module("least_bytes")
 step_parts = importlib.import_module("step_parts")
 benchmark = importlib.import_module("benchmark_train")
 
@@ -104,14 +105,14 @@ def test_least_bytes_of_the_neck_by_hand():
     assert parts_of("detection")["neck"].least_bytes == expected
     half = dataclasses.replace(tiny_model.CONFIG, dtype="bfloat16")
     parameters = 12 * sum(p for _, _, p in laterals + convs)
-    found = step_parts.Least(half, LOSS, (64, 64), 2, 8).neck()
+    found = least_bytes.Least(half, LOSS, (64, 64), 2, 8).neck()
     assert found - parameters == (expected - parameters) / 2  # parameters stay float32
 
 
 def test_least_bytes_know_every_parameter():
     """Without an image what is left is parameters: read twice, and their gradient written."""
     cfg = tiny_model.CONFIG
-    least = step_parts.Least(cfg, LOSS, (64, 64), 0, 0)
+    least = least_bytes.Least(cfg, LOSS, (64, 64), 0, 0)
     found = parts_of("detection")
     count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
     assert least.backbone() == 12 * count(found["backbone"].learned)
@@ -126,20 +127,20 @@ def test_least_bytes_know_every_parameter():
 
 
 def test_steps_are_read():
-    shapes = benchmark.parse_steps("detection:4x800x1344,image_text:64x320x320", 0)
+    shapes = step_parts.parse_steps("detection:4x800x1344,image_text:64x320x320", 0)
     assert [(s.kind, s.images, s.canvas, s.concepts) for s in shapes] == [
         ("detection", 4, (800, 1344), 384),
         ("image_text", 64, (320, 320), 256),
     ]
-    assert benchmark.parse_steps("grounding:1x64x32", 16)[0].concepts == 16
+    assert step_parts.parse_steps("grounding:1x64x32", 16)[0].concepts == 16
     for wrong in ("boxes:1x2x3", "detection:1x320", "detection:0x320x320", "detection", ""):
         with pytest.raises(UserError, match="--steps: .*KIND:IMAGESxHEIGHTxWIDTH"):
-            benchmark.parse_steps(wrong, 0)
+            step_parts.parse_steps(wrong, 0)
 
 
 def test_groups_of_images_fit_the_batch():
     group = lambda images: (
-        benchmark.losses(benchmark.Shape("image_text", images, (64, 64), 8)).proposals.group
+        step_parts.loss_config(step_parts.Shape("image_text", images, (64, 64), 8)).proposals.group
     )
     assert (group(4), group(384), group(200)) == (4, 192, 200)
 

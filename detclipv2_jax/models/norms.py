@@ -19,26 +19,7 @@ EPS = 1e-5
 @jax.custom_vjp
 def standardise(x: Float[Array, "... C"]) -> Float[Array, "... C"]:
     """Zero mean and unit variance of each position's channels: in float32, given in x's dtype."""
-    return _forward(x)[0]
-
-
-def _forward(x):
-    wide = x.astype(jnp.float32)
-    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + EPS)
-    y = (centred * inverse).astype(x.dtype)
-    return y, (y, inverse)
-
-
-def _backward(saved, gradient):
-    y, inverse = saved
-    wide, y = gradient.astype(jnp.float32), y.astype(jnp.float32)
-    along = jnp.mean(wide * y, axis=-1, keepdims=True)
-    wide = wide - jnp.mean(wide, axis=-1, keepdims=True) - y * along
-    return ((wide * inverse).astype(gradient.dtype),)
-
-
-standardise.defvjp(_forward, _backward)
+    return _forward(_channel_average, x)[0]
 
 
 @jax.custom_vjp
@@ -47,26 +28,31 @@ def standardise_patches(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
 
     As `standardise` of patches that are laid side by side, but nothing is moved in float32.
     """
-    return _patches_forward(x)[0]
+    return _forward(_patch_average, x)[0]
 
 
-def _patches_forward(x):
-    centred = x.astype(jnp.float32) - _patch_average(x.astype(jnp.float32))
-    inverse = jax.lax.rsqrt(_patch_average(jnp.square(centred)) + EPS)
+def _forward(average, x):
+    wide = x.astype(jnp.float32)
+    centred = wide - average(wide)
+    inverse = jax.lax.rsqrt(average(jnp.square(centred)) + EPS)
     y = (centred * inverse).astype(x.dtype)
     return y, (y, inverse)
 
 
-def _patches_backward(saved, gradient):
+def _backward(average, saved, gradient):
     y, inverse = saved
-    # Else the compiler makes the gradient wide first and moves its patches apart then.
-    gradient = jax.lax.optimization_barrier(gradient)
     wide, y = gradient.astype(jnp.float32), y.astype(jnp.float32)
-    wide = wide - _patch_average(wide) - y * _patch_average(wide * y)
+    wide = wide - average(wide) - y * average(wide * y)
     return ((wide * inverse).astype(gradient.dtype),)
 
 
-standardise_patches.defvjp(_patches_forward, _patches_backward)
+def _patches_backward(saved, gradient):
+    # Else the compiler makes the gradient wide first and moves its patches apart then.
+    return _backward(_patch_average, saved, jax.lax.optimization_barrier(gradient))
+
+
+def _channel_average(x: Float[Array, "... C"]) -> Float[Array, "... 1"]:
+    return jnp.mean(x, axis=-1, keepdims=True)
 
 
 def _patch_average(x: Float[Array, "B H W C"]) -> Float[Array, "B H W 1"]:
@@ -75,6 +61,12 @@ def _patch_average(x: Float[Array, "B H W C"]) -> Float[Array, "B H W 1"]:
     means = jnp.mean(x, axis=-1).reshape(batch, height // 2, 2, width // 2, 2)
     means = jnp.broadcast_to(jnp.mean(means, axis=(2, 4), keepdims=True), means.shape)
     return means.reshape(batch, height, width, 1)
+
+
+standardise.defvjp(
+    functools.partial(_forward, _channel_average), functools.partial(_backward, _channel_average)
+)
+standardise_patches.defvjp(functools.partial(_forward, _patch_average), _patches_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -1,9 +1,9 @@
 """The attention branch of a Swin block as one TPU kernel: x + keep · proj(attention(norm(x))).
 
-XLA's version of it moves some sixty times the map through memory: windows, queries, keys, values
-and float32 scores are written and read, a head's 32 channels padded to 128 lanes and a window's 49
-tokens to 56. Here the map is read once and written once forward; backward it and the gradient are
-read once, the gradient is written once, and everything between is computed again in fast memory.
+XLA's version of it writes and reads windows, queries, keys, values and float32 scores, a head's 32
+channels padded to 128 lanes and a window's 49 tokens to 56. Here the map is read once and written
+once forward; backward it and the gradient are read once, the gradient is written once, and
+everything between is computed again in fast memory.
 
 A step of the grid takes a band: the rows of one row of windows, over the map's whole width. As many
 neighbouring windows as 16 columns hold make a unit of `window` rows of 16 columns, of which the
@@ -167,24 +167,6 @@ def attention_branch(
     return _branch(plan, x, keep, weights)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _branch(plan: _Plan, x: Array, keep: Array, weights: Weights) -> Array:
-    return _call_forward(plan, x, keep, weights)
-
-
-def _branch_forward(plan, x, keep, weights):
-    return _call_forward(plan, x, keep, weights), (x, keep, weights)
-
-
-def _branch_backward(plan, saved, gradient):
-    x, keep, weights = saved
-    by_x, by_weights = _call_backward(plan, x, keep, weights, gradient)
-    return by_x, jnp.zeros_like(keep), by_weights
-
-
-_branch.defvjp(_branch_forward, _branch_backward)
-
-
 def _rows(plan: _Plan) -> list[pl.BlockSpec]:
     """A band's rows, each by itself: those of the rolled map's last band come from both ends."""
 
@@ -254,10 +236,10 @@ def _call_forward(plan: _Plan, x: Array, keep: Array, weights: Weights) -> Array
 
 def _call_backward(
     plan: _Plan, x: Array, keep: Array, weights: Weights, gradient: Array
-) -> tuple[Array, Weights]:
+) -> list[Array]:
     operands = _operands(plan, weights)
     shapes, specs = pieces.sums(plan.cores, weights)
-    by_x, *by_weights = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_backward_kernel, plan),
         name="swin_attention_backward",
         grid=(plan.cores, plan.batch // plan.cores, plan.bands),
@@ -273,8 +255,9 @@ def _call_backward(
         cost_estimate=_cost(plan, operands, 3, 3),
         compiler_params=pieces.parameters(3),
     )(keep.astype(jnp.float32), *[x] * plan.window, *[gradient] * plan.window, *operands)
-    by_weights = [core.sum(0) for core in by_weights]
-    return by_x, jax.tree.unflatten(jax.tree.structure(weights), by_weights)
+
+
+_branch = pieces.branch(_call_forward, _call_backward)
 
 
 def _forward_kernel(plan: _Plan, keep: Any, *refs: Any) -> None:

@@ -103,24 +103,6 @@ def mlp_branch(
     return _branch(plan, rows, factors, weights).reshape(x.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _branch(plan: _Plan, x: Array, keep: Array, weights: Weights) -> Array:
-    return _call_forward(plan, x, keep, weights)
-
-
-def _branch_forward(plan, x, keep, weights):
-    return _call_forward(plan, x, keep, weights), (x, keep, weights)
-
-
-def _branch_backward(plan, saved, gradient):
-    x, keep, weights = saved
-    by_x, by_weights = _call_backward(plan, x, keep, weights, gradient)
-    return by_x, jnp.zeros_like(keep), by_weights
-
-
-_branch.defvjp(_branch_forward, _branch_backward)
-
-
 def _operands(plan: _Plan, weights: Weights) -> list[Array]:
     dense = {name: getattr(weights, name).astype(plan.dtype) for name in ("fc1", "fc2")}
     return jax.tree.leaves(dataclasses.replace(weights, **dense))
@@ -166,10 +148,10 @@ def _call_forward(plan: _Plan, x: Array, keep: Array, weights: Weights) -> Array
 
 def _call_backward(
     plan: _Plan, x: Array, keep: Array, weights: Weights, gradient: Array
-) -> tuple[Array, Weights]:
+) -> list[Array]:
     operands, shape = _operands(plan, weights), (plan.tokens, plan.channels)
     shapes, specs = pieces.sums(plan.cores, weights)
-    by_x, *by_weights = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_backward_kernel, plan),
         name="swin_mlp_backward",
         grid=(plan.cores, plan.steps),
@@ -185,8 +167,9 @@ def _call_backward(
         cost_estimate=_cost(plan, operands, 5, 3),
         compiler_params=pieces.parameters(2),
     )(keep, x, gradient, *operands)
-    by_weights = [core.sum(0) for core in by_weights]
-    return by_x, jax.tree.unflatten(jax.tree.structure(weights), by_weights)
+
+
+_branch = pieces.branch(_call_forward, _call_backward)
 
 
 def _forward_kernel(plan: _Plan, keep: Any, x: Any, *refs: Any) -> None:

@@ -1,6 +1,8 @@
 """What the kernels have in common."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +24,33 @@ def size(itemsize: int, *shape: int) -> int:
     return itemsize * math.prod(rest) * (-(-rows // 8) * 8) * (-(-columns // LANES) * LANES)
 
 
+def branch(forward: Callable[..., Array], backward: Callable[..., list[Array]]) -> Callable:
+    """A residual branch of (plan, x, keep, weights) with a gradient by x and by the weights.
+
+    Args:
+      forward: gives the branch of these.
+      backward: of these and the gradient by the branch, gives that by x and, for each of the
+        weights, its sums by core, as `sums` has them.
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def run(plan: Any, x: Array, keep: Array, weights: PyTree) -> Array:
+        return forward(plan, x, keep, weights)
+
+    def keep_inputs(plan, x, keep, weights):
+        return forward(plan, x, keep, weights), (x, keep, weights)
+
+    def pull(plan, saved, gradient):
+        x, keep, weights = saved
+        by_x, *by_weights = backward(plan, x, keep, weights, gradient)
+        by_weights = [cores.sum(0) for cores in by_weights]
+        by_weights = jax.tree.unflatten(jax.tree.structure(weights), by_weights)
+        return by_x, jnp.zeros_like(keep), by_weights
+
+    run.defvjp(keep_inputs, pull)
+    return run
+
+
 def whole(array: Any) -> pl.BlockSpec:
     """All of an array at every step of the grid: it is fetched once."""
     return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
@@ -33,7 +62,7 @@ def sums(cores: int, weights: PyTree) -> tuple[list[jax.ShapeDtypeStruct], list[
     for leaf in jax.tree.leaves(weights):
         shapes.append(jax.ShapeDtypeStruct((cores, *leaf.shape), jnp.float32))
         rest = (0,) * leaf.ndim
-        index = lambda core, *_, rest=rest: (core, *rest)  # noqa: E731
+        index = lambda core, *_, rest=rest: (core, *rest)
         # One buffer: a sum stays where it is until its core is done.
         specs.append(pl.BlockSpec((1, *leaf.shape), index, pipeline_mode=pl.Buffered(1)))
     return shapes, specs

@@ -25,7 +25,7 @@ def test_each_device_has_its_images_and_the_gradients_of_weights_are_summed(cut_
     images = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
 
     def run(x, weights):
-        call = lambda x, keep, weights: place.on_each_device(sized, x, keep, weights)  # noqa: E731
+        call = lambda x, keep, weights: place.on_each_device(sized, x, keep, weights)
         if cut_already:
             split, whole = images.spec, PartitionSpec()
             call = jax.shard_map(

@@ -89,7 +89,7 @@ def test_what_the_kernels_cannot_do_is_left_to_the_compiler(monkeypatch):
     assert attention.supports(768, 24, 7) and attention.supports(192, 6, 12)
     assert not attention.supports(96, 3, 17)
     assert not attention.supports(144, 3, 7)  # heads of 48 channels
-    made = lambda **options: SwinBlock(  # noqa: E731
+    made = lambda **options: SwinBlock(
         32, 1, False, SwinConfig(), **{"dtype": jnp.bfloat16, "kernels": "auto"} | options,
         rngs=Draws(jnp.zeros(10**5)),
     )  # fmt: skip
