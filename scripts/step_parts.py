@@ -323,8 +323,14 @@ def _encoders(model: DetCLIPConfig, batch: Batch, bytes_of: Least) -> dict[str, 
     dtype, remat = levels[0].dtype, model.remat
     head, atss = _module(
         lambda: ATSSHead(
-            model.neck_channels, len(levels), plain, dtype=dtype, remat=remat, rngs=Draws()
-        )
+            model.neck_channels,
+            len(levels),
+            plain,
+            dtype=dtype,
+            remat=remat,
+            kernels=model.kernels,
+            rngs=Draws(),
+        )  # fmt: skip
     )
 
     def run_head(learned, _):
@@ -338,12 +344,16 @@ def _encoders(model: DetCLIPConfig, batch: Batch, bytes_of: Least) -> dict[str, 
         canvas = Canvas(tuple(x.shape[1:3] for x in levels))
         place = lambda width: array((images, *canvas.shape, width), dtype)
         run = block_of(
-            lambda module, x, regression, by_tap: module(x, regression, canvas, by_tap),
+            lambda module, x, where, by_tap: module(x, where, canvas, by_tap),
             remat, static=(3,),
         )  # fmt: skip
+
+        def deform(learned, _):
+            module, x, regression = sample(learned[0]), *learned[1:]
+            return run(module, x, module.offset(regression), remat != "none")
+
         found["deformable sampling"] = _learning(
-            lambda learned, _: run(sample(learned[0]), *learned[1:], remat != "none"),
-            (dcn, place(model.neck_channels), place(model.head.channels)), batch,
+            deform, (dcn, place(model.neck_channels), place(model.head.channels)), batch,
             least_bytes=bytes_of.deformable(),
         )  # fmt: skip
 

@@ -16,6 +16,8 @@ from detclipv2_jax.models.fpn import conv3x3
 from detclipv2_jax.models.initialise import Draws, normal
 from detclipv2_jax.models.norms import GroupNorm
 from detclipv2_jax.models.remat import Remat, block_of
+from detclipv2_jax.ops.kernels import canvas_conv, place
+from detclipv2_jax.ops.kernels.place import Kernels
 
 _OUTPUT_STD = 0.01  # ATSS's, of the kernels that end the branches
 
@@ -82,12 +84,12 @@ class DeformConv(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B H W C"],
-        regression: Float[Array, "B H W D"],
+        where: Float[Array, "B H W 27"],
         canvas: Canvas,
         by_tap: bool,
     ) -> Float[Array, "B H W D"]:
-        """Convolve the canvas `x` where `regression` says, level by level."""
-        outputs = canvas.flatten(self.offset(regression)).astype(jnp.float32)
+        """Convolve the canvas `x`, level by level, where `offset` of the other branch says."""
+        outputs = canvas.flatten(where).astype(jnp.float32)
         offsets, mask = outputs[..., :18], jax.nn.sigmoid(outputs[..., 18:])
         return canvas.unflatten(
             deform_conv_levels(x, canvas, offsets, mask, self.kernel[...], by_tap=by_tap)
@@ -104,6 +106,7 @@ class ATSSHead(nnx.Module):
         dtype: of the activations; parameters and norms' statistics are float32.
         remat: all but "none" keep nothing of the inside of the deformable convolution, and go
             through its nine taps one after another.
+        kernels: "auto" convolves by kernels where there are TPUs and they can do it; "xla" never.
         rngs: initialises the parameters.
     """
 
@@ -115,9 +118,11 @@ class ATSSHead(nnx.Module):
         *,
         dtype=jnp.float32,
         remat: Remat = "none",
+        kernels: Kernels = "auto",
         rngs: Draws,
     ):
         self.remat = remat
+        self.fused = kernels == "auto" and dtype == jnp.bfloat16
         self.dcn = DeformConv(width, cfg, dtype=dtype, rngs=rngs) if cfg.deformable else None
         widths = [cfg.channels if cfg.deformable else width] + [cfg.channels] * (cfg.convs - 1)
         self.cls_convs = nnx.List(ConvNormRelu(w, cfg, dtype=dtype, rngs=rngs) for w in widths)
@@ -133,17 +138,19 @@ class ATSSHead(nnx.Module):
         """Outputs of all anchors of all levels, fine to coarse, each level row by row."""
         canvas = Canvas(tuple(x.shape[1:3] for x in levels))
         x = canvas.place(levels)
-        regression = region = x
-        for conv in self.reg_convs:
-            regression = conv(regression, canvas)
-        if self.dcn is not None:
+        branch = self._branch_by_kernels if self.has_kernels(x.shape) else self._branch
+        by_regression = [self.box, self.centerness]
+        if self.dcn is None:
+            region = x
+            box, centerness = branch(self.reg_convs, by_regression, x, canvas)
+        else:
+            by_regression.append(self.dcn.offset)
+            box, centerness, where = branch(self.reg_convs, by_regression, x, canvas)
             run = block_of(_run_deform_conv, self.remat, static=(3, 4))
-            region = run(self.dcn, x, regression, canvas, self.remat != "none")
-        for conv in self.cls_convs:
-            region = conv(region, canvas)
+            region = run(self.dcn, x, where, canvas, self.remat != "none")
+        (embeddings,) = branch(self.cls_convs, [self.embed], region, canvas)
         embeddings, deltas, centerness = (
-            canvas.flatten(output).astype(jnp.float32)
-            for output in (self.embed(region), self.box(regression), self.centerness(regression))
+            canvas.flatten(output).astype(jnp.float32) for output in (embeddings, box, centerness)
         )
         pixels = [height * width for height, width in canvas.sizes]
         scales = jnp.repeat(self.scales[...], np.asarray(pixels), total_repeat_length=sum(pixels))
@@ -153,6 +160,37 @@ class ATSSHead(nnx.Module):
             centerness=centerness[..., 0],
         )
 
+    def has_kernels(self, shape: tuple[int, ...]) -> bool:
+        """Whether a canvas of this shape goes through kernels, on the device traced for."""
+        if not self.fused:
+            return False
+        kernels = [conv.conv.kernel for conv in (*self.reg_convs, *self.cls_convs)]
+        widest = max(kernel.shape[2] for kernel in kernels), self.embed.kernel.shape[3]
+        outputs = max(kernels[0].shape[3], widest[1])
+        return place.room() >= canvas_conv.fast_memory((*shape[:3], widest[0]), outputs)
 
-def _run_deform_conv(module: DeformConv, x, regression, canvas: Canvas, by_tap: bool):
-    return module(x, regression, canvas, by_tap)
+    def _branch(self, convs, outputs, x, canvas):
+        """The convolutions one after another, then all of `outputs`."""
+        for conv in convs:
+            x = conv(x, canvas)
+        return [output(x) for output in outputs]
+
+    def _branch_by_kernels(self, convs, outputs, x, canvas):
+        """The same by kernels; each normalises and activates what the one before it convolved."""
+        convolve = lambda images, kernel: canvas_conv.canvas_conv(
+            *images, kernel, canvas.rectangles
+        )
+        norm = None
+        for conv in convs:
+            kernel = conv.conv.kernel[...]
+            x, statistics = place.on_each_device(convolve, (x, norm), kernel)
+            norm = canvas_conv.Norm(*conv.norm.factors(statistics.mean, statistics.variance))
+        kernel = jnp.concatenate([output.kernel[...] for output in outputs], axis=-1)
+        x, _ = place.on_each_device(convolve, (x, norm), kernel)
+        ends = np.cumsum([output.kernel.shape[-1] for output in outputs])[:-1]
+        parts = jnp.split(x, ends, axis=-1)
+        return [part + out.bias[...].astype(x.dtype) for part, out in zip(parts, outputs)]
+
+
+def _run_deform_conv(module: DeformConv, x, where, canvas: Canvas, by_tap: bool):
+    return module(x, where, canvas, by_tap)

@@ -39,6 +39,11 @@ class Canvas:
         ends = np.asarray(self.corners) + np.asarray(self.sizes)
         return tuple(ends.max(axis=0).tolist())
 
+    @property
+    def rectangles(self) -> tuple[tuple[int, int, int, int], ...]:
+        """(top, left, height, width) of each level."""
+        return tuple((*corner, *size) for corner, size in zip(self.corners, self.sizes))
+
     def member(self, level: int) -> Bool[np.ndarray, "H W 1"]:
         """Which pixels of the canvas belong to a level."""
         member = np.zeros((*self.shape, 1), bool)

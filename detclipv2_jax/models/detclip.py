@@ -18,9 +18,10 @@ from detclipv2_jax.models.atss_head import ATSSHead, HeadConfig, RegionOutputs
 from detclipv2_jax.models.fpn import FPN
 from detclipv2_jax.models.initialise import Draws
 from detclipv2_jax.models.remat import Remat
-from detclipv2_jax.models.swin import Kernels, Swin, SwinConfig
+from detclipv2_jax.models.swin import Swin, SwinConfig
 from detclipv2_jax.models.text import TextConfig, TextTower
 from detclipv2_jax.ops.boxes import AnchorConfig
+from detclipv2_jax.ops.kernels.place import Kernels
 
 # ImageNet's, of RGB in 0..255: what published Swin weights were trained with.
 IMAGE_MEAN = (123.675, 116.28, 103.53)
@@ -139,7 +140,9 @@ class DetCLIP(nnx.Module):
         self.backbone = Swin(cfg.swin, kernels=cfg.kernels, **blocks, **options)
         self.neck = FPN(cfg.swin.widths[1:], cfg.neck_channels, cfg.neck_coarse_gain, **options)
         levels = len(cfg.anchors.strides)
-        self.head = ATSSHead(cfg.neck_channels, levels, cfg.head, remat=cfg.remat, **options)
+        self.head = ATSSHead(
+            cfg.neck_channels, levels, cfg.head, remat=cfg.remat, kernels=cfg.kernels, **options
+        )
         self.text = TextTower(cfg.text, **blocks, **options)
         start = cfg.initial_scale if cfg.similarity == "cosine" else 1.0
         self.logit_scale = nnx.Param(jnp.asarray(math.log(start), jnp.float32))

@@ -108,11 +108,15 @@ standardise_levels.defvjp(_levels_forward, _levels_backward)
 
 def _average(level: Float[Array, "B H W C"], groups: int) -> Float[Array, "B 1 1 C"]:
     """Each channel's group's mean. Pixels first: groups of 8 channels would be padded to 128."""
-    means = jnp.mean(level, axis=(1, 2))
-    batch, channels = means.shape  # the batch may be a symbol, in an exported program
-    grouped = means.reshape(batch, groups, channels // groups)
+    return _group_average(jnp.mean(level, axis=(1, 2)), groups)[:, None, None]
+
+
+def _group_average(values: Float[Array, "... C"], groups: int) -> Float[Array, "... C"]:
+    """Each channel's group's mean."""
+    *rest, channels = values.shape  # the batch may be a symbol, in an exported program
+    grouped = values.reshape(*rest, groups, channels // groups)
     grouped = jnp.broadcast_to(jnp.mean(grouped, axis=-1, keepdims=True), grouped.shape)
-    return grouped.reshape(batch, 1, 1, channels)
+    return grouped.reshape(values.shape)
 
 
 def _spread(values: list[Float[Array, "B 1 1 C"]], canvas: Canvas) -> Float[Array, "B H W C"]:
@@ -155,3 +159,14 @@ class GroupNorm(nnx.Module):
         """Same shape and dtype; what stands in the gaps afterwards is undefined."""
         scale, bias = self.scale[...].astype(x.dtype), self.bias[...].astype(x.dtype)
         return standardise_levels(x, self.groups, canvas) * scale + bias
+
+    def factors(
+        self,
+        mean: Float[Array, "B levels C"],
+        variance: Float[Array, "B levels C"],
+    ) -> tuple[Float[Array, "B levels C"], Float[Array, "B levels C"]]:
+        """What to multiply a map by and what to add then, from its channels' statistics."""
+        middle = _group_average(mean, self.groups)
+        variance = _group_average(variance + jnp.square(mean - middle), self.groups)
+        factor = self.scale[...] * jax.lax.rsqrt(variance + EPS)
+        return factor, self.bias[...] - middle * factor

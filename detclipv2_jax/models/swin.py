@@ -7,7 +7,6 @@ fit.
 
 import dataclasses
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +20,7 @@ from detclipv2_jax.models.loop import run_blocks
 from detclipv2_jax.models.norms import LayerNorm, standardise_patches
 from detclipv2_jax.models.remat import Remat, block_of, product
 from detclipv2_jax.ops.kernels import attention, mlp, place
-
-# Whether TPUs run the blocks by kernels: "auto" where these can, "xla" never.
-Kernels = Literal["auto", "xla"]
+from detclipv2_jax.ops.kernels.place import Kernels
 
 _MASKED = -1e9  # finite, so that a row of masked scores is no NaN
 
@@ -252,9 +249,11 @@ class SwinBlock(nnx.Module):
     def _by_kernels(self, x, keep):
         """The same by the kernels, which keep nothing but their input for the backward pass."""
         keep = jnp.ones((2, len(x)), jnp.float32) if keep is None else keep
-        attend = functools.partial(attention.attention_branch, window=self.window, shift=self.shift)
-        x = place.on_each_device(attend, x, keep[0], self._attention_weights())
-        return place.on_each_device(mlp.mlp_branch, x, keep[1], self._mlp_weights())
+        options = {"window": self.window, "shift": self.shift}
+        attend = lambda images, weights: attention.attention_branch(*images, weights, **options)
+        x = place.on_each_device(attend, (x, keep[0]), self._attention_weights())
+        expand = lambda images, weights: mlp.mlp_branch(*images, weights)
+        return place.on_each_device(expand, (x, keep[1]), self._mlp_weights())
 
     def _attention_weights(self) -> attention.Weights:
         attn, width = self.attn, self.norm1.scale.shape[0]

@@ -1,14 +1,18 @@
 """Where a kernel can run, and how it runs there: on each device's share of the images."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Float
 
+# Whether TPUs run kernels of ours: "auto" where these can, "xla" never.
+Kernels = Literal["auto", "xla"]
+
+Images = TypeVar("Images")
 Weights = TypeVar("Weights")
+Outputs = TypeVar("Outputs")
 
 _SHARE = 0.95  # of the fast memory that kernels may count on
 
@@ -25,19 +29,17 @@ def room() -> float:
 
 
 def on_each_device(
-    kernel: Callable[[Array, Array, Weights], Array],
-    x: Float[Array, "B H W C"],
-    keep: Float[Array, " B"],
-    weights: Weights,
-) -> Float[Array, "B H W C"]:
-    """`kernel(x, keep, weights)` of images that may be split over all devices of the mesh.
+    kernel: Callable[[Images, Weights], Outputs], images: Images, weights: Weights
+) -> Outputs:
+    """`kernel(images, weights)` of images that may be split over all devices of the mesh.
 
-    The compiler cannot cut a kernel in parts by itself.
+    Images and outputs are arrays or trees of arrays whose first axis is the batch's. The compiler
+    cannot cut a kernel in parts by itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if all(kind == AxisType.Manual for kind in mesh.axis_types):  # no mesh, or cut already
-        return kernel(x, keep, weights)
+        return kernel(images, weights)
     split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
-    return jax.shard_map(kernel, in_specs=(split, split, whole), out_specs=split, check_vma=False)(
-        x, keep, weights
+    return jax.shard_map(kernel, in_specs=(split, whole), out_specs=split, check_vma=False)(
+        images, weights
     )

@@ -10,8 +10,9 @@ from detclipv2_jax import sharding
 from detclipv2_jax.ops.kernels import place
 
 
-def sized(x, keep, weights):
+def sized(images, weights):
     """Tells how many images it was given, so that cutting shows."""
+    x, keep = images
     return x * keep[:, None, None, None] * weights["scale"] + 1000.0 * len(x)
 
 
@@ -25,13 +26,13 @@ def test_each_device_has_its_images_and_the_gradients_of_weights_are_summed(cut_
     images = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
 
     def run(x, weights):
-        call = lambda x, keep, weights: place.on_each_device(sized, x, keep, weights)
+        call = lambda images, weights: place.on_each_device(sized, images, weights)
         if cut_already:
             split, whole = images.spec, PartitionSpec()
             call = jax.shard_map(
-                call, mesh=mesh, in_specs=(split, split, whole), out_specs=split, check_vma=False
+                call, mesh=mesh, in_specs=(split, whole), out_specs=split, check_vma=False
             )
-        return call(x, keep, weights)
+        return call((x, keep), weights)
 
     def everything(x, weights):
         value, back = jax.vjp(run, x, weights)
@@ -48,7 +49,7 @@ def test_each_device_has_its_images_and_the_gradients_of_weights_are_summed(cut_
 
 def test_without_a_mesh_nothing_is_cut():
     ones = jnp.ones((3, 1, 1, 4))
-    value = place.on_each_device(sized, ones, jnp.ones(3), {"scale": jnp.ones(4)})
+    value = place.on_each_device(sized, (ones, jnp.ones(3)), {"scale": jnp.ones(4)})
     assert (value == 3001.0).all()
 
 

@@ -1,0 +1,187 @@
+"""The convolution of a canvas by a kernel is the compiler's, on a simulated TPU, and so is a head.
+
+The simulation fills memory that nobody wrote with NaN and raises at a read beyond an array.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
+
+from detclipv2_jax.models.atss_head import ATSSHead, HeadConfig
+from detclipv2_jax.models.canvas import Canvas
+from detclipv2_jax.models.initialise import Draws
+from detclipv2_jax.ops.kernels import canvas_conv, place
+
+SLOW = pytest.mark.slow
+PYRAMID = ((6, 5), (3, 3), (2, 2), (1, 1), (1, 1))
+
+
+def plain(x, norm, kernel, canvas):
+    """The same in plain JAX: zeros in the gaps of the map, statistics of every level."""
+    if norm is not None:
+        spread = lambda values: sum(
+            jnp.where(canvas.member(level), values[:, level, None, None], 0)
+            for level in range(len(canvas.sizes))
+        )
+        x = jax.nn.relu(x * spread(norm.factor) + spread(norm.offset))
+    x = jnp.where(canvas.mask, x, 0)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=numbers)
+    levels = canvas.cut(y)
+    mean = jnp.stack([jnp.mean(level, axis=(1, 2)) for level in levels], axis=1)
+    variance = jnp.stack([jnp.var(level, axis=(1, 2)) for level in levels], axis=1)
+    return jnp.where(canvas.mask, y, 0), mean, variance
+
+
+def by_kernel(x, norm, kernel, canvas):
+    y, statistics = canvas_conv.canvas_conv(x, norm, kernel, canvas.rectangles)
+    return jnp.where(canvas.mask, y, 0), statistics.mean, statistics.variance
+
+
+def check_close(expected, found, tolerance=2e-6):
+    leaves = zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True)
+    for (path, a), b in leaves:
+        a, b = (np.asarray(v, np.float64) for v in (a, b))
+        assert np.abs(a - b).max() <= tolerance * np.abs(a).max(), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "images", "channels", "normed", "tokens"),
+    [
+        (PYRAMID, 2, (8, 6), True, 48),  # bands of three rows on seven
+        (PYRAMID, 1, (8, 6), False, 2560),
+        pytest.param(((1, 1),), 1, (4, 4), True, 16, marks=SLOW),
+        pytest.param(((5, 16),), 3, (4, 8), True, 64, marks=SLOW),  # a whole tile wide
+        pytest.param(((9, 3),), 2, (4, 8), False, 16, marks=SLOW),  # a row a band
+        pytest.param(((13, 17), (7, 9), (4, 5)), 2, (16, 130), True, 160, marks=SLOW),
+    ],
+)
+def test_map_statistics_and_all_gradients_are_the_plain_ones(
+    monkeypatch, sizes, images, channels, normed, tokens
+):
+    monkeypatch.setattr(canvas_conv, "_TOKENS", tokens)
+    monkeypatch.setattr(canvas_conv, "_PIECE", 32)
+    canvas, random = Canvas(sizes), np.random.default_rng(0)
+    noise = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
+    (inputs, outputs), levels = channels, len(sizes)
+    x, kernel = noise(images, *canvas.shape, inputs), noise(3, 3, inputs, outputs)
+    pair = lambda width: [noise(images, levels, width) for _ in range(2)]
+    norm = canvas_conv.Norm(*pair(inputs)) if normed else None
+    slopes = noise(images, *canvas.shape, outputs), *pair(outputs)
+
+    def everything(function, gaps):
+        def run(x, norm, kernel):
+            x = jnp.where(canvas.mask, x, gaps)
+            value, back = jax.vjp(lambda *args: function(*args, canvas), x, norm, kernel)
+            by_x, by_norm, by_kernel = back(slopes)
+            return value, jnp.where(canvas.mask, by_x, 0), by_norm, by_kernel
+
+        return jax.jit(run)(x, norm, kernel)
+
+    expected = everything(plain, 0)
+    with pltpu.force_tpu_interpret_mode():
+        found = everything(by_kernel, jnp.nan)  # whatever stands there has no influence
+    check_close(expected, found)
+
+
+def test_the_variance_of_values_far_from_zero_is_exact(monkeypatch):
+    """Where the mean of squares less the square of the mean would have no digit left."""
+    monkeypatch.setattr(canvas_conv, "_TOKENS", 64)
+    random = np.random.default_rng(0)
+    x = jnp.asarray(1000 + random.normal(size=(1, 11, 13, 4)), jnp.float32)
+    kernel = jnp.zeros((3, 3, 4, 4)).at[1, 1].set(jnp.eye(4))
+    with pltpu.force_tpu_interpret_mode():
+        _, found = canvas_conv.canvas_conv(x, None, kernel, ((0, 0, 11, 13),))
+    exact = np.asarray(x, np.float64)
+    np.testing.assert_allclose(found.mean[:, 0], exact.mean((1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(found.variance[:, 0], exact.var((1, 2)), rtol=1e-4)
+
+
+def head(sizes, dtype=jnp.float32, **options):
+    cfg = HeadConfig(**{"channels": 16, "convs": 2, "groups": 4, "embed_dim": 6} | options)
+    graph, state = nnx.split(ATSSHead(8, len(sizes), cfg, dtype=dtype, rngs=Draws()))
+    random = np.random.default_rng(0)
+    draw = lambda x: jnp.asarray(random.normal(0, 0.3, x.shape), jnp.float32)
+    return graph, jax.tree.map(draw, state)
+
+
+def both(graph, state, sizes, monkeypatch, dtype=jnp.float32):
+    """Outputs and gradients of a head without and with kernels."""
+    random = np.random.default_rng(1)
+    noise = lambda shape, dtype: jnp.asarray(random.normal(size=shape), dtype)
+    levels = [noise((2, *size, 8), dtype) for size in sizes]
+    shapes = jax.eval_shape(lambda: nnx.merge(graph, state)(levels))
+    slopes = jax.tree.map(lambda x: noise(x.shape, x.dtype), shapes)
+
+    def run(state, levels):
+        value, back = jax.vjp(lambda *args: nnx.merge(graph, args[0])(args[1]), state, levels)
+        return value, back(slopes)
+
+    expected = jax.jit(run)(state, levels)
+    with monkeypatch.context() as patch, pltpu.force_tpu_interpret_mode():
+        patch.setattr(ATSSHead, "has_kernels", lambda *_: True)
+        return expected, jax.jit(lambda *args: run(*args))(state, levels)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        (((4, 3), (2, 2)), {"convs": 1}),
+        pytest.param(PYRAMID, {}, marks=SLOW),
+        pytest.param(PYRAMID, {"deformable": False}, marks=SLOW),
+    ],
+)
+def test_a_head_by_kernels_is_the_plain_one(monkeypatch, sizes, options):
+    check_close(*both(*head(sizes, **options), sizes, monkeypatch), 1e-5)
+
+
+@SLOW
+def test_bfloat16_is_as_near_to_float32_as_the_plain_head(monkeypatch):
+    """Of all arrays together: a ReLU on the other side of zero decides the error of a single one.
+
+    Without the deformable convolution, where an offset beyond a pixel's border does the same.
+    """
+    sizes = ((16, 20), (8, 10), (4, 5), (2, 3), (2, 2))
+    exact, _ = both(*head(sizes, deformable=False), sizes, monkeypatch)
+    graph, state = head(sizes, jnp.bfloat16, deformable=False)
+    expected, found = both(graph, state, sizes, monkeypatch, jnp.bfloat16)
+    ratios = []
+    for a, b, c in zip(*map(jax.tree.leaves, (exact, expected, found))):
+        a, b, c = (np.asarray(v, np.float64) for v in (a, b, c))
+        ratios.append(np.linalg.norm(c - a) / np.linalg.norm(b - a))
+        assert np.linalg.norm(c - a) <= 0.2 * np.linalg.norm(a)
+    assert np.exp(np.mean(np.log(ratios))) <= 1.1
+
+
+def test_what_the_kernels_cannot_do_is_left_to_the_compiler(monkeypatch):
+    made = lambda **options: ATSSHead(
+        256, 5, HeadConfig(), **{"dtype": jnp.bfloat16, "kernels": "auto"} | options, rngs=Draws()
+    )
+    shape = (4, 100, 253, 256)
+    assert not made().has_kernels(shape)  # no TPU here
+    monkeypatch.setattr(place, "room", lambda: 0.95 * 2**26)
+    assert made().has_kernels(shape)
+    assert not made(kernels="xla").has_kernels(shape)
+    assert not made(dtype=jnp.float32).has_kernels(shape)
+    monkeypatch.setattr(place, "room", lambda: 0.95 * 2**24)  # v4
+    assert not made().has_kernels(shape)
+
+
+def test_the_head_becomes_kernels_of_a_tpu(monkeypatch):
+    """Lowered without one, forward and backward; XLA's part is left out."""
+    monkeypatch.setattr(ATSSHead, "has_kernels", lambda *_: True)
+    graph, state = head(PYRAMID, jnp.bfloat16)
+    levels = [jnp.zeros((2, *size, 8), jnp.bfloat16) for size in PYRAMID]
+
+    def loss(state):
+        outputs = nnx.merge(graph, state)(levels)
+        return sum(getattr(outputs, f.name).sum() for f in dataclasses.fields(outputs))
+
+    text = jax.jit(jax.value_and_grad(loss)).trace(state).lower(lowering_platforms=("tpu",))
+    for name in ("forward", "backward"):
+        assert f"canvas_conv_{name}" in text.as_text()
