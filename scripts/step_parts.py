@@ -41,7 +41,6 @@ from detclipv2_jax.models.atss_head import ATSSHead
 from detclipv2_jax.models.canvas import Canvas
 from detclipv2_jax.models.detclip import DetCLIP, DetCLIPConfig, l2_normalise, normalise_images
 from detclipv2_jax.models.initialise import Draws
-from detclipv2_jax.models.remat import block_of
 from detclipv2_jax.objective import LossConfig, ProposalConfig
 from detclipv2_jax.optimizer import OptimizerConfig
 from detclipv2_jax.structures import KINDS, Batch
@@ -343,14 +342,10 @@ def _encoders(model: DetCLIPConfig, batch: Batch, bytes_of: Least) -> dict[str, 
         sample, dcn = _module(lambda: whole().head.dcn)
         canvas = Canvas(tuple(x.shape[1:3] for x in levels))
         place = lambda width: array((images, *canvas.shape, width), dtype)
-        run = block_of(
-            lambda module, x, where, by_tap: module(x, where, canvas, by_tap),
-            remat, static=(3,),
-        )  # fmt: skip
 
         def deform(learned, _):
             module, x, regression = sample(learned[0]), *learned[1:]
-            return run(module, x, module.offset(regression), remat != "none")
+            return module(x, module.offset(regression), canvas)
 
         found["deformable sampling"] = _learning(
             deform, (dcn, place(model.neck_channels), place(model.head.channels)), batch,

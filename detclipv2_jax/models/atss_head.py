@@ -1,6 +1,7 @@
 """ATSS head that embeds regions instead of classifying them (DetCLIPv2 §3.3; Zhang et al. 2020)."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -11,12 +12,12 @@ from jaxtyping import Array, Float
 
 from detclipv2_jax.errors import UserError
 from detclipv2_jax.models.canvas import Canvas
-from detclipv2_jax.models.deform_conv import deform_conv_levels
+from detclipv2_jax.models.deform_conv import deform_conv_by_kernel, deform_conv_levels
 from detclipv2_jax.models.fpn import conv3x3
 from detclipv2_jax.models.initialise import Draws, normal
 from detclipv2_jax.models.norms import GroupNorm
 from detclipv2_jax.models.remat import Remat, block_of
-from detclipv2_jax.ops.kernels import canvas_conv, place
+from detclipv2_jax.ops.kernels import canvas_conv, deform, place
 from detclipv2_jax.ops.kernels.place import Kernels
 
 _OUTPUT_STD = 0.01  # ATSS's, of the kernels that end the branches
@@ -73,27 +74,38 @@ class DeformConv(nnx.Module):
     It samples the FPN's feature at places that the regression branch's feature chooses, which is
     how the contrastive gradient of box-free pairs reaches that branch. Offsets start at zero and
     the modulation at a half: their convolution starts as zeros, as DCNv2's does.
+
+    `remat` and `kernels` are the head's.
     """
 
-    def __init__(self, width: int, cfg: HeadConfig, *, dtype, rngs: Draws):
+    def __init__(
+        self, width: int, cfg: HeadConfig, *, dtype, remat: Remat, kernels: Kernels, rngs: Draws
+    ):
+        self.remat = remat
+        self.fused = kernels == "auto" and dtype == jnp.bfloat16
         self.offset = conv3x3(
             cfg.channels, 27, dtype, rngs, kernel_init=nnx.initializers.zeros_init()
         )
         self.kernel = nnx.Param(normal(cfg.branch_std)(rngs, (3, 3, width, cfg.channels)))
 
     def __call__(
-        self,
-        x: Float[Array, "B H W C"],
-        where: Float[Array, "B H W 27"],
-        canvas: Canvas,
-        by_tap: bool,
+        self, x: Float[Array, "B H W C"], where: Float[Array, "B H W 27"], canvas: Canvas
     ) -> Float[Array, "B H W D"]:
         """Convolve the canvas `x`, level by level, where `offset` of the other branch says."""
+        if self.has_kernels():
+            return self._by(deform_conv_by_kernel, x, where, canvas)  # keeps nothing of its inside
+        levels = functools.partial(deform_conv_levels, by_tap=self.remat != "none")
+        run = block_of(lambda module, *arrays: module._by(levels, *arrays, canvas), self.remat)
+        return run(self, x, where)
+
+    def has_kernels(self) -> bool:
+        """Whether a kernel does it, on the device that is traced for."""
+        return self.fused and place.room() >= deform.fast_memory(*self.kernel.shape[2:])
+
+    def _by(self, convolve, x, where, canvas):
         outputs = canvas.flatten(where).astype(jnp.float32)
         offsets, mask = outputs[..., :18], jax.nn.sigmoid(outputs[..., 18:])
-        return canvas.unflatten(
-            deform_conv_levels(x, canvas, offsets, mask, self.kernel[...], by_tap=by_tap)
-        )
+        return canvas.unflatten(convolve(x, canvas, offsets, mask, self.kernel[...]))
 
 
 class ATSSHead(nnx.Module):
@@ -121,13 +133,14 @@ class ATSSHead(nnx.Module):
         kernels: Kernels = "auto",
         rngs: Draws,
     ):
-        self.remat = remat
+        options = {"dtype": dtype, "rngs": rngs}
         self.fused = kernels == "auto" and dtype == jnp.bfloat16
-        self.dcn = DeformConv(width, cfg, dtype=dtype, rngs=rngs) if cfg.deformable else None
+        deform_conv = functools.partial(DeformConv, remat=remat, kernels=kernels)
+        self.dcn = deform_conv(width, cfg, **options) if cfg.deformable else None
         widths = [cfg.channels if cfg.deformable else width] + [cfg.channels] * (cfg.convs - 1)
-        self.cls_convs = nnx.List(ConvNormRelu(w, cfg, dtype=dtype, rngs=rngs) for w in widths)
+        self.cls_convs = nnx.List(ConvNormRelu(w, cfg, **options) for w in widths)
         widths = [width] + [cfg.channels] * (cfg.convs - 1)
-        self.reg_convs = nnx.List(ConvNormRelu(w, cfg, dtype=dtype, rngs=rngs) for w in widths)
+        self.reg_convs = nnx.List(ConvNormRelu(w, cfg, **options) for w in widths)
         outputs = {"embed": cfg.embed_dim, "box": 4, "centerness": 1}
         for name, out in outputs.items():
             conv = conv3x3(cfg.channels, out, dtype, rngs, kernel_init=normal(_OUTPUT_STD))
@@ -146,8 +159,7 @@ class ATSSHead(nnx.Module):
         else:
             by_regression.append(self.dcn.offset)
             box, centerness, where = branch(self.reg_convs, by_regression, x, canvas)
-            run = block_of(_run_deform_conv, self.remat, static=(3, 4))
-            region = run(self.dcn, x, where, canvas, self.remat != "none")
+            region = self.dcn(x, where, canvas)
         (embeddings,) = branch(self.cls_convs, [self.embed], region, canvas)
         embeddings, deltas, centerness = (
             canvas.flatten(output).astype(jnp.float32) for output in (embeddings, box, centerness)
@@ -190,7 +202,3 @@ class ATSSHead(nnx.Module):
         ends = np.cumsum([output.kernel.shape[-1] for output in outputs])[:-1]
         parts = jnp.split(x, ends, axis=-1)
         return [part + out.bias[...].astype(x.dtype) for part, out in zip(parts, outputs)]
-
-
-def _run_deform_conv(module: DeformConv, x, where, canvas: Canvas, by_tap: bool):
-    return module(x, where, canvas, by_tap)

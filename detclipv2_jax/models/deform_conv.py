@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from detclipv2_jax.models.canvas import Canvas
+from detclipv2_jax.ops.kernels import deform, place
 
 # (dy, dx) of the nine taps, row by row.
 TAPS = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1], indexing="ij"), -1).reshape(9, 2)
@@ -74,6 +75,86 @@ def deform_conv_levels(
     taps = (jnp.moveaxis(index, 2, 0), jnp.moveaxis(weights, 2, 0), kernel)
     total = jnp.zeros((*index.shape[:2], kernel.shape[-1]), jnp.float32)
     return jax.lax.scan(add_tap, total, taps)[0].astype(x.dtype)
+
+
+# Bytes of the rows that the kernel path gathers at a time, about: more images, more memory.
+_GATHERED = 2**29
+
+
+def deform_conv_by_kernel(
+    x: Float[Array, "B H W C"],
+    canvas: Canvas,
+    offsets: Float[Array, "B K 18"],
+    mask: Float[Array, "B K 9"],
+    kernel: Float[Array, "3 3 C O"],
+) -> Float[Array, "B K O"]:
+    """`deform_conv_levels` with a TPU's kernel for all but the gather and the scatter.
+
+    It keeps its inputs for the backward pass, and takes some images at a time.
+    """
+    batch, _, _, channels = x.shape
+    index, weights = sampling_points(offsets, canvas)
+    index = index.reshape(batch, -1, 9).swapaxes(1, 2)
+    weights = weights.reshape(batch, -1, 9, 4) * mask.astype(jnp.float32)[..., None]
+    weights = weights.reshape(batch, -1, 36)
+    sample = lambda images, kernel: _sample(*images, kernel)
+    kernel = kernel.reshape(9, channels, -1)
+    return place.on_each_device(sample, (x, index, weights), kernel)
+
+
+@jax.custom_vjp
+def _sample(
+    x: Float[Array, "B H W C"],
+    index: Int[Array, "B 9 K"],
+    weights: Float[Array, "B K 36"],
+    kernel: Float[Array, "9 C O"],
+) -> Float[Array, "B K O"]:
+    def some(images):
+        x, index, weights = images
+        return deform.project(_gather(pack_neighbours(x), index), weights, kernel)
+
+    return _in_parts(some, (x, index, weights), x.dtype.itemsize)
+
+
+def _sample_keeping(x, index, weights, kernel):
+    return _sample(x, index, weights, kernel), (x, index, weights, kernel)
+
+
+def _sample_backward(saved, gradient):
+    x, index, weights, kernel = saved
+
+    def some(images):
+        x, index, weights, gradient = images
+        packed, unpack = jax.vjp(pack_neighbours, x)
+        rows, scatter = jax.vjp(lambda packed: _gather(packed, index), packed)
+        by_rows, by_weights, by_kernel = deform.project_backward(rows, weights, kernel, gradient)
+        return unpack(*scatter(by_rows))[0], by_weights, by_kernel[None]
+
+    parts = (x, index, weights, gradient)
+    by_x, by_weights, by_kernel = _in_parts(some, parts, x.dtype.itemsize)
+    return by_x, None, by_weights, by_kernel.sum(0)
+
+
+_sample.defvjp(_sample_keeping, _sample_backward)
+
+
+def _gather(packed: Float[Array, "B Q R"], index: Int[Array, "B 9 K"]) -> Float[Array, "B 9 K R"]:
+    places = index.reshape(len(index), -1, 1)
+    rows = jnp.take_along_axis(packed, places, axis=1, mode="clip")
+    return rows.reshape(*index.shape, -1)
+
+
+def _in_parts(function, images, itemsize: int):
+    """`function` of some images at a time, its outputs joined along their first axis."""
+    x, index = images[:2]
+    batch, bytes_of_one = len(x), index[0].size * 4 * x.shape[-1] * itemsize
+    most = max(1, _GATHERED // bytes_of_one)
+    some = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= most)
+    if some == batch:
+        return function(images)
+    split = lambda array: array.reshape(batch // some, some, *array.shape[1:])
+    join = lambda array: array.reshape(-1, *array.shape[2:])
+    return jax.tree.map(join, jax.lax.map(function, jax.tree.map(split, images)))
 
 
 def pack_neighbours(x: Float[Array, "B H W C"]) -> Float[Array, "B Q C4"]:

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
-from detclipv2_jax.models.atss_head import ATSSHead, HeadConfig
+from detclipv2_jax.models.atss_head import ATSSHead, DeformConv, HeadConfig
 from detclipv2_jax.models.canvas import Canvas
 from detclipv2_jax.models.initialise import Draws
 from detclipv2_jax.ops.kernels import canvas_conv, place
@@ -110,6 +110,11 @@ def head(sizes, dtype=jnp.float32, **options):
     return graph, jax.tree.map(draw, state)
 
 
+def use_kernels(monkeypatch):
+    for module in (ATSSHead, DeformConv):
+        monkeypatch.setattr(module, "has_kernels", lambda *_: True)
+
+
 def both(graph, state, sizes, monkeypatch, dtype=jnp.float32):
     """Outputs and gradients of a head without and with kernels."""
     random = np.random.default_rng(1)
@@ -124,7 +129,7 @@ def both(graph, state, sizes, monkeypatch, dtype=jnp.float32):
 
     expected = jax.jit(run)(state, levels)
     with monkeypatch.context() as patch, pltpu.force_tpu_interpret_mode():
-        patch.setattr(ATSSHead, "has_kernels", lambda *_: True)
+        use_kernels(patch)
         return expected, jax.jit(lambda *args: run(*args))(state, levels)
 
 
@@ -174,7 +179,7 @@ def test_what_the_kernels_cannot_do_is_left_to_the_compiler(monkeypatch):
 
 def test_the_head_becomes_kernels_of_a_tpu(monkeypatch):
     """Lowered without one, forward and backward; XLA's part is left out."""
-    monkeypatch.setattr(ATSSHead, "has_kernels", lambda *_: True)
+    use_kernels(monkeypatch)
     graph, state = head(PYRAMID, jnp.bfloat16)
     levels = [jnp.zeros((2, *size, 8), jnp.bfloat16) for size in PYRAMID]
 
@@ -183,5 +188,5 @@ def test_the_head_becomes_kernels_of_a_tpu(monkeypatch):
         return sum(getattr(outputs, f.name).sum() for f in dataclasses.fields(outputs))
 
     text = jax.jit(jax.value_and_grad(loss)).trace(state).lower(lowering_platforms=("tpu",))
-    for name in ("forward", "backward"):
-        assert f"canvas_conv_{name}" in text.as_text()
+    for name in ("canvas_conv", "deform_project"):
+        assert f"{name}_forward" in text.as_text() and f"{name}_backward" in text.as_text()
