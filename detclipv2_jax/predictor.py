@@ -341,14 +341,14 @@ class Predictor:
         for start in range(0, len(tokens), _TEXTS_AT_ONCE):
             piece = tokens[start : start + _TEXTS_AT_ONCE]
             rest = np.repeat(padding, table_size(len(piece)) - len(piece), axis=0)
-            features.append(
-                _encode_text(
+            with self._on_its_devices():
+                encoded = _encode_text(
                     self._graphdef,
                     self._params,
                     np.concatenate([piece, rest]),
                     replicated=self._replicated,
                 )
-            )
+            features.append(encoded)
         # Fetched at the end: until then the device need not wait for this process.
         return np.concatenate([np.asarray(x, np.float32) for x in features])[: len(tokens)]
 
@@ -376,9 +376,7 @@ class Predictor:
         `config` may stand for the predictor's; another threshold compiles nothing.
         """
         config = config or self.config
-        # Tells a TPU's kernels which devices share the images.
-        one = self._sharding is None
-        with contextlib.nullcontext() if one else jax.set_mesh(self._sharding.mesh):
+        with self._on_its_devices():
             detections = _predict(
                 self._graphdef,
                 self._params,
@@ -391,6 +389,14 @@ class Predictor:
                 replicated=self._replicated,
             )
         return jax.tree.map(np.asarray, detections)
+
+    def _on_its_devices(self) -> contextlib.AbstractContextManager:
+        """Tells a TPU's kernels which devices share the images, or the names."""
+        return (
+            contextlib.nullcontext()
+            if self._sharding is None
+            else jax.set_mesh(self._sharding.mesh)
+        )
 
     def _laid_out(self, array: np.ndarray) -> Array:
         if self._sharding is None:

@@ -143,7 +143,7 @@ class DetCLIP(nnx.Module):
         self.head = ATSSHead(
             cfg.neck_channels, levels, cfg.head, remat=cfg.remat, kernels=cfg.kernels, **options
         )
-        self.text = TextTower(cfg.text, **blocks, **options)
+        self.text = TextTower(cfg.text, kernels=cfg.kernels, **blocks, **options)
         start = cfg.initial_scale if cfg.similarity == "cosine" else 1.0
         self.logit_scale = nnx.Param(jnp.asarray(math.log(start), jnp.float32))
         bias = math.log(cfg.prior / (1 - cfg.prior))

@@ -5,6 +5,7 @@ sentence of at most 16 tokens.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from detclipv2_jax.models.loop import run_blocks
 from detclipv2_jax.models.norms import LayerNorm
 from detclipv2_jax.models.remat import Remat, block_of, product
 from detclipv2_jax.models.swin import linear
+from detclipv2_jax.ops.kernels import causal, mlp, place
+from detclipv2_jax.ops.kernels.place import Kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +90,8 @@ class TextMlp(nnx.Module):
 class TextBlock(nnx.Module):
     """Pre-norm attention and MLP, each a residual branch."""
 
-    def __init__(self, cfg: TextConfig, *, dtype, rngs: Draws):
+    def __init__(self, cfg: TextConfig, *, dtype, kernels: Kernels = "auto", rngs: Draws):
+        self.fused = kernels == "auto" and dtype == jnp.bfloat16
         self.ln_1 = LayerNorm(cfg.width)
         self.attn = TextAttention(cfg, dtype=dtype, rngs=rngs)
         self.ln_2 = LayerNorm(cfg.width)
@@ -95,8 +99,54 @@ class TextBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "M L C"]) -> Float[Array, "M L C"]:
         """One block."""
+        if self.has_kernels(x.shape):
+            return self._by_kernels(x)
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
+
+    def has_kernels(self, shape: tuple[int, ...]) -> bool:
+        """Whether sequences of this shape go through kernels, on the device that is traced for."""
+        _, length, width = shape
+        if not self.fused or not causal.supports(width, self.attn.heads, length):
+            return False
+        tokens = (1, 16, causal.UNIT, width)  # more are no more at a time
+        expand = mlp.fast_memory(tokens, self.mlp.c_fc.kernel.shape[1])
+        return place.room() >= max(causal.fast_memory(width), expand)
+
+    def _by_kernels(self, x):
+        """The same by the kernels, which keep nothing but their input for the backward pass."""
+        heads = self.attn.heads
+        attend = lambda x, weights: causal.attention_branch(x, weights, heads=heads)
+        x = place.on_each_device(attend, x, self._attention_weights())
+        return place.on_each_device(_expand, x, self._mlp_weights())
+
+    def _attention_weights(self) -> causal.Weights:
+        attn, width = self.attn, self.ln_1.scale.shape[0]
+        return causal.Weights(
+            scale=self.ln_1.scale[...][None],
+            offset=self.ln_1.bias[...][None],
+            qkv=attn.in_proj.kernel[...].reshape(width, 3, width).swapaxes(0, 1),
+            qkv_bias=attn.in_proj.bias[...].reshape(3, 1, width),
+            proj=attn.out_proj.kernel[...],
+            proj_bias=attn.out_proj.bias[...][None],
+        )
+
+    def _mlp_weights(self) -> mlp.Weights:
+        return mlp.Weights(
+            scale=self.ln_2.scale[...][None],
+            offset=self.ln_2.bias[...][None],
+            fc1=self.mlp.c_fc.kernel[...],
+            fc1_bias=self.mlp.c_fc.bias[...][None],
+            fc2=self.mlp.c_proj.kernel[...],
+            fc2_bias=self.mlp.c_proj.bias[...][None],
+        )
+
+
+def _expand(x: Float[Array, "M L C"], weights: mlp.Weights) -> Float[Array, "M L C"]:
+    """The MLP branch by its kernel, which takes maps: here of rows of several sequences."""
+    tokens, width = x.shape[0] * x.shape[1], x.shape[2]
+    rows = x.reshape(1, -1, math.gcd(tokens, causal.UNIT), width)
+    return mlp.mlp_branch(rows, jnp.ones(1), weights, "quick_gelu").reshape(x.shape)
 
 
 class TextTower(nnx.Module):
@@ -107,6 +157,7 @@ class TextTower(nnx.Module):
         dtype: of the activations; parameters, norms' statistics and softmax are float32.
         remat: what of a block is kept for the backward pass.
         loop: whether the blocks are a loop.
+        kernels: "auto" runs blocks by kernels where there are TPUs and they can do it; "xla" never.
         rngs: initialises the parameters.
     """
 
@@ -117,6 +168,7 @@ class TextTower(nnx.Module):
         dtype=jnp.float32,
         remat: Remat = "none",
         loop: bool = False,
+        kernels: Kernels = "auto",
         rngs: Draws,
     ):
         self.dtype = dtype
@@ -124,7 +176,9 @@ class TextTower(nnx.Module):
         self.loop = loop
         self.token_embedding = nnx.Param(normal(0.02)(rngs, (cfg.vocab, cfg.width)))
         self.positional_embedding = nnx.Param(normal(0.01)(rngs, (cfg.context, cfg.width)))
-        self.resblocks = nnx.List(TextBlock(cfg, dtype=dtype, rngs=rngs) for _ in range(cfg.layers))
+        self.resblocks = nnx.List(
+            TextBlock(cfg, dtype=dtype, kernels=kernels, rngs=rngs) for _ in range(cfg.layers)
+        )
         self.ln_final = LayerNorm(cfg.width)
         std = cfg.projection_gain * cfg.width**-0.5
         self.text_projection = nnx.Param(normal(std)(rngs, (cfg.width, cfg.embed_dim)))
@@ -136,14 +190,24 @@ class TextTower(nnx.Module):
             tokens: [SOT] … [EOS] then pads, L <= context. [EOS] has the largest id of the
                 vocabulary: the feature is read where the row's largest id first stands.
         """
-        length = tokens.shape[1]
+        concepts, length = tokens.shape
         # Gathered in float32, so that the gradient of a token that occurs often sums in float32.
         x = self.token_embedding[...][tokens] + self.positional_embedding[...][:length]
-        x = x.astype(self.dtype)
-        run = block_of(TextBlock.__call__, self.remat)
-        x = run_blocks(lambda block, x, _: run(block, x), self.resblocks, x, None, loop=self.loop)
+        x = self._run_blocks(x.astype(self.dtype))[:concepts]
         end = jnp.argmax(tokens, axis=1)
         # The norm is position by position: only the one that is read needs it.
         feature = self.ln_final(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])
         projection = self.text_projection[...].astype(self.dtype)
         return jnp.matmul(feature, projection, preferred_element_type=jnp.float32)
+
+    def _run_blocks(self, x):
+        remat = self.remat
+        if self.resblocks[0].has_kernels(x.shape):
+            remat = "none"  # they compute again what they need by themselves
+            # A whole number of units for each device.
+            multiple = place.devices() * (causal.UNIT // x.shape[1])
+            x = jnp.pad(x, ((0, -len(x) % multiple), (0, 0), (0, 0)))
+        run = block_of(TextBlock.__call__, remat)
+        return run_blocks(
+            lambda block, x, _: run(block, x), self.resblocks, x, None, loop=self.loop
+        )

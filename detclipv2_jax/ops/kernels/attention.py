@@ -8,9 +8,7 @@ everything between is computed again in fast memory.
 A step of the grid takes a band: the rows of one row of windows, over the map's whole width. As many
 neighbouring windows as 16 columns hold make a unit of `window` rows of 16 columns, of which the
 last may be no tokens. Two windows of 7: 112 rows for 98 tokens, and one tile of the matrix unit for
-the scores of both. What must not see each other in a unit is masked by the bias. A head is the
-channels' full width with all others set to zero, which costs the matrix unit nothing where a head
-has 32 channels and a tile 128.
+the scores of both. What must not see each other in a unit is masked by the bias.
 """
 
 import dataclasses
@@ -26,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from detclipv2_jax.ops.kernels import pieces
+from detclipv2_jax.ops.kernels import multihead, pieces
 from detclipv2_jax.ops.kernels.pieces import LANES, TILE, dot
 
 _MASKED = -1e9  # finite, so that a row of masked scores is no NaN
@@ -101,7 +99,7 @@ class _Plan:
 
 def supports(channels: int, heads: int, window: int) -> bool:
     """Can the kernel do it, if there is room?"""
-    return window <= _COLUMNS and LANES % (channels // heads) == 0
+    return window <= _COLUMNS and multihead.supports(channels, heads)
 
 
 def fast_memory(shape: tuple[int, ...], heads: int, window: int) -> int:
@@ -219,7 +217,7 @@ def _call_forward(plan: _Plan, x: Array, keep: Array, weights: Weights) -> Array
     operands = _operands(plan, weights)
     return pl.pallas_call(
         functools.partial(_forward_kernel, plan),
-        name="swin_attention_forward",
+        name="window_attention_forward",
         grid=(plan.cores, plan.batch // plan.cores, plan.bands),
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         in_specs=[
@@ -241,7 +239,7 @@ def _call_backward(
     shapes, specs = pieces.sums(plan.cores, weights)
     return pl.pallas_call(
         functools.partial(_backward_kernel, plan),
-        name="swin_attention_backward",
+        name="window_attention_backward",
         grid=(plan.cores, plan.batch // plan.cores, plan.bands),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), *shapes],
         in_specs=[
@@ -269,17 +267,11 @@ def _forward_kernel(plan: _Plan, keep: Any, *refs: Any) -> None:
         normal, _ = pieces.standardise(row[0, 0])
         _lay(plan, field, band, r, normal * scale[...] + offset[...])
     _cut(plan, field, tokens)
-    _project(plan, tokens, qkv, qkv_bias, (query, key, value))
+    multihead.project(plan.heads, tokens, qkv, qkv_bias, (query, key, value))
 
     def attend(unit: Any, _: None) -> None:
-        here = _unit(plan, unit)
-        for lanes, heads in _groups(plan):
-            q, k, v = query[here, lanes], key[here, lanes], value[here, lanes]
-            total = jnp.zeros(q.shape, jnp.float32)
-            for head, mine in heads:
-                weight = _attention(plan, q, k, bias[head], masks, band, unit, mine)
-                total += jnp.where(mine, dot(weight.astype(plan.dtype), v), 0.0)
-            attended[here, lanes] = total.astype(plan.dtype)
+        scores = functools.partial(_scores, plan, bias, masks, band, unit)
+        multihead.attend(plan.heads, _unit(plan, unit), scores, (query, key, value), attended)
 
     lax.fori_loop(0, plan.units, attend, None)
     result[...] = dot(attended[...], proj[...]) + proj_bias[...]
@@ -299,7 +291,6 @@ def _backward_kernel(plan: _Plan, keep: Any, *refs: Any) -> None:
     by_scale, by_offset, by_qkv, by_qkv_bias, by_bias, by_proj, by_proj_bias = sums
     field, result, stage, sent, *operands = refs[16:]
     tokens, slope, query, key, value, attended, by_attended, *by_parts = operands
-    by_query, by_key, by_value = by_parts
     first, image, band = _place(plan)
 
     @pl.when(first)
@@ -313,30 +304,18 @@ def _backward_kernel(plan: _Plan, keep: Any, *refs: Any) -> None:
     for r, row in enumerate(slopes):
         _lay(plan, field, band, r, row[0, 0].astype(jnp.float32) * keep[image])
     _cut(plan, field, slope, padding=False)
-    _project(plan, tokens, qkv, qkv_bias, (query, key, value))
+    multihead.project(plan.heads, tokens, qkv, qkv_bias, (query, key, value))
     by_attended[...] = dot(slope[...], proj[...], right=1).astype(plan.dtype)
-    factor = (plan.channels // plan.heads) ** -0.5
+
+    def add_bias(head: int, by_score: Array) -> None:
+        by_bias[0, head] += by_score
 
     def attend(unit: Any, _: None) -> None:
-        here = _unit(plan, unit)
-        for lanes, heads in _groups(plan):
-            q, k, v = query[here, lanes], key[here, lanes], value[here, lanes]
-            g = by_attended[here, lanes]
-            total, by_q, by_k, by_v = (jnp.zeros(q.shape, jnp.float32) for _ in range(4))
-            for head, mine in heads:
-                weight = _attention(plan, q, k, bias[head], masks, band, unit, mine)
-                by_weight = dot(_only(g, mine), v, right=1)
-                by_score = weight * (by_weight - jnp.sum(weight * by_weight, axis=1, keepdims=True))
-                by_bias[0, head] += by_score
-                weight, by_score = weight.astype(plan.dtype), by_score.astype(plan.dtype)
-                total += jnp.where(mine, dot(weight, v), 0.0)
-                by_v += jnp.where(mine, dot(weight, g, left=0), 0.0)
-                by_q += jnp.where(mine, dot(by_score, k), 0.0)
-                by_k += jnp.where(mine, dot(by_score, q, left=0), 0.0)
-            attended[here, lanes] = total.astype(plan.dtype)
-            by_query[here, lanes] = (by_q * factor).astype(plan.dtype)
-            by_key[here, lanes] = by_k.astype(plan.dtype)
-            by_value[here, lanes] = by_v.astype(plan.dtype)
+        multihead.attend_backward(
+            plan.heads, _unit(plan, unit),
+            functools.partial(_scores, plan, bias, masks, band, unit),
+            (query, key, value), by_attended, attended, by_parts, add_bias,
+        )  # fmt: skip
 
     lax.fori_loop(0, plan.units, attend, None)
     by_proj[0] += dot(attended[...], slope[...], left=0)
@@ -398,44 +377,20 @@ def _paste(plan: _Plan, tokens: Any, field: Any) -> None:
             field[r, : plan.shift] = field[r, plan.columns : plan.columns + plan.shift]
 
 
-def _project(plan: _Plan, tokens: Any, qkv: Any, bias: Any, outputs: tuple[Any, ...]) -> None:
-    factors = ((plan.channels // plan.heads) ** -0.5, 1.0, 1.0)
-    for number, (output, factor) in enumerate(zip(outputs, factors)):
-        output[...] = ((dot(tokens[...], qkv[number]) + bias[number]) * factor).astype(plan.dtype)
-
-
 def _unit(plan: _Plan, unit: Any) -> Any:
     return pl.ds(pl.multiple_of(unit * plan.tokens, _COLUMNS), plan.tokens)
 
 
-def _groups(plan: _Plan) -> list[tuple[slice, list[tuple[int, Array]]]]:
-    """Lanes that are read together, and in them each head and which lanes are its own."""
-    size, groups = plan.channels // plan.heads, []
-    for start in range(0, plan.channels, LANES):
-        stop = min(start + LANES, plan.channels)
-        owner = lax.div(lax.broadcasted_iota(jnp.int32, (1, stop - start), 1), size)
-        heads = [
-            (head, owner == head - start // size) for head in range(start // size, stop // size)
-        ]
-        groups.append((slice(start, stop), heads))
-    return groups
-
-
-def _attention(
-    plan: _Plan, q: Array, k: Array, bias: Array, masks: Any, band: Any, unit: Any, mine: Array
+def _scores(
+    plan: _Plan, bias: Any, masks: Any, band: Any, unit: Any, head: int, products: Array
 ) -> Float[Array, "T T"]:
-    """The weights of one head in one unit."""
-    scores = dot(_only(q, mine), k, right=1) + bias
+    """Of one head in one unit."""
+    scores = products + bias[head]
     if plan.shift:
         windows = (plan.columns - plan.span * (plan.units - 1)) // plan.window  # of the last unit
         last = jnp.where(unit == plan.units - 1, windows, 0)
         scores += masks[jnp.where(band == plan.bands - 1, 1, 0), last]
-    scores = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
-    return scores / jnp.sum(scores, axis=1, keepdims=True)
-
-
-def _only(x: Array, mine: Array) -> Array:
-    return jnp.where(mine, x, jnp.zeros_like(x))
+    return scores
 
 
 def _copies(plan: _Plan, stage: Any, out: Any, sent: Any, image: Any, band: Any, act: str) -> None:

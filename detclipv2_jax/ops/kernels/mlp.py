@@ -1,4 +1,4 @@
-"""The MLP branch of a Swin block as one TPU kernel: x + keep · fc2(gelu(fc1(norm(x)))).
+"""The MLP branch of a transformer's block as one TPU kernel: x + keep · fc2(act(fc1(norm(x)))).
 
 The map is read once and written once forward; backward it and the gradient are read once, the
 gradient is written once, and the hidden layer, four times as wide, is computed again in fast
@@ -10,7 +10,7 @@ A step of the grid takes some rows of the map, and of these a piece at a time.
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from detclipv2_jax.ops.kernels.pieces import TILE, dot
 
 _TOKENS = 1024  # of a step, at most
 _PIECE = 128  # of these at a time
+
+Activation = Literal["gelu", "quick_gelu"]
 
 
 @jax.tree_util.register_dataclass
@@ -48,6 +50,7 @@ class _Plan:
     width: int
     channels: int
     dtype: Any
+    activation: Activation = "gelu"
 
     @property
     def cores(self) -> int:
@@ -88,16 +91,18 @@ def mlp_branch(
     x: Float[Array, "B H W C"],
     keep: Float[Array, " B"],
     weights: Weights,
+    activation: Activation = "gelu",
 ) -> Float[Array, "B H W C"]:
-    """x + keep · fc2(gelu(fc1(norm(x)))), position by position.
+    """x + keep · fc2(act(fc1(norm(x)))), position by position.
 
     Args:
       x: any size.
       keep: factor of each image's branch; has no gradient.
       weights: float32; their products take x's dtype, their gradients sum in float32.
+      activation: the exact GELU or the approximation that CLIP has.
     """
     batch, height, width, channels = x.shape
-    plan = _Plan(batch, height, width, channels, x.dtype)
+    plan = _Plan(batch, height, width, channels, x.dtype, activation)
     factors = jnp.repeat(keep.astype(jnp.float32), height, total_repeat_length=batch * height)
     rows = x.reshape(batch * height, width, channels)
     return _branch(plan, rows, factors, weights).reshape(x.shape)
@@ -131,7 +136,7 @@ def _call_forward(plan: _Plan, x: Array, keep: Array, weights: Weights) -> Array
     operands, shape = _operands(plan, weights), (plan.tokens, plan.channels)
     return pl.pallas_call(
         functools.partial(_forward_kernel, plan),
-        name="swin_mlp_forward",
+        name="mlp_forward",
         grid=(plan.cores, plan.steps),
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         in_specs=[
@@ -153,7 +158,7 @@ def _call_backward(
     shapes, specs = pieces.sums(plan.cores, weights)
     return pl.pallas_call(
         functools.partial(_backward_kernel, plan),
-        name="swin_mlp_backward",
+        name="mlp_backward",
         grid=(plan.cores, plan.steps),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), *shapes],
         in_specs=[
@@ -174,11 +179,12 @@ _branch = pieces.branch(_call_forward, _call_backward)
 
 def _forward_kernel(plan: _Plan, keep: Any, x: Any, *refs: Any) -> None:
     scale, offset, fc1, fc1_bias, fc2, fc2_bias, out, tokens, result = refs
+    act = _ACTIVATIONS[plan.activation]
     _lay_normal(plan, x, scale, offset, tokens)
 
     def piece(number: Any, _: None) -> None:
         here = _piece(number)
-        hidden = _gelu(dot(tokens[here], fc1[...]) + fc1_bias[...])[0].astype(plan.dtype)
+        hidden = act(dot(tokens[here], fc1[...]) + fc1_bias[...])[0].astype(plan.dtype)
         result[here] = dot(hidden, fc2[...]) + fc2_bias[...]
 
     lax.fori_loop(0, plan.tokens // _PIECE, piece, None)
@@ -192,6 +198,7 @@ def _backward_kernel(plan: _Plan, keep: Any, x: Any, gradient: Any, *refs: Any) 
     out, *sums = refs[6:13]
     by_scale, by_offset, by_fc1, by_fc1_bias, by_fc2, by_fc2_bias = sums
     tokens, slope, result = refs[13:]
+    act = _ACTIVATIONS[plan.activation]
 
     @pl.when(pl.program_id(1) == 0)
     def _():
@@ -206,7 +213,7 @@ def _backward_kernel(plan: _Plan, keep: Any, x: Any, gradient: Any, *refs: Any) 
     def piece(number: Any, _: None) -> None:
         here = _piece(number)
         value, by_value = tokens[here], slope[here]
-        hidden, derivative = _gelu(dot(value, fc1[...]) + fc1_bias[...])
+        hidden, derivative = act(dot(value, fc1[...]) + fc1_bias[...])
         by_hidden = dot(by_value, fc2[...], right=1) * derivative
         by_fc1_bias[0] += pieces.total(by_hidden)
         by_fc2_bias[0] += pieces.total(by_value)
@@ -256,3 +263,13 @@ def _gelu(x: Array) -> tuple[Array, Array]:
     below = 0.5 * (1.0 + lax.erf(x * 0.5**0.5))
     density = jnp.exp(-0.5 * jnp.square(x)) * (2 * jnp.pi) ** -0.5
     return x * below, below + x * density
+
+
+def _quick_gelu(x: Array) -> tuple[Array, Array]:
+    """x σ(1.702 x), and its derivative σ + 1.702 x σ (1 - σ)."""
+    share = 1.0 / (1.0 + jnp.exp(-1.702 * x))
+    return x * share, share + 1.702 * x * share * (1.0 - share)
+
+
+# The value and the derivative, in float32.
+_ACTIVATIONS = {"gelu": _gelu, "quick_gelu": _quick_gelu}

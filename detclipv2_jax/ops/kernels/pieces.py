@@ -34,7 +34,7 @@ def branch(forward: Callable[..., Array], backward: Callable[..., list[Array]]) 
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def run(plan: Any, x: Array, keep: Array, weights: PyTree) -> Array:
+    def run(plan: Any, x: Array, keep: Array | None, weights: PyTree) -> Array:
         return forward(plan, x, keep, weights)
 
     def keep_inputs(plan, x, keep, weights):
@@ -45,7 +45,7 @@ def branch(forward: Callable[..., Array], backward: Callable[..., list[Array]]) 
         by_x, *by_weights = backward(plan, x, keep, weights, gradient)
         by_weights = [cores.sum(0) for cores in by_weights]
         by_weights = jax.tree.unflatten(jax.tree.structure(weights), by_weights)
-        return by_x, jnp.zeros_like(keep), by_weights
+        return by_x, jax.tree.map(jnp.zeros_like, keep), by_weights
 
     run.defvjp(keep_inputs, pull)
     return run

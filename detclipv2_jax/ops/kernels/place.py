@@ -28,6 +28,14 @@ def room() -> float:
     return _SHARE * pltpu.get_tpu_info().vmem_capacity_bytes if on_tpu else 0.0
 
 
+def devices() -> int:
+    """Among how many devices `on_each_device` splits what it is given."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if all(kind == AxisType.Manual for kind in mesh.axis_types):  # no mesh, or cut already
+        return 1
+    return mesh.size
+
+
 def on_each_device(
     kernel: Callable[[Images, Weights], Outputs], images: Images, weights: Weights
 ) -> Outputs:
@@ -37,7 +45,7 @@ def on_each_device(
     cannot cut a kernel in parts by itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if all(kind == AxisType.Manual for kind in mesh.axis_types):  # no mesh, or cut already
+    if devices() == 1:
         return kernel(images, weights)
     split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
     return jax.shard_map(kernel, in_specs=(split, whole), out_specs=split, check_vma=False)(

@@ -126,5 +126,5 @@ def test_the_block_becomes_kernels_of_a_tpu():
     x = jnp.zeros((2, 20, 30, 96), jnp.bfloat16)
     both = jax.jit(jax.value_and_grad(loss))  # of a gradient alone the last kernel is left out
     text = both.trace(state, x).lower(lowering_platforms=("tpu",)).as_text()
-    for name in ("attention_forward", "attention_backward", "mlp_forward", "mlp_backward"):
-        assert f"swin_{name}" in text
+    for name in ("window_attention", "mlp"):
+        assert f"{name}_forward" in text and f"{name}_backward" in text
