@@ -92,15 +92,16 @@ class DeformConv(nnx.Module):
         self, x: Float[Array, "B H W C"], where: Float[Array, "B H W 27"], canvas: Canvas
     ) -> Float[Array, "B H W D"]:
         """Convolve the canvas `x`, level by level, where `offset` of the other branch says."""
-        if self.has_kernels():
+        if self.has_kernels(x.shape):
             return self._by(deform_conv_by_kernel, x, where, canvas)  # keeps nothing of its inside
         levels = functools.partial(deform_conv_levels, by_tap=self.remat != "none")
         run = block_of(lambda module, *arrays: module._by(levels, *arrays, canvas), self.remat)
         return run(self, x, where)
 
-    def has_kernels(self) -> bool:
-        """Whether a kernel does it, on the device that is traced for."""
-        return self.fused and place.room() >= deform.fast_memory(*self.kernel.shape[2:])
+    def has_kernels(self, shape: tuple[int, ...]) -> bool:
+        """Whether a kernel samples a canvas of this shape, on the device that is traced for."""
+        wanted = deform.fast_memory(shape, self.kernel.shape[3])
+        return self.fused and place.room() >= wanted
 
     def _by(self, convolve, x, where, canvas):
         outputs = canvas.flatten(where).astype(jnp.float32)

@@ -1,7 +1,8 @@
 """Modulated deformable convolution (DCNv2, Zhu et al. 2019), 3×3, stride 1, padding 1.
 
 A gather reads the four bilinear neighbours of a point as a single wide row, because gathers are
-what accelerators are worst at; one gather and one matmul serve all levels of a pyramid.
+what accelerators are worst at; one gather and one matmul serve all levels of a pyramid. On TPUs
+`ops/kernels/deform.py` does without a gather.
 """
 
 import jax
@@ -77,10 +78,6 @@ def deform_conv_levels(
     return jax.lax.scan(add_tap, total, taps)[0].astype(x.dtype)
 
 
-# Bytes of the rows that the kernel path gathers at a time, about: more images, more memory.
-_GATHERED = 2**29
-
-
 def deform_conv_by_kernel(
     x: Float[Array, "B H W C"],
     canvas: Canvas,
@@ -88,73 +85,14 @@ def deform_conv_by_kernel(
     mask: Float[Array, "B K 9"],
     kernel: Float[Array, "3 3 C O"],
 ) -> Float[Array, "B K O"]:
-    """`deform_conv_levels` with a TPU's kernel for all but the gather and the scatter.
-
-    It keeps its inputs for the backward pass, and takes some images at a time.
-    """
-    batch, _, _, channels = x.shape
-    index, weights = sampling_points(offsets, canvas)
-    index = index.reshape(batch, -1, 9).swapaxes(1, 2)
-    weights = weights.reshape(batch, -1, 9, 4) * mask.astype(jnp.float32)[..., None]
-    weights = weights.reshape(batch, -1, 36)
-    sample = lambda images, kernel: _sample(*images, kernel)
-    kernel = kernel.reshape(9, channels, -1)
-    return place.on_each_device(sample, (x, index, weights), kernel)
-
-
-@jax.custom_vjp
-def _sample(
-    x: Float[Array, "B H W C"],
-    index: Int[Array, "B 9 K"],
-    weights: Float[Array, "B K 36"],
-    kernel: Float[Array, "9 C O"],
-) -> Float[Array, "B K O"]:
-    def some(images):
-        x, index, weights = images
-        return deform.project(_gather(pack_neighbours(x), index), weights, kernel)
-
-    return _in_parts(some, (x, index, weights), x.dtype.itemsize)
-
-
-def _sample_keeping(x, index, weights, kernel):
-    return _sample(x, index, weights, kernel), (x, index, weights, kernel)
-
-
-def _sample_backward(saved, gradient):
-    x, index, weights, kernel = saved
-
-    def some(images):
-        x, index, weights, gradient = images
-        packed, unpack = jax.vjp(pack_neighbours, x)
-        rows, scatter = jax.vjp(lambda packed: _gather(packed, index), packed)
-        by_rows, by_weights, by_kernel = deform.project_backward(rows, weights, kernel, gradient)
-        return unpack(*scatter(by_rows))[0], by_weights, by_kernel[None]
-
-    parts = (x, index, weights, gradient)
-    by_x, by_weights, by_kernel = _in_parts(some, parts, x.dtype.itemsize)
-    return by_x, None, by_weights, by_kernel.sum(0)
-
-
-_sample.defvjp(_sample_keeping, _sample_backward)
-
-
-def _gather(packed: Float[Array, "B Q R"], index: Int[Array, "B 9 K"]) -> Float[Array, "B 9 K R"]:
-    places = index.reshape(len(index), -1, 1)
-    rows = jnp.take_along_axis(packed, places, axis=1, mode="clip")
-    return rows.reshape(*index.shape, -1)
-
-
-def _in_parts(function, images, itemsize: int):
-    """`function` of some images at a time, its outputs joined along their first axis."""
-    x, index = images[:2]
-    batch, bytes_of_one = len(x), index[0].size * 4 * x.shape[-1] * itemsize
-    most = max(1, _GATHERED // bytes_of_one)
-    some = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= most)
-    if some == batch:
-        return function(images)
-    split = lambda array: array.reshape(batch // some, some, *array.shape[1:])
-    join = lambda array: array.reshape(-1, *array.shape[2:])
-    return jax.tree.map(join, jax.lax.map(function, jax.tree.map(split, images)))
+    """`deform_conv_levels` by a TPU's kernel, which keeps its inputs for the backward pass."""
+    batch, pixels, _ = mask.shape
+    corner, beyond = _corners(offsets, canvas)
+    factors = jnp.concatenate([beyond, mask.astype(jnp.float32)[..., None]], axis=-1)
+    images = x, corner.reshape(batch, pixels, 18), factors.reshape(batch, pixels, 27)
+    kernel = kernel.reshape(9, x.shape[-1], -1)
+    convolve = lambda images, kernel: deform.deform_conv(*images, kernel)
+    return place.on_each_device(convolve, images, kernel)
 
 
 def pack_neighbours(x: Float[Array, "B H W C"]) -> Float[Array, "B Q C4"]:
@@ -171,7 +109,21 @@ def pack_neighbours(x: Float[Array, "B H W C"]) -> Float[Array, "B Q C4"]:
 def sampling_points(
     offsets: Float[Array, "B K 18"], canvas: Canvas
 ) -> tuple[Int[Array, "B P"], Float[Array, "B P 4"]]:
-    """Which packed row each of the P = 9K taps reads, and the weights of the four pixels there.
+    """Which packed row each of the P = 9K taps reads, and the weights of the four pixels there."""
+    batch = offsets.shape[0]
+    corner, high = _corners(offsets, canvas)
+    low = 1.0 - high
+    pairs = [(low, low), (low, high), (high, low), (high, high)]
+    weights = jnp.stack([down[..., 0] * right[..., 1] for down, right in pairs], axis=-1)
+    place = corner + 1  # the packed map starts at pixel (-1, -1)
+    index = place[..., 0] * (canvas.shape[1] + 1) + place[..., 1]
+    return index.reshape(batch, -1), weights.reshape(batch, -1, 4)
+
+
+def _corners(
+    offsets: Float[Array, "B K 18"], canvas: Canvas
+) -> tuple[Int[Array, "B K 9 2"], Float[Array, "B K 9 2"]]:
+    """Each tap's upper left neighbour on the canvas, and how far beyond it the tap lies, 0 to 1.
 
     Coordinates are float32 whatever the activations are: bfloat16 has no odd pixels past 256.
     """
@@ -181,15 +133,9 @@ def sampling_points(
     size = np.repeat(np.asarray(canvas.sizes, np.float32), pixels, axis=0)[:, None]  # (K, 1, 2)
     start = np.repeat(np.asarray(canvas.corners, np.int32), pixels, axis=0)[:, None]
 
-    batch = offsets.shape[0]
-    point = taps + offsets.astype(jnp.float32).reshape(batch, -1, 9, 2)
+    point = taps + offsets.astype(jnp.float32).reshape(len(offsets), -1, 9, 2)
     # A pixel outside its level nothing is left to sample: stopping there keeps every index valid.
     point = jnp.clip(point, -1.0, size)
     corner = jnp.clip(jnp.floor(point), -1.0, size - 1.0)
-    high = point - corner  # 0..1; 1 only at the far border, where the sample is zero
-    low = 1.0 - high
-    pairs = [(low, low), (low, high), (high, low), (high, high)]
-    weights = jnp.stack([down[..., 0] * right[..., 1] for down, right in pairs], axis=-1)
-    place = corner.astype(jnp.int32) + start + 1  # the packed map starts at pixel (-1, -1)
-    index = place[..., 0] * (canvas.shape[1] + 1) + place[..., 1]
-    return index.reshape(batch, -1), weights.reshape(batch, -1, 4)
+    # The rest is 1 only at the far border, where the sample is zero.
+    return corner.astype(jnp.int32) + start, point - corner

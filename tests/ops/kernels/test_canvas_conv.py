@@ -188,5 +188,5 @@ def test_the_head_becomes_kernels_of_a_tpu(monkeypatch):
         return sum(getattr(outputs, f.name).sum() for f in dataclasses.fields(outputs))
 
     text = jax.jit(jax.value_and_grad(loss)).trace(state).lower(lowering_platforms=("tpu",))
-    for name in ("canvas_conv", "deform_project"):
+    for name in ("canvas_conv", "deform_conv"):
         assert f"{name}_forward" in text.as_text() and f"{name}_backward" in text.as_text()

@@ -15,17 +15,18 @@ from detclipv2_jax.models.canvas import Canvas
 from detclipv2_jax.models.initialise import Draws
 from detclipv2_jax.ops.kernels import place
 
+SLOW = pytest.mark.slow
 PYRAMID = ((6, 5), (3, 3), (2, 2), (1, 1), (1, 1))
-WIDE = ((13, 12), (3, 3), (2, 2), (1, 1), (1, 1))  # 171 pixels: a block and a part of one
+WIDE = ((5, 142), (3, 3), (2, 2), (1, 1), (1, 1))  # two tiles of columns, blocks of two levels
 
 
-def arguments(sizes, images, channels, outputs, dtype=jnp.float32):
+def arguments(sizes, images, channels, outputs, spread=2.0, dtype=jnp.float32):
     canvas, random = Canvas(sizes), np.random.default_rng(0)
     noise = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
     pixels = sum(height * width for height, width in sizes)
     given = (
         noise(images, *canvas.shape, channels).astype(dtype),
-        2 * noise(images, pixels, 18),
+        spread * noise(images, pixels, 18),
         jax.nn.sigmoid(noise(images, pixels, 9)),
         noise(3, 3, channels, outputs),
     )
@@ -46,18 +47,17 @@ def by_kernel(canvas, given, slope):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "images", "channels", "parts"),
+    ("sizes", "images", "channels", "spread"),
     [
-        (PYRAMID, 2, (8, 6), 1),
-        pytest.param(WIDE, 4, (8, 130), 2, marks=pytest.mark.slow),
-        pytest.param(WIDE, 3, (8, 8), 3, marks=pytest.mark.slow),
-        pytest.param(((1, 1),), 1, (4, 4), 1, marks=pytest.mark.slow),
+        (PYRAMID, 2, (8, 6), 2.0),
+        pytest.param(WIDE, 3, (8, 130), 2.0, marks=SLOW),
+        pytest.param(WIDE, 1, (8, 8), 100.0, marks=SLOW),  # beyond all borders
+        pytest.param(PYRAMID, 2, (8, 8), 0.0, marks=SLOW),  # on the pixels and the borders
+        pytest.param(((1, 1),), 1, (4, 4), 1.0, marks=SLOW),
     ],
 )
-def test_value_and_all_gradients_are_the_plain_ones(monkeypatch, sizes, images, channels, parts):
-    canvas, given, slope = arguments(sizes, images, *channels)
-    bytes_of_one = given[2][0].size * 4 * channels[0] * 4
-    monkeypatch.setattr(deform_conv, "_GATHERED", images // parts * bytes_of_one)
+def test_value_and_all_gradients_are_the_plain_ones(sizes, images, channels, spread):
+    canvas, given, slope = arguments(sizes, images, *channels, spread)
     expected = everything(deform_conv.deform_conv_levels, canvas, given, slope)
     found = by_kernel(canvas, given, slope)
     leaves = zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True)
@@ -66,10 +66,10 @@ def test_value_and_all_gradients_are_the_plain_ones(monkeypatch, sizes, images, 
         assert np.abs(a - b).max() <= 2e-6 * np.abs(a).max(), jax.tree_util.keystr(path)
 
 
-@pytest.mark.slow
+@SLOW
 def test_bfloat16_is_as_near_to_float32_as_the_plain_one():
     exact = everything(deform_conv.deform_conv_levels, *arguments(WIDE, 2, 16, 16))
-    half = arguments(WIDE, 2, 16, 16, jnp.bfloat16)
+    half = arguments(WIDE, 2, 16, 16, dtype=jnp.bfloat16)
     plain = everything(deform_conv.deform_conv_levels, *half)
     for a, b, c in zip(*map(jax.tree.leaves, (exact, plain, by_kernel(*half))), strict=True):
         a, b, c = (np.asarray(v, np.float64) for v in (a, b, c))
@@ -81,12 +81,12 @@ def test_what_the_kernel_cannot_do_is_left_to_the_compiler(monkeypatch):
         256, HeadConfig(), remat="none", rngs=Draws(),
         **{"dtype": jnp.bfloat16, "kernels": "auto"} | options,
     )  # fmt: skip
-    assert not made().has_kernels()  # no TPU here
-    monkeypatch.setattr(place, "room", lambda: 0.95 * 2**26)
-    assert made().has_kernels()
-    assert not made(kernels="xla").has_kernels()
-    assert not made(dtype=jnp.float32).has_kernels()
-    # The compiler was seen to want 12 to 14 MiB.
-    for mebibytes, fits in ((16, True), (12, False)):
-        monkeypatch.setattr(place, "room", lambda room=mebibytes: 0.95 * room * 2**20)
-        assert made().has_kernels() == fits
+    shape = (4, 100, 253, 256)
+    assert not made().has_kernels(shape)  # no TPU here
+    monkeypatch.setattr(place, "room", lambda: 0.95 * 2**26)  # v5p
+    assert made().has_kernels(shape)
+    assert not made(kernels="xla").has_kernels(shape)
+    assert not made(dtype=jnp.float32).has_kernels(shape)
+    assert not made().has_kernels((4, 200, 253, 256))
+    monkeypatch.setattr(place, "room", lambda: 0.95 * 2**24)  # v4
+    assert not made().has_kernels(shape)
