@@ -5,10 +5,12 @@
 
 Compiles each part of a step of one device (scripts/step_parts.py) with the TPU's own compiler
 (`pip install "libtpu==0.0.42.*"`, for jax 0.10.2) and asks it for bytes accessed and temporary
-memory. Beside them: the arithmetic by formula, the least bytes that the part's layers would have to
-move, which of the two binds on that chip, and the share of the chip's peak that the part cannot
-exceed with the bytes that it moves. What stands in a loop the compiler counts once; such figures
-stand in brackets. --kernels=xla shows the parts without our kernels.
+memory. Beside them: the model's arithmetic by formula and the program's, which computes some things
+again, the least bytes that the part's layers would have to move, which of the two binds on that
+chip, and the share of the chip's peak that the model's arithmetic cannot exceed with what the
+program computes and moves. What stands in a loop the compiler counts once; such bytes stand in
+brackets. Of the optimizer's two branches, to update and to leave, it counts both. --kernels=xla
+shows the parts without our kernels.
 
 Writes CHIP.json after each part, and goes on there when it is started again; CHIP.md and CHIP.png.
 """
@@ -34,11 +36,17 @@ CHIPS = {"v5e": (197, 819), "v5p": (459, 2765), "v6e": (918, 1640)}
 SMALLEST = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}  # that can be named
 
 
-def bound(flops: float, moved: float, chip: str) -> float:
-    """The share of the chip's peak that arithmetic can have beside the bytes that are moved."""
+def seconds(row: dict[str, Any], chip: str) -> tuple[float, float]:
+    """Of a part's arithmetic at the chip's peak, and of its bytes at the chip's bandwidth."""
     peak, bandwidth = CHIPS[chip]
-    compute, memory = flops / (peak * 1e12), moved / (bandwidth * 1e9)
-    return compute / max(compute, memory) if flops else 0.0
+    # A program does no less than the formula: what it does in a loop its compiler counts once.
+    flops = max(row["flops"], row["compiler_flops"])
+    return flops / (peak * 1e12), row["bytes_accessed"] / (bandwidth * 1e9)
+
+
+def bound(row: dict[str, Any], chip: str) -> float:
+    """The share of the chip's peak that the model's arithmetic of a part can have at most."""
+    return row["flops"] / (CHIPS[chip][0] * 1e12) / max(seconds(row, chip)) if row["flops"] else 0.0
 
 
 def measure(part: Any, device: Any) -> dict[str, Any]:
@@ -73,20 +81,20 @@ def table(rows: Sequence[dict[str, Any]], chip: str) -> str:
     lines = [
         f"{chip}: {peak} TFLOP/s, {bandwidth} GB/s",
         "",
-        "| step | part | TFLOP | GB | least GB | ms by FLOPs | ms by bytes | binds | at most "
-        "of the peak | GiB, temporary |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| step | part | TFLOP | as compiled | GB | least GB | ms by FLOPs | ms by bytes | binds | "
+        "at most of the peak | GiB, temporary |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        compute = row["flops"] / (peak * 1e12) * 1e3
-        memory = row["bytes_accessed"] / (bandwidth * 1e9) * 1e3
-        share = f"{bound(row['flops'], row['bytes_accessed'], chip):.0%}" if row["flops"] else "–"
+        compute, memory = (1e3 * value for value in seconds(row, chip))
+        share = f"{bound(row, chip):.0%}" if row["flops"] else "–"
         moved = f"{row['bytes_accessed'] / 1e9:.2f}"
         lines.append(
             f"| {row['step']} | {row['part']} | {row['flops'] / 1e12:.3f} | "
-            f"{f'({moved})' if row['loops'] else moved} | {row['least_bytes'] / 1e9:.2f} | "
-            f"{compute:.2f} | {memory:.2f} | {'FLOPs' if compute > memory else 'bytes'} | {share} "
-            f"| {row['temporary_bytes'] / 2**30:.2f} |"
+            f"{row['compiler_flops'] / 1e12:.3f} | {f'({moved})' if row['loops'] else moved} | "
+            f"{row['least_bytes'] / 1e9:.2f} | {compute:.2f} | {memory:.2f} | "
+            f"{'FLOPs' if compute > memory else 'bytes'} | {share} | "
+            f"{row['temporary_bytes'] / 2**30:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -97,12 +105,12 @@ def draw(rows: Sequence[dict[str, Any]], chip: str, path: Path) -> None:
 
     from detclipv2_jax.files import replacing
 
-    peak, bandwidth = CHIPS[chip]
+    bandwidth = CHIPS[chip][1]
     figure = Figure(figsize=(7, 1.2 + 0.5 * len(rows)), layout="constrained")
     panel = figure.subplots()
     bars = (
-        ("FLOPs at the peak", [row["flops"] / peak / 1e9 for row in rows], "#4477aa"),
-        ("bytes accessed", [row["bytes_accessed"] / bandwidth / 1e6 for row in rows], "#ee6677"),
+        ("FLOPs at the peak", [1e3 * seconds(row, chip)[0] for row in rows], "#4477aa"),
+        ("bytes accessed", [1e3 * seconds(row, chip)[1] for row in rows], "#ee6677"),
         ("least bytes", [row["least_bytes"] / bandwidth / 1e6 for row in rows], "#ccbb44"),
     )
     for number, (label, values, colour) in enumerate(bars):

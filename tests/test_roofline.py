@@ -18,18 +18,22 @@ def roofline():
     return module
 
 
-def row(part, flops, moved, *, loops=False):
+def row(part, flops, moved, *, loops=False, compiled=0.0):
     return {
         "step": "detection:4x800x1344", "part": part, "flops": flops, "bytes_accessed": moved,
+        "compiler_flops": compiled,
         "least_bytes": moved / 2, "temporary_bytes": 2**30, "loops": loops,
     }  # fmt: skip
 
 
 def test_the_bound_is_one_where_arithmetic_binds_and_a_share_where_bytes_do(roofline):
-    assert roofline.bound(197e12, 819e9, "v5e") == 1.0  # a second of each
-    assert roofline.bound(197e12, 8190e9, "v5e") == pytest.approx(0.1)
-    assert roofline.bound(197e12, 1.0, "v5e") == 1.0
-    assert roofline.bound(0.0, 819e9, "v5e") == 0.0
+    bound = lambda *args, **options: roofline.bound(row("neck", *args, **options), "v5e")
+    assert bound(197e12, 819e9) == 1.0  # a second of each
+    assert bound(197e12, 8190e9) == pytest.approx(0.1)
+    assert bound(197e12, 1.0) == 1.0
+    assert bound(0.0, 819e9) == 0.0
+    assert bound(197e12, 1.0, compiled=394e12) == 0.5  # half of it is computed twice
+    assert bound(197e12, 1.0, compiled=1e12) == 1.0  # a loop that is counted once
 
 
 def test_the_table_says_what_binds_and_brackets_what_a_loop_hides(roofline, tmp_path):

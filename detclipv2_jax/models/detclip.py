@@ -51,8 +51,8 @@ class DetCLIPConfig:
         input alone.
     loop: run the equal blocks of a stage, and of the text tower, as a loop over their stacked
         parameters. The same values; a deep model compiles in a fraction of the time and memory.
-    kernels: 'auto' runs Swin blocks in bfloat16 by fused kernels (ops/kernels/) on TPUs, 'xla'
-        leaves all to the compiler, as on other devices.
+    kernels: 'auto' runs the towers' blocks and the head in bfloat16 by fused kernels (ops/kernels/)
+        on TPUs, 'xla' leaves all to the compiler, as on other devices.
     """
 
     swin: SwinConfig = SwinConfig()

@@ -147,7 +147,7 @@ def _pull(plan, saved, gradients):
     constant = by_mean / plan.pixels - slope * mean
     by_x, *by_norm, by_kernel = _call_backward(plan, x, norm, kernel, y, by_y, slope, constant)
     by_norm = None if norm is None else Norm(*by_norm)
-    return by_x, by_norm, by_kernel.sum(0).reshape(kernel.shape)
+    return by_x, by_norm, by_kernel.sum(0)
 
 
 _convolve.defvjp(_keep, _pull)
@@ -180,18 +180,16 @@ def _of_levels(plan: _Plan, channels: int) -> pl.BlockSpec:
     return pl.BlockSpec((1, len(plan.levels), channels), index)
 
 
-def _cost(plan: _Plan, products: int, maps: dict[int, float]) -> pl.CostEstimate:
-    """`maps`: by channels, how many are moved; with padded lanes, as the compiler counts."""
-    item = jnp.dtype(plan.dtype).itemsize
-    moved = sum(
-        pieces.size(item, plan.batch, plan.height, plan.width, channels) * number
-        for channels, number in maps.items()
-    )
+def _cost(plan: _Plan, products: int, inputs: float, outputs: float) -> pl.CostEstimate:
+    """Of so many maps that are moved; with padded lanes, as the compiler counts."""
+    item, pixels = jnp.dtype(plan.dtype).itemsize, (plan.batch, plan.height, plan.width)
+    moved = inputs * pieces.size(item, *pixels, plan.inputs)
+    moved += outputs * pieces.size(item, *pixels, plan.outputs)
     taps = 9 * plan.inputs * plan.outputs
     sums = 4 * plan.cores * taps if products > 1 else 0
-    pixels = plan.batch * plan.bands * plan.rows * plan.pitch
+    computed = plan.batch * plan.bands * plan.rows * plan.pitch
     return pl.CostEstimate(
-        flops=2 * products * pixels * taps,
+        flops=2 * products * computed * taps,
         bytes_accessed=int(moved) + item * taps + sums,
         transcendentals=0,
     )
@@ -217,17 +215,9 @@ def _call_forward(plan: _Plan, x: Array, norm: Norm | None, kernel: Array) -> li
         ],
         out_specs=[_map(plan, plan.outputs), *[_of_levels(plan, plan.outputs)] * 2],
         scratch_shapes=[inner, *[pltpu.VMEM((len(plan.levels), plan.outputs), jnp.float32)] * 2],
-        cost_estimate=_cost(plan, 1, _add({plan.inputs: edges}, {plan.outputs: 1})),
+        cost_estimate=_cost(plan, 1, edges, 1),
         compiler_params=pieces.parameters(3),
     )(x, x, x, *norms, taps)  # fmt: skip
-
-
-def _add(*counts: dict[int, float]) -> dict[int, float]:
-    total: dict[int, float] = {}
-    for count in counts:
-        for key, value in count.items():
-            total[key] = total.get(key, 0) + value
-    return total
 
 
 def _call_backward(
@@ -239,13 +229,13 @@ def _call_backward(
     taps = taps.astype(plan.dtype)
     norms = [] if norm is None else [norm.factor, norm.offset]
     by_norms = [jax.ShapeDtypeStruct(array.shape, jnp.float32) for array in norms]
-    sums = jax.ShapeDtypeStruct((plan.cores, 9, plan.inputs, plan.outputs), jnp.float32)
+    shapes, specs = pieces.sums(plan.cores, kernel)
     edges = 1 + 2 / plan.rows
     return pl.pallas_call(
         functools.partial(_backward_kernel, plan, norm is not None),
         name="canvas_conv_backward",
         grid=(plan.cores, plan.batch // plan.cores, plan.bands),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, plan.dtype), *by_norms, sums],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, plan.dtype), *by_norms, *shapes],
         in_specs=[
             *_edged(plan, plan.outputs),
             *_edged(plan, plan.outputs),
@@ -257,16 +247,13 @@ def _call_backward(
         out_specs=[
             _map(plan, plan.inputs),
             *[_of_levels(plan, plan.inputs) for _ in norms],
-            pl.BlockSpec(
-                (1, *sums.shape[1:]), lambda core, *_: (core, 0, 0, 0),
-                pipeline_mode=pl.Buffered(1),
-            ),
+            *specs,
         ],
         scratch_shapes=[
             pltpu.VMEM((plan.rows + 2, plan.pitch, plan.outputs), plan.dtype),
             pltpu.VMEM((3, plan.rows, plan.pitch, plan.inputs), plan.dtype),
         ],
-        cost_estimate=_cost(plan, 2, _add({plan.outputs: 2 * edges}, {plan.inputs: 2})),
+        cost_estimate=_cost(plan, 2, 2, 2 * edges),
         compiler_params=pieces.parameters(3),
     )(by_y, by_y, by_y, y, y, y, slope, constant, x, *norms, taps)  # fmt: skip
 
@@ -369,7 +356,7 @@ def _backward_kernel(plan: _Plan, normed: bool, *refs: Any) -> None:
             there = outer[pl.ds(start + 2 - i, plan.piece)].reshape(-1, plan.outputs)
             for j in range(3):
                 here = shifted[j, pl.ds(start, plan.piece)].reshape(-1, plan.inputs)
-                by_kernel[0, 3 * i + j] += dot(here, there, left=0)
+                by_kernel[0, i, j] += dot(here, there, left=0)
 
     lax.fori_loop(0, plan.rows // plan.piece, pull, None)
 
