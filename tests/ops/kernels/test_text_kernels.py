@@ -165,6 +165,17 @@ def test_what_the_kernels_cannot_do_is_left_to_the_compiler(monkeypatch):
     assert not made().has_kernels(shape)
 
 
+@pytest.mark.parametrize(
+    ("width", "attend", "expand"), [(512, 19, 21), (768, 30, 31)]
+)  # MiB with which a v5p's compiler was seen to do, and with one less not
+def test_the_room_that_is_asked_for_is_what_the_compiler_was_seen_to_want(width, attend, expand):
+    for seen, asked in [
+        (attend, causal.fast_memory(width)),
+        (expand, mlp.fast_memory((1, 16, causal.UNIT, width), 4 * width)),
+    ]:
+        assert seen <= asked / 2**20 <= 1.6 * seen
+
+
 def test_the_block_becomes_kernels_of_a_tpu():
     """Lowered without one, forward and backward; XLA's part is left out."""
     graph, state = make(text.TextBlock, jnp.bfloat16, width=128, heads=2)
