@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from detclipv2_jax.ops.kernels import pieces
-from detclipv2_jax.ops.kernels.pieces import LANES, dot
+from detclipv2_jax.ops.kernels.pieces import LANES, TILE, dot
 
 TAPS = 9
 _BLOCK = 128  # pixels of a step
@@ -46,9 +46,15 @@ class _Plan:
         return 1 if self.batch % 2 else 2
 
     @property
+    def tile(self) -> int:
+        """Columns that are taken at a time."""
+        tiles = -(-self.width // LANES)
+        return -(-self.width // (tiles * TILE)) * TILE
+
+    @property
     def columns(self) -> int:
         """The width padded to whole tiles."""
-        return -(-self.width // LANES) * LANES
+        return -(-self.width // self.tile) * self.tile
 
     @property
     def blocks(self) -> int:
@@ -111,7 +117,7 @@ def _reach(plan: _Plan, corners: Array) -> Int[Array, "B 1 R"]:
     padded = padded.reshape(plan.batch, plan.blocks, _BLOCK * TAPS, 2)
     low, high = jnp.min(padded, axis=2), jnp.max(padded, axis=2) + 1
     limits = jnp.asarray([plan.height - 1, plan.columns - 1])
-    low, high = (jnp.clip(bound, 0, limits) // jnp.asarray([1, LANES]) for bound in (low, high))
+    low, high = (jnp.clip(bound, 0, limits) // jnp.asarray([1, plan.tile]) for bound in (low, high))
     return jnp.concatenate([low, high], axis=-1).reshape(plan.batch, 1, -1)
 
 
@@ -146,7 +152,7 @@ def _cost(plan: _Plan, passes: int, maps: int) -> pl.CostEstimate:
     """Of `passes` products of samples and rows; `maps`: bytes of a channel of a pixel."""
     size, dense = pieces.size, TAPS * plan.channels * plan.outputs
     samples = plan.batch * plan.blocks * _BLOCK * TAPS
-    reached = _NEAR * min(plan.columns, 2 * LANES) * plan.channels
+    reached = _NEAR * min(plan.columns, 2 * plan.tile) * plan.channels
     moved = maps * size(1, plan.batch, plan.height, plan.columns, plan.channels)
     moved += passes * size(4, plan.batch, plan.pixels, 3 * TAPS)
     moved += size(2, plan.batch, plan.pixels, plan.outputs)
@@ -168,7 +174,7 @@ def _call_forward(plan: _Plan, x: Array, corners: Array, factors: Array, kernel:
         in_specs=[*_inputs(plan), pieces.whole(taps)],
         out_specs=_of_block(plan, plan.outputs),
         scratch_shapes=[
-            pltpu.VMEM((TAPS * _BLOCK, LANES), plan.dtype),
+            pltpu.VMEM((TAPS * _BLOCK, plan.tile), plan.dtype),
             pltpu.VMEM((TAPS * _BLOCK, plan.channels), jnp.float32),
         ],
         cost_estimate=_cost(plan, 1, item),
@@ -194,7 +200,7 @@ def _call_backward(
         in_specs=[*_inputs(plan), pieces.whole(taps), _of_block(plan, plan.outputs)],
         out_specs=[_whole_map(plan), _of_block(plan, 3 * TAPS), *specs],
         scratch_shapes=[
-            pltpu.VMEM((TAPS * _BLOCK, LANES), plan.dtype),
+            pltpu.VMEM((TAPS * _BLOCK, plan.tile), plan.dtype),
             pltpu.VMEM(samples, jnp.float32),
             pltpu.VMEM(samples, plan.dtype),
             pltpu.VMEM((3 * TAPS, _BLOCK, 1), jnp.float32),
@@ -212,9 +218,9 @@ def _forward_kernel(
 
     def visit(row: Any, tile: Any) -> None:
         for tap in range(TAPS):
-            point = _point(corners, factors, tap, row, tile)
+            point = _point(plan, corners, factors, tap, row, tile)
             weights[_rows(tap)] = point.weight.astype(plan.dtype)
-        samples[...] += dot(weights[...], x[0, row, _columns(tile)])
+        samples[...] += dot(weights[...], x[0, row, _columns(plan, tile)])
 
     _for_what_is_touched(reach, visit)
     total = jnp.zeros((_BLOCK, plan.outputs), jnp.float32)
@@ -246,16 +252,16 @@ def _backward_kernel(
         by_samples[_rows(tap)] = dot(slope, taps[tap], right=1).astype(plan.dtype)
 
     def visit(row: Any, tile: Any) -> None:
-        here = x[0, row, _columns(tile)]
+        here = x[0, row, _columns(plan, tile)]
         by_weights = dot(by_samples[...], here, right=1)
         for tap in range(TAPS):
-            point = _point(corners, factors, tap, row, tile)
+            point = _point(plan, corners, factors, tap, row, tile)
             weight = jnp.where(real, point.weight, 0.0)
             weights[_rows(tap)] = weight.astype(plan.dtype)
             for n, value in enumerate(point.pull(by_weights[_rows(tap)])):
                 sums[3 * tap + n] += value
         samples[...] += dot(weights[...], here)
-        by_x[0, row, _columns(tile)] += dot(weights[...], by_samples[...], left=0)
+        by_x[0, row, _columns(plan, tile)] += dot(weights[...], by_samples[...], left=0)
 
     _for_what_is_touched(reach, visit)
     column = lax.broadcasted_iota(jnp.int32, (1, 3 * TAPS), 1)
@@ -280,19 +286,19 @@ def _for_what_is_touched(reach: Any, visit: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Point:
-    """A tap of a block's pixels, beside one row and 128 columns of the map."""
+    """A tap of a block's pixels, beside one row and T columns of the map."""
 
     by_row: Float[Array, "N 1"]  # how much of the row is in the sample
-    by_column: Float[Array, "N 128"]
+    by_column: Float[Array, "N T"]
     row_slope: Float[Array, "N 1"]  # by how far below the corner the point lies
-    column_slope: Float[Array, "N 128"]
+    column_slope: Float[Array, "N T"]
     strength: Float[Array, "N 1"]  # of the sample
 
     @property
-    def weight(self) -> Float[Array, "N 128"]:
+    def weight(self) -> Float[Array, "N T"]:
         return self.strength * self.by_row * self.by_column
 
-    def pull(self, gradient: Float[Array, "N 128"]) -> tuple[Array, Array, Array]:
+    def pull(self, gradient: Float[Array, "N T"]) -> tuple[Array, Array, Array]:
         """From the gradient by the weights to that by the three factors."""
         along = jnp.sum(gradient * self.by_column, axis=1, keepdims=True)
         across = jnp.sum(gradient * self.column_slope, axis=1, keepdims=True)
@@ -304,11 +310,11 @@ class _Point:
         )
 
 
-def _point(corners: Any, factors: Any, tap: int, row: Any, tile: Any) -> _Point:
+def _point(plan: _Plan, corners: Any, factors: Any, tap: int, row: Any, tile: Any) -> _Point:
     lane = lambda refs, number: refs[0, :, number : number + 1]
     top, left = (lane(corners, 2 * tap + n) for n in range(2))
     down, right, strength = (lane(factors, 3 * tap + n) for n in range(3))
-    columns = tile * LANES + lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    columns = tile * plan.tile + lax.broadcasted_iota(jnp.int32, (1, plan.tile), 1)
     by_row, row_slope = _share(top, down, row)
     by_column, column_slope = _share(left, right, columns)
     return _Point(by_row, by_column, row_slope, column_slope, strength)
@@ -325,5 +331,5 @@ def _rows(tap: int) -> slice:
     return slice(tap * _BLOCK, (tap + 1) * _BLOCK)
 
 
-def _columns(tile: Any) -> Any:
-    return pl.ds(pl.multiple_of(tile * LANES, LANES), LANES)
+def _columns(plan: _Plan, tile: Any) -> Any:
+    return pl.ds(pl.multiple_of(tile * plan.tile, TILE), plan.tile)
