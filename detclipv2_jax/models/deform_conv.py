@@ -133,7 +133,7 @@ def _corners(
     size = np.repeat(np.asarray(canvas.sizes, np.float32), pixels, axis=0)[:, None]  # (K, 1, 2)
     start = np.repeat(np.asarray(canvas.corners, np.int32), pixels, axis=0)[:, None]
 
-    point = taps + offsets.astype(jnp.float32).reshape(len(offsets), -1, 9, 2)
+    point = taps + offsets.astype(jnp.float32).reshape(offsets.shape[0], -1, 9, 2)
     # A pixel outside its level nothing is left to sample: stopping there keeps every index valid.
     point = jnp.clip(point, -1.0, size)
     corner = jnp.clip(jnp.floor(point), -1.0, size - 1.0)

@@ -190,10 +190,10 @@ class TextTower(nnx.Module):
             tokens: [SOT] … [EOS] then pads, L <= context. [EOS] has the largest id of the
                 vocabulary: the feature is read where the row's largest id first stands.
         """
-        concepts, length = tokens.shape
+        length = tokens.shape[1]
         # Gathered in float32, so that the gradient of a token that occurs often sums in float32.
         x = self.token_embedding[...][tokens] + self.positional_embedding[...][:length]
-        x = self._run_blocks(x.astype(self.dtype))[:concepts]
+        x = self._run_blocks(x.astype(self.dtype))
         end = jnp.argmax(tokens, axis=1)
         # The norm is position by position: only the one that is read needs it.
         feature = self.ln_final(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])
@@ -201,13 +201,14 @@ class TextTower(nnx.Module):
         return jnp.matmul(feature, projection, preferred_element_type=jnp.float32)
 
     def _run_blocks(self, x):
-        remat = self.remat
-        if self.resblocks[0].has_kernels(x.shape):
-            remat = "none"  # they compute again what they need by themselves
-            # A whole number of units for each device.
-            multiple = place.devices() * (causal.UNIT // x.shape[1])
-            x = jnp.pad(x, ((0, -len(x) % multiple), (0, 0), (0, 0)))
-        run = block_of(TextBlock.__call__, remat)
-        return run_blocks(
-            lambda block, x, _: run(block, x), self.resblocks, x, None, loop=self.loop
-        )
+        run_all = lambda x, remat: run_blocks(
+            lambda block, x, _: block_of(TextBlock.__call__, remat)(block, x),
+            self.resblocks, x, None, loop=self.loop,
+        )  # fmt: skip
+        concepts, length, _ = x.shape
+        if not self.resblocks[0].has_kernels(x.shape):
+            return run_all(x, self.remat)
+        # A whole number of units for each device. They compute again what they need by themselves.
+        multiple = place.devices() * (causal.UNIT // length)
+        x = jnp.pad(x, ((0, -concepts % multiple), (0, 0), (0, 0)))
+        return run_all(x, "none")[:concepts]
