@@ -178,9 +178,9 @@ class ATSSHead(nnx.Module):
         if not self.fused:
             return False
         kernels = [conv.conv.kernel for conv in (*self.reg_convs, *self.cls_convs)]
-        widest = max(kernel.shape[2] for kernel in kernels), self.embed.kernel.shape[3]
-        outputs = max(kernels[0].shape[3], widest[1])
-        return place.room() >= canvas_conv.fast_memory((*shape[:3], widest[0]), outputs)
+        kernels.append(self.embed.kernel)
+        inputs, outputs = (max(kernel.shape[axis] for kernel in kernels) for axis in (2, 3))
+        return place.room() >= canvas_conv.fast_memory((*shape[:3], inputs), outputs)
 
     def _branch(self, convs, outputs, x, canvas):
         """The convolutions one after another, then all of `outputs`."""
