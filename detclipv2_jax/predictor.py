@@ -392,11 +392,9 @@ class Predictor:
 
     def _on_its_devices(self) -> contextlib.AbstractContextManager:
         """Tells a TPU's kernels which devices share the images, or the names."""
-        return (
-            contextlib.nullcontext()
-            if self._sharding is None
-            else jax.set_mesh(self._sharding.mesh)
-        )
+        if self._sharding is None:
+            return contextlib.nullcontext()
+        return jax.set_mesh(self._sharding.mesh)
 
     def _laid_out(self, array: np.ndarray) -> Array:
         if self._sharding is None:

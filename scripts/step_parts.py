@@ -319,17 +319,10 @@ def _encoders(model: DetCLIPConfig, batch: Batch, bytes_of: Least) -> dict[str, 
 
     # Without the deformable convolution; the convolution after it then reads the neck's map.
     plain = dataclasses.replace(model.head, deformable=False)
-    dtype, remat = levels[0].dtype, model.remat
+    dtype = levels[0].dtype
+    options = {"dtype": dtype, "remat": model.remat, "kernels": model.kernels}
     head, atss = _module(
-        lambda: ATSSHead(
-            model.neck_channels,
-            len(levels),
-            plain,
-            dtype=dtype,
-            remat=remat,
-            kernels=model.kernels,
-            rngs=Draws(),
-        )  # fmt: skip
+        lambda: ATSSHead(model.neck_channels, len(levels), plain, **options, rngs=Draws())
     )
 
     def run_head(learned, _):
