@@ -92,10 +92,10 @@ class DeformConv(nnx.Module):
         self, x: Float[Array, "B H W C"], where: Float[Array, "B H W 27"], canvas: Canvas
     ) -> Float[Array, "B H W D"]:
         """Convolve the canvas `x`, level by level, where `offset` of the other branch says."""
-        if self.has_kernels(x.shape):
-            return self._by(deform_conv_by_kernel, x, where, canvas)  # keeps nothing of its inside
-        levels = functools.partial(deform_conv_levels, by_tap=self.remat != "none")
-        run = block_of(lambda module, *arrays: module._by(levels, *arrays, canvas), self.remat)
+        if self.has_kernels(x.shape):  # keeps nothing of its inside
+            offsets, mask = self._points(where)
+            return deform_conv_by_kernel(x, canvas, offsets, mask, self.kernel[...])
+        run = block_of(lambda module, *arrays: module._by_levels(*arrays, canvas), self.remat)
         return run(self, x, where)
 
     def has_kernels(self, shape: tuple[int, ...]) -> bool:
@@ -103,10 +103,16 @@ class DeformConv(nnx.Module):
         wanted = deform.fast_memory(shape, self.kernel.shape[3])
         return self.fused and place.room() >= wanted
 
-    def _by(self, convolve, x, where, canvas):
-        outputs = canvas.flatten(where).astype(jnp.float32)
-        offsets, mask = outputs[..., :18], jax.nn.sigmoid(outputs[..., 18:])
-        return canvas.unflatten(convolve(x, canvas, offsets, mask, self.kernel[...]))
+    def _points(self, where):
+        """Offsets and weights of the taps."""
+        where = where.astype(jnp.float32)
+        return where[..., :18], jax.nn.sigmoid(where[..., 18:])
+
+    def _by_levels(self, x, where, canvas):
+        offsets, mask = self._points(canvas.flatten(where))
+        by_tap = self.remat != "none"
+        out = deform_conv_levels(x, canvas, offsets, mask, self.kernel[...], by_tap=by_tap)
+        return canvas.unflatten(out)
 
 
 class ATSSHead(nnx.Module):

@@ -81,18 +81,28 @@ def deform_conv_levels(
 def deform_conv_by_kernel(
     x: Float[Array, "B H W C"],
     canvas: Canvas,
-    offsets: Float[Array, "B K 18"],
-    mask: Float[Array, "B K 9"],
+    offsets: Float[Array, "B H W 18"],
+    mask: Float[Array, "B H W 9"],
     kernel: Float[Array, "3 3 C O"],
-) -> Float[Array, "B K O"]:
-    """`deform_conv_levels` by a TPU's kernel, which keeps its inputs for the backward pass."""
-    batch, pixels, _ = mask.shape
-    corner, beyond = _corners(offsets, canvas)
-    factors = jnp.concatenate([beyond, mask.astype(jnp.float32)[..., None]], axis=-1)
-    images = x, corner.reshape(batch, pixels, 18), factors.reshape(batch, pixels, 27)
+) -> Float[Array, "B H W O"]:
+    """`deform_conv_levels` of a whole canvas by a TPU's kernel, which keeps but its inputs.
+
+    Zeros in the gaps, whose offsets and mask do not count, whatever they are.
+    """
+    batch = x.shape[0]
+    outputs = jnp.concatenate([offsets, mask], axis=-1).astype(jnp.float32)
+    pixel, size, start = jnp.split(deform.in_blocks(jnp.asarray(_grid(canvas)[None])), 3, axis=2)
+    real = size[:, :, :1] > 0
+    blocks = jnp.where(real, deform.in_blocks(outputs), 0.0)  # (B, blocks, 27, 128)
+    offsets = blocks[:, :, :18].reshape(*blocks.shape[:2], 9, 2, -1)
+    point = pixel[:, :, None] + TAPS.astype(np.float32)[..., None] + offsets
+    corner, beyond = _corner(point, size[:, :, None])
+    corner = jnp.where(real[:, :, None], corner + start[:, :, None], -2.0).astype(jnp.int32)
+    factors = jnp.concatenate([beyond, blocks[:, :, 18:, None]], axis=3)
+    by_sample = lambda x: jnp.swapaxes(x, 2, 3).reshape(batch, x.shape[1], x.shape[3], -1)
     kernel = kernel.reshape(9, x.shape[-1], -1)
     convolve = lambda images, kernel: deform.deform_conv(*images, kernel)
-    return place.on_each_device(convolve, images, kernel)
+    return place.on_each_device(convolve, (x, by_sample(corner), by_sample(factors)), kernel)
 
 
 def pack_neighbours(x: Float[Array, "B H W C"]) -> Float[Array, "B Q C4"]:
@@ -127,15 +137,32 @@ def _corners(
 
     Coordinates are float32 whatever the activations are: bfloat16 has no odd pixels past 256.
     """
-    grids = [np.moveaxis(np.indices(size), 0, -1).reshape(-1, 1, 2) for size in canvas.sizes]
-    taps = np.concatenate(grids).astype(np.float32) + TAPS.astype(np.float32)  # (K, 9, 2)
-    pixels = [height * width for height, width in canvas.sizes]
-    size = np.repeat(np.asarray(canvas.sizes, np.float32), pixels, axis=0)[:, None]  # (K, 1, 2)
-    start = np.repeat(np.asarray(canvas.corners, np.int32), pixels, axis=0)[:, None]
+    levels = [level.reshape(-1, 1, 6) for level in canvas.cut(_grid(canvas)[None])]
+    pixel, size, start = np.split(np.concatenate(levels), 3, axis=-1)  # (K, 1, 2)
+    offsets = offsets.astype(jnp.float32).reshape(*offsets.shape[:2], 9, 2)
+    corner, beyond = _corner(pixel + TAPS.astype(np.float32) + offsets, size)
+    return (corner + start).astype(jnp.int32), beyond
 
-    point = taps + offsets.astype(jnp.float32).reshape(offsets.shape[0], -1, 9, 2)
+
+def _grid(canvas: Canvas) -> Float[np.ndarray, "H W 6"]:
+    """(row, column) of each pixel of the canvas in its level, that level's size and its place.
+
+    In the gaps zeros.
+    """
+    grid = np.zeros((1, *canvas.shape, 6), np.float32)
+    for level, start in zip(canvas.cut(grid), canvas.corners):
+        size = level.shape[1:3]
+        level[0, ..., :2] = np.moveaxis(np.indices(size), 0, -1)
+        level[0, ..., 2:] = (*size, *start)
+    return grid[0]
+
+
+def _corner(
+    point: Float[Array, "*P"], size: Float[Array, "*P"]
+) -> tuple[Float[Array, "*P"], Float[Array, "*P"]]:
+    """A point's upper left neighbour on its level, and how far beyond that it lies, 0 to 1."""
     # A pixel outside its level nothing is left to sample: stopping there keeps every index valid.
     point = jnp.clip(point, -1.0, size)
     corner = jnp.clip(jnp.floor(point), -1.0, size - 1.0)
     # The rest is 1 only at the far border, where the sample is zero.
-    return corner.astype(jnp.int32) + start, point - corner
+    return corner, point - corner

@@ -1,12 +1,15 @@
 """Modulated deformable 3×3 convolution as a TPU kernel that gathers by matrix products.
 
 A gather in slow memory moves four neighbours for each of nine taps: 36 times the map, and back as
-a scatter. Here an image's map stays in fast memory. Pixels are taken 128 at a time with their nine
-taps; for each row of the map that these touch, a matrix with the bilinear weights of every sample
-multiplies the row's pixels. Transposed, the same matrix brings the gradient back.
+a scatter. Here an image's map stays in fast memory. Pixels are taken in blocks of 8×16 with their
+nine taps; for each window of 8×32 of the map that these touch, a matrix with the bilinear weights
+of all samples multiplies the window's pixels. Transposed, it brings the gradient back.
 
-So the arithmetic grows with how many rows a block of samples touches: six or so while offsets are
-within a pixel or two, the whole map if they are wild. The result is the same.
+So the arithmetic grows with how many windows a block's samples touch: two, one below the other,
+while offsets are within two pixels, the whole map if they are wild. The result is the same.
+
+Samples lie along the lanes: a matrix of weights is one product of what each sample has of a row
+and of a column, and no product but that of the window has to turn anything round.
 """
 
 import dataclasses
@@ -21,11 +24,15 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from detclipv2_jax.ops.kernels import pieces
-from detclipv2_jax.ops.kernels.pieces import LANES, TILE, dot
+from detclipv2_jax.ops.kernels.pieces import TILE, dot
 
 TAPS = 9
-_BLOCK = 128  # pixels of a step
-_NEAR = 7  # rows that a block is taken to touch in what the compiler is told of the arithmetic
+_BLOCK = (8, 16)  # rows and columns of pixels of a step
+_PIXELS = _BLOCK[0] * _BLOCK[1]
+_SAMPLES = TAPS * _PIXELS
+_WINDOW = (8, 32)  # rows and columns of the map that are taken at a time
+_LEFT = 8  # columns of zeros before the map: a block's samples are in the middle of a window
+_NEAR = 2  # windows that a block is taken to touch in what the compiler is told of the arithmetic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +42,6 @@ class _Plan:
     batch: int
     height: int
     width: int
-    pixels: int  # that are asked for
     channels: int
     outputs: int
     dtype: Any
@@ -46,50 +52,69 @@ class _Plan:
         return 1 if self.batch % 2 else 2
 
     @property
-    def tile(self) -> int:
-        """Columns that are taken at a time."""
-        tiles = -(-self.width // LANES)
-        return -(-self.width // (tiles * TILE)) * TILE
+    def rows(self) -> int:
+        """Of the map in fast memory: a window or more."""
+        return max(self.height, _WINDOW[0])
 
     @property
     def columns(self) -> int:
-        """The width padded to whole tiles."""
-        return -(-self.width // self.tile) * self.tile
+        """Of the map in fast memory, in whole tiles: a window or more."""
+        return max(-(-(_LEFT + self.width) // TILE) * TILE, _WINDOW[1])
 
     @property
-    def blocks(self) -> int:
-        """Of an image; the last may go beyond its pixels."""
-        return -(-self.pixels // _BLOCK)
+    def blocks(self) -> tuple[int, int]:
+        """From top to bottom and from left to right; the last may go beyond the map."""
+        return blocks(self.height, self.width)
 
 
 def fast_memory(shape: tuple[int, ...], outputs: int) -> int:
     """Bytes that the backward pass of a bfloat16 map wants of fast memory, about."""
     batch, height, width, channels = shape
-    plan, size = _Plan(batch, height, width, 0, channels, outputs, jnp.bfloat16), pieces.size
-    maps = size(2, height, plan.columns, channels) + size(4, height, plan.columns, channels)
+    plan, size = _Plan(batch, height, width, channels, outputs, jnp.bfloat16), pieces.size
+    window = _WINDOW[0] * _WINDOW[1]
+    maps = size(6, plan.rows, plan.columns, channels)
     dense = size(2, 2, TAPS, channels, outputs) + size(4, TAPS, channels, outputs)
-    samples = size(4, 3, TAPS, _BLOCK, channels) + size(4, 4, TAPS, _BLOCK, LANES)
-    return maps + dense + samples + size(4, 3 * TAPS + 8, _BLOCK, LANES)
+    samples = size(4, channels, _SAMPLES) + size(2, channels, _SAMPLES)
+    weights = size(4, window, _SAMPLES) + size(2, window, _SAMPLES)
+    blocks = size(4, 4, 8, _SAMPLES) + size(2, 4, _PIXELS, outputs)
+    return maps + dense + samples + weights + blocks
+
+
+def blocks(height: int, width: int) -> tuple[int, int]:
+    """In how many blocks of pixels a map is cut."""
+    return -(-height // _BLOCK[0]), -(-width // _BLOCK[1])
+
+
+def in_blocks(x: Float[Array, "B H W C"]) -> Float[Array, "B T C 128"]:
+    """The pixels of each of T blocks, row by row, along the lanes; beyond the map zeros."""
+    batch, height, width, channels = x.shape
+    down, across = blocks(height, width)
+    behind = (0, down * _BLOCK[0] - height), (0, across * _BLOCK[1] - width)
+    x = jnp.pad(x, ((0, 0), *behind, (0, 0)))
+    x = x.reshape(batch, down, _BLOCK[0], across, _BLOCK[1], channels)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, down * across, channels, _PIXELS)
 
 
 def deform_conv(
     x: Float[Array, "B H W C"],
-    corners: Int[Array, "B K 18"],
-    factors: Float[Array, "B K 27"],
+    corners: Int[Array, "B T 2 S"],
+    factors: Float[Array, "B T 3 S"],
     kernel: Float[Array, "9 C O"],
-) -> Float[Array, "B K O"]:
-    """Project nine bilinear samples of each of K pixels.
+) -> Float[Array, "B H W O"]:
+    """Project nine bilinear samples of every pixel.
+
+    The S samples of a block are the first tap of its 128 pixels, then the second, and so on.
 
     Args:
       x: the map that is sampled; zero outside its borders.
-      corners: (row, column) of the upper left neighbour of each tap's point, -1 and more.
-      factors: of each tap, how far below and how far to the right of it the point lies, 0 to 1, and
-        the sample's weight.
+      corners: row and column of the upper left neighbour of each sample, -1 and more. Below -1
+        there is no sample; its weight must be 0.
+      factors: how far below and how far to the right of it the sample lies, 0 to 1, and its weight.
       kernel: float32; products take x's dtype, its gradient sums in float32.
     """
-    batch, height, width, channels = x.shape
-    plan = _Plan(batch, height, width, corners.shape[1], channels, kernel.shape[-1], x.dtype)
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, plan.columns - width), (0, 0)))
+    plan = _Plan(*x.shape, kernel.shape[-1], x.dtype)
+    behind = plan.rows - plan.height, plan.columns - _LEFT - plan.width
+    x = jnp.pad(x, ((0, 0), (0, behind[0]), (_LEFT, behind[1]), (0, 0)))
     return _convolve(plan, x, corners, factors, kernel)
 
 
@@ -111,74 +136,93 @@ _convolve.defvjp(_keep, _pull)
 
 
 def _reach(plan: _Plan, corners: Array) -> Int[Array, "B 1 R"]:
-    """First and last row and tile of columns of the map that each block touches, block by block."""
-    behind = (0, plan.blocks * _BLOCK - plan.pixels)
-    padded = jnp.pad(corners, ((0, 0), behind, (0, 0)), mode="edge")
-    padded = padded.reshape(plan.batch, plan.blocks, _BLOCK * TAPS, 2)
-    low, high = jnp.min(padded, axis=2), jnp.max(padded, axis=2) + 1
-    limits = jnp.asarray([plan.height - 1, plan.columns - 1])
-    low, high = (jnp.clip(bound, 0, limits) // jnp.asarray([1, plan.tile]) for bound in (low, high))
-    return jnp.concatenate([low, high], axis=-1).reshape(plan.batch, 1, -1)
+    """Which windows each block touches, block by block: top, left, how many down and across.
+
+    On the map as it is in fast memory, where windows start at a tile.
+    """
+    real = corners[:, :, :1] >= -1
+    limits = jnp.asarray([plan.height, plan.width])
+    low = jnp.min(jnp.where(real, corners, limits[:, None]), axis=-1)
+    high = jnp.max(jnp.where(real, corners, -2), axis=-1) + 1
+    # Of a block without samples the last row is above the first.
+    low, high = jnp.maximum(low, 0), jnp.minimum(high, limits - 1)
+    shift, tile = jnp.asarray([0, _LEFT]), jnp.asarray([1, TILE])
+    start = (low + shift) // tile * tile
+    count = (high + shift - start) // jnp.asarray(_WINDOW) + 1
+    return jnp.concatenate([start, count], axis=-1).reshape(plan.batch, 1, -1)
 
 
 def _of_image(plan: _Plan, *shape: int, **options: Any) -> pl.BlockSpec:
     images = plan.batch // plan.cores
-    index = lambda core, image, _: (core * images + image, *(0 for _ in shape))
+    index = lambda core, image, *_: (core * images + image, *(0 for _ in shape))
     return pl.BlockSpec((1, *shape), index, **options)
 
 
-def _of_block(plan: _Plan, width: int) -> pl.BlockSpec:
+def _of_block(plan: _Plan, numbers: int) -> pl.BlockSpec:
     images = plan.batch // plan.cores
-    index = lambda core, image, block: (core * images + image, block, 0)
-    return pl.BlockSpec((1, _BLOCK, width), index)
+    index = lambda core, image, row, column: (
+        core * images + image, row * plan.blocks[1] + column, 0, 0,
+    )  # fmt: skip
+    return pl.BlockSpec((1, 1, numbers, _SAMPLES), index)
+
+
+def _pixels(plan: _Plan) -> pl.BlockSpec:
+    images = plan.batch // plan.cores
+    index = lambda core, image, row, column: (core * images + image, row, column, 0)
+    return pl.BlockSpec((1, *_BLOCK, plan.outputs), index)
 
 
 def _whole_map(plan: _Plan) -> pl.BlockSpec:
     # One buffer: it is needed for long, and the next one is there in no time.
-    shape = (plan.height, plan.columns, plan.channels)
+    shape = (plan.rows, plan.columns, plan.channels)
     return _of_image(plan, *shape, pipeline_mode=pl.Buffered(1))
 
 
 def _inputs(plan: _Plan) -> list[pl.BlockSpec]:
     return [
-        _of_image(plan, 1, 4 * plan.blocks, memory_space=pltpu.SMEM),
-        _of_block(plan, 2 * TAPS),
-        _of_block(plan, 3 * TAPS),
+        _of_image(plan, 1, 4 * plan.blocks[0] * plan.blocks[1], memory_space=pltpu.SMEM),
+        _of_block(plan, 2),
+        _of_block(plan, 3),
         _whole_map(plan),
     ]
 
 
+def _grid(plan: _Plan) -> tuple[int, ...]:
+    return (plan.cores, plan.batch // plan.cores, *plan.blocks)
+
+
 def _cost(plan: _Plan, passes: int, maps: int) -> pl.CostEstimate:
-    """Of `passes` products of samples and rows; `maps`: bytes of a channel of a pixel."""
+    """Of `passes` products of samples and windows; `maps`: bytes of a channel of a pixel."""
     size, dense = pieces.size, TAPS * plan.channels * plan.outputs
-    samples = plan.batch * plan.blocks * _BLOCK * TAPS
-    reached = _NEAR * min(plan.columns, 2 * plan.tile) * plan.channels
-    moved = maps * size(1, plan.batch, plan.height, plan.columns, plan.channels)
-    moved += passes * size(4, plan.batch, plan.pixels, 3 * TAPS)
-    moved += size(2, plan.batch, plan.pixels, plan.outputs)
+    blocks = plan.batch * plan.blocks[0] * plan.blocks[1]
+    reached = _NEAR * _WINDOW[0] * _WINDOW[1] * plan.channels
+    moved = maps * size(1, plan.batch, plan.rows, plan.columns, plan.channels)
+    moved += (1 + passes // 2) * size(4, blocks, 8, _SAMPLES)
+    moved += size(2, plan.batch, plan.height, plan.width, plan.outputs)
     sums = 4 * plan.cores * dense if passes > 1 else 0
     return pl.CostEstimate(
-        flops=2 * passes * samples * (reached + plan.channels * plan.outputs),
+        flops=2 * passes * blocks * _SAMPLES * (reached + plan.channels * plan.outputs),
         bytes_accessed=moved + 2 * dense + sums,
         transcendentals=0,
     )
 
 
 def _call_forward(plan: _Plan, x: Array, corners: Array, factors: Array, kernel: Array) -> Array:
-    taps, item = kernel.astype(plan.dtype), jnp.dtype(plan.dtype).itemsize
+    taps, item = kernel.swapaxes(1, 2).astype(plan.dtype), jnp.dtype(plan.dtype).itemsize
+    shape = (plan.batch, plan.height, plan.width, plan.outputs)
     return pl.pallas_call(
         functools.partial(_forward_kernel, plan),
         name="deform_conv_forward",
-        grid=(plan.cores, plan.batch // plan.cores, plan.blocks),
-        out_shape=jax.ShapeDtypeStruct((plan.batch, plan.pixels, plan.outputs), plan.dtype),
+        grid=_grid(plan),
+        out_shape=jax.ShapeDtypeStruct(shape, plan.dtype),
         in_specs=[*_inputs(plan), pieces.whole(taps)],
-        out_specs=_of_block(plan, plan.outputs),
+        out_specs=_pixels(plan),
         scratch_shapes=[
-            pltpu.VMEM((TAPS * _BLOCK, plan.tile), plan.dtype),
-            pltpu.VMEM((TAPS * _BLOCK, plan.channels), jnp.float32),
+            pltpu.VMEM((_WINDOW[0] * _WINDOW[1], _SAMPLES), plan.dtype),
+            pltpu.VMEM((plan.channels, _SAMPLES), jnp.float32),
         ],
         cost_estimate=_cost(plan, 1, item),
-        compiler_params=pieces.parameters(3),
+        compiler_params=pieces.parameters(4),
     )(_reach(plan, corners), corners, factors, x, taps)
 
 
@@ -187,26 +231,25 @@ def _call_backward(
 ) -> list[Array]:
     taps, item = kernel.astype(plan.dtype), jnp.dtype(plan.dtype).itemsize
     shapes, specs = pieces.sums(plan.cores, kernel)
-    samples = (TAPS * _BLOCK, plan.channels)
+    samples = (plan.channels, _SAMPLES)
     return pl.pallas_call(
         functools.partial(_backward_kernel, plan),
         name="deform_conv_backward",
-        grid=(plan.cores, plan.batch // plan.cores, plan.blocks),
+        grid=_grid(plan),
         out_shape=[
             jax.ShapeDtypeStruct(x.shape, jnp.float32),
             jax.ShapeDtypeStruct(factors.shape, jnp.float32),
             *shapes,
         ],
-        in_specs=[*_inputs(plan), pieces.whole(taps), _of_block(plan, plan.outputs)],
-        out_specs=[_whole_map(plan), _of_block(plan, 3 * TAPS), *specs],
+        in_specs=[*_inputs(plan), pieces.whole(taps), _pixels(plan)],
+        out_specs=[_whole_map(plan), _of_block(plan, 3), *specs],
         scratch_shapes=[
-            pltpu.VMEM((TAPS * _BLOCK, plan.tile), plan.dtype),
+            pltpu.VMEM((_WINDOW[0] * _WINDOW[1], _SAMPLES), plan.dtype),
             pltpu.VMEM(samples, jnp.float32),
             pltpu.VMEM(samples, plan.dtype),
-            pltpu.VMEM((3 * TAPS, _BLOCK, 1), jnp.float32),
         ],
         cost_estimate=_cost(plan, 3, item + 4),
-        compiler_params=pieces.parameters(3),
+        compiler_params=pieces.parameters(4),
     )(_reach(plan, corners), corners, factors, x, taps, gradient)
 
 
@@ -216,120 +259,149 @@ def _forward_kernel(
 ) -> None:  # fmt: skip
     samples[...] = jnp.zeros_like(samples)
 
-    def visit(row: Any, tile: Any) -> None:
-        for tap in range(TAPS):
-            point = _point(plan, corners, factors, tap, row, tile)
-            weights[_rows(tap)] = point.weight.astype(plan.dtype)
-        samples[...] += dot(weights[...], x[0, row, _columns(plan, tile)])
+    def visit(window: _Window) -> None:
+        _weigh(window, corners, factors, weights)
+        samples[...] += dot(window.of(x), weights[...], left=0)
 
-    _for_what_is_touched(reach, visit)
-    total = jnp.zeros((_BLOCK, plan.outputs), jnp.float32)
+    _for_each_window(plan, reach, visit)
+    total = jnp.zeros((plan.outputs, _PIXELS), jnp.float32)
     for tap in range(TAPS):
-        total += dot(samples[_rows(tap)].astype(plan.dtype), taps[tap])
-    out[0] = total.astype(plan.dtype)
+        total += dot(taps[tap], samples[:, _lanes(tap)].astype(plan.dtype))
+    out[0] = total.T.astype(plan.dtype).reshape(*_BLOCK, plan.outputs)
 
 
 def _backward_kernel(
     plan: _Plan, reach: Any, corners: Any, factors: Any, x: Any, taps: Any, gradient: Any,
     by_x: Any, by_factors: Any, by_kernel: Any,
-    weights: Any, samples: Any, by_samples: Any, sums: Any,
+    weights: Any, samples: Any, by_samples: Any,
 ) -> None:  # fmt: skip
-    image, block = pl.program_id(1), pl.program_id(2)
+    first_block = (pl.program_id(2) == 0) & (pl.program_id(3) == 0)
 
-    @pl.when(block == 0)
+    @pl.when(first_block)
     def _():
         pieces.clear([by_x])
 
-    @pl.when((image == 0) & (block == 0))
+    @pl.when(first_block & (pl.program_id(1) == 0))
     def _():
         pieces.clear([by_kernel])
 
-    pieces.clear([samples, sums])
-    pixel = block * _BLOCK + lax.broadcasted_iota(jnp.int32, (_BLOCK, 1), 0)
-    real = pixel < plan.pixels
-    slope = jnp.where(real, gradient[0], jnp.zeros_like(gradient[0]))
+    pieces.clear([samples, by_factors])
+    slope = _on_the_map(plan, gradient[0].reshape(_PIXELS, plan.outputs))
     for tap in range(TAPS):
-        by_samples[_rows(tap)] = dot(slope, taps[tap], right=1).astype(plan.dtype)
+        by_samples[:, _lanes(tap)] = dot(taps[tap], slope, right=1).astype(plan.dtype)
 
-    def visit(row: Any, tile: Any) -> None:
-        here = x[0, row, _columns(plan, tile)]
-        by_weights = dot(by_samples[...], here, right=1)
-        for tap in range(TAPS):
-            point = _point(plan, corners, factors, tap, row, tile)
-            weight = jnp.where(real, point.weight, 0.0)
-            weights[_rows(tap)] = weight.astype(plan.dtype)
-            for n, value in enumerate(point.pull(by_weights[_rows(tap)])):
-                sums[3 * tap + n] += value
-        samples[...] += dot(weights[...], here)
-        by_x[0, row, _columns(plan, tile)] += dot(weights[...], by_samples[...], left=0)
+    def visit(window: _Window) -> None:
+        here = window.of(x)
+        by_weights = dot(here, by_samples[...])
+        shares = _weigh(window, corners, factors, weights)
+        by_factors[0, 0] += _pull_factors(shares, factors, by_weights)
+        samples[...] += dot(here, weights[...], left=0)
+        window.add(by_x, dot(weights[...], by_samples[...], right=1))
 
-    _for_what_is_touched(reach, visit)
-    column = lax.broadcasted_iota(jnp.int32, (1, 3 * TAPS), 1)
-    by_all = jnp.zeros((_BLOCK, 3 * TAPS), jnp.float32)
+    _for_each_window(plan, reach, visit)
     for tap in range(TAPS):
-        by_kernel[0, tap] += dot(samples[_rows(tap)].astype(plan.dtype), slope, left=0)
-        for n in range(3 * tap, 3 * tap + 3):
-            by_all = jnp.where(column == n, sums[n], by_all)
-    by_factors[0] = by_all
+        by_kernel[0, tap] += dot(samples[:, _lanes(tap)].astype(plan.dtype), slope)
 
 
-def _for_what_is_touched(reach: Any, visit: Any) -> None:
-    """`visit` each row and tile of columns that the step's block touches."""
-    first = 4 * pl.program_id(2)
-    top, left, bottom, right = (reach[0, 0, first + n] for n in range(4))
-
-    def row(number: Any, _: None) -> None:
-        lax.fori_loop(left, right + 1, lambda tile, _: visit(number, tile), None)
-
-    lax.fori_loop(top, bottom + 1, row, None)
+def _on_the_map(plan: _Plan, pixels: Array) -> Array:
+    """A block's pixels, zeros instead of those beyond the map."""
+    number = lax.broadcasted_iota(jnp.int32, (_PIXELS, 1), 0)
+    row = pl.program_id(2) * _BLOCK[0] + lax.div(number, _BLOCK[1])
+    column = pl.program_id(3) * _BLOCK[1] + lax.rem(number, _BLOCK[1])
+    return jnp.where((row < plan.height) & (column < plan.width), pixels, jnp.zeros_like(pixels))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Point:
-    """A tap of a block's pixels, beside one row and T columns of the map."""
+class _Window:
+    """Where a window lies on the map in fast memory, and what of it was not in one before."""
 
-    by_row: Float[Array, "N 1"]  # how much of the row is in the sample
-    by_column: Float[Array, "N T"]
-    row_slope: Float[Array, "N 1"]  # by how far below the corner the point lies
-    column_slope: Float[Array, "N T"]
-    strength: Float[Array, "N 1"]  # of the sample
+    row: Any
+    column: Any
+    first_row: Any
+    first_column: Any
 
     @property
-    def weight(self) -> Float[Array, "N T"]:
-        return self.strength * self.by_row * self.by_column
+    def _place(self) -> tuple[Any, ...]:
+        column = pl.multiple_of(self.column, TILE)
+        return 0, pl.ds(self.row, _WINDOW[0]), pl.ds(column, _WINDOW[1])
 
-    def pull(self, gradient: Float[Array, "N T"]) -> tuple[Array, Array, Array]:
-        """From the gradient by the weights to that by the three factors."""
-        along = jnp.sum(gradient * self.by_column, axis=1, keepdims=True)
-        across = jnp.sum(gradient * self.column_slope, axis=1, keepdims=True)
-        strength = self.strength
-        return (
-            strength * self.row_slope * along,
-            strength * self.by_row * across,
-            self.by_row * along,
-        )
+    def of(self, ref: Any) -> Float[Array, "256 C"]:
+        """Its pixels, row by row."""
+        return ref[self._place].reshape(_WINDOW[0] * _WINDOW[1], -1)
+
+    def add(self, ref: Any, pixels: Float[Array, "256 C"]) -> None:
+        """Add to its pixels."""
+        ref[self._place] += pixels.reshape(*_WINDOW, -1)
 
 
-def _point(plan: _Plan, corners: Any, factors: Any, tap: int, row: Any, tile: Any) -> _Point:
-    lane = lambda refs, number: refs[0, :, number : number + 1]
-    top, left = (lane(corners, 2 * tap + n) for n in range(2))
-    down, right, strength = (lane(factors, 3 * tap + n) for n in range(3))
-    columns = tile * plan.tile + lax.broadcasted_iota(jnp.int32, (1, plan.tile), 1)
-    by_row, row_slope = _share(top, down, row)
-    by_column, column_slope = _share(left, right, columns)
-    return _Point(by_row, by_column, row_slope, column_slope, strength)
+def _for_each_window(plan: _Plan, reach: Any, visit: Any) -> None:
+    """`visit` the windows that the step's block touches; none goes beyond the map."""
+    first = 4 * (pl.program_id(2) * plan.blocks[1] + pl.program_id(3))
+    top, left, down, across = (reach[0, 0, first + n] for n in range(4))
+
+    def row(i: Any, _: None) -> None:
+        def column(j: Any, _: None) -> None:
+            start = top + i * _WINDOW[0], left + j * _WINDOW[1]
+            last = plan.rows - _WINDOW[0], plan.columns - _WINDOW[1]
+            visit(_Window(*map(jnp.minimum, start, last), *start))
+
+        lax.fori_loop(0, across, column, None)
+
+    lax.fori_loop(0, down, row, None)
 
 
-def _share(corner: Array, beyond: Array, place: Any) -> tuple[Array, Array]:
-    """What a row or column has of a point so far beyond its corner, and the derivative by that."""
-    near, far = corner == place, corner == place - 1
+@dataclasses.dataclass(frozen=True)
+class _Shares:
+    """What each of S samples has of a window's rows and columns, and the derivatives."""
+
+    of_row: Float[Array, "8 S"]
+    of_column: Float[Array, "32 S"]
+    row_slope: Float[Array, "8 S"]  # by how far below its corner the sample lies
+    column_slope: Float[Array, "32 S"]
+
+
+def _weigh(window: _Window, corners: Any, factors: Any, weights: Any) -> _Shares:
+    """Write what each sample has of each of the window's pixels."""
+    rows, columns = _WINDOW
+    top, left = (corners[0, 0, n : n + 1] for n in range(2))
+    down, right, strength = (factors[0, 0, n : n + 1] for n in range(3))
+    of_row, row_slope = _share(top, down, window.row, window.first_row, rows)
+    left = left + _LEFT
+    of_column, column_slope = _share(left, right, window.column, window.first_column, columns)
+    strong = strength * of_column
+    for r in range(rows):
+        here = slice(r * columns, (r + 1) * columns)
+        weights[here] = (of_row[r : r + 1] * strong).astype(weights.dtype)
+    return _Shares(of_row, of_column, row_slope, column_slope)
+
+
+def _share(corner: Array, beyond: Array, start: Any, first: Any, count: int) -> tuple[Array, Array]:
+    """What so many rows or columns have of a sample, and the derivative by `beyond`."""
+    place = start + lax.broadcasted_iota(jnp.int32, (count, 1), 0)
+    near = (corner == place) & (place >= first)
+    far = (corner == place - 1) & (place >= first)
     share = jnp.where(near, 1.0 - beyond, jnp.where(far, beyond, 0.0))
     return share, jnp.where(near, -1.0, jnp.where(far, 1.0, 0.0))
 
 
-def _rows(tap: int) -> slice:
-    return slice(tap * _BLOCK, (tap + 1) * _BLOCK)
+def _pull_factors(
+    shares: _Shares, factors: Any, by_weights: Float[Array, "256 S"]
+) -> Float[Array, "3 S"]:
+    """From the gradient by the weights to that by the three factors."""
+    rows, columns = _WINDOW
+    strength = factors[0, 0, 2:3]
+    across = jnp.zeros_like(shares.of_column)
+    by_row = []
+    for r in range(rows):
+        here = by_weights[r * columns : (r + 1) * columns]
+        across += shares.of_row[r : r + 1] * here
+        by_row.append(jnp.sum(shares.of_column * here, axis=0, keepdims=True))
+    along = jnp.concatenate(by_row, axis=0)
+    total = lambda x: jnp.sum(x, axis=0, keepdims=True)
+    down = strength * total(shares.row_slope * along)
+    right = strength * total(shares.column_slope * across)
+    return jnp.concatenate([down, right, total(shares.of_row * along)], axis=0)
 
 
-def _columns(plan: _Plan, tile: Any) -> Any:
-    return pl.ds(pl.multiple_of(tile * plan.tile, TILE), plan.tile)
+def _lanes(tap: int) -> slice:
+    return slice(tap * _PIXELS, (tap + 1) * _PIXELS)
