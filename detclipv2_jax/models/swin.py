@@ -19,7 +19,7 @@ from detclipv2_jax.models.initialise import Draws, normal
 from detclipv2_jax.models.loop import run_blocks
 from detclipv2_jax.models.norms import LayerNorm, standardise_patches
 from detclipv2_jax.models.remat import Remat, block_of, product
-from detclipv2_jax.ops.kernels import attention, mlp, place
+from detclipv2_jax.ops.kernels import attention, layer_norm, merge, mlp, place
 from detclipv2_jax.ops.kernels.place import Kernels
 
 _MASKED = -1e9  # finite, so that a row of masked scores is no NaN
@@ -139,6 +139,26 @@ def linear(width: int, out: int, dtype, rngs: Draws, *, use_bias=True, std=0.02)
         dtype=dtype,
         rngs=rngs,
     )
+
+
+class MapNorm(LayerNorm):
+    """A LayerNorm of maps."""
+
+    def __init__(self, width: int, *, dtype, kernels: Kernels = "auto"):
+        super().__init__(width)
+        self.fused = kernels == "auto" and dtype == jnp.bfloat16
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """Same shape and dtype."""
+        return self._by_kernels(x) if self.has_kernels(x.shape) else super().__call__(x)
+
+    def has_kernels(self, shape: tuple[int, ...]) -> bool:
+        """Whether a map of this shape goes through a kernel, on the device that is traced for."""
+        return self.fused and place.room() >= layer_norm.fast_memory(shape)
+
+    def _by_kernels(self, x):
+        weights = layer_norm.Weights(scale=self.scale[...][None], offset=self.bias[...][None])
+        return place.on_each_device(layer_norm.layer_norm, x, weights)
 
 
 class WindowAttention(nnx.Module):
@@ -282,27 +302,44 @@ class SwinBlock(nnx.Module):
 class PatchMerging(nnx.Module):
     """Halve the map: 2×2 neighbours concatenated, normalised, projected from 4C to 2C channels."""
 
-    def __init__(self, width: int, *, dtype, rngs: Draws):
+    def __init__(self, width: int, *, dtype, kernels: Kernels = "auto", rngs: Draws):
+        self.fused = kernels == "auto" and dtype == jnp.bfloat16
         self.norm = LayerNorm(4 * width)
         self.reduction = linear(4 * width, 2 * width, dtype, rngs, use_bias=False)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C2"]:
         """(H, W) to (⌈H/2⌉, ⌈W/2⌉); an odd side gets a row or column of zeros."""
-        x = standardise_patches(pad_to_multiple(x, 2))
+        x = pad_to_multiple(x, 2)
+        if self.has_kernels(x.shape):
+            return self._by_kernels(x)
+        x = standardise_patches(x)
         batch, height, width, channels = x.shape
         # The official order is (row, column) = 00, 10, 01, 11: columns outermost.
         x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 4, 2, 5)
         x = x.reshape(batch, height // 2, width // 2, 4 * channels)
         return self.reduction(self.norm.finish(x))
 
+    def has_kernels(self, shape: tuple[int, ...]) -> bool:
+        """Whether a map of even sides goes through a kernel, on the device that is traced for."""
+        return self.fused and place.room() >= merge.fast_memory(shape, 2 * shape[-1])
+
+    def _by_kernels(self, x):
+        width = x.shape[-1]
+        weights = merge.Weights(
+            scale=self.norm.scale[...].reshape(4, 1, width),
+            offset=self.norm.bias[...].reshape(4, 1, width),
+            reduction=self.reduction.kernel[...].reshape(4, width, 2 * width),
+        )
+        return place.on_each_device(merge.patch_merging, x, weights)
+
 
 class PatchEmbed(nnx.Module):
     """Non-overlapping patches, each flattened (row, column, colour) and projected, then a norm."""
 
-    def __init__(self, cfg: SwinConfig, *, dtype, rngs: Draws):
+    def __init__(self, cfg: SwinConfig, *, dtype, kernels: Kernels = "auto", rngs: Draws):
         self.patch = cfg.patch_size
         self.proj = linear(3 * cfg.patch_size**2, cfg.embed_dim, dtype, rngs)
-        self.norm = LayerNorm(cfg.embed_dim)
+        self.norm = MapNorm(cfg.embed_dim, dtype=dtype, kernels=kernels)
 
     def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B H2 W2 C"]:
         """(H, W) pixels to (⌈H/patch⌉, ⌈W/patch⌉) tokens, zeros beyond the bottom and right."""
@@ -325,7 +362,8 @@ class Stage(nnx.Module):
             for index in range(cfg.depths[stage])
         )
         last = stage == len(cfg.depths) - 1
-        self.downsample = None if last else PatchMerging(width, dtype=dtype, rngs=rngs)
+        options = {"dtype": dtype, "kernels": kernels, "rngs": rngs}
+        self.downsample = None if last else PatchMerging(width, **options)
 
 
 class Swin(nnx.Module):
@@ -354,12 +392,12 @@ class Swin(nnx.Module):
         self.remat = remat
         self.loop = loop
         self.rates = tuple(np.linspace(0, cfg.drop_path, sum(cfg.depths)).tolist())
-        self.patch_embed = PatchEmbed(cfg, dtype=dtype, rngs=rngs)
+        options = {"dtype": dtype, "kernels": kernels}
+        self.patch_embed = PatchEmbed(cfg, **options, rngs=rngs)
         self.layers = nnx.List(
-            Stage(stage, cfg, dtype=dtype, kernels=kernels, rngs=rngs)
-            for stage in range(len(cfg.depths))
+            Stage(stage, cfg, **options, rngs=rngs) for stage in range(len(cfg.depths))
         )
-        self.norms = nnx.List(LayerNorm(width) for width in cfg.widths[1:])
+        self.norms = nnx.List(MapNorm(width, **options) for width in cfg.widths[1:])
 
     def draw_drop_path(self, key: Array | None, images: int) -> Float[Array, "N 2 B"] | None:
         """The drop path factors of a batch; None without a key (inference) or a rate."""

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from detclipv2_jax.ops.kernels import multihead, pieces
+from detclipv2_jax.ops.kernels import multihead, pieces, place
 from detclipv2_jax.ops.kernels.pieces import LANES, TILE, dot
 
 _MASKED = -1e9  # finite, so that a row of masked scores is no NaN
@@ -90,7 +90,7 @@ class _Plan:
     @property
     def cores(self) -> int:
         """Parts of the batch that a chip's cores may share."""
-        return 1 if self.batch % 2 else 2
+        return place.cores(self.batch)
 
     def row(self, band: Any, r: int) -> Any:
         """Of the map: the r-th of a band of the rolled map. At or past `height`: padding."""

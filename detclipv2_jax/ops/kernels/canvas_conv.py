@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from detclipv2_jax.ops.kernels import pieces
+from detclipv2_jax.ops.kernels import pieces, place
 from detclipv2_jax.ops.kernels.pieces import TILE, dot
 
 _TOKENS = 2560  # of a step, at most
@@ -67,7 +67,7 @@ class _Plan:
     @property
     def cores(self) -> int:
         """Parts of the batch that a chip's cores may share."""
-        return 1 if self.batch % 2 else 2
+        return place.cores(self.batch)
 
     @property
     def pitch(self) -> int:

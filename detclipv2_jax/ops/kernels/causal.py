@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from detclipv2_jax.ops.kernels import multihead, pieces
+from detclipv2_jax.ops.kernels import multihead, pieces, place
 from detclipv2_jax.ops.kernels.pieces import dot
 
 UNIT = 128  # tokens whose scores are one tile
@@ -56,7 +56,7 @@ class _Plan:
     @property
     def cores(self) -> int:
         """Parts that a chip's cores may share."""
-        return 1 if self.tokens // UNIT % 2 else 2
+        return place.cores(self.tokens // UNIT)
 
     @property
     def units(self) -> int:

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from detclipv2_jax.ops.kernels import pieces
+from detclipv2_jax.ops.kernels import pieces, place
 from detclipv2_jax.ops.kernels.pieces import TILE, dot
 
 TAPS = 9
@@ -49,7 +49,7 @@ class _Plan:
     @property
     def cores(self) -> int:
         """Parts of the batch that a chip's cores may share."""
-        return 1 if self.batch % 2 else 2
+        return place.cores(self.batch)
 
     @property
     def rows(self) -> int:

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from detclipv2_jax.ops.kernels import pieces
+from detclipv2_jax.ops.kernels import pieces, place
 from detclipv2_jax.ops.kernels.pieces import TILE, dot
 
 _TOKENS = 1024  # of a step, at most
@@ -54,7 +54,7 @@ class _Plan:
 
     @property
     def cores(self) -> int:
-        return 1 if self.images * self.rows % 2 else 2
+        return place.cores(self.images * self.rows)
 
     @property
     def band(self) -> int:

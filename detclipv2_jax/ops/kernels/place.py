@@ -23,9 +23,21 @@ def room() -> float:
     It is that of the mesh that `jax.set_mesh` names, whose devices need not be here, else the one
     that is here.
     """
+    return _SHARE * pltpu.get_tpu_info().vmem_capacity_bytes if _is_tpu() else 0.0
+
+
+def cores(parts: int) -> int:
+    """Among how many cores of such a chip a kernel can share so many equal parts.
+
+    Each sums its gradients for itself. Two where there is no TPU: a simulation shows both.
+    """
+    number = pltpu.get_tpu_info().num_cores if _is_tpu() else 2
+    return number if parts % number == 0 else 1
+
+
+def _is_tpu() -> bool:
     device = jax.sharding.get_abstract_mesh().abstract_device
-    on_tpu = jax.default_backend() == "tpu" if device is None else "TPU" in device.device_kind
-    return _SHARE * pltpu.get_tpu_info().vmem_capacity_bytes if on_tpu else 0.0
+    return jax.default_backend() == "tpu" if device is None else "TPU" in device.device_kind
 
 
 def devices() -> int:

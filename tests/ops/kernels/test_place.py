@@ -53,14 +53,18 @@ def test_without_a_mesh_nothing_is_cut():
     assert (value == 3001.0).all()
 
 
-@pytest.mark.parametrize(("kind", "room"), [("TPU v5 lite", 0.95 * 2**27), ("NVIDIA H100", 0)])
-def test_devices_that_are_not_here_are_those_of_the_mesh(monkeypatch, kind, room):
+@pytest.mark.parametrize(
+    ("kind", "room", "cores"), [("TPU v5 lite", 0.95 * 2**27, 4), ("NVIDIA H100", 0, 2)]
+)
+def test_devices_that_are_not_here_are_those_of_the_mesh(monkeypatch, kind, room, cores):
     class Mesh:
         abstract_device = type("Device", (), {"device_kind": kind})
 
     class Info:
-        vmem_capacity_bytes = 2**27
+        vmem_capacity_bytes, num_cores = 2**27, 4
 
     monkeypatch.setattr(place.jax.sharding, "get_abstract_mesh", lambda: Mesh)
     monkeypatch.setattr(place.pltpu, "get_tpu_info", lambda: Info)
     assert place.room() == room
+    assert place.cores(12) == cores
+    assert place.cores(3) == 1
