@@ -90,6 +90,7 @@ def test_what_the_kernel_cannot_do_is_left_to_the_compiler(monkeypatch):
     assert not made().has_kernels(shape)  # no TPU here
     monkeypatch.setattr(place, "room", lambda: 0.95 * 2**26)  # v5p
     assert made().has_kernels(shape)
+    assert made().has_kernels((4, 136, 205, 256))  # the largest of the recipe's canvases
     assert not made(kernels="xla").has_kernels(shape)
     assert not made(dtype=jnp.float32).has_kernels(shape)
     assert not made().has_kernels((4, 200, 253, 256))
