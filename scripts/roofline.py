@@ -9,8 +9,8 @@ memory. Beside them: the model's arithmetic by formula and the program's, which 
 again, the least bytes that the part's layers would have to move, which of the two binds on that
 chip, and the share of the chip's peak that the model's arithmetic cannot exceed with what the
 program computes and moves. What stands in a loop the compiler counts once; such bytes stand in
-brackets. Of the optimizer's two branches, to update and to leave, it counts both. --kernels=xla
-shows the parts without our kernels.
+brackets. What it brings to fast memory ahead of use it counts there again. --kernels=xla shows the
+parts without our kernels.
 
 Writes CHIP.json after each part, and goes on there when it is started again; CHIP.md and CHIP.png.
 """

@@ -17,6 +17,7 @@ from detclipv2_jax.models.fpn import conv3x3
 from detclipv2_jax.models.initialise import Draws, normal
 from detclipv2_jax.models.norms import GroupNorm
 from detclipv2_jax.models.remat import Remat, block_of
+from detclipv2_jax.ops import conv
 from detclipv2_jax.ops.kernels import canvas_conv, deform, place
 from detclipv2_jax.ops.kernels.place import Kernels
 
@@ -189,10 +190,10 @@ class ATSSHead(nnx.Module):
         return place.room() >= canvas_conv.fast_memory((*shape[:3], inputs), outputs)
 
     def _branch(self, convs, outputs, x, canvas):
-        """The convolutions one after another, then all of `outputs`."""
-        for conv in convs:
-            x = conv(x, canvas)
-        return [output(x) for output in outputs]
+        """The convolutions one after another, then all of `outputs`, which are one convolution."""
+        for layer in convs:
+            x = layer(x, canvas)
+        return _split(conv.conv3x3(x, _joint(outputs).astype(x.dtype)), outputs)
 
     def _branch_by_kernels(self, convs, outputs, x, canvas):
         """The same by kernels; each normalises and activates what the one before it convolved."""
@@ -200,12 +201,21 @@ class ATSSHead(nnx.Module):
             *images, kernel, canvas.rectangles
         )
         norm = None
-        for conv in convs:
-            kernel = conv.conv.kernel[...]
+        for layer in convs:
+            kernel = layer.conv.kernel[...]
             x, statistics = place.on_each_device(convolve, (x, norm), kernel)
-            norm = canvas_conv.Norm(*conv.norm.factors(statistics.mean, statistics.variance))
-        kernel = jnp.concatenate([output.kernel[...] for output in outputs], axis=-1)
-        x, _ = place.on_each_device(convolve, (x, norm), kernel)
-        ends = np.cumsum([output.kernel.shape[-1] for output in outputs])[:-1]
-        parts = jnp.split(x, ends, axis=-1)
-        return [part + out.bias[...].astype(x.dtype) for part, out in zip(parts, outputs)]
+            norm = canvas_conv.Norm(*layer.norm.factors(statistics.mean, statistics.variance))
+        x, _ = place.on_each_device(convolve, (x, norm), _joint(outputs))
+        return _split(x, outputs)
+
+
+def _joint(outputs: Sequence[nnx.Conv]) -> Float[Array, "3 3 C O"]:
+    """The kernels of convolutions of one map, side by side."""
+    return jnp.concatenate([output.kernel[...] for output in outputs], axis=-1)
+
+
+def _split(x: Float[Array, "B H W O"], outputs: Sequence[nnx.Conv]) -> list[Array]:
+    """What `_joint` convolved, apart again, each with its bias."""
+    ends = np.cumsum([output.kernel.shape[-1] for output in outputs])[:-1]
+    parts = jnp.split(x, ends, axis=-1)
+    return [part + out.bias[...].astype(x.dtype) for part, out in zip(parts, outputs)]

@@ -22,9 +22,9 @@ from detclipv2_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 # The command with small parts that tells if it or a worker imports TensorFlow; it may be told
-# to die when it comes to a function of merge.py.
+# to die, or to wait, when it comes to a function of merge.py.
 COMMAND = """
-import importlib.util, os, sys
+import importlib.util, os, sys, time
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "tensorflow.python":
@@ -38,6 +38,8 @@ if __name__ == "__main__":
     prepare.PART_EXAMPLES["detection"] = 4
     if deadly := os.environ.get("DEADLY"):
         setattr(merge, deadly, lambda *args, **options: os.kill(os.getpid(), 9))
+    if waiting := os.environ.get("WAITING"):
+        setattr(merge, waiting, lambda *args, **options: time.sleep(100))
     sys.exit(script.main(sys.argv[1:]))
 """
 
@@ -141,7 +143,7 @@ def test_killed_when_all_was_done(archive, undisturbed, tmp_path):
 
 
 def test_interrupted(archive, undisturbed, tmp_path):
-    process = start(archive, tmp_path / "out", 2)
+    process = start(archive, tmp_path / "out", 2, WAITING="write_index")  # or it might be done
     while process.poll() is None and finished_parts(tmp_path / "out") < 1:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
