@@ -184,7 +184,7 @@ class ATSSHead(nnx.Module):
         """Whether a canvas of this shape goes through kernels, on the device traced for."""
         if not self.fused:
             return False
-        kernels = [conv.conv.kernel for conv in (*self.reg_convs, *self.cls_convs)]
+        kernels = [layer.conv.kernel for layer in (*self.reg_convs, *self.cls_convs)]
         kernels.append(self.embed.kernel)
         inputs, outputs = (max(kernel.shape[axis] for kernel in kernels) for axis in (2, 3))
         return place.room() >= canvas_conv.fast_memory((*shape[:3], inputs), outputs)

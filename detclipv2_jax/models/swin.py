@@ -19,7 +19,7 @@ from detclipv2_jax.models.initialise import Draws, normal
 from detclipv2_jax.models.loop import run_blocks
 from detclipv2_jax.models.norms import LayerNorm, standardise_patches
 from detclipv2_jax.models.remat import Remat, block_of, product
-from detclipv2_jax.ops.kernels import attention, layer_norm, merge, mlp, place
+from detclipv2_jax.ops.kernels import attention, layer_norm, mlp, patch_merging, place
 from detclipv2_jax.ops.kernels.place import Kernels
 
 _MASKED = -1e9  # finite, so that a row of masked scores is no NaN
@@ -321,16 +321,16 @@ class PatchMerging(nnx.Module):
 
     def has_kernels(self, shape: tuple[int, ...]) -> bool:
         """Whether a map of even sides goes through a kernel, on the device that is traced for."""
-        return self.fused and place.room() >= merge.fast_memory(shape, 2 * shape[-1])
+        return self.fused and place.room() >= patch_merging.fast_memory(shape, 2 * shape[-1])
 
     def _by_kernels(self, x):
         width = x.shape[-1]
-        weights = merge.Weights(
+        weights = patch_merging.Weights(
             scale=self.norm.scale[...].reshape(4, 1, width),
             offset=self.norm.bias[...].reshape(4, 1, width),
             reduction=self.reduction.kernel[...].reshape(4, width, 2 * width),
         )
-        return place.on_each_device(merge.patch_merging, x, weights)
+        return place.on_each_device(patch_merging.patch_merging, x, weights)
 
 
 class PatchEmbed(nnx.Module):

@@ -76,8 +76,8 @@ def fast_memory(shape: tuple[int, ...], outputs: int) -> int:
     dense = size(2, 2, TAPS, channels, outputs) + size(4, TAPS, channels, outputs)
     samples = size(4, channels, _SAMPLES) + size(2, channels, _SAMPLES)
     weights = size(4, window, _SAMPLES) + size(2, window, _SAMPLES)
-    blocks = size(4, 4, 8, _SAMPLES) + size(2, 4, _PIXELS, outputs)
-    return maps + dense + samples + weights + blocks
+    moved = size(4, 4, 8, _SAMPLES) + size(2, 4, _PIXELS, outputs)
+    return maps + dense + samples + weights + moved
 
 
 def blocks(height: int, width: int) -> tuple[int, int]:
@@ -194,14 +194,14 @@ def _grid(plan: _Plan) -> tuple[int, ...]:
 def _cost(plan: _Plan, passes: int, maps: int) -> pl.CostEstimate:
     """Of `passes` products of samples and windows; `maps`: bytes of a channel of a pixel."""
     size, dense = pieces.size, TAPS * plan.channels * plan.outputs
-    blocks = plan.batch * plan.blocks[0] * plan.blocks[1]
+    count = plan.batch * plan.blocks[0] * plan.blocks[1]
     reached = _NEAR * _WINDOW[0] * _WINDOW[1] * plan.channels
     moved = maps * size(1, plan.batch, plan.rows, plan.columns, plan.channels)
-    moved += (1 + passes // 2) * size(4, blocks, 8, _SAMPLES)
+    moved += (1 + passes // 2) * size(4, count, 8, _SAMPLES)
     moved += size(2, plan.batch, plan.height, plan.width, plan.outputs)
     sums = 4 * plan.cores * dense if passes > 1 else 0
     return pl.CostEstimate(
-        flops=2 * passes * blocks * _SAMPLES * (reached + plan.channels * plan.outputs),
+        flops=2 * passes * count * _SAMPLES * (reached + plan.channels * plan.outputs),
         bytes_accessed=moved + 2 * dense + sums,
         transcendentals=0,
     )

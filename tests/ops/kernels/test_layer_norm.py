@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.pallas import tpu as pltpu
+from without_and_with import without_and_with
 
 from detclipv2_jax.models.swin import MapNorm
 from detclipv2_jax.ops.kernels import place
@@ -23,15 +23,7 @@ def both(size, monkeypatch, dtype=jnp.float32):
     graph, state = nnx.split(MapNorm(size[-1], dtype=dtype))
     state = jax.tree.map(lambda leaf: (leaf + 0.1 * noise(leaf.shape)).astype(leaf.dtype), state)
     x, slope = (3 + noise(size)).astype(dtype), noise(size).astype(dtype)
-
-    def run(fused):
-        monkeypatch.setattr(MapNorm, "has_kernels", lambda *_: fused)
-        value, back = jax.vjp(lambda state, x: nnx.merge(graph, state)(x), state, x)
-        return value, back(slope)
-
-    with pltpu.force_tpu_interpret_mode():
-        kernel = jax.jit(lambda: run(True))()
-    return jax.jit(lambda: run(False))(), kernel
+    return without_and_with(graph, state, x, slope, monkeypatch)
 
 
 @pytest.mark.parametrize(

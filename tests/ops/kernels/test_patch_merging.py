@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.pallas import tpu as pltpu
+from without_and_with import without_and_with
 
 from detclipv2_jax.models.initialise import Draws
 from detclipv2_jax.models.swin import PatchMerging
-from detclipv2_jax.ops.kernels import merge, place
+from detclipv2_jax.ops.kernels import patch_merging, place
 
 SLOW = pytest.mark.slow
 
@@ -33,15 +33,7 @@ def both(graph, state, size, width, monkeypatch, dtype=jnp.float32):
     x = jnp.asarray(3 + random.normal(size=(*size, width)), dtype)
     smaller = batch, (height + 1) // 2, (one_row + 1) // 2, 2 * width
     slope = jnp.asarray(random.normal(size=smaller), dtype)
-
-    def run(fused):
-        monkeypatch.setattr(PatchMerging, "has_kernels", lambda *_: fused)
-        value, back = jax.vjp(lambda state, x: nnx.merge(graph, state)(x), state, x)
-        return value, back(slope)
-
-    with pltpu.force_tpu_interpret_mode():
-        kernel = jax.jit(lambda: run(True))()
-    return jax.jit(lambda: run(False))(), kernel
+    return without_and_with(graph, state, x, slope, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +90,7 @@ def test_what_the_kernel_cannot_do_is_left_to_the_compiler(monkeypatch):
     ],
 )
 def test_the_room_that_is_asked_for(mebibytes, shape, fits):
-    assert (0.95 * mebibytes * 2**20 >= merge.fast_memory(shape, 2 * shape[-1])) == fits
+    assert (0.95 * mebibytes * 2**20 >= patch_merging.fast_memory(shape, 2 * shape[-1])) == fits
 
 
 def test_it_becomes_kernels_of_a_tpu(monkeypatch):
