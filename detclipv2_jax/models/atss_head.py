@@ -66,7 +66,8 @@ class ConvNormRelu(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W C"], canvas: Canvas) -> Float[Array, "B H W D"]:
         """Same canvas, zeros in its gaps."""
-        return jnp.where(canvas.mask, jax.nn.relu(self.norm(self.conv(x), canvas)), 0)
+        x = jax.nn.relu(self.norm(self.conv(x), canvas))
+        return jnp.where(canvas.mask, x, jnp.zeros((), x.dtype))  # jax2onnx reads 0 as float64
 
 
 class DeformConv(nnx.Module):
