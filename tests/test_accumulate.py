@@ -95,6 +95,7 @@ def test_parts_add_up_with_other_losses_and_a_part_that_ends_within_a_group(kind
     assert_same(result(kind, 2, **rest), result(kind, 1, **rest))
 
 
+@pytest.mark.slow
 def test_drop_path_is_drawn_and_left_out_as_for_the_whole_batch():
     seeds = [3, 4, None]
     losses = [float(result("detection", 2, seed=seed)[0][0]) for seed in seeds]

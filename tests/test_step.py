@@ -71,7 +71,12 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
 
 
 @pytest.mark.parametrize(
-    ("kind", "mesh"), [("detection", (2, 2)), ("image_text", (4, 1)), ("image_text", (1, 4))]
+    ("kind", "mesh"),
+    [
+        ("detection", (2, 2)),
+        ("image_text", (4, 1)),
+        pytest.param("image_text", (1, 4), marks=pytest.mark.slow),
+    ],
 )
 def test_four_devices_compute_what_one_computes(kind, mesh):
     fn, start = _train_step()

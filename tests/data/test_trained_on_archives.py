@@ -27,6 +27,7 @@ def script(name, *arguments):
     assert module.main([*map(str, arguments)]) == 0
 
 
+@pytest.mark.slow
 def test_every_archive_is_trained_on(tmp_path):
     try:
         phrases.load()
