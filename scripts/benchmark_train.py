@@ -186,10 +186,15 @@ def _wait(arrays: Any) -> None:
 
 
 def in_turns(work: Work, rounds: int) -> Times:
-    """Everything once in each round, after one call that does not count."""
+    """Everything once in each round, right after one call that does not count.
+
+    Steps of a training run follow each other: each finds the memory that the one before it had.
+    After another contestant's turn the system has to find it anew (docs/performance.md).
+    """
     times: dict[Any, list[tuple[float, float]]] = {name: [] for name in work}
     for number in range(rounds + 1):
         for name, function in work.items():
+            function()
             wall, cores = time.perf_counter(), time.process_time()
             function()
             spent = time.perf_counter() - wall, time.process_time() - cores

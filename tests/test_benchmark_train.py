@@ -149,7 +149,8 @@ def test_turns_and_ratios():
     calls = []
     work = {(who, "step"): lambda who=who: calls.append(who) for who in ("ours", "PyTorch")}
     times = benchmark.in_turns(work, 3)
-    assert calls == ["ours", "PyTorch"] * 4 and times["ours", "step"].shape == (3, 2)
+    assert calls == ["ours", "ours", "PyTorch", "PyTorch"] * 4
+    assert times["ours", "step"].shape == (3, 2)
     times = {
         ("ours", "step"): np.array([[1.0, 2.0], [2.0, 2.0], [4.0, 2.0]]),
         ("PyTorch", "step"): np.array([[2.0, 3.0], [8.0, 3.0], [12.0, 5.0]]),
