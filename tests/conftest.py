@@ -1,6 +1,7 @@
 """Shared by all tests: CPU only, four virtual devices, programs compiled once for all runs."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ os.environ.setdefault(
     "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
 )
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+# What a shell starts in the background ignores Ctrl-C, and all that the tests start would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
