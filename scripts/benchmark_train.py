@@ -192,14 +192,13 @@ def in_turns(work: Work, rounds: int) -> Times:
     After another contestant's turn the system has to find it anew (docs/performance.md).
     """
     times: dict[Any, list[tuple[float, float]]] = {name: [] for name in work}
-    for number in range(rounds + 1):
+    for number in range(1, rounds + 1):
         for name, function in work.items():
             function()
             wall, cores = time.perf_counter(), time.process_time()
             function()
             spent = time.perf_counter() - wall, time.process_time() - cores
-            if number:
-                times[name].append(spent)
+            times[name].append(spent)
             _say(f"  {number}/{rounds} {' '.join(name)}: {spent[0]:.4g} s, {spent[1]:.4g} of cores")
     return {name: np.asarray(values) for name, values in times.items()}
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up a virtual environment, then runs all tests, two at a time: some 14 minutes on two cores.
+# Sets up a virtual environment, then runs all tests, two at a time: a quarter of an hour on two cores.
 # Arguments go to pytest: ./scripts/test.sh -m slow
 source "$(dirname "$0")/setup.sh" test
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import concurrent.futures.process
-import contextlib
 import itertools
 import multiprocessing
 import os
@@ -38,21 +37,18 @@ def run(work: Work, tasks: Iterator[tuple[int, Any]], jobs: int, told: Callable[
     )
     shown, working = 0, set()
     try:
-        with _held_interrupts() as check:
-            for task in itertools.chain(tasks, [None]):
-                if task is not None:
-                    working.add(pool.submit(_work, work, *task))
-                while len(working) >= jobs + _AHEAD or (task is None and working):
-                    ready, working = concurrent.futures.wait(
-                        working, timeout=_LOOK, return_when=concurrent.futures.FIRST_COMPLETED
-                    )
-                    now = done.value
-                    told(now - shown)
-                    shown = now
-                    for future in ready:
-                        future.result()
-                    check()
-                check()
+        for task in itertools.chain(tasks, [None]):
+            if task is not None:
+                working.add(pool.submit(_work, work, *task))
+            while len(working) >= jobs + _AHEAD or (task is None and working):
+                ready, working = concurrent.futures.wait(
+                    working, timeout=_LOOK, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                now = done.value
+                told(now - shown)
+                shown = now
+                for future in ready:
+                    future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
         raise UserError(
             "a worker process was killed, probably for lack of memory; use fewer with "
@@ -61,36 +57,6 @@ def run(work: Work, tasks: Iterator[tuple[int, Any]], jobs: int, told: Callable[
     finally:
         stopped.set()
         pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _held_interrupts() -> Iterator[Callable[[], None]]:
-    """Inside, the first Ctrl-C raises where the function given here is called, nowhere else.
-
-    Raised wherever the main thread happens to be, it may leave a lock of the pool taken, and the
-    pool then never ends; or be swallowed by a callback. The second one raises at once, and so does
-    the first where somebody else handles it or this is not the main thread.
-    """
-    came = threading.Event()
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield lambda: None
-        return
-
-    def hold(*_):
-        came.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def check():
-        if came.is_set():
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        check()  # before any error: a terminal's Ctrl-C ends workers that do not ignore it yet
 
 
 def _start(done, stopped) -> None:

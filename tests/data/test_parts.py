@@ -147,7 +147,7 @@ def test_interrupted(archive, undisturbed, tmp_path):
     while process.poll() is None and finished_parts(tmp_path / "out") < 1:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=30)
     assert process.returncode == 130
     assert error.strip().splitlines()[-1] == "interrupted: the same command goes on from here"
     assert "Traceback" not in error
