@@ -12,9 +12,9 @@ its images, absolute or relative to the data_dir: `--config.eval.dataset=$PWD/my
 
 from ml_collections import ConfigDict
 
-from detclipv2_jax import config as config_lib
-from detclipv2_jax import fields
+from detclipv2_jax.common import config_dict
 from detclipv2_jax.models import sizes
+from detclipv2_jax.training import config as config_lib
 
 
 def get_config(size: str = "nano") -> ConfigDict:
@@ -23,7 +23,7 @@ def get_config(size: str = "nano") -> ConfigDict:
         raise ValueError(f"configs/coco_format.py:{size} is no size: choose nano or swin_t.")
     nano = size == "nano"
     model = sizes.NANO if nano else sizes.SWIN_T
-    config = ConfigDict(fields.to_dict(config_lib.RunConfig(model=model)))
+    config = ConfigDict(config_dict.to_dict(config_lib.RunConfig(model=model)))
     data = config.data
     data.skip_missing = True
     data.prepare = "python scripts/prepare_data.py custom --from=YOUR_FOLDER --to=DATA_DIR"

@@ -16,14 +16,11 @@ none) is measured before and after: docs/finetune.md.
 `:swin_t` (default) and `:swin_l` want GPUs. `:nano` runs on two CPU cores, from runs/quickstart.
 """
 
-import sys
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from detclipv2_jax.training import recipes
 
-import pretrain  # noqa: E402 - the file beside this one
+pretrain = recipes.load("pretrain")
 
 
 def get_config(size: str = "swin_t") -> ConfigDict:

@@ -15,14 +15,11 @@ names that LVIS lacks: `--config.eval.zero_shot=FILE --config.eval.zero_shot_ima
 cores: from runs/quickstart, on its boxes again.
 """
 
-import sys
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from detclipv2_jax.training import recipes
 
-import pretrain  # noqa: E402 - the file beside this one
+pretrain = recipes.load("pretrain")
 
 
 def get_config(size: str = "swin_t") -> ConfigDict:

@@ -14,9 +14,9 @@ prepares the data and runs it. docs/paper_vs_ours.md says which value is the pap
 
 from ml_collections import ConfigDict
 
-from detclipv2_jax import config as config_lib
-from detclipv2_jax import fields
+from detclipv2_jax.common import config_dict
 from detclipv2_jax.models import sizes
+from detclipv2_jax.training import config as config_lib
 
 
 def get_config(size: str = "swin_t") -> ConfigDict:
@@ -31,7 +31,7 @@ def get_config(size: str = "swin_t") -> ConfigDict:
 
 def swin_t() -> ConfigDict:
     """Paper §4.1, Swin-T: boxes at 1333×800 in batches of 128, pairs at 320² in batches of 6144."""
-    config = ConfigDict(fields.to_dict(config_lib.RunConfig(model=sizes.SWIN_T)))
+    config = ConfigDict(config_dict.to_dict(config_lib.RunConfig(model=sizes.SWIN_T)))
     data = config.data
     data.prepare = (
         "python scripts/prepare_data.py objects365|goldg|conceptual_captions --from=DIR "

@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from detclipv2_jax import commands
+from detclipv2_jax.training import flags as flags_lib
 
 _BEGAN = time.monotonic()  # what comes before the first step is part of what a run takes
 _CONFIG = config_flags.DEFINE_config_file(
@@ -35,16 +35,17 @@ _INDEX = flags.DEFINE_integer("process_id", None, "Number of this process.", low
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(argv: list[str]) -> None:
+def _train(argv: list[str]) -> None:
     """Starts the processes of the run, reads the config, trains."""
     import jax
 
-    from detclipv2_jax import config, processes, train
+    from detclipv2_jax.common import distributed
+    from detclipv2_jax.training import config, train
 
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file
     _say_failures_once()
     parsed, workdir = config.parse(_CONFIG.value.to_dict()), Path(_WORKDIR.value).absolute()
-    if not processes.start(_COORDINATOR.value, _COUNT.value, _INDEX.value):
+    if not distributed.start(_COORDINATOR.value, _COUNT.value, _INDEX.value):
         _split_cpu(parsed)
     elif jax.process_index():  # one voice; what goes wrong is said by each on stderr
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
@@ -103,15 +104,15 @@ def _split_cpu(parsed: Any) -> None:
         )
 
 
-def run(argv: list[str]) -> None:
-    """`main`; a run that a signal ended has exit status 128 + its number, as one that it killed."""
+def _run(argv: list[str]) -> None:
+    """Run `_train`; a run that a signal ended exits with 128 + the number of the signal."""
     import jax
 
-    from detclipv2_jax.errors import UserError
-    from detclipv2_jax.interruption import Interrupted
+    from detclipv2_jax.common.errors import UserError
+    from detclipv2_jax.common.interruption import Interrupted
 
     try:
-        main(argv)
+        _train(argv)
     except Interrupted as interrupted:
         print(f"{interrupted}; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + interrupted.signal)
@@ -128,7 +129,12 @@ def run(argv: list[str]) -> None:
         os._exit(2 if mendable else 1)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the command line and end the process with its exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _end_at_once)  # until the loop of the training takes over
-    commands.run_with_config(run)
+        signal.signal(number, _end_at_once)  # until the training loop takes over
+    flags_lib.run_with_config(_run)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,20 +10,17 @@ directories separated by commas: the canvases alone. --count=3 proposes so many 
 """
 
 import os
-import sys
-from pathlib import Path
 
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from detclipv2_jax.commands import run_with_config
-from detclipv2_jax.data import canvases
+from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import Source
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.data.prepare import canvases
+from detclipv2_jax.training.flags import run_with_config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's config.")
 _DATA = flags.DEFINE_list("data", None, "Prepared directories, instead of a config.")
@@ -43,11 +40,11 @@ def main(argv: list[str]) -> None:
         sources = [Source.open(directory) for directory in _DATA.value]
         print(canvas_table(sources, parse_area(_AREA.value), counts))
         return
-    from detclipv2_jax import config as config_lib
-    from detclipv2_jax import train
+    from detclipv2_jax.training import config as config_lib
+    from detclipv2_jax.training import inputs
 
     config = config_lib.parse(_CONFIG.value.to_dict())
-    plan, sources, _ = train.open_data(config)
+    plan, sources, _ = inputs.open_data(config)
     for kind, cut in plan.kinds.items():
         height, width = cut.shapes[0]
         area = parse_area(_AREA.value) if _AREA.value else height * width

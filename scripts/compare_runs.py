@@ -15,10 +15,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from detclipv2_jax.errors import UserError
-from detclipv2_jax.files import replacing
+from detclipv2_jax.common.atomic import replacing
+from detclipv2_jax.common.errors import UserError
 
 Figures = dict[str, float]  # 'all', 'base', 'novel': AP as a fraction of one
 

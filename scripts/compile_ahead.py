@@ -21,7 +21,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,10 +29,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from detclipv2_jax.commands import run_with_config
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.training.flags import run_with_config
 
 PACKAGE = Path(__file__).resolve().parent.parent / "detclipv2_jax"
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's config.")
@@ -164,15 +161,17 @@ def measure(
     """
     import jax
 
-    from detclipv2_jax import flops, optimizer, train
-    from detclipv2_jax import state as state_lib
-    from detclipv2_jax.models import detclip
+    from detclipv2_jax.models import detclip, flops
+    from detclipv2_jax.training import optimizer
+    from detclipv2_jax.training import programs as programs_lib
+    from detclipv2_jax.training import sharding as sharding_lib
+    from detclipv2_jax.training import state as state_lib
 
     graphdef, params = detclip.abstract(config.model)
     rule = optimizer.create(config.optimizer, params, 1000)
     state = jax.eval_shape(functools.partial(state_lib.create, optimizer=rule), params)
-    shardings = train.state_shardings(mesh, state)
-    step_fn = train.step_function(config, graphdef, rule, mesh)
+    shardings = sharding_lib.state_shardings(mesh, state)
+    step_fn = programs_lib.step_function(config, graphdef, rule, mesh)
     kind, shape = program
     data = config.data.kinds()[kind]
     parts = flops.step(
@@ -188,7 +187,7 @@ def measure(
         "model_flops_a_device": {k: v / mesh.size for k, v in parts.items()},
     }
     began = time.monotonic()
-    lowered = train.lower_program(step_fn, program, state, shardings, mesh, config)
+    lowered = programs_lib.lower_program(step_fn, program, state, shardings, mesh, config)
     try:
         compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
@@ -244,7 +243,7 @@ def draw(rows: Sequence[dict[str, Any]], chip: str, path: Path) -> None:
     """A bar a program: what it takes of a device's memory, and a line at what there is."""
     from matplotlib.figure import Figure
 
-    from detclipv2_jax.files import replacing
+    from detclipv2_jax.common.atomic import replacing
 
     rows = [row for row in rows if "peak_bytes" in row]
     figure = Figure(figsize=(7, 1.2 + 0.4 * len(rows)), layout="constrained")
@@ -266,7 +265,7 @@ def draw(rows: Sequence[dict[str, Any]], chip: str, path: Path) -> None:
 
 def _about(config: Any, mesh: Any) -> dict[str, Any]:
     """What the figures depend on."""
-    from detclipv2_jax import fields
+    from detclipv2_jax.common import config_dict
 
     code = sorted(PACKAGE.rglob("*.py"))
     versions = {
@@ -279,7 +278,7 @@ def _about(config: Any, mesh: Any) -> dict[str, Any]:
         "devices": mesh.size,
         "versions": versions,
         "code": hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()[:16],
-        "config": json.loads(json.dumps(fields.to_dict(config))),
+        "config": json.loads(json.dumps(config_dict.to_dict(config))),
     }
 
 
@@ -287,9 +286,9 @@ def main(argv: list[str]) -> None:
     """Compiles, prints and writes."""
     found = devices(_TOPOLOGY.value)  # before anything initialises JAX's own devices
 
-    from detclipv2_jax import config as config_lib
-    from detclipv2_jax import sharding
-    from detclipv2_jax.files import write_json
+    from detclipv2_jax.common.atomic import write_json
+    from detclipv2_jax.training import config as config_lib
+    from detclipv2_jax.training import sharding
 
     config = config_lib.parse(_CONFIG.value.to_dict())
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, found)

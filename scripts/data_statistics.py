@@ -21,12 +21,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from detclipv2_jax.commands import status
-from detclipv2_jax.errors import UserError  # noqa: E402
-from detclipv2_jax.files import replacing, write_json  # noqa: E402
+from detclipv2_jax.common.atomic import (
+    replacing,
+    write_json,
+)
+from detclipv2_jax.common.cli import status
+from detclipv2_jax.common.errors import UserError
 
 _PAIRS = 5  # leaked pictures that are named
 
@@ -84,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
 
 def describe(source, sample: int, jobs: int) -> tuple[dict[str, Any], np.ndarray]:
     """A source's figures, and the sides of the sampled boxes (root of the area, pixels)."""
-    from detclipv2_jax.data import statistics
+    from detclipv2_jax.data.prepare import statistics
 
     figures = statistics.of_index(source)
     boxes = np.zeros((0, 4), np.float32)
@@ -105,7 +107,7 @@ def describe(source, sample: int, jobs: int) -> tuple[dict[str, Any], np.ndarray
 
 def duplicates(sources, args: argparse.Namespace) -> dict[str, Any]:
     """Pictures that recur within a source, across sources, and in the evaluation set."""
-    from detclipv2_jax.data import statistics
+    from detclipv2_jax.data.prepare import statistics
 
     looks = {}
     for name, source in sources.items():
@@ -134,10 +136,10 @@ def duplicates(sources, args: argparse.Namespace) -> dict[str, Any]:
 
 def leaked(sources, looks, args: argparse.Namespace) -> dict[str, int]:
     """For each source, the pictures that look like one of the evaluation set."""
-    from detclipv2_jax.data import statistics
-    from detclipv2_jax.data.examples import ImageFolder
-    from detclipv2_jax.data.json_stream import read_lists
-    from detclipv2_jax.data.sources.entries import file_names
+    from detclipv2_jax.common.json_stream import read_lists
+    from detclipv2_jax.data.prepare import statistics
+    from detclipv2_jax.data.prepare.examples import ImageFolder
+    from detclipv2_jax.data.prepare.sources.entries import file_names
 
     folder, evaluation = ImageFolder(args.images), Path(args.evaluation)
     names, paths = [], []
@@ -165,7 +167,7 @@ def leaked(sources, looks, args: argparse.Namespace) -> dict[str, int]:
 
 def table(name: str, kind: str, figures: dict[str, Any]) -> str:
     """The figures of one source for people."""
-    from detclipv2_jax.data.statistics import QUANTILES
+    from detclipv2_jax.data.prepare.statistics import QUANTILES
 
     heads = ["least", *(f"{q:.0%}" for q in QUANTILES[1:-1]), "most"]
     lines = [

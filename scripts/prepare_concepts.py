@@ -15,12 +15,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from detclipv2_jax.commands import status
-from detclipv2_jax.data import lexicon as lexicon_lib
+from detclipv2_jax.common.cli import status
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.data import dictionary as dictionary_lib
 from detclipv2_jax.data.index import Source
-from detclipv2_jax.errors import UserError
 
 
 def find_sources(root: Path) -> list[Source]:
@@ -49,13 +47,13 @@ def run(args: argparse.Namespace) -> None:
         from detclipv2_jax.weights.text_embedder import text_embedder  # jax: only where needed
 
         embed = text_embedder(args.text)
-    counted = lexicon_lib.count(sources)
+    counted = dictionary_lib.count(sources)
     names = counted.chosen(min_count=args.min_count, size=args.size)
-    lexicon = lexicon_lib.build(
+    lexicon = dictionary_lib.build(
         args.to,
         names,
         counted.counts,
-        synsets=lexicon_lib.lvis_synsets(args.lvis) if args.lvis else None,
+        synsets=dictionary_lib.lvis_synsets(args.lvis) if args.lvis else None,
         embed=embed,
         created_from={
             "sources": {source.name: len(source) for source in sources},
@@ -72,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         f"together {len(counted.counts):,}: {len(counted.categories):,} categories; {frequent:,} "
         f"occur {args.min_count} times or more"
     )
-    print(lexicon_lib.report(lexicon))
+    print(dictionary_lib.report(lexicon))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -34,6 +34,9 @@ if [ "${1:-}" = test ]; then
   install test "" requirements-test.txt
   install references "--no-deps" requirements-references.txt
 fi
+if [ ! -x "$VENV/bin/detclip" ] || [ pyproject.toml -nt "$VENV/bin/detclip" ]; then
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+fi
 export PATH="$PWD/$VENV/bin:$PATH"
 case "$VENV" in /*) export PATH="$VENV/bin:$PATH" ;; esac
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}

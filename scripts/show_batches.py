@@ -12,7 +12,6 @@ behind it, as for training.
 
 import dataclasses
 import itertools
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,12 +20,11 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from detclipv2_jax.commands import run_with_config
-from detclipv2_jax.errors import UserError
-from detclipv2_jax.files import replacing
-from detclipv2_jax.structures import KINDS, Batch
+from detclipv2_jax.common.atomic import replacing
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.data.batch import Batch
+from detclipv2_jax.data.index import KINDS
+from detclipv2_jax.training.flags import run_with_config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's config.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory for the page and its pictures.")
@@ -55,13 +53,13 @@ class Shown:
 
 def main(argv: list[str]) -> None:
     """Writes the page of the steps that the flags name."""
-    from detclipv2_jax import config as config_lib
-    from detclipv2_jax import train
     from detclipv2_jax.data import pipeline
     from detclipv2_jax.data.transforms import TransformConfig
+    from detclipv2_jax.training import config as config_lib
+    from detclipv2_jax.training import inputs
 
     config = config_lib.parse(_CONFIG.value.to_dict())
-    plan, sources, _ = train.open_data(config)
+    plan, sources, _ = inputs.open_data(config)
     kinds = {kind: config.data.kinds()[kind] for kind in plan.kinds}
     if _KIND.value is not None and _KIND.value not in kinds:
         raise UserError(f"--kind={_KIND.value}: there is no such data, only {', '.join(kinds)}.")
@@ -125,7 +123,7 @@ def draw(
     batch: Batch, planned, sources: tuple[str, ...], names: list[str], folder: str
 ) -> Iterator[Shown]:
     """Draws the filled slots of a batch, one file each, and tells what is in them."""
-    from detclipv2_jax import drawing
+    from detclipv2_jax.inference import drawing
 
     for slot in np.flatnonzero(batch.sizes[:, 0] > 0):
         source = sources[planned.sources[slot]]

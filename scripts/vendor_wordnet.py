@@ -2,7 +2,7 @@
 
     python scripts/vendor_wordnet.py --from=/usr/share/wordnet
 
-Debian's package `wordnet-base` has them. Written to detclipv2_jax/data/assets/wordnet/:
+Debian's package `wordnet-base` has them. Written to detclipv2_jax/text/assets/wordnet/:
 
     nouns.txt.gz       a line a synset: "lemma sense lemma sense …", a tab, the definition
     exceptions.txt.gz  a line an irregular plural: the plural, then its singulars
@@ -20,12 +20,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from detclipv2_jax.common.atomic import replacing
+from detclipv2_jax.common.errors import UserError
 
-from detclipv2_jax.errors import UserError
-from detclipv2_jax.files import replacing
-
-_TO = Path(__file__).resolve().parent.parent / "detclipv2_jax" / "data" / "assets" / "wordnet"
+_TO = Path(__file__).resolve().parent.parent / "detclipv2_jax" / "text" / "assets" / "wordnet"
 
 
 def read_lines(folder: Path, name: str) -> list[str]:

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
 )
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 # What a shell starts in the background ignores Ctrl-C, and all that the tests start would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from detclipv2_jax.data.concepts import normalise
+from detclipv2_jax.text.tokenizer import normalise
 
 ROOT = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -1,4 +1,4 @@
-"""Who may know whom: the rooms of the house, held to by imports."""
+"""Who may import whom: a room imports only rooms above it in one table."""
 
 import ast
 import re
@@ -12,42 +12,101 @@ import tiny_run
 PACKAGE = tiny_run.ROOT / "detclipv2_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
+# Each room imports itself and what it lists (always rooms further up), and no package of EXTERNAL
+# unless it is listed too. `data/` never imports `data/prepare/`.
+ROOMS = {
+    "common": [],
+    "text": ["common"],
+    "ops": ["common"],
+    "models": ["ops", "common"],
+    "weights": ["models", "ops", "text", "common"],
+    "data": ["text", "common", "tensorflow"],
+    "data/prepare": ["data", "text", "common", "tensorflow"],
+    "inference": ["models", "ops", "text", "common"],
+    "evaluation": ["inference", "data/prepare", "data", "ops", "text", "models", "common"],
+    "training": ["evaluation", "inference", "data", "weights", "models", "ops", "text", "common"],
+    "exporters": ["evaluation", "inference", "models", "ops", "text", "common", "tensorflow"],
+}
+DOORS = {"main", "evaluate", "detect", "export", "page", "prepare", "__main__", "__init__"}
+EXTERNAL = {"tensorflow"}
+# Rooms that must work where these packages are missing, as on many GPU machines.
+WITHOUT_TENSORFLOW = [
+    "detect", "evaluate", "page", "inference.detector", "evaluation.job", "training.step",
+    "training.checkpointer", "training.sharding",
+]  # fmt: skip
+
+
+def room_of(module: str) -> str | None:
+    """The room of a dotted module path without `detclipv2_jax.`; None for a door."""
+    parts = module.split(".")
+    if parts[0] in DOORS or not parts[0]:
+        return None
+    return "data/prepare" if parts[:2] == ["data", "prepare"] else parts[0]
+
 
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """(imported module, whether it is at the top of the file)."""
+    """(imported module, whether the import is at the top of the file) of every import."""
     tree, found = ast.parse(path.read_text()), []
     for node in ast.walk(tree):
-        names = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found += [(alias.name, node in tree.body) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        found += [(name, node in tree.body) for name in names]
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                is_module = (PACKAGE.parent / (name.replace(".", "/") + ".py")).exists()
+                is_module |= (PACKAGE.parent / name.replace(".", "/")).is_dir()
+                found.append((name if is_module else node.module, node in tree.body))
     return found
 
 
+def test_the_table_lists_rooms_from_the_top_down():
+    names = list(ROOMS)
+    for number, (room, allowed) in enumerate(ROOMS.items()):
+        assert set(allowed) - EXTERNAL <= set(names[:number]), room
+    on_disk = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    assert on_disk == {name.split("/")[0] for name in names}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_rooms_know_only_whom_they_may(path):
-    room = path.relative_to(PACKAGE).parts[0]
+def test_a_room_imports_only_rooms_above_it(path):
+    room = room_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
     for name, at_the_top in imports(path):
-        if name.split(".")[0] == "tensorflow":
-            inside = room == "formats" and not at_the_top
-            assert room == "data" or inside, "only data/ and the writing of a SavedModel import it"
-        if name.startswith("ml_collections"):
-            assert path.name == "main.py", "configs become dataclasses at the entry point"
-        if name.startswith("detclipv2_jax."):
-            other = name.split(".")[1]
-            if room == "ops":
-                assert other in ("ops", "errors")
-            if room == "models":
-                assert other in ("models", "ops", "errors", "fields")
-            if room == "evaluation":
-                assert other in ("evaluation", "errors")
-            if room == "data":
-                assert other in ("data", "errors", "structures", "files", "images")
+        first, _, rest = name.partition(".")
+        if first == "tensorflow":
+            assert room is not None and "tensorflow" in ROOMS[room], "this room has no TensorFlow"
+            assert room != "exporters" or not at_the_top
+        if first == "ml_collections":
+            assert path.name in ("main.py", "flags.py"), "configs become dataclasses at the door"
+        if first == "detclipv2_jax" and rest:
+            other = room_of(rest)
+            if room is None:
+                assert other is not None or path.name == "__main__.py", "nothing imports a door"
+            else:
+                assert other == room or other in ROOMS[room], f"{room} imports {other} ({name})"
 
 
-@pytest.mark.parametrize("module", ["step", "checkpoint", "evaluate", "detect", "page", "sharding"])
+def test_no_circle_of_modules():
+    """Import statements at the top of files form no circle."""
+    graph = {}
+    for path in FILES:
+        module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        graph[module] = {name for name, at_the_top in imports(path) if at_the_top}
+    done, active = set(), []
+
+    def visit(module):
+        assert module not in active, " -> ".join([*active[active.index(module) :], module])
+        if module in done or module not in graph:
+            return
+        active.append(module)
+        for other in sorted(graph[module]):
+            visit(other)
+        done.add(active.pop())
+
+    for module in graph:
+        visit(module)
+
+
+@pytest.mark.parametrize("module", WITHOUT_TENSORFLOW)
 def test_runs_where_tensorflow_is_not_installed(module):
     program = f"""
 import sys
@@ -61,20 +120,27 @@ import detclipv2_jax.{module}
     subprocess.run([sys.executable, "-c", program], check=True, env=tiny_run.environment())
 
 
-def test_the_thread_of_the_data_replaces_no_imports_of_the_others():
-    """TensorFlow Datasets does so while it is imported: that comes first, TensorFlow in the thread.
+def test_the_data_thread_replaces_no_imports_of_other_threads():
+    """TensorFlow Datasets patches __import__ while it is imported: it comes first, in one thread.
 
-    Once in a while a step was traced at that moment, and JAX did not find its own modules.
+    Otherwise a step that was traced at that moment did not find JAX's own modules.
     """
     program = """
 import sys
-import detclipv2_jax.train
+import detclipv2_jax.training.train
 assert "tensorflow_datasets" in sys.modules and "tensorflow" not in sys.modules
 from etils.epy import lazy_imports_utils
 del lazy_imports_utils._lazy_import
 import tensorflow
 """
     subprocess.run([sys.executable, "-c", program], check=True, env=tiny_run.environment())
+
+
+def test_nothing_edits_sys_path():
+    for folder in ("detclipv2_jax", "scripts", "configs", "tests"):
+        for path in (tiny_run.ROOT / folder).rglob("*.py"):
+            if path != Path(__file__).resolve():
+                assert not re.search(r"sys\.path(\.insert|\.append|\[:0\])", path.read_text()), path
 
 
 def test_pins_carry_no_address_of_a_registry():

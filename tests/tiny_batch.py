@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from detclipv2_jax.data.concepts import tokenize
-from detclipv2_jax.objective import LossConfig, ProposalConfig
-from detclipv2_jax.structures import Batch
+from detclipv2_jax.data.batch import Batch
+from detclipv2_jax.text.tokenizer import tokenize
+from detclipv2_jax.training.objective import LossConfig, ProposalConfig
 
 NAMES = ["cat", "dog", "red bus", "traffic light", "anchor", "umbrella", "tea cup", "kite"]
 LOSS = LossConfig(proposals=ProposalConfig(group=4, k=6))

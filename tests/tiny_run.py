@@ -36,7 +36,11 @@ OVERRIDES = {
 
 def environment():
     """One device, and this repository's package and compilation cache."""
-    return os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    paths = (ROOT, ROOT / "tests", ROOT / "scripts", ROOT / "scripts/benchmarks")
+    return os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+    }
 
 
 def prepare(to):

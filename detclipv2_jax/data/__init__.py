@@ -1,1 +1,1 @@
-"""From archives on disk to batches. The only room that imports TensorFlow, where it must."""
+"""Prepared records to batches: index, vocabulary, dictionary, plan, transforms, pipeline."""

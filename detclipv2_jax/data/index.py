@@ -20,12 +20,12 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt16, UInt64
 
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.common.errors import UserError
 
 FORMAT = 2
 KINDS = ("detection", "grounding", "image_text")
@@ -171,3 +171,7 @@ def _check(source: Source) -> None:
                 f"{source.directory / name}: missing or damaged, it does not fit the rest of the "
                 f"source; {_again(source.directory)}"
             )
+
+
+Kind = Literal["detection", "grounding", "image_text"]
+KINDS: tuple[Kind, ...] = ("detection", "grounding", "image_text")

@@ -26,20 +26,20 @@ import numpy as np
 from array_record.python import array_record_module
 from jaxtyping import Bool, Float, Int
 
+from detclipv2_jax.common.errors import UserError
+
 # records here and not in the thread: TensorFlow Datasets, while it is imported, replaces the import
 # of all threads, also of those that trace a step.
 from detclipv2_jax.data import records as records_lib
 from detclipv2_jax.data import transforms as transforms_lib
-from detclipv2_jax.data.index import Source
+from detclipv2_jax.data.batch import Batch
+from detclipv2_jax.data.index import Kind, Source
 from detclipv2_jax.data.plan import Plan, StepPlan
-from detclipv2_jax.errors import UserError
-from detclipv2_jax.structures import Batch, Kind
 
 _READ_THREADS = 16  # reads wait for disks and networks, not for cores
 _READ_BYTES = 1 << 16  # of a file at once: about a picture, since the next one lies elsewhere
 _CERTAIN = 1000  # records after which the share of broken ones is taken at its word
 _PATIENCE = 30.0  # seconds for the thread to end; importing TensorFlow is the longest it can be at
-
 _log = logging.getLogger(__name__)
 
 

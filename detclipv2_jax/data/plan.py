@@ -15,10 +15,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from detclipv2_jax.data.concepts import Dictionary
-from detclipv2_jax.data.index import Source
-from detclipv2_jax.errors import UserError
-from detclipv2_jax.structures import KINDS, Kind
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.data.index import KINDS, Kind, Source
+from detclipv2_jax.data.vocabulary import Dictionary
 
 # What a random stream is for: streams of one seed that differ here are independent.
 _SEQUENCE, _ORDER, _CONCEPTS, _MOSAIC = range(4)

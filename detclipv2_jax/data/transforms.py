@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int32, UInt64
 
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.common.errors import UserError
 
 _RATIOS = np.array([1, 2, 4, 8])  # what a JPEG decoder can divide the size by while decoding
 _LEAST_SIDE = 1.0  # pixels of the canvas that a box must keep a side,

@@ -1,1 +1,1 @@
-"""Boxes in, average precision out: numpy only."""
+"""Detections to average precision on LVIS and COCO-format sets, as a function and as a job."""

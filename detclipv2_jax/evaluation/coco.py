@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation import matching
 
 # In the order in which COCOeval.summarize lists them.

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation import coco, matching
 
 FREQUENCIES = ("r", "c", "f")

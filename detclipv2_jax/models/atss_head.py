@@ -10,12 +10,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from detclipv2_jax.errors import UserError
-from detclipv2_jax.models.canvas import Canvas
+from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.models.deform_conv import deform_conv_by_kernel, deform_conv_levels
 from detclipv2_jax.models.fpn import conv3x3
-from detclipv2_jax.models.initialise import Draws, normal
+from detclipv2_jax.models.initializers import Draws, normal
 from detclipv2_jax.models.norms import GroupNorm
+from detclipv2_jax.models.packed_levels import Canvas
 from detclipv2_jax.models.remat import Remat, block_of
 from detclipv2_jax.ops import conv
 from detclipv2_jax.ops.kernels import canvas_conv, deform, place

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from detclipv2_jax.models.canvas import Canvas
+from detclipv2_jax.models.packed_levels import Canvas
 from detclipv2_jax.ops.kernels import deform, place
 
 # (dy, dx) of the nine taps, row by row.

@@ -12,11 +12,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from detclipv2_jax import fields
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.common import config_dict
+from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.models.atss_head import ATSSHead, HeadConfig, RegionOutputs
 from detclipv2_jax.models.fpn import FPN
-from detclipv2_jax.models.initialise import Draws
+from detclipv2_jax.models.initializers import Draws
 from detclipv2_jax.models.remat import Remat
 from detclipv2_jax.models.swin import Swin, SwinConfig
 from detclipv2_jax.models.text import TextConfig, TextTower
@@ -26,7 +26,6 @@ from detclipv2_jax.ops.kernels.place import Kernels
 # ImageNet's, of RGB in 0..255: what published Swin weights were trained with.
 IMAGE_MEAN = (123.675, 116.28, 103.53)
 IMAGE_STD = (58.395, 57.12, 57.375)
-
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _SIMILARITIES = ("cosine", "dot")
 
@@ -106,11 +105,11 @@ class DetCLIPConfig:
         Raises:
             UserError: a key that no field has, or a value of another type, named with its path.
         """
-        return fields.from_dict(cls, values, "model")
+        return config_dict.from_dict(cls, values, "model")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dicts, which JSON can hold."""
-        return fields.to_dict(self)
+        return config_dict.to_dict(self)
 
 
 def normalise_images(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
@@ -229,9 +228,3 @@ def _map_keys(tree, rename):
     if not isinstance(tree, Mapping):
         return tree
     return {rename(key): _map_keys(value, rename) for key, value in tree.items()}
-
-
-def parameter_paths(params: Mapping[str, Any]) -> dict[str, Any]:
-    """All parameters by path, for example 'backbone/layers/0/blocks/1/attn/qkv/kernel'."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {"/".join(entry.key for entry in path): leaf for path, leaf in leaves}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from detclipv2_jax.models.initialise import Draws, xavier
+from detclipv2_jax.models.initializers import Draws, xavier
 from detclipv2_jax.ops import conv
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from detclipv2_jax.models.canvas import Canvas
+from detclipv2_jax.models.packed_levels import Canvas
 
 EPS = 1e-5
 

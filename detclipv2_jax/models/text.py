@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from detclipv2_jax.errors import UserError
-from detclipv2_jax.models.initialise import Draws, normal
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.models.initializers import Draws, normal
 from detclipv2_jax.models.loop import run_blocks
 from detclipv2_jax.models.norms import LayerNorm
 from detclipv2_jax.models.remat import Remat, block_of, product

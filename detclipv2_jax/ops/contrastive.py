@@ -13,18 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.common.errors import UserError
 
 Direction = Literal["text_to_image", "image_to_text", "both"]
 Matching = Literal["max", "soft", "max_size"]
 ProposalScore = Literal["batch", "sample", "classification", "centerness", "batch_centerness"]
-
 # Concepts compared at a time, so that no device holds the whole comparison of a 6144-image step:
 # against 192 images of 100 proposals a block takes 10 MB (all of it: 4 GB), and against their 2134
 # anchors at 320 x 320 pixels 210 MB (2.5 GB). Multiples of 128, the width of a TPU's matrix unit.
 _PROPOSAL_BLOCK = 128
 _ANCHOR_BLOCK = 128
-
 _NEVER = -1e30  # stands for minus infinity, and stays finite under subtraction
 
 

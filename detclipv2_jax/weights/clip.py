@@ -22,7 +22,6 @@ _CONVERT = (
 )
 # CLIP's is 512 wide and the detector's 256; a tower without its projection has none.
 _OPTIONAL = (r"text_projection",)
-
 LAYOUTS = (
     Layout(
         "Hugging Face",

@@ -59,7 +59,6 @@ _CONVERT = (
 # Classifiers have no norm after the second and third stage, and their last one, which is tuned to a
 # pooled feature, has another name: detectors start these norms as identity.
 _OPTIONAL = (r"norms/.*",)
-
 _HUGGING_FACE = (
     *_LEAVES,
     (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"),
@@ -71,7 +70,6 @@ _HUGGING_FACE = (
     (r"^norms\.1", "hidden_states_norms.stage3"),
     (r"^norms\.2", "hidden_states_norms.stage4"),
 )
-
 LAYOUTS = (
     # timm keeps a merging with the stage it leads to, so it has one of a fourth stage.
     Layout(

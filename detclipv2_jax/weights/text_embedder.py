@@ -11,11 +11,11 @@ from flax import nnx
 from jaxtyping import Float
 from tqdm import tqdm
 
-from detclipv2_jax.data.concepts import tokenize
-from detclipv2_jax.models.initialise import Draws
+from detclipv2_jax.models.initializers import Draws
 from detclipv2_jax.models.text import TextConfig, TextTower
+from detclipv2_jax.text.tokenizer import tokenize
 from detclipv2_jax.weights import clip, files
-from detclipv2_jax.weights.initialise import convert
+from detclipv2_jax.weights.convert import convert
 from detclipv2_jax.weights.layouts import Layout
 
 _BATCH = 256

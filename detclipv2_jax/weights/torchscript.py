@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.common.errors import UserError
 
 _STORAGES = {
     "DoubleStorage": np.float64,

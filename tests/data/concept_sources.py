@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from detclipv2_jax.data import concepts
 from detclipv2_jax.data.index import Source
+from detclipv2_jax.text import tokenizer
 
 
 def source(directory: Path, kind: str, counts: dict[str, int], captions=()) -> Source:
@@ -26,7 +26,7 @@ def source(directory: Path, kind: str, counts: dict[str, int], captions=()) -> S
         width=none,
         positives_offsets=np.zeros(1, np.int64),
         positives=none,
-        tokens=concepts.pack_tokens(concepts.tokenize(names)),
-        keys=concepts.keys(names),
+        tokens=tokenizer.pack_tokens(tokenizer.tokenize(names)),
+        keys=tokenizer.keys(names),
         vocabulary=np.array([name in counts for name in names], bool),
     )

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from miniature_archives import jpeg
 
-from detclipv2_jax.data.concepts import tokenize
+from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import Source, shard_name
-from detclipv2_jax.data.records import Record, RecordWriter
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.data.prepare.record_writer import RecordWriter
+from detclipv2_jax.data.records import Record
+from detclipv2_jax.text.tokenizer import tokenize
 
 
 def write_source(directory, records=3):

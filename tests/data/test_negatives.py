@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from concept_sources import source
 
-from detclipv2_jax.data import lexicon
-from detclipv2_jax.data.concepts import Dictionary
+from detclipv2_jax.data import dictionary as dictionary_lib
 from detclipv2_jax.data.plan import KindPlan, Plan
-from detclipv2_jax.data.wordnet import wordnet
+from detclipv2_jax.data.vocabulary import Dictionary
+from detclipv2_jax.text.wordnet import wordnet
 
 FURNITURE = [
     "sofa",
@@ -46,7 +46,7 @@ def planned(
     one = source(tmp_path / kind, kind, dict.fromkeys(names, 9))
     one = with_records(one, positives)
     known = [*(() if only_words else names), *words]
-    opened = lexicon.build(tmp_path / "to", list(dict.fromkeys(known)), {})
+    opened = dictionary_lib.build(tmp_path / "to", list(dict.fromkeys(known)), {})
     dictionary = Dictionary({kind: one}, opened)
     fields = {"table_size": 64, "negatives": 64} | fields
     plans = [KindPlan(kind, (kind,), batch_size, ((8, 8),), **fields)]

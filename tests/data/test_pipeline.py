@@ -18,13 +18,15 @@ import pytest
 from array_record.python import array_record_module
 from PIL import Image
 
-from detclipv2_jax.data import lexicon, pipeline, records
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.data import dictionary, pipeline, records
 from detclipv2_jax.data import transforms as transforms_lib
-from detclipv2_jax.data.concepts import Dictionary, fitted, tokenize
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.plan import KindPlan, Plan
+from detclipv2_jax.data.prepare import record_writer
 from detclipv2_jax.data.transforms import TransformConfig
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.data.vocabulary import Dictionary
+from detclipv2_jax.text.tokenizer import fitted, tokenize
 
 NAMES = [f"thing number {i}" for i in range(30)]
 TRANSFORMS = {
@@ -65,7 +67,7 @@ def record(i, kind, rng, image=None):
 def write(directory, kind, count, broken=()):
     """A prepared source of several shards; the records in `broken` hold no picture."""
     rng = np.random.default_rng(count)
-    with records.RecordWriter(
+    with record_writer.RecordWriter(
         directory, name=directory.name, kind=kind, names=NAMES, shard_records=16
     ) as writer:
         for i in range(count):
@@ -657,7 +659,7 @@ print(next(feed)[1].images.shape)
 
 
 def test_a_kind_sees_definitions_if_it_is_to(sources, tmp_path):
-    opened = lexicon.build(tmp_path, NAMES[:20], {}, synsets=dict.fromkeys(NAMES, "sofa.n.01"))
+    opened = dictionary.build(tmp_path, NAMES[:20], {}, synsets=dict.fromkeys(NAMES, "sofa.n.01"))
     plan = make_plan(sources)
     kinds = list(plan.kinds.values())
     plan = Plan(sources, Dictionary(sources, opened, defined=["detection"]), kinds, seed=3)

@@ -5,11 +5,11 @@ import pathlib
 import numpy as np
 import pytest
 
+from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import plan as plan_lib
-from detclipv2_jax.data.concepts import Dictionary
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.plan import KindPlan, Plan
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.data.vocabulary import Dictionary
 
 
 def source(name, kind, positives, concepts, sizes=None, captions=0, first_key=0):

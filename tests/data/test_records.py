@@ -10,17 +10,10 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from miniature_archives import jpeg
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
+from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import Source
-from detclipv2_jax.data.records import (
-    Record,
-    RecordWriter,
-    ShardWriter,
-    decode,
-    encode,
-    features,
-    parse,
-)
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.data.prepare.record_writer import RecordWriter
+from detclipv2_jax.data.records import Record, ShardWriter, decode, encode, features, parse
 
 CONCEPTS = ("cat", "dog", "traffic light")
 

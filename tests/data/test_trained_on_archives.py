@@ -8,9 +8,9 @@ import pytest
 import tiny_run
 from test_prepare_commands import ARCHIVES
 
-from detclipv2_jax.data import phrases
+from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import Source
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.text import phrases
 
 KINDS = {
     "detection": ("objects365", "lvis", "coco", "odinw"),

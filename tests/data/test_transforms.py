@@ -6,10 +6,10 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from detclipv2_jax import images
+from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import transforms as transforms_lib
 from detclipv2_jax.data.transforms import Placement, TransformConfig
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.inference import images
 
 CONFIGS = [
     TransformConfig(),

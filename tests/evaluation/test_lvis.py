@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation import lvis
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)

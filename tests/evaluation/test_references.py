@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import worlds
 
-from detclipv2_jax import results as results_file
-from detclipv2_jax.evaluation import coco, lvis
+from detclipv2_jax.evaluation import coco, lvis, results_file
 
 FAST, ALL = 30, 500
 # Of lvis-api's.

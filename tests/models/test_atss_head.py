@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.models.atss_head import ATSSHead, HeadConfig
-from detclipv2_jax.models.initialise import Draws
+from detclipv2_jax.models.initializers import Draws
 
 CONFIG = HeadConfig(channels=8, convs=2, groups=2, embed_dim=6)
 SIZES = ((6, 5), (3, 3), (2, 2), (1, 1), (1, 1))

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detclipv2_jax.models.canvas import Canvas
+from detclipv2_jax.models.packed_levels import Canvas
 
 RNG = np.random.default_rng(0)
 

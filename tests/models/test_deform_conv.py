@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detclipv2_jax.models.canvas import Canvas
 from detclipv2_jax.models.deform_conv import deform_conv2d, deform_conv_levels
+from detclipv2_jax.models.packed_levels import Canvas
 
 RNG = np.random.default_rng(0)
 

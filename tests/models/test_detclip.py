@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tiny_model
 
-from detclipv2_jax.errors import UserError
-from detclipv2_jax.models import detclip, sizes
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.models import detclip, parameters, sizes
 from detclipv2_jax.ops.boxes import anchor_grid
 
 CONFIG = tiny_model.CONFIG
@@ -43,7 +43,7 @@ def test_parameter_counts_are_the_papers():
 
 def test_every_parameter_has_its_own_path(model):
     graph, params, _ = model
-    paths = detclip.parameter_paths(params)
+    paths = parameters.parameter_paths(params)
     assert len(paths) == len(jax.tree.leaves(params))
     assert "backbone/layers/0/blocks/0/attn/qkv/kernel" in paths
     assert all(isinstance(leaf, jax.Array) and leaf.dtype == jnp.float32 for leaf in paths.values())
@@ -73,7 +73,7 @@ def test_the_seed_decides_every_drawn_parameter(model):
         if np.asarray(a).std() > 0:
             drawn += 1
             assert not np.array_equal(a, c)
-    kernels = [p for p in detclip.parameter_paths(params) if p.endswith(("kernel", "table"))]
+    kernels = [p for p in parameters.parameter_paths(params) if p.endswith(("kernel", "table"))]
     assert drawn >= len(kernels) - 1  # all but the deformable convolution's zero offsets
 
 
@@ -85,7 +85,7 @@ def test_initial_deviations_are_the_references(model):
         head=dataclasses.replace(CONFIG.head, channels=32),
         text=dataclasses.replace(CONFIG.text, width=64, layers=2),
     )
-    paths = detclip.parameter_paths(detclip.create(wide, 3)[1])
+    paths = parameters.parameter_paths(detclip.create(wide, 3)[1])
     expected = {
         "text/token_embedding": 0.02,
         "text/resblocks/0/attn/in_proj/kernel": 64**-0.5,
@@ -113,7 +113,7 @@ def test_initial_deviations_are_the_references(model):
     }
     branches = ("head/cls_convs", "head/reg_convs")
     factors |= {p: 6.0 for p in paths if p.startswith(branches) and p.endswith("conv/kernel")}
-    for path, value in detclip.parameter_paths(detclip.create(smaller, 3)[1]).items():
+    for path, value in parameters.parameter_paths(detclip.create(smaller, 3)[1]).items():
         np.testing.assert_allclose(value, factors[path] * paths[path], rtol=1e-5, err_msg=path)
     values = np.concatenate([np.ravel(p) for k, p in paths.items() if k.endswith("kernel")])
     values = values[values != 0]

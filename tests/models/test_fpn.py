@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from detclipv2_jax.models.fpn import FPN, conv3x3, upsample_to
-from detclipv2_jax.models.initialise import Draws, normal
+from detclipv2_jax.models.initializers import Draws, normal
 
 RNG = np.random.default_rng(0)
 

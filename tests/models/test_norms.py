@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from detclipv2_jax.models.canvas import Canvas
 from detclipv2_jax.models.norms import GroupNorm, LayerNorm
+from detclipv2_jax.models.packed_levels import Canvas
 
 RNG = np.random.default_rng(0)
 CANVAS = Canvas(((5, 7), (3, 4), (2, 2), (1, 1)))

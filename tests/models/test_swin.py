@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.models import swin
-from detclipv2_jax.models.initialise import Draws
+from detclipv2_jax.models.initializers import Draws
 
 RNG = np.random.default_rng(0)
 TINY = swin.SwinConfig(

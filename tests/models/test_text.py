@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from detclipv2_jax.errors import UserError
-from detclipv2_jax.models.initialise import Draws
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.models.initializers import Draws
 from detclipv2_jax.models.text import TextConfig, TextTower
 
 CONFIG = TextConfig(width=16, layers=2, heads=4, vocab=50, context=8, embed_dim=6)

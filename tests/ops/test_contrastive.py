@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detclipv2_jax.errors import UserError
+from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.ops import contrastive as ops
 
 IMAGES, REGIONS, CONCEPTS, TEXTS, DIM = 5, 4, 7, 3, 6

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from detclipv2_jax.models.detclip import parameter_paths
-from detclipv2_jax.weights import initialise
+from detclipv2_jax.models.parameters import parameter_paths
+from detclipv2_jax.weights import convert
 from detclipv2_jax.weights.layouts import Layout
 
 
@@ -68,7 +68,7 @@ def filled(
 def converted(params: dict, tensors: Mapping[str, np.ndarray], layouts: Sequence[Layout]) -> dict:
     """Nested dicts like `params`, of a reference's tensors (parameters or their gradients)."""
     shapes = {name: leaf.shape for name, leaf in parameter_paths(_named(params)).items()}
-    found, report = initialise.convert(tensors, layouts, shapes, "part", "the reference")
+    found, report = convert.convert(tensors, layouts, shapes, "part", "the reference")
     assert not report.left and not report.resized
 
     def pick(path, _):

@@ -10,7 +10,7 @@ from flax import nnx
 from transformers import SwinBackbone
 from transformers import SwinConfig as TheirConfig
 
-from detclipv2_jax.models.initialise import Draws
+from detclipv2_jax.models.initializers import Draws
 from detclipv2_jax.models.swin import Swin, SwinConfig
 from detclipv2_jax.weights import swin as layouts
 

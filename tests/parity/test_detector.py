@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from detclipv2_jax.models.atss_head import ATSSHead, HeadConfig
 from detclipv2_jax.models.fpn import FPN
-from detclipv2_jax.models.initialise import Draws
+from detclipv2_jax.models.initializers import Draws
 from detclipv2_jax.ops import boxes, losses
 from detclipv2_jax.ops.assign import atss_assign
 

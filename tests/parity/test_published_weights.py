@@ -22,12 +22,12 @@ from transformers import (
     SwinForImageClassification,
 )
 
-from detclipv2_jax.data.concepts import tokenize
 from detclipv2_jax.models import swin, text
-from detclipv2_jax.models.detclip import parameter_paths
-from detclipv2_jax.models.initialise import Draws
+from detclipv2_jax.models.initializers import Draws
+from detclipv2_jax.models.parameters import parameter_paths
+from detclipv2_jax.text.tokenizer import tokenize
 from detclipv2_jax.weights import clip as clip_layouts
-from detclipv2_jax.weights import files, initialise
+from detclipv2_jax.weights import convert, files
 from detclipv2_jax.weights import swin as swin_layouts
 
 SIZES = dict(embed_dim=16, depths=(2, 1, 3, 1), num_heads=(1, 2, 4, 4))
@@ -43,7 +43,7 @@ def load(path, build, layouts, part):
     params = _map(nnx.to_pure_dict(state), str)
     flat = parameter_paths(params)
     wanted = {f"{part}/{name}": leaf.shape for name, leaf in flat.items()}
-    found, report = initialise.convert(files.read(path), layouts, wanted, part, str(path))
+    found, report = convert.convert(files.read(path), layouts, wanted, part, str(path))
     fresh = lambda name, leaf: jnp.full(leaf.shape, float(name.endswith("scale")))
     values = {name: found.get(f"{part}/{name}", fresh(name, leaf)) for name, leaf in flat.items()}
     tree = nested(values)

@@ -14,9 +14,9 @@ from comparing import apply, compare, filled, randomised, to_numpy
 from instant_clip_tokenizer import Tokenizer as InstantTokenizer
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from detclipv2_jax.data.concepts import CONTEXT, END, START, tokenize
-from detclipv2_jax.models.initialise import Draws
+from detclipv2_jax.models.initializers import Draws
 from detclipv2_jax.models.text import TextConfig, TextTower
+from detclipv2_jax.text.tokenizer import CONTEXT, END, START, tokenize
 from detclipv2_jax.weights import clip as layouts
 
 HOSTILE = [

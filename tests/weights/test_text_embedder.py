@@ -6,10 +6,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from detclipv2_jax.data.concepts import tokenize
-from detclipv2_jax.errors import UserError
-from detclipv2_jax.models.initialise import Draws
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.models.initializers import Draws
 from detclipv2_jax.models.text import TextConfig, TextTower
+from detclipv2_jax.text.tokenizer import tokenize
 from detclipv2_jax.weights import clip
 from detclipv2_jax.weights.text_embedder import text_embedder
 

@@ -29,7 +29,6 @@ from detclipv2_jax.ops.kernels.pieces import TILE, dot
 
 _TOKENS = 2560  # of a step, at most
 _PIECE = 256  # of these at a time, about
-
 # (top, left, height, width) of each level.
 Levels = tuple[tuple[int, int, int, int], ...]
 

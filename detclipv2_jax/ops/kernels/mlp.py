@@ -24,7 +24,6 @@ from detclipv2_jax.ops.kernels.pieces import TILE, dot
 
 _TOKENS = 1024  # of a step, at most
 _PIECE = 128  # of these at a time
-
 Activation = Literal["gelu", "quick_gelu"]
 
 

@@ -13,8 +13,8 @@ from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
 from detclipv2_jax.models.atss_head import ATSSHead, DeformConv, HeadConfig
-from detclipv2_jax.models.canvas import Canvas
-from detclipv2_jax.models.initialise import Draws
+from detclipv2_jax.models.initializers import Draws
+from detclipv2_jax.models.packed_levels import Canvas
 from detclipv2_jax.ops.kernels import canvas_conv, place
 
 SLOW = pytest.mark.slow

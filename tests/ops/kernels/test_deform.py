@@ -11,8 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from detclipv2_jax.models import deform_conv
 from detclipv2_jax.models.atss_head import DeformConv, HeadConfig
-from detclipv2_jax.models.canvas import Canvas
-from detclipv2_jax.models.initialise import Draws
+from detclipv2_jax.models.initializers import Draws
+from detclipv2_jax.models.packed_levels import Canvas
 from detclipv2_jax.ops.kernels import place
 
 SLOW = pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from without_and_with import without_and_with
 
-from detclipv2_jax.models.initialise import Draws
+from detclipv2_jax.models.initializers import Draws
 from detclipv2_jax.models.swin import PatchMerging
 from detclipv2_jax.ops.kernels import patch_merging, place
 

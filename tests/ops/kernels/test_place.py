@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from detclipv2_jax import sharding
 from detclipv2_jax.ops.kernels import place
+from detclipv2_jax.training import sharding
 
 
 def sized(images, weights):

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
-from detclipv2_jax.models.initialise import Draws
+from detclipv2_jax.models.initializers import Draws
 from detclipv2_jax.models.swin import SwinBlock, SwinConfig
 from detclipv2_jax.ops.kernels import attention, mlp, place
 

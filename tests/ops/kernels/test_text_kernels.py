@@ -13,10 +13,10 @@ from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
-from detclipv2_jax import objective, sharding
 from detclipv2_jax.models import text
-from detclipv2_jax.models.initialise import Draws
+from detclipv2_jax.models.initializers import Draws
 from detclipv2_jax.ops.kernels import causal, mlp, place
+from detclipv2_jax.training import objective, sharding
 
 SLOW = pytest.mark.slow
 

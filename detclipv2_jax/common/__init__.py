@@ -1,0 +1,1 @@
+"""What every room uses: errors, atomic files, configs as dicts, processes, command lines, plots."""

@@ -1,0 +1,95 @@
+"""Loss curves and figures over steps as pictures."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from detclipv2_jax.common.atomic import replacing
+from detclipv2_jax.common.errors import UserError
+
+_LOSSES = ("loss", "align", "box", "centerness", "contrastive")  # the total and its parts
+
+
+def loss_curves(metrics: str | os.PathLike, picture: str | os.PathLike) -> None:
+    """Draws the losses of a run's `metrics.jsonl` over its steps, a panel for each kind of data.
+
+    Raw values are pale, with a running mean over them. Lines without a kind (evaluations) and
+    values that are not finite are passed over.
+
+    Raises:
+      UserError: the file is missing or a line is no JSON object with a step; names file and line.
+    """
+    curves = _losses(pathlib.Path(metrics))
+    figure = Figure(figsize=(5.2 * max(len(curves), 1), 3.8), layout="constrained")
+    panels = figure.subplots(1, max(len(curves), 1), squeeze=False)[0]
+    for panel, (kind, losses) in zip(panels, sorted(curves.items())):
+        for name, points in losses.items():
+            steps, values = np.asarray(points, np.float64).T
+            (line,) = panel.plot(steps, _running_mean(values), label=name, linewidth=1.8)
+            panel.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.8)
+        panel.set(title=kind.replace("_", "-"), xlabel="step")
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False, fontsize="small")
+    panels[0].set_ylabel("loss")
+    if not curves:
+        panels[0].text(0.5, 0.5, "no losses yet", ha="center", transform=panels[0].transAxes)
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def figures_over_steps(
+    steps: Sequence[int],
+    panels: Mapping[str, Mapping[str, Sequence[float | None]]],
+    picture: str | os.PathLike,
+) -> None:
+    """Draws figures of a run over its steps, a panel for each title; None is left out."""
+    figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
+    for panel, (title, lines) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items()
+    ):
+        for name, values in lines.items():
+            values = np.array([np.nan if value is None else value for value in values], np.float64)
+            if np.isfinite(values).any():
+                panel.plot(steps, values, label=name, linewidth=1.8, marker="o", markersize=3)
+        panel.set(title=title, xlabel="step", ylim=(0, None))
+        panel.grid(alpha=0.3)
+        if panel.lines:
+            panel.legend(frameon=False, fontsize="small")
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def _losses(metrics: pathlib.Path) -> Mapping[str, Mapping[str, list[tuple[int, float]]]]:
+    """Kind -> name of a loss -> its (step, value), as far as they are finite."""
+    try:
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{metrics}: no such file; a run writes it into its workdir.") from None
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            step = int(row["step"])
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+            if number == len(lines):  # a run that was killed may leave half a line
+                continue
+            raise UserError(f"{metrics}: line {number} is no JSON object with a 'step'.") from None
+        for name, value in row.items():
+            is_loss = name in _LOSSES and isinstance(value, int | float) and np.isfinite(value)
+            if is_loss and isinstance(row.get("kind"), str):
+                curves.setdefault(row["kind"], {}).setdefault(name, []).append((step, value))
+    return curves
+
+
+def _running_mean(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """The mean of each value and its neighbours, over about a thirtieth of the curve."""
+    reach = len(values) // 60
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - reach, 0)
+    high = np.minimum(np.arange(len(values)) + reach + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)

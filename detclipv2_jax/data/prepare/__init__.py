@@ -1,0 +1,1 @@
+"""Archives on disk to prepared records and their index, offline."""

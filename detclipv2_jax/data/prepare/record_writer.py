@@ -1,0 +1,81 @@
+"""Writing a prepared source record by record, in one process."""
+
+import contextlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detclipv2_jax.data.index import KINDS, Source
+from detclipv2_jax.data.prepare import index_writer
+from detclipv2_jax.data.records import Record, ShardWriter
+
+
+class RecordWriter:
+    """Writes a source from records that come one by one, in one process: for tests and tools.
+
+    Everything goes to `directory + ".partial"` and is put in the place of `directory` by `finish`.
+    Use as a context manager: leaving it unfinished removes what was written.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        name: str,
+        kind: str,
+        names: Sequence[str] = (),
+        shard_records: int = 1024,
+    ):
+        """Start an empty source of a kind, to be cut into shards of `shard_records`.
+
+        `names`: concepts that come first whether a record has them or not (a file's categories).
+        """
+        if kind not in KINDS:
+            raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
+        self.directory = Path(directory)
+        index_writer.refuse_foreign(self.directory)
+        self._partial = self.directory.with_name(self.directory.name + ".partial")
+        self._name, self._kind, self._shard_records = name, kind, shard_records
+        self._indexer = index_writer.Indexer(kind, names)
+        self._files: list[tuple[Path, int]] = []
+        self._shard = contextlib.ExitStack()
+        shutil.rmtree(self._partial, ignore_errors=True)
+        (self._partial / "merged").mkdir(parents=True)
+
+    def __enter__(self) -> "RecordWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._shard.close()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def __len__(self) -> int:
+        return len(self._indexer)
+
+    def write(self, record: Record) -> None:
+        """Append a record."""
+        if len(self) % self._shard_records == 0:
+            self._shard.close()
+            path = self._partial / f"{len(self._files):06d}.array_record"
+            self._writer = self._shard.enter_context(ShardWriter(path))
+            self._files.append((path, 0))
+        self._writer.write(record)
+        self._indexer.add(record)
+        path, count = self._files[-1]
+        self._files[-1] = path, count + 1
+
+    def finish(self, **info: Any) -> Source:
+        """Put the source in place and open it. `info`: more fields of info.json."""
+        self._shard.close()
+        part = self._partial / "part.npz"
+        self._indexer.finish().save(part, {})
+        index_writer.assemble(
+            self._partial / "merged",
+            self._files,
+            [part],
+            name=self._name,
+            kind=self._kind,
+            info=info,
+        )
+        return index_writer.put_in_place(self._partial / "merged", self.directory)

@@ -1,0 +1,170 @@
+"""Images with captions, no boxes: JSON lines, TSV (Conceptual Captions), COCO's captions JSON.
+
+An image with several captions gives several examples: the paper's image-text data are pairs.
+What img2dataset left of the downloads is read by img2dataset.py.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.json_stream import read_lists
+from detclipv2_jax.data.prepare.examples import Archive, Drops, ImageFile, ImageFolder, RawExample
+from detclipv2_jax.data.prepare.sources.entries import (
+    BROKEN,
+    ImageEntries,
+    find,
+    missing_image,
+    problem,
+    shortly,
+    text,
+    widened,
+)
+from detclipv2_jax.data.prepare.sources.img2dataset import checked_caption
+
+# Where a JSON line may name its image and its captions; the first field that is there counts.
+IMAGE_FIELDS = ("image", "file_name", "path")
+CAPTION_FIELDS = ("caption", "captions", "text")
+
+
+def read_json_lines(path: str | Path, images: ImageFolder) -> Archive:
+    """Open a file of lines {"image": FILE, "caption": TEXT} or {…, "captions": [TEXT, …]}.
+
+    The fields may also be called as IMAGE_FIELDS and CAPTION_FIELDS say. Broken lines are dropped
+    and counted; `UserError` where the file cannot be read.
+    """
+    return _read_lines(Path(path), images, _parse_json)
+
+
+def read_tsv(path: str | Path, images: ImageFolder) -> Archive:
+    """Open a file of "caption<TAB>image file" lines, Conceptual Captions' order."""
+    return _read_lines(Path(path), images, _parse_tsv)
+
+
+def read_coco_captions(path: str | Path, images: ImageFolder) -> Archive:
+    """Open COCO's `captions` JSON: "annotations" with "image_id" and "caption"."""
+    path, drops = Path(path), Drops()
+    entries, total = ImageEntries(path, drops), 0
+    for field, number, entry in read_lists(path, ("images", "annotations")):
+        if field == "images":
+            entries.read(number, entry)
+        else:
+            total += 1
+    return Archive(
+        path=path,
+        kind="image_text",
+        total=total,
+        examples=_from_annotations(path, entries, widened(images, path.parent), drops),
+        drops=drops,
+    )
+
+
+def _read_lines(
+    path: Path, images: ImageFolder, parse: Callable[[str], tuple[str, list]]
+) -> Archive:
+    drops = Drops()
+    return Archive(
+        path=path,
+        kind="image_text",
+        total=_count(path, parse),
+        examples=_from_lines(path, parse, images, drops),
+        drops=drops,
+    )
+
+
+def _count(path: Path, parse: Callable[[str], tuple[str, list]]) -> int:
+    """Captions in a file, about: each line is taken to have as many as the first."""
+    try:
+        with open(path, "rb") as file:
+            first = file.readline()
+            lines = (1 if first.strip() else 0) + sum(1 for line in file if line.strip())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    try:
+        return lines * len(parse(first.decode("utf-8"))[1])
+    except BROKEN:
+        return lines
+
+
+def _from_lines(
+    path: Path, parse: Callable[[str], tuple[str, list]], images: ImageFolder, drops: Drops
+) -> Iterator[RawExample]:
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                name, captions = parse(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except BROKEN as error:  # of which undecodable text is one
+                drops.drop("images: malformed line", f"{where}: {problem(error)}")
+                continue
+            found = images.find(name)
+            if found is None:
+                drops.drop("images: missing", missing_image(where, name, images))
+                continue
+            for i, caption in enumerate(captions):
+                image_id = name if len(captions) == 1 else f"{name}#{i}"
+                yield from _example(ImageFile(found), image_id, None, caption, where, drops)
+
+
+def _from_annotations(
+    path: Path, entries: ImageEntries, images: ImageFolder, drops: Drops
+) -> Iterator[RawExample]:
+    for _, place, annotation in read_lists(path, ("annotations",)):
+        where = f"{path}: annotations[{place}]"
+        try:
+            image_id, caption = annotation["image_id"], annotation["caption"]
+            entry = entries.get(image_id)
+            full_id = text(f"{image_id}#{annotation.get('id', place)}", "id")
+        except BROKEN as error:
+            drops.drop("captions: malformed entry", f"{where}: {problem(error)}")
+            continue
+        if entry is None:
+            why = f'{where}: "image_id" {shortly(image_id)} is not among "images"'
+            drops.drop("captions: unknown image", why)
+            continue
+        image = find(entry, where, images, drops)
+        if image is not None:
+            yield from _example(image, full_id, entry.size, caption, where, drops)
+
+
+def _example(
+    image: ImageFile,
+    image_id: str,
+    size: tuple[int, int] | None,
+    caption: Any,
+    where: str,
+    drops: Drops,
+) -> Iterator[RawExample]:
+    try:
+        caption = checked_caption(caption)
+    except ValueError as error:
+        drops.drop("captions: empty", f"{where}: {error}")
+        return
+    yield RawExample(image=image, image_id=image_id, size=size, caption=caption)
+
+
+def _parse_json(line: str) -> tuple[str, list]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error.msg}, column {error.colno})") from error
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object with an image and a caption")
+    image = next((row[field] for field in IMAGE_FIELDS if field in row), None)
+    captions = next((row[field] for field in CAPTION_FIELDS if field in row), None)
+    if not isinstance(image, str) or not image:
+        raise ValueError(f"no field {' or '.join(IMAGE_FIELDS)} that names a file")
+    if captions is None:
+        raise ValueError(f"no field {' or '.join(CAPTION_FIELDS)}")
+    return image, captions if isinstance(captions, list) else [captions]
+
+
+def _parse_tsv(line: str) -> tuple[str, list]:
+    cells = line.rstrip("\r\n").split("\t")
+    if len(cells) < 2 or not cells[1].strip():
+        raise ValueError("not caption<TAB>image file")
+    return cells[1].strip(), [cells[0]]

@@ -1,0 +1,353 @@
+"""The pictures of the built-in data: which symbols there are, and how one scene of them is drawn.
+
+A symbol is a pictograph of DejaVu Sans, the font that matplotlib ships. A scene is a soft
+background with coloured, scaled and rotated symbols on it; it knows the tight box of each.
+"""
+
+import csv
+import dataclasses
+import functools
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
+
+from detclipv2_jax.common.errors import UserError
+
+# Named colours, far enough apart that a person agrees with the name.
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 30, 38),
+    "blue": (28, 78, 216),
+    "green": (24, 140, 56),
+    "yellow": (252, 220, 24),
+    "purple": (126, 36, 170),
+    "orange": (250, 128, 14),
+    "black": (14, 14, 16),
+    "white": (252, 252, 252),
+    "pink": (255, 118, 186),
+    "brown": (118, 68, 24),
+    "cyan": (16, 192, 216),
+}
+# What a background starts from: six light, three middling, six dark tones, so that every colour has
+# grounds to stand out from (white and cyan need dark ones).
+TONES: tuple[tuple[int, int, int], ...] = (
+    *((242, 238, 226), (222, 232, 242), (226, 240, 222), (244, 226, 230), (236, 236, 236)),
+    (240, 232, 208),
+    *((176, 178, 186), (200, 180, 156), (160, 184, 170)),
+    *((58, 62, 74), (72, 54, 60), (42, 66, 60), (52, 48, 76), (48, 48, 48), (70, 62, 44)),
+)
+BACKGROUNDS = ("plain", "gradient", "striped", "checked", "speckled", "blotchy")
+# Between a symbol and both tones of its background, in CIELAB units: distance and lightness alone.
+MIN_CONTRAST, MIN_LIGHTNESS = 40.0, 18.0
+
+_MASTER = 192  # long side in pixels of the drawing that all sizes of a symbol are made from
+_THIN = 0.055  # strokes thinner than this share of the long side are thickened ...
+_MAX_STROKE = 3  # ... by at most so many pixels of the master a side, or inner detail would clog
+_INK = 64  # alpha from which a pixel counts as the symbol's own (of 255)
+
+
+@dataclasses.dataclass(frozen=True)
+class Symbol:
+    """One pictograph; `name` is a lowercase singular noun, unique among the symbols."""
+
+    codepoint: int
+    name: str
+    plural: str
+    family: str
+
+    @property
+    def character(self) -> str:
+        """The pictograph itself, as text."""
+        return chr(self.codepoint)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A symbol in a scene. `box` is the tight xyxy of its ink in pixels of the picture."""
+
+    symbol: int  # position in `load_symbols()`
+    colour: str
+    box: tuple[float, float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What a picture shows: sizes in pixels, `background` one of `BACKGROUNDS`."""
+
+    height: int
+    width: int
+    background: str
+    objects: tuple[Placed, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneStyle:
+    """How scenes of one kind look. Lengths in pixels, `rotation` in degrees either way."""
+
+    objects: tuple[int, int]
+    size: tuple[float, float]
+    rotation: float
+    overlap: float
+    difficulty: float
+
+
+@functools.cache
+def load_symbols() -> tuple[Symbol, ...]:
+    """All symbols, in the order of the asset `symbols.csv`."""
+    path = Path(__file__).with_name("symbols.csv")
+    with path.open(encoding="utf-8", newline="") as lines:
+        return tuple(
+            Symbol(
+                codepoint=int(row["codepoint"], 16),
+                name=row["name"],
+                plural=row["plural"] or plural(row["name"]),
+                family=row["family"],
+            )
+            for row in csv.DictReader(lines)
+        )
+
+
+def plural(name: str) -> str:
+    """The regular English plural of a noun phrase."""
+    if name.endswith(("s", "x", "ch", "sh", "z")):
+        return name + "es"
+    if name.endswith("y") and name[-2] not in "aeiou":
+        return name[:-1] + "ies"
+    return name + "s"
+
+
+def novel_symbols(symbols: tuple[Symbol, ...], count: int, seed: int) -> frozenset[int]:
+    """Positions of the `count` symbols that never get a training box.
+
+    Every family gives its share: each symbol gets a random place in (0, 1) such that the members of
+    a family lie evenly, and the first `count` places of all are novel.
+    """
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
+    places = np.empty(len(symbols))
+    for family in sorted({symbol.family for symbol in symbols}):
+        members = [i for i, symbol in enumerate(symbols) if symbol.family == family]
+        places[members] = (rng.permutation(len(members)) + rng.random()) / len(members)
+    return frozenset(int(i) for i in np.argsort(places, kind="stable")[:count])
+
+
+def font_path() -> Path:
+    """Where matplotlib keeps DejaVu Sans; raises `UserError` where it is not installed."""
+    spec = importlib.util.find_spec("matplotlib")  # importing it would cost half a second a process
+    if spec is None or spec.origin is None:
+        raise UserError(
+            "The symbols are drawn with the font that matplotlib ships, and matplotlib is not "
+            "installed: run `pip install matplotlib`."
+        )
+    return Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+
+
+@functools.lru_cache(maxsize=512)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    # The basic layout engine needs no libraqm, so all machines draw alike.
+    return ImageFont.truetype(str(font_path()), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _ink(character: str, size: int, stroke: int = 0) -> Image.Image:
+    font = _font(size)
+    left, top, right, bottom = font.getbbox(character, stroke_width=stroke)
+    image = Image.new("L", (math.ceil(right - left) + 2, math.ceil(bottom - top) + 2))
+    ImageDraw.Draw(image).text(
+        (1 - left, 1 - top), character, font=font, fill=255, stroke_width=stroke
+    )
+    return image.crop(image.getbbox())
+
+
+@functools.cache
+def master(character: str) -> Image.Image:
+    """The symbol's alpha mask, long side `_MASTER` pixels, hairlines thickened."""
+    probe = _ink(character, 256)
+    size = max(8, round(256 * _MASTER / max(probe.size)))
+    image = _ink(character, size)
+    solid = np.asarray(image) >= 128
+    padded = np.pad(solid, 1)
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    # A stroke of thickness t and length n has t*n pixels, 2n of them on its edges.
+    thickness = 2 * solid.sum() / max(1, (solid & ~inner).sum())
+    stroke = min(_MAX_STROKE, math.ceil((_THIN * _MASTER - thickness) / 2))
+    if stroke > 0:
+        image = _ink(character, size, stroke)
+    scale = _MASTER / max(image.size)
+    return image.resize(tuple(max(1, round(side * scale)) for side in image.size), Image.LANCZOS)
+
+
+def draw_symbol(character: str, size: float, angle: float) -> Image.Image:
+    """Alpha mask of a symbol, cropped to its ink: long side `size` pixels before the rotation.
+
+    Drawn at twice the size and halved, so that the rotation leaves no jagged edge.
+    """
+    full = master(character)
+    scale = 2 * size / max(full.size)
+    mask = full.resize(tuple(max(2, round(side * scale)) for side in full.size), Image.BOX)
+    mask = mask.rotate(angle, Image.BILINEAR, expand=True).reduce(2)
+    ink = np.asarray(mask) >= _INK
+    columns, rows = np.flatnonzero(ink.any(0)), np.flatnonzero(ink.any(1))
+    return mask.crop((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
+
+
+@functools.cache
+def _lab_palette() -> Float[np.ndarray, "c 3"]:
+    return _lab(np.array(list(COLOURS.values()), float))
+
+
+def _lab(rgb: np.ndarray) -> np.ndarray:
+    # IEC 61966-2-1 (sRGB, D65) and CIE 15 (Lab).
+    unit = rgb / 255
+    linear = np.where(unit <= 0.04045, unit / 12.92, ((unit + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array(
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    )
+    xyz = linear @ to_xyz.T / (0.9505, 1.0, 1.089)
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    x, y, z = f[..., 0], f[..., 1], f[..., 2]
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+
+
+def readable_colours(tones: Float[np.ndarray, "n 3"]) -> list[str]:
+    """Names of the colours that stand out from every tone (sRGB); the best one, at worst.
+
+    Lightness must differ by itself too, because fine detail is seen by lightness.
+    """
+    palette = _lab_palette()
+    difference = np.abs(palette[:, None] - _lab(np.asarray(tones, float))[None])
+    distance = np.sqrt((difference**2).sum(-1)).min(1)  # CIE 1976
+    lightness = difference[..., 0].min(1)
+    margin = np.minimum(distance / MIN_CONTRAST, lightness / MIN_LIGHTNESS)
+    names = [name for name, value in zip(COLOURS, margin) if value >= 1]
+    return names or [list(COLOURS)[int(margin.argmax())]]
+
+
+def _pattern(
+    rng: np.random.Generator, kind: str, height: int, width: int
+) -> Float[np.ndarray, "h w"]:
+    """How much of the second tone each pixel has, 0..1."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    angle, period = rng.uniform(0, np.pi), rng.uniform(8, 26)
+    u = x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle))
+    if kind == "gradient":
+        return (u - u.min()) / max(1.0, float(np.ptp(u)))
+    if kind == "striped":
+        return np.clip(0.5 + 2 * np.sin(2 * np.pi * u / period), 0, 1)
+    if kind == "checked":
+        v = y * np.float32(np.cos(angle)) - x * np.float32(np.sin(angle))
+        waves = np.sin(np.pi * u / period) * np.sin(np.pi * v / period)
+        return np.clip(0.5 + 4 * waves, 0, 1)
+    if kind == "speckled":
+        grains = rng.random((height // 2 + 1, width // 2 + 1), np.float32)
+        return np.kron(grains, np.ones((2, 2), np.float32))[:height, :width]
+    if kind == "blotchy":
+        coarse = Image.fromarray(rng.random((5, 5), np.float32))
+        return np.clip(np.asarray(coarse.resize((width, height), Image.BICUBIC)), 0, 1)
+    return np.zeros((height, width), np.float32)
+
+
+def draw_background(
+    rng: np.random.Generator, kind: str, height: int, width: int, difficulty: float
+) -> tuple[Image.Image, Float[np.ndarray, "2 3"]]:
+    """A picture without symbols, and its two tones (sRGB) between which all its pixels lie."""
+    first = np.array(TONES[rng.integers(len(TONES))], float)
+    # Away from the nearer end of the scale, a little off in hue: soft at 0, garish at 1.
+    step = (16 + 64 * difficulty) * (1 if first.mean() < 128 else -1)
+    second = np.clip(first + step + rng.uniform(-12, 12, 3), 0, 255)
+    tones = np.rint([first, first if kind == "plain" else second])
+    grounds = [Image.new("RGB", (width, height), tuple(int(c) for c in tone)) for tone in tones]
+    share = np.rint(255 * _pattern(rng, kind, height, width)).astype(np.uint8)
+    return Image.composite(grounds[1], grounds[0], Image.fromarray(share)), tones
+
+
+def _cast(
+    rng: np.random.Generator,
+    chances: Float[np.ndarray, " s"],
+    count: int,
+    colours: list[str],
+    first: int | None,
+) -> list[tuple[int, str]]:
+    """Draws `count` (symbol, colour): some symbols twice or thrice, half of those in one colour."""
+    cumulative = np.cumsum(chances)
+    chosen: list[tuple[int, str]] = []
+    while len(chosen) < count:
+        symbol = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+        if first is not None and not chosen:
+            symbol = first
+        if any(symbol == other for other, _ in chosen):
+            if np.count_nonzero(chances) <= len({other for other, _ in chosen}):
+                break  # a world with fewer symbols than places
+            continue
+        copies = 1 if rng.random() < 0.78 else int(rng.integers(2, 4))
+        shared = rng.random() < 0.6
+        colour = colours[rng.integers(len(colours))]
+        for _ in range(min(copies, count - len(chosen))):
+            chosen.append((symbol, colour if shared else colours[rng.integers(len(colours))]))
+    return chosen
+
+
+def _overlaps(box: tuple[float, ...], others: list[Placed], limit: float) -> bool:
+    """Whether `box` and another share more than `limit` of the smaller one's area."""
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    for other in others:
+        x0, y0, x1, y1 = other.box
+        shared = max(0.0, min(box[2], x1) - max(box[0], x0)) * max(
+            0.0, min(box[3], y1) - max(box[1], y0)
+        )
+        if shared > limit * min(area, (x1 - x0) * (y1 - y0)):
+            return True
+    return False
+
+
+def draw_scene(
+    rng: np.random.Generator,
+    chances: Float[np.ndarray, " s"],
+    height: int,
+    width: int,
+    style: SceneStyle,
+    first: int | None = None,
+) -> tuple[Scene, Image.Image]:
+    """Draws one scene of `height` x `width` pixels; symbol i is as likely as `chances[i]` says.
+
+    Symbol `first`, if given, is there in any case. Returns what the scene shows and the RGB
+    picture. A symbol that finds no room is left out; the first always finds some.
+    """
+    symbols = load_symbols()
+    background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+    image, tones = draw_background(rng, background, height, width, style.difficulty)
+    count = int(rng.integers(style.objects[0], style.objects[1] + 1))
+    smallest, largest = style.size
+    placed: list[Placed] = []
+    for symbol, colour in _cast(rng, chances, count, readable_colours(tones), first):
+        size = math.exp(rng.uniform(math.log(smallest), math.log(largest)))
+        angle = rng.uniform(-style.rotation, style.rotation)
+        for _ in range(4):
+            mask = draw_symbol(symbols[symbol].character, size, angle)
+            box = _find_room(rng, mask.size, (height, width), placed, style.overlap)
+            if box is not None:
+                image.paste(COLOURS[colour], (int(box[0]), int(box[1])), mask)
+                placed.append(Placed(symbol, colour, box))
+                break
+            size = max(smallest, 0.8 * size)
+    return Scene(height, width, background, tuple(placed)), image
+
+
+def _find_room(
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    canvas: tuple[int, int],
+    placed: list[Placed],
+    overlap: float,
+) -> tuple[float, float, float, float] | None:
+    w, h = size
+    height, width = canvas
+    if w > width or h > height:
+        return None
+    for _ in range(8):
+        x, y = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+        box = (float(x), float(y), float(x + w), float(y + h))
+        if not _overlaps(box, placed, overlap):
+            return box
+    return None

@@ -1,0 +1,70 @@
+"""The model card, `README.md`: what an export is, for people and for model hubs."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from detclipv2_jax.models.parameters import parameter_paths
+
+if TYPE_CHECKING:
+    from detclipv2_jax.inference.checkpoint import LoadedModel
+
+_LIBRARIES = {"savedmodel": "tensorflow", "onnx": "onnx"}
+_NEEDS = {"stablehlo": "jax", "savedmodel": "tensorflow-cpu", "onnx": "onnxruntime"}
+
+
+def card(
+    loaded: "LoadedModel",
+    about: Mapping[str, Any],
+    results: Mapping[str, Any] | None,
+    licence: str | None,
+) -> str:
+    """Markdown with the head that Hugging Face reads.
+
+    `about` is the manifest, `results` what an evaluation wrote beside the checkpoint. Standard and
+    fixed AP are two columns, never one.
+    """
+    folder = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=folder, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+    results = results or {}
+    measures = {
+        name: figures
+        for name, figures in results.items()
+        if isinstance(figures, Mapping) and isinstance(figures.get("AP"), float)
+    }
+    sizes = {path: value.size for path, value in parameter_paths(loaded.params).items()}
+    text = sum(size for path, size in sizes.items() if path.startswith("text/"))
+    needs = [_NEEDS.get(about["format"], ""), "numpy", "pillow"]
+    return environment.get_template("card.md.jinja").render(
+        about=about,
+        library=_LIBRARIES.get(about["format"], "jax"),
+        licence=licence,
+        needs=" ".join(needs + ([] if about["names"] else ["tokenizers"])),
+        model=loaded.config["model"],
+        parameters={"all": sum(sizes.values()), "text": text},
+        results=results,
+        measures=measures,
+        figures=dict.fromkeys(key for figures in measures.values() for key in figures),
+        dataset=pathlib.Path(str(results.get("dataset"))).name,
+        **_training(loaded),
+    )
+
+
+def _training(loaded: "LoadedModel") -> dict[str, Any]:
+    config = loaded.config
+    files = {part: path for part, path in config.get("init", {}).items() if path}
+    return {
+        "epochs": config.get("train", {}).get("epochs"),
+        "names": loaded.names,
+        "definitions": loaded.definitions,
+        "start": ", ".join(f"`{pathlib.Path(p).name}` ({part})" for part, p in files.items()),
+        "sources": {
+            kind: section["sources"]
+            for kind, section in config.get("data", {}).items()
+            if isinstance(section, Mapping) and section.get("sources")
+        },
+    }

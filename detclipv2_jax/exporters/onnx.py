@@ -1,0 +1,140 @@
+"""ONNX, through jax2onnx: the network converted, followed by ONNX's own top-k and suppression.
+
+jax2onnx is not installed with this package, because it asks for an old orbax; docs/export.md says
+how to have both.
+"""
+
+import logging
+import pathlib
+import re
+from typing import Any
+
+import jax
+
+from detclipv2_jax.common.atomic import replacing
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.exporters.served import ServedModel, dense
+from detclipv2_jax.ops.boxes import level_sizes
+
+OPSET = 21
+
+
+def write(served: ServedModel, output: pathlib.Path) -> dict[str, str]:
+    """Writes the detector and, without a fixed vocabulary, the text encoder.
+
+    Returns the files by their role.
+
+    Raises:
+      UserError: jax2onnx is not installed.
+    """
+    try:
+        import jax2onnx  # noqa: F401 - only to know
+        import onnx  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--format=onnx needs jax2onnx, and {error.name} is not installed: "
+            "pip install onnx onnx-ir, then pip install --no-deps jax2onnx==0.17.1."
+        ) from None
+
+    model = served.model()
+    arguments, names = list(served.image_spec("batch")), ["images", "sizes"]
+    if served.texts is not None:
+        network = lambda images, sizes: dense(model, served.config, images, sizes, served.texts)
+    else:
+        network = lambda *inputs: dense(model, served.config, *inputs)
+        arguments.append(served.text_spec("rows"))
+        names.append("texts")
+    converted = _converted(network, arguments, names, ["all_boxes", "all_scores"])
+    _save(_with_suppression(converted, served), output / "detector.onnx")
+    if served.texts is not None:
+        return {"detector": "detector.onnx"}
+    encoder = _converted(served.encode(), [served.token_spec("count")], ["tokens"], ["texts"])
+    _save(encoder, output / "text_encoder.onnx")
+    return {"detector": "detector.onnx", "text_encoder": "text_encoder.onnx"}
+
+
+def _converted(
+    function: Any, arguments: list[jax.ShapeDtypeStruct], inputs: list[str], outputs: list[str]
+) -> Any:
+    import jax2onnx
+
+    # They tell at length of packages that only examples need, and of shapes without a type.
+    for talkative in ("jax2onnx", "onnx_ir"):
+        logging.getLogger(talkative).setLevel(logging.CRITICAL)
+    return jax2onnx.to_onnx(
+        function,
+        inputs=arguments,
+        model_name="detclipv2",
+        opset=OPSET,
+        input_names=inputs,
+        output_names=outputs,
+    )
+
+
+# `class_nms` in ONNX's text form: the best candidates of each name of each picture, a suppression
+# for each, then the best of a picture. What NonMaxSuppression kept is a list of places, which is
+# scattered back into the table, so that the answer has a fixed size.
+_SUPPRESSION = """
+<ir_version: IR_VERSION, opset_import: ["": OPSET]>
+suppression (float[batch, ANCHORS, 4] all_boxes, float[batch, NAMES, ANCHORS] all_scores)
+    => (float[batch, KEEP, 4] boxes, float[batch, KEEP] scores, int32[batch, KEEP] labels,
+        bool[batch, KEEP] mask)
+    <int64[1] nms_count = {COUNT}, int64[1] nms_keep = {KEEP}, int64[1] nms_last = {-1},
+     int64[3] nms_as_rows = {-1, COUNT, 4}, int64[3] nms_as_row_scores = {-1, 1, COUNT},
+     int64[3] nms_as_box_list = {0, -1, 4},
+     int64[4] nms_padding = {0, 0, 0, KEEP}, int64 nms_zero = {0}, float nms_zero_score = {0.0},
+     float[1] nms_iou = {NMS_IOU}, float[1] nms_threshold = {SCORE_THRESHOLD},
+     float nms_nothing = {-1.0}>
+{
+    nms_values, nms_anchors = TopK <axis = -1> (all_scores, nms_count)
+    nms_anchor_places = Unsqueeze (nms_anchors, nms_last)
+    nms_candidates = GatherND <batch_dims = 1> (all_boxes, nms_anchor_places)
+    nms_rows = Reshape (nms_candidates, nms_as_rows)
+    nms_row_scores = Reshape (nms_values, nms_as_row_scores)
+    nms_kept = NonMaxSuppression (nms_rows, nms_row_scores, nms_count, nms_iou, nms_threshold)
+    nms_kept_scores = GatherND (nms_row_scores, nms_kept)
+    nms_table_shape = Shape (nms_values)
+    nms_row_shape = Shape (nms_row_scores)
+    nms_blank = Expand (nms_nothing, nms_row_shape)
+    nms_kept_rows = ScatterND (nms_blank, nms_kept, nms_kept_scores)
+    nms_table = Reshape (nms_kept_rows, nms_table_shape)
+    nms_flat = Flatten (nms_table)
+    nms_padded = Pad (nms_flat, nms_padding, nms_nothing)
+    nms_best, nms_places = TopK <axis = -1> (nms_padded, nms_keep)
+    mask = Greater (nms_best, nms_nothing)
+    scores = Where (mask, nms_best, nms_zero_score)
+    nms_found = Where (mask, nms_places, nms_zero)
+    nms_labels = Div (nms_found, nms_count)
+    labels = Cast <to = 6> (nms_labels)
+    nms_box_list = Reshape (nms_candidates, nms_as_box_list)
+    nms_found_places = Unsqueeze (nms_found, nms_last)
+    nms_found_boxes = GatherND <batch_dims = 1> (nms_box_list, nms_found_places)
+    nms_box_mask = Unsqueeze (mask, nms_last)
+    boxes = Where (nms_box_mask, nms_found_boxes, nms_zero_score)
+}
+"""
+
+
+def _with_suppression(network: Any, served: ServedModel) -> Any:
+    import onnx
+
+    anchors = sum(level_sizes(*served.canvas, served.model().cfg.anchors))
+    values = {
+        "IR_VERSION": network.ir_version,
+        "OPSET": OPSET,
+        "ANCHORS": anchors,
+        "NAMES": "rows" if served.texts is None else len(served.texts),
+        "COUNT": min(served.config.candidates, anchors),
+        "KEEP": served.config.keep,
+        "NMS_IOU": float(served.config.nms_iou),
+        "SCORE_THRESHOLD": float(served.config.score_threshold),
+    }
+    text = re.sub(r"\b[A-Z_]{4,}\b", lambda match: str(values[match[0]]), _SUPPRESSION)
+    suppression = onnx.parser.parse_model(text)
+    same = [(name, name) for name in ("all_boxes", "all_scores")]
+    return onnx.compose.merge_models(network, suppression, io_map=same)
+
+
+def _save(model: Any, path: pathlib.Path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(model.SerializeToString())

@@ -1,0 +1,1 @@
+"""A checkpoint to detections: prompts, prediction, images, video, drawing. No TensorFlow."""

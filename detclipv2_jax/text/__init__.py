@@ -1,0 +1,1 @@
+"""Text to tokens, definitions from WordNet, noun phrases of captions. No JAX, no TensorFlow."""

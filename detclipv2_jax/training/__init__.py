@@ -1,0 +1,1 @@
+"""The training loop (start at train.py) and what it uses."""

@@ -1,0 +1,132 @@
+"""Opening the prepared data of a run, and moving its batches onto the devices."""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.data import config as config_lib
+from detclipv2_jax.data.batch import Batch
+from detclipv2_jax.data.dictionary import Lexicon
+from detclipv2_jax.data.index import Source
+from detclipv2_jax.data.plan import KindPlan, Plan
+from detclipv2_jax.data.vocabulary import Dictionary
+from detclipv2_jax.text.tokenizer import CONTEXT
+from detclipv2_jax.training.config import RunConfig
+from detclipv2_jax.training.sharding import batch_shardings
+
+
+def open_data(config: RunConfig) -> tuple[Plan, dict[str, Source], list[str]]:
+    """The plan, the open sources by name, and the names that detection data knows."""
+    root, kinds = Path(config.data_dir), config.data.kinds()
+    if config.data.skip_missing:
+        kinds = {kind: without_missing(root, c) for kind, c in kinds.items()}
+        kinds = {kind: c for kind, c in kinds.items() if c.sources or c.rehearsal}
+    try:
+        if not any(c.sources for c in kinds.values()):
+            raise UserError(f"{root}: none of the config's prepared sources is there")
+        sources = {
+            name: Source.open(root / name)
+            for c in kinds.values()
+            for name in c.sources + c.rehearsal
+        }
+    except UserError as error:
+        hint = f"; to make it: {config.data.prepare}" if config.data.prepare else ""
+        raise UserError(f"{error}{hint}") from None
+    own = sum(len(sources[name]) for c in kinds.values() for name in c.sources)
+    plans = [
+        KindPlan(
+            kind=kind,
+            sources=c.sources + c.rehearsal,
+            rehearsal=c.rehearsal,
+            rehearsal_records=round(c.rehearsal_share * own),
+            batch_size=c.batch_size,
+            shapes=c.shapes,
+            table_size=c.table_size,
+            negatives=c.negatives,
+            max_boxes=c.max_boxes,
+            texts_per_image=c.texts_per_image,
+            begin=c.begin,
+            mosaic=c.mosaic,
+        )
+        for kind, c in kinds.items()
+    ]
+    dictionary = Dictionary(
+        sources,
+        Lexicon.open(root / config.data.concepts) if config.data.concepts else None,
+        defined=[kind for kind, c in kinds.items() if c.definitions],
+        template=config.data.template,
+    )
+    names = dictionary.names(dictionary.pool("detection"))
+    return Plan(sources, dictionary, plans, config.seed), sources, names
+
+
+def without_missing(root: Path, config: config_lib.KindConfig) -> config_lib.KindConfig:
+    """Without `sources` if one is not under `root`, and without those to rehearse that are not."""
+    there = [name for name in config.rehearsal if (root / name).exists()]
+    for name in set(config.rehearsal) - set(there):
+        print(f"{root / name} is not there: it is not rehearsed")
+    whole = all((root / name).exists() for name in config.sources)
+    return dataclasses.replace(
+        config, sources=config.sources if whole else (), rehearsal=tuple(there)
+    )
+
+
+def abstract_batch(kind: str, shape: tuple[int, int], config: config_lib.KindConfig) -> Batch:
+    """Shapes and types of one global batch."""
+    array, images, boxes = jax.ShapeDtypeStruct, config.batch_size, config.max_boxes
+    return Batch(
+        images=array((images, *shape, 3), np.uint8),
+        sizes=array((images, 2), np.int32),
+        boxes=array((images, boxes, 4), np.float32),
+        labels=array((images, boxes), np.int32),
+        texts=array((images, config.texts_per_image), np.int32),
+        tokens=array((config.table_size, CONTEXT), np.int32),
+        token_mask=array((config.table_size,), np.bool_),
+        kind=kind,
+    )
+
+
+Planned = TypeVar("Planned")  # what a feed says of a batch; not looked at
+
+
+def put_batch(batch: Batch, shardings: Batch) -> Batch:
+    """Each process hands in its slice of the images and its copy of the concept table."""
+
+    def put(sharding: NamedSharding, array: np.ndarray, whole: bool) -> jax.Array:
+        shape = array.shape if whole else None  # None: the processes' slices, one after another
+        return jax.make_array_from_process_local_data(sharding, array, shape)
+
+    everybodys = {"tokens", "token_mask"}
+    names = [field.name for field in dataclasses.fields(Batch) if field.name != "kind"]
+    arrays = {n: put(getattr(shardings, n), getattr(batch, n), n in everybodys) for n in names}
+    return Batch(**arrays, kind=batch.kind)
+
+
+def prefetch(
+    feed: Iterable[tuple[Planned, Batch]], mesh: Mesh, size: int = 2
+) -> Iterator[tuple[Planned, Batch]]:
+    """The feed with its batches on the devices, `size` of them ahead of the one handed out.
+
+    A copy only begins when a batch is put and nothing waits for it, so the next batches travel
+    while the device computes; each array is copied once. Order and content are the feed's.
+
+    Raises:
+      Whatever the feed raises, once the batches before it are handed out.
+    """
+    ready: collections.deque[tuple[Planned, Batch]] = collections.deque()
+    try:
+        for planned, batch in feed:
+            ready.append((planned, put_batch(batch, batch_shardings(mesh, batch))))
+            if len(ready) > size:
+                yield ready.popleft()
+    except Exception:
+        yield from ready  # what was read before is good
+        raise
+    yield from ready

@@ -1,0 +1,103 @@
+"""How good a run is while it trains: its validation sets, measured now and then."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from detclipv2_jax.common import config_dict
+from detclipv2_jax.evaluation import datasets, measure
+from detclipv2_jax.inference.predict import detect_config
+from detclipv2_jax.inference.predictor import Predictor
+from detclipv2_jax.inference.prompts import prompting
+from detclipv2_jax.training import sharding
+from detclipv2_jax.training.config import RunConfig
+from detclipv2_jax.training.state import TrainState
+
+BEFORE = "before.json"  # in the workdir: results before the first step, if the config asks for them
+ZERO_SHOT = "zero_shot"  # the second validation set's results
+
+
+class Evaluator:
+    """Measures the averaged parameters on the config's validation sets and draws some of them."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        definitions: Mapping[str, str],
+        workdir: Path,
+        mesh: jax.sharding.Mesh,
+    ):
+        """Reads the ground truth, so that a missing file is found before the training.
+
+        `definitions`: those that names of detection data are trained with.
+        """
+        self._config, self._workdir, self._mesh = config, workdir, mesh
+        root = Path(config.data_dir)
+        sets = {"": (config.eval.dataset, config.eval.images)}
+        if config.eval.zero_shot:
+            sets[ZERO_SHOT] = (config.eval.zero_shot, config.eval.zero_shot_images)
+        self._sets = {
+            name: (datasets.load_ground_truth(root / dataset), root / images)
+            for name, (dataset, images) in sets.items()
+        }
+        self._prompts = prompting(config_dict.to_dict(config), definitions)
+        self._predictor: Predictor | None = None
+
+    def __call__(self, graphdef: Any, state: TrainState) -> dict[str, Any]:
+        """The results, also written to results.json and detections/ of the workdir.
+
+        Those of the second set, if there is one, are in "zero_shot" and in the folder of that name.
+        """
+        config = self._config.eval
+        if self._predictor is None:
+            self._predictor = Predictor(
+                graphdef,
+                state.ema,
+                canvas=config.canvas,
+                config=detect_config(config_dict.to_dict(self._config)),
+                batch_size=-(-config.batch_size // self._mesh.size) * self._mesh.size,
+                batch_sharding=sharding.split(self._mesh),
+            )
+        self._predictor.params = state.ema
+        first = jax.process_index() == 0
+        every = {
+            name: measure.evaluate(
+                self._predictor,
+                truth,
+                images,
+                prompts=self._prompts,
+                step=int(state.step),
+                output=self._workdir / name if first else None,
+                pictures=config.pictures,
+                progress=first,
+            )
+            for name, (truth, images) in self._sets.items()
+        }
+        return every.pop("") | every
+
+
+def headline(results: dict[str, Any]) -> float:
+    """The one figure by which checkpoints are compared: fixed AP, or COCO's AP; 0 without truth."""
+    return (results["fixed"] if "fixed" in results else results["coco"])["AP"] or 0.0
+
+
+def scalars(results: dict[str, Any]) -> dict[str, float | None]:
+    """Results as one flat line for the log: 'fixed/AP', 'novel/fixed/AP', …"""
+    tables = {name: results[name] for name in ("standard", "fixed", "coco") if name in results}
+    for group, protocols in results.get("groups", {}).items():
+        tables |= {f"{group}/{protocol}": figures for protocol, figures in protocols.items()}
+    flat = {f"{name}/{key}": value for name, row in tables.items() for key, value in row.items()}
+    second = scalars(results[ZERO_SHOT]) if ZERO_SHOT in results else {}
+    return flat | {f"{ZERO_SHOT}/{name}": value for name, value in second.items()}
+
+
+def compared(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Lines for people: AP before the first step and after the last, of every set and group."""
+    old, new = scalars(before), scalars(after)
+    rows = [name for name in new if name.endswith("/AP")]
+    width = max(map(len, rows))
+    cell = lambda value: f"{'-':>7}" if value is None else f"{value:7.3f}"
+    lines = [f"{name:<{width}} {cell(old.get(name))}{cell(new[name])}" for name in rows]
+    return "\n".join([f"{'':<{width}}  before  after", *lines])

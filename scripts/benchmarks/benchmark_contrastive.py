@@ -1,0 +1,126 @@
+"""Memory and time of the word-region contrastive loss and its gradient, beside the plain formula.
+
+    python scripts/benchmarks/benchmark_contrastive.py --output=DIR [--images=256,512,1024]
+
+The plain formula holds the similarity of every concept with every region. Each batch has 100
+regions an image and 8 concepts a text, all different, of 256 features: the most that a step of the
+paper's can have. Memory is what the compiler sets aside beside inputs and outputs; where both are
+run, their rounds alternate. Writes contrastive.json and contrastive.png.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from detclipv2_jax.common.atomic import replacing, write_json
+from detclipv2_jax.ops import contrastive
+
+REGIONS, CONCEPTS, FEATURES = 100, 8, 256
+CONFIG = contrastive.ContrastiveConfig()
+
+
+def plain(regions, mask, areas, concepts, ids, scale):
+    """Equations 3 to 5 as they stand, for the texts' own concepts."""
+    similarity = jnp.einsum("bpd,md->bpm", scale * regions, concepts)
+    best = jnp.where(mask[..., None], similarity, -1e30).max(axis=1)  # (B, M)
+    pooled = best[:, ids].mean(axis=-1)  # (image, text)
+    log_p = jax.nn.log_softmax(pooled.T / CONFIG.temperature, axis=-1)
+    smoothing = CONFIG.label_smoothing
+    return -((1 - smoothing) * jnp.diagonal(log_p) + smoothing * log_p.mean(axis=-1)).mean()
+
+
+def ours(regions, mask, areas, concepts, ids, scale):
+    """The loss of a training step."""
+    return contrastive.word_region_contrastive(regions, mask, areas, concepts, ids, scale, CONFIG)
+
+
+def arguments(images: int) -> tuple:
+    """A batch of unit vectors, as a fresh model with cosine similarity gives."""
+    rng = np.random.default_rng(0)
+    unit = lambda *shape: _unit(rng.normal(size=(*shape, FEATURES)).astype(np.float32))
+    ids = np.arange(images * CONCEPTS, dtype=np.int32).reshape(images, CONCEPTS)
+    mask = np.ones((images, REGIONS), bool)
+    regions, concepts = unit(images, REGIONS), unit(images * CONCEPTS)
+    return regions, mask, np.ones((images, REGIONS), np.float32), concepts, ids, np.float32(14.0)
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def measure(images: int, rounds: int, with_plain: bool) -> dict:
+    """Bytes, median seconds, their ratio and the difference of values and gradients."""
+    values = arguments(images)
+    compiled, row = {}, {"images": images, "concepts": images * CONCEPTS}
+    for name, loss in (("ours", ours), ("plain", plain)):
+        program = jax.jit(jax.value_and_grad(loss, (0, 3, 5))).lower(*values).compile()
+        row[f"{name}_bytes"] = program.memory_analysis().temp_size_in_bytes
+        if name == "ours" or with_plain:
+            compiled[name] = program
+    on_device = jax.device_put(values)
+    results = {n: jax.device_get(program(*on_device)) for n, program in compiled.items()}
+    seconds = {name: [] for name in compiled}
+    for _ in range(rounds):
+        for name, program in compiled.items():
+            began = time.perf_counter()
+            jax.block_until_ready(program(*on_device))
+            seconds[name].append(time.perf_counter() - began)
+    row |= {f"{name}_seconds": statistics.median(times) for name, times in seconds.items()}
+    if with_plain:
+        ratios = [b / a for a, b in zip(seconds["ours"], seconds["plain"])]
+        row["plain_over_ours_seconds"] = statistics.median(ratios)
+        row["difference"] = max(
+            float(np.abs(a - b).max() / np.abs(b).max())
+            for a, b in zip(jax.tree.leaves(results["ours"]), jax.tree.leaves(results["plain"]))
+        )
+    row["plain_over_ours_bytes"] = row["plain_bytes"] / row["ours_bytes"]
+    return row
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Memory over the batch, both ways."""
+    figure = Figure(figsize=(5.5, 4), layout="constrained")
+    panel = figure.subplots()
+    images = [row["images"] for row in rows]
+    for name, label in (("plain", "plain formula"), ("ours", "this code")):
+        panel.plot(images, [row[f"{name}_bytes"] / 2**30 for row in rows], "o-", label=label)
+    panel.set(xscale="log", yscale="log", xlabel="images a batch", ylabel="GiB beside the inputs")
+    panel.set_xticks(images, [str(n) for n in images], minor=False)
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def main() -> None:
+    """Measures and writes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", required=True, metavar="DIR")
+    parser.add_argument("--images", default="256,512,1024,2048", help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default: %(default)s)")
+    parser.add_argument(
+        "--plain-up-to", type=int, default=1024, help="run the plain formula to this batch"
+    )
+    args = parser.parse_args()
+    rows = []
+    for images in map(int, args.images.split(",")):
+        rows.append(measure(images, args.rounds, images <= args.plain_up_to))
+        print(json.dumps({k: float(f"{v:.4g}") for k, v in rows[-1].items()}), flush=True)
+    device = jax.devices()[0].device_kind
+    result = {"device": device, "jax": jax.__version__, "rows": rows}
+    write_json(Path(args.output) / "contrastive.json", result)
+    draw(rows, Path(args.output) / "contrastive.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+"""Each reader on a small archive of its format, whole and broken."""
+
+import json
+
+import numpy as np
+import pytest
+from miniature_archives import coco, image_entries, mdetr, write_images, write_json
+
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.data.prepare.examples import ImageFolder
+from detclipv2_jax.data.prepare.sources import coco as coco_source
+from detclipv2_jax.data.prepare.sources import conceptual_captions, goldg
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_images(tmp_path)
+    return tmp_path
+
+
+def images(folder) -> ImageFolder:
+    return ImageFolder(folder / "images")
+
+
+def read_coco(folder, document):
+    archive = coco_source.read(write_json(folder / "coco.json", document), images(folder))
+    return archive, list(archive.examples)
+
+
+def test_coco(folder):
+    archive, examples = read_coco(folder, coco(["0.jpg", "1.jpg", "2.jpg"]))
+    assert (archive.kind, archive.total) == ("detection", 3)
+    assert archive.names == ("Cat", "Traffic  Light", "bus")
+    assert [len(example.boxes) for example in examples] == [2, 2, 0]  # the empty one stays
+    first = examples[0]
+    assert first.image.path == folder / "images" / "0.jpg"
+    assert (first.image_id, first.size, first.caption) == ("0", (40, 60), "")
+    assert first.boxes[0].xywh == (5.0, 4, 20, 10.5) and first.boxes[0].name == "Cat"
+    assert archive.drops.dropped == {"boxes: crowd": 1}
+
+
+def test_coco_names_of_lvis_and_its_coco_url(folder):
+    document = coco(["0.jpg", "1.jpg"])
+    document["categories"][0]["name"] = "mouse_(computer_equipment)"
+    for entry in document["images"]:
+        entry["coco_url"] = f"http://images.cocodataset.org/train2017/{entry.pop('file_name')}"
+    archive, examples = read_coco(folder, document)
+    assert archive.names[0] == "mouse (computer equipment)"
+    assert examples[1].image.path == folder / "images" / "1.jpg"
+
+
+BROKEN_ENTRIES = {
+    "unknown category": ({"category_id": 4}, "boxes: unknown category", '"category_id" 4'),
+    "unknown image": ({"image_id": "x"}, "boxes: unknown image", "\"image_id\" 'x'"),
+    "no bbox": ({"bbox": None}, "boxes: malformed entry", '"bbox" is None'),
+    "three numbers": ({"bbox": [1, 2, 3]}, "boxes: malformed entry", "[1, 2, 3]"),
+    "words": ({"bbox": [1, 2, "wide", 3]}, "boxes: malformed entry", "not four numbers"),
+    "list as id": ({"category_id": [3]}, "boxes: malformed entry", "annotations[0]"),
+    "object as image": ({"image_id": {}}, "boxes: malformed entry", "annotations[0]"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_ENTRIES)
+def test_coco_broken_annotation(folder, case):
+    change, reason, told = BROKEN_ENTRIES[case]
+    document = coco(["0.jpg", "1.jpg", "2.jpg"])
+    document["annotations"][0] |= change
+    archive, examples = read_coco(folder, document)
+    assert archive.drops.dropped[reason] == 1
+    (sentence,) = archive.drops.explained[reason]
+    assert told in sentence and str(folder / "coco.json") in sentence
+    assert [len(example.boxes) for example in examples] == [1, 2, 0]
+
+
+@pytest.mark.parametrize("entry", [7, None, [], {}, "box"])
+def test_coco_annotation_that_is_none(folder, entry):
+    document = coco(["0.jpg", "1.jpg"])
+    document["annotations"][0] = entry
+    archive, examples = read_coco(folder, document)
+    assert archive.drops.dropped["boxes: malformed entry"] == 1
+    assert [len(example.boxes) for example in examples] == [1, 0]
+
+
+def test_coco_broken_images(folder):
+    document = coco(["0.jpg", "1.jpg", "2.jpg"])
+    document["images"] += [
+        {"id": 1, "file_name": "2.jpg"},
+        {"id": 10},
+        {"id": 11, "file_name": "gone.jpg"},
+        {"id": 12, "file_name": 4},
+        {"id": 13, "file_name": "1.jpg", "height": "tall", "width": 3},
+        {"id": 14, "file_name": "1.jpg", "height": 0, "width": 3},
+        {"id": 15, "file_name": "1.jpg", "height": float("inf"), "width": 3},
+        {"id": 16, "file_name": "http://x.org/1.jpeg"},
+        {"id": 17, "file_name": "a" * 5000},
+        {"id": 18, "file_name": "2.jpg\0"},
+        "1.jpg",
+    ]
+    archive, examples = read_coco(folder, document)
+    assert [example.image_id for example in examples] == ["0", "1", "2"]
+    assert archive.drops.dropped == {
+        "boxes: crowd": 1,
+        "images: id given twice": 1,
+        "images: malformed entry": 6,
+        "images: missing": 4,
+    }
+    told = archive.drops.explained
+    assert "images[3]" in told["images: id given twice"][0]
+    assert "no field 'file_name'" in told["images: malformed entry"][0]
+    assert "gone.jpg under" in told["images: missing"][0]
+    assert "an address, not a file" in told["images: missing"][1]
+    assert all(len(sentences) <= 3 for sentences in told.values())
+
+
+def test_strings_of_numbers_and_sizes_that_are_not_told(folder):
+    document = coco(["0.jpg", "1.jpg"])
+    document["images"][0] |= {"height": "40", "width": "60.0"}
+    del document["images"][1]["height"]
+    document["annotations"][0]["bbox"] = ["1", "2", "3", "4.5"]
+    _, examples = read_coco(folder, document)
+    assert [example.size for example in examples] == [(40, 60), None]
+    assert examples[0].boxes[0].xywh == (1, 2, 3, 4.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "line 1, column 1: not valid JSON"),
+        ("<html>\n404", "line 1, column 1: not valid JSON"),
+        ('{"images": [],\n "annotations": [', "line 2"),
+        ("[]", 'no list "images"'),
+        ("7", 'no list "images"'),
+        ('{"images": [], "categories": []}', 'no list "annotations"'),
+        ('{"images": {}, "annotations": [], "categories": []}', 'no list "images"'),
+        ('{"images": [], "annotations": []}', 'no list "categories"'),
+        ('{"images": [], "annotations": [], "categories": [3]}', "categories[0]"),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', "categories[0]"),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "_"}]}', "empty"),
+        ('{"images": [], "annotations": [], "categories": [{"name": "a"}]}', '"id"'),
+        (
+            '{"images": [], "annotations": [], "categories": '
+            '[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
+            "taken already",
+        ),
+        ("[" * 100_000, "not JSON text"),
+    ],
+)
+def test_a_file_that_is_no_coco(folder, text, told):
+    path = folder / "coco.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        coco_source.read(path, images(folder))
+    sentence = str(caught.value)
+    assert told in sentence and str(path) in sentence and "\n" not in sentence
+
+
+def test_binary_and_missing_files(folder):
+    path = folder / "coco.json"
+    path.write_bytes(b"\xff\xfe\x80\x81" * 10)
+    for reader in (coco_source.read, goldg.read, conceptual_captions.read_coco_captions):
+        with pytest.raises(UserError, match="not JSON|not valid JSON"):
+            reader(path, images(folder))
+        with pytest.raises(UserError, match="nowhere.json: no such file"):
+            reader(folder / "nowhere.json", images(folder))
+        with pytest.raises(UserError, match="cannot be read"):
+            reader(folder, images(folder))
+
+
+def test_image_folder(folder, tmp_path):
+    (folder / "images" / "v1" / "patch8").mkdir(parents=True)
+    (folder / "images" / "v1" / "patch8" / "0.jpg").write_bytes(b"other")
+    roots = ImageFolder(folder / "none", folder / "images", folder)
+    assert roots.find("0.jpg") == folder / "images" / "0.jpg"
+    assert roots.find("v1/patch8/0.jpg").read_bytes() == b"other"
+    assert roots.find("images/v1/patch8/0.jpg").read_bytes() == b"other"
+    assert roots.find("elsewhere/patch9/1.jpg") == folder / "images" / "1.jpg"
+    assert roots.find(str(folder / "images" / "2.jpg")) == folder / "images" / "2.jpg"
+    for name in ("", ".", "v1", "9.jpg", ".."):
+        assert roots.find(name) is None
+    with pytest.raises(UserError, match="none: no such directory; .*--images"):
+        ImageFolder(folder / "none")
+
+
+def test_goldg(folder):
+    path = write_json(folder / "mdetr.json", mdetr(["0.jpg", "1.jpg"]))
+    archive = goldg.read(path, images(folder))
+    examples = list(archive.examples)
+    assert (archive.kind, archive.total, archive.names) == ("grounding", 4, ())
+    assert [example.size for example in examples] == [(40, 60)] * 4
+    names = [[box.name for box in example.boxes] for example in examples]
+    assert names == [["red cat", "dogs", "red dogs"], ["cat"]] * 2
+    assert [e.image.path.name for e in examples] == ["0.jpg", "0.jpg", "1.jpg", "1.jpg"]
+    assert not archive.drops.dropped
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"tokens_positive": []}, "boxes: no phrase"),
+        ({"tokens_positive": [[0, 3]]}, "boxes: no phrase"),  # "The"
+        ({"tokens_positive": [[0, 99]]}, "boxes: malformed entry"),
+        ({"tokens_positive": [3, 9]}, "boxes: malformed entry"),
+        ({"tokens_positive": [["a", "b"]]}, "boxes: malformed entry"),
+        ({"tokens_positive": None}, "boxes: malformed entry"),
+        ({"tokens_positive": [[0.5, 3]]}, "boxes: malformed entry"),
+        ({"bbox": [1, 2]}, "boxes: malformed entry"),
+        ({"image_id": 77}, "boxes: unknown image"),
+        ({"image_id": []}, "boxes: malformed entry"),
+    ],
+)
+def test_goldg_broken_annotation(folder, change, reason):
+    document = mdetr(["0.jpg"])
+    document["annotations"][0] |= change
+    archive = goldg.read(write_json(folder / "mdetr.json", document), images(folder))
+    assert [len(example.boxes) for example in archive.examples] == [2, 1]
+    assert archive.drops.dropped == {reason: 1}
+    assert "annotation" in archive.drops.explained[reason][0]
+
+
+def test_goldg_without_captions_or_spans(folder):
+    document = mdetr(["0.jpg"])
+    del document["images"][1]["caption"]
+    del document["annotations"][0]["tokens_positive"]
+    archive = goldg.read(write_json(folder / "mdetr.json", document), images(folder))
+    list(archive.examples)
+    assert archive.drops.dropped == {"boxes: malformed entry": 1, "boxes: no caption": 1}
+    assert "no field 'tokens_positive'" in archive.drops.explained["boxes: malformed entry"][0]
+
+
+def lines(folder, *rows, name="pairs.jsonl"):
+    path = folder / name
+    path.write_bytes(
+        b"\n".join(r if isinstance(r, bytes) else json.dumps(r).encode() for r in rows)
+    )
+    return path
+
+
+def test_json_lines(folder):
+    path = lines(
+        folder,
+        {"image": "0.jpg", "caption": "A cat."},
+        b"",
+        {"file_name": "1.jpg", "captions": ["A dog", "one dog"]},
+        {"path": "2.jpg", "text": "Straße"},
+    )
+    archive = conceptual_captions.read_json_lines(path, images(folder))
+    examples = list(archive.examples)
+    assert [(e.image_id, e.caption) for e in examples] == [
+        ("0.jpg", "A cat."),
+        ("1.jpg#0", "A dog"),
+        ("1.jpg#1", "one dog"),
+        ("2.jpg", "Straße"),
+    ]
+    assert archive.kind == "image_text" and archive.total == 3 and not archive.drops.dropped
+    assert all(e.size is None and e.boxes == () for e in examples)
+
+
+def test_json_lines_total_counts_the_captions_of_a_line(folder):
+    rows = [{"image": f"{i}.jpg", "captions": ["a", "b", "c"]} for i in range(3)]
+    archive = conceptual_captions.read_json_lines(lines(folder, *rows), images(folder))
+    assert archive.total == len(list(archive.examples)) == 9
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "told"),
+    [
+        (b"{'image': 3}", "images: malformed line", "not valid JSON"),
+        (b"[1, 2]", "images: malformed line", "not a JSON object"),
+        (b"\xff\xfe\x00", "images: malformed line", "line 2"),
+        ({"caption": "x"}, "images: malformed line", "no field image or file_name"),
+        ({"image": 5, "caption": "x"}, "images: malformed line", "no field image"),
+        ({"image": "0.jpg"}, "images: malformed line", "no field caption"),
+        ({"image": "9.jpg", "caption": "x"}, "images: missing", "no file 9.jpg"),
+        ({"image": "0.jpg", "caption": "  "}, "captions: empty", "'  '"),
+        ({"image": "0.jpg", "caption": None}, "images: malformed line", "no field caption"),
+        ({"image": "0.jpg", "captions": [3]}, "captions: empty", "is 3"),
+    ],
+)
+def test_json_lines_broken_line(folder, row, reason, told):
+    path = lines(folder, {"image": "0.jpg", "caption": "a"}, row, {"image": "1.jpg", "text": "b"})
+    archive = conceptual_captions.read_json_lines(path, images(folder))
+    assert [example.caption for example in archive.examples] == ["a", "b"]
+    assert archive.drops.dropped == {reason: 1}
+    (sentence,) = archive.drops.explained[reason]
+    assert told in sentence and f"{path}, line 2" in sentence
+
+
+def test_byte_order_mark_and_windows_lines(folder):
+    path = folder / "pairs.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"image": "0.jpg", "caption": "a"}\r\n\r\n')
+    archive = conceptual_captions.read_json_lines(path, images(folder))
+    assert [e.caption for e in archive.examples] == ["a"]
+
+
+def test_tsv(folder):
+    path = folder / "cc.tsv"
+    path.write_text(
+        "a cat , on a mat\t0.jpg\r\nno image here\n\tx.jpg\n\t1.jpg\n"
+        "a bus\thttp://x.org/2.jpg?size=l\ntwo dogs\timages/2.jpg\textra\n"
+    )
+    archive = conceptual_captions.read_tsv(path, images(folder))
+    examples = list(archive.examples)
+    assert [(e.caption, e.image.path.name) for e in examples] == [
+        ("a cat , on a mat", "0.jpg"),
+        ("two dogs", "2.jpg"),
+    ]
+    assert archive.total == 6
+    assert archive.drops.dropped == {
+        "images: malformed line": 1,
+        "images: missing": 2,
+        "captions: empty": 1,
+    }
+
+
+def test_empty_lists(folder):
+    (folder / "none.tsv").write_text("")
+    for read in (conceptual_captions.read_tsv, conceptual_captions.read_json_lines):
+        archive = read(folder / "none.tsv", images(folder))
+        assert archive.total == 0 and list(archive.examples) == []
+        with pytest.raises(UserError, match="no.txt: cannot be read"):
+            read(folder / "no.txt", images(folder))
+
+
+def test_coco_captions(folder):
+    annotations = [
+        {"id": 5, "image_id": 0, "caption": "A cat"},
+        {"id": 6, "image_id": 0, "caption": "one cat"},
+        {"id": 7, "image_id": 1, "caption": ""},
+        {"id": 8, "image_id": 44, "caption": "lost"},
+        {"id": 9, "image_id": 2},
+        {"id": 10, "image_id": [2], "caption": "x"},
+        "caption",
+    ]
+    document = {"images": image_entries(["0.jpg", "1.jpg", "2.jpg"]), "annotations": annotations}
+    path = write_json(folder / "captions.json", document)
+    archive = conceptual_captions.read_coco_captions(path, images(folder))
+    examples = list(archive.examples)
+    assert [(e.image_id, e.caption, e.size) for e in examples] == [
+        ("0#5", "A cat", (40, 60)),
+        ("0#6", "one cat", (40, 60)),
+    ]
+    assert archive.drops.dropped == {
+        "captions: empty": 1,
+        "captions: unknown image": 1,
+        "captions: malformed entry": 3,
+    }
+
+
+def test_nothing_but_plain_data_is_read(folder):
+    """NaN passes the reader (JSON of exporters has it) and is left to the check of boxes."""
+    document = coco(["0.jpg", "1.jpg"])
+    document["annotations"][0]["bbox"] = [float("nan"), 1, 2, 3]
+    _, examples = read_coco(folder, document)
+    assert np.isnan(examples[0].boxes[0].xywh[0])

@@ -1,0 +1,231 @@
+import json
+import types
+
+import numpy as np
+import pytest
+import tiny_model
+from PIL import Image
+
+from detclipv2_jax import evaluate
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.evaluation import datasets, measure, report
+from detclipv2_jax.inference.detections import ImageDetections
+from detclipv2_jax.inference.predict import DetectConfig
+
+NAMES = ("anchor", "black_chess_knight", "umbrella", "snowman")
+
+
+def make_set(tmp_path, *, federated=True, images=6, folder="images"):
+    """An annotation file and its images, (40, 64) pixels each."""
+    rng = np.random.default_rng(0)
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "annotations").mkdir(exist_ok=True)
+    content = {"images": [], "annotations": [], "categories": []}
+    for n, name in enumerate(NAMES):
+        row = {"id": n, "name": name}  # the first id is 0
+        extra = {"frequency": "rcff"[n], "group": "novel" if n == 3 else "base"}
+        content["categories"].append(row | (extra if federated else {}))
+    for n in range(images):
+        pixels = rng.integers(0, 256, (40, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / folder / f"{n}.png")
+        row = {"id": n, "height": 40, "width": 64, "file_name": f"{n}.png"}
+        known = {"neg_category_ids": [3 - n % 4], "not_exhaustive_category_ids": []}
+        content["images"].append(row | (known if federated else {}))
+        for label in (n % 4, (n + 1) % 4):
+            box = [*rng.integers(0, 20, 2).tolist(), *rng.integers(8, 20, 2).tolist()]
+            row = {"id": len(content["annotations"]), "image_id": n, "category_id": label}
+            content["annotations"].append(row | {"bbox": box, "area": box[2] * box[3]})
+    path = tmp_path / "annotations" / "val.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+class Oracle:
+    """Answers with the ground truth of `make_set`, out of order; reads no pixels but the size."""
+
+    config, canvas, batch_size = DetectConfig(), (64, 64), 2
+
+    def __init__(self, truth):
+        self._truth = truth
+        self._by_name = {image.file_name: image.id for image in truth.images}
+
+    def encode(self, names):
+        self.names = list(names)
+        return types.SimpleNamespace(names=tuple(names))
+
+    def stream(self, sources, texts):
+        for number, path in reversed(list(enumerate(sources))):
+            try:
+                with Image.open(path) as image:
+                    width, height = image.size
+            except OSError:
+                yield number, UserError(f"{path}: broken")
+                continue
+            rows = self._truth.rows[self._by_name[path.name]]
+            labels = self._truth.category_ids[rows]  # here an id is its place in the list
+            yield (
+                number,
+                ImageDetections(
+                    boxes=self._truth.boxes[rows] * np.tile([width / 64, height / 40], 2),
+                    scores=np.full(len(rows), 0.5, np.float32),
+                    labels=labels,
+                    names=tuple(texts.names[label] for label in labels),
+                    size=(height, width),
+                ),
+            )
+
+
+def test_right_answers_score_one(tmp_path):
+    truth = datasets.load_ground_truth(make_set(tmp_path))
+    oracle = Oracle(truth)
+    results = measure.evaluate(
+        oracle, truth, tmp_path / "images", step=12, output=tmp_path / "out", progress=False
+    )
+    assert oracle.names == ["anchor", "black chess knight", "umbrella", "snowman"]
+    assert set(results) == {"dataset", "step", "standard", "fixed", "groups", "settings"}
+    for part in (results["standard"], results["fixed"]):
+        assert part["AP"] == part["APr"] == part["AP50"] == pytest.approx(1.0)
+    for group in ("base", "novel"):
+        assert results["groups"][group]["fixed"]["AP"] == pytest.approx(1.0)
+    assert results["settings"]["images"] == 6 and results["step"] == 12
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    rows = json.loads((tmp_path / "out" / "categories.json").read_text())
+    assert [row["fixed_AP"] for row in rows] == pytest.approx([1.0] * 4)
+    sheet = Image.open(tmp_path / "out" / "detections" / "step_00000012.png")
+    assert sheet.width > 4 * 480  # two pairs a row
+
+
+def test_pictures_show_the_best_name_of_a_place():
+    boxes = np.float32([[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [0, 0, 9, 10]])
+    scores = np.float32([0.9, 0.8, 0.7, 0.6])
+    found = ImageDetections(boxes, scores, np.arange(4), ("a", "b", "c", "d"), (40, 40))
+    np.testing.assert_array_equal(report.best_names(found), [0, 2])
+    nothing = ImageDetections(boxes[:0], scores[:0], np.arange(0), (), (40, 40))
+    assert not len(report.best_names(nothing))
+
+
+def test_coco_sets_get_the_twelve_figures(tmp_path):
+    truth = datasets.load_ground_truth(make_set(tmp_path, federated=False))
+    results = measure.evaluate(Oracle(truth), truth, tmp_path / "images", progress=False)
+    assert set(results) == {"dataset", "step", "coco", "settings"}
+    assert results["coco"]["AP"] == results["coco"]["AR100"] == pytest.approx(1.0)
+    assert results["coco"]["APl"] is None
+
+
+def test_layout_can_be_forced(tmp_path):
+    path = make_set(tmp_path)
+    truth = datasets.load_ground_truth(path, "coco")
+    results = measure.evaluate(Oracle(truth), truth, tmp_path / "images", progress=False)
+    assert "coco" in results
+    path = make_set(tmp_path, federated=False)
+    with pytest.raises(UserError, match="neg_category_ids"):
+        datasets.load_ground_truth(path, "lvis")
+
+
+def test_missing_and_broken_images_are_counted_and_explained(tmp_path, capsys):
+    truth = datasets.load_ground_truth(make_set(tmp_path))
+    (tmp_path / "images" / "0.png").unlink()
+    (tmp_path / "images" / "1.png").write_text("broken")
+    results = measure.evaluate(Oracle(truth), truth, tmp_path / "images", progress=False)
+    settings = results["settings"]
+    assert settings["images_missing"] == settings["images_unreadable"] == 1
+    assert results["fixed"]["AP"] < 1  # what was not seen was not found
+    errors = capsys.readouterr().err
+    assert "image 0 is not under" in errors and "1.png: broken" in errors
+    assert "1 missing, 1 unreadable" in report.table(results)
+
+
+def test_images_of_another_size_than_the_annotations_say(tmp_path, capsys):
+    truth = datasets.load_ground_truth(make_set(tmp_path))
+    for n in range(5):
+        Image.new("RGB", (128, 80)).save(tmp_path / "images" / f"{n}.png")
+    results = measure.evaluate(
+        Oracle(truth), truth, tmp_path / "images", output=tmp_path / "out", progress=False
+    )
+    assert results["fixed"]["AP"] == pytest.approx(1.0)
+    assert results["settings"]["images_other_size"] == 5
+    assert capsys.readouterr().err.count("80×128") == 3  # the first few only
+    assert (tmp_path / "out" / "detections" / "detections.png").exists()
+
+
+def test_no_image_at_all_is_an_error(tmp_path):
+    truth = datasets.load_ground_truth(make_set(tmp_path))
+    with pytest.raises(UserError, match="none of the 6 images"):
+        measure.evaluate(Oracle(truth), truth, tmp_path / "annotations", progress=False)
+
+
+def test_images_are_found_by_name_or_url(tmp_path):
+    (tmp_path / "val2017").mkdir()
+    (tmp_path / "val2017" / "1.jpg").write_text("")
+    (tmp_path / "2.jpg").write_text("")
+    find = lambda **names: datasets.find_image(
+        types.SimpleNamespace(**({"file_name": None, "coco_url": None} | names)), tmp_path
+    )
+    assert find(coco_url="http://x.org/val2017/1.jpg") == tmp_path / "val2017" / "1.jpg"
+    assert find(coco_url="http://x.org/val2017/2.jpg") == tmp_path / "2.jpg"
+    assert find(file_name="val2017/1.jpg") == tmp_path / "val2017" / "1.jpg"
+    assert find(file_name="train2014/2.jpg") == tmp_path / "2.jpg"
+    assert find(file_name="3.jpg") is None
+
+
+def test_the_directory_of_the_images_is_guessed(tmp_path):
+    truth = datasets.load_ground_truth(make_set(tmp_path))
+    assert datasets.guess_image_dir(truth) == tmp_path / "images"
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="--images=DIR"):
+        datasets.guess_image_dir(truth)
+
+
+def test_table_keeps_the_protocols_apart():
+    row = {"AP": 0.25, "AP50": 0.5, "APr": None}
+    group = {"AP": 0.125, "AP50": 0.75}
+    results = {
+        "dataset": "val.json",
+        "step": 3,
+        "standard": row,
+        "fixed": {**row, "AP": 0.375},
+        "groups": {"base": {"standard": group, "fixed": group}},
+        "settings": {
+            "standard": "best 300 …",
+            "fixed": "best 10,000 …",
+            "images": 9,
+            "images_missing": 0,
+            "images_unreadable": 0,
+            "images_other_size": 0,
+        },
+    }
+    lines = report.table(results).splitlines()
+    heads = [n for n, line in enumerate(lines) if " AP (" in line]
+    assert [lines[n].split()[0] for n in heads] == ["fixed", "standard"]
+    assert lines[heads[0] + 2].split() == ["all", "0.375", "0.500", "-"]
+    assert lines[heads[1] + 2].split() == ["all", "0.250", "0.500", "-"]
+    assert lines[heads[1] + 3].split() == ["base", "0.125", "0.750"]
+
+
+@pytest.fixture
+def checkpoint(monkeypatch):
+    from detclipv2_jax.inference import checkpoint
+
+    monkeypatch.setattr(checkpoint, "steps", lambda path: [7])
+    monkeypatch.setattr(checkpoint, "load_model", lambda path, step=None: tiny_model.loaded())
+
+
+@pytest.mark.parametrize("federated", [True, False])
+def test_command_with_a_real_model(checkpoint, tmp_path, capsys, federated):
+    path = make_set(tmp_path, federated=federated, images=3)
+    output = tmp_path / "out"
+    flags = ["--checkpoint=run", f"--dataset={path}", f"--output={output}"]
+    assert evaluate.main(flags) == 0
+    results = json.loads((output / "results.json").read_text())
+    assert results["step"] == 7 and results["dataset"] == str(path)
+    assert results["settings"]["keep"] == 20 and results["settings"]["canvas"] == [64, 64]
+    figures = results["fixed" if federated else "coco"]
+    assert 0 <= figures["AP"] < 0.5  # random weights
+    assert len(list((output / "detections").glob("*.png"))) == 1
+    printed = capsys.readouterr().out
+    assert ("fixed AP" in printed) == federated and "AP50" in printed
+
+
+def test_command_says_what_is_wrong_in_a_sentence(checkpoint, tmp_path, capsys):
+    assert evaluate.main(["--checkpoint=run", "--dataset=none.json", f"--output={tmp_path}"]) == 2
+    assert capsys.readouterr().err.startswith("error: none.json: no such file")

@@ -1,0 +1,163 @@
+import json
+
+import numpy as np
+import pytest
+from test_evaluate import make_set
+
+from detclipv2_jax import evaluate
+from detclipv2_jax.common import json_stream
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.evaluation import coco, datasets, lvis, measure, report, results_file
+
+GOOD = {"image_id": 0, "category_id": 1, "bbox": [1, 2, 3.5, 4], "score": 0.5}
+
+
+def found(truth, seed=0):
+    """(image id, xyxy boxes, scores, category ids) of each image, in odd float32 numbers."""
+    rng = np.random.default_rng(seed)
+    for image in truth.images:
+        boxes = truth.boxes[truth.rows[image.id]].repeat(3, axis=0)
+        boxes = (boxes + rng.normal(0, 1, boxes.shape)).astype(np.float32)
+        yield image.id, boxes, rng.random(len(boxes), np.float32), rng.integers(0, 4, len(boxes))
+
+
+def save(tmp_path, entries):
+    path = tmp_path / "found.json"
+    path.write_text(entries if isinstance(entries, str) else json.dumps(entries))
+    return path
+
+
+@pytest.mark.parametrize("federated", [True, False])
+def test_what_is_written_reads_back_to_the_same_figures(tmp_path, federated):
+    truth = datasets.load_ground_truth(make_set(tmp_path, federated=federated))
+    evaluator = (lvis.LvisEvaluator if federated else coco.CocoEvaluator)(truth)
+    path = tmp_path / "new" / "found.json"
+    with results_file.writing(path) as write:
+        for answer in found(truth):
+            evaluator.add(*answer)
+            write(*answer)
+        assert not path.exists()  # whole or not at all
+    entries = json.loads(path.read_text())
+    assert len(entries) == 36 and set(entries[0]) == set(GOOD)
+    measured = measure.evaluate_predictions(path, truth, output=tmp_path / "out")
+    wanted = evaluator.result()
+    if federated:
+        assert measured["standard"] == wanted.standard and measured["fixed"] == wanted.fixed
+        assert measured["groups"] == wanted.groups
+        rows = json.loads((tmp_path / "out" / "categories.json").read_text())
+        assert rows == wanted.categories
+    else:
+        assert measured["coco"] == wanted
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == measured
+    assert measured["settings"]["entries"] == 36
+    assert str(path) in report.table(measured)
+
+
+def test_a_run_that_is_cut_off_leaves_no_file(tmp_path):
+    path = tmp_path / "found.json"
+    with pytest.raises(KeyboardInterrupt), results_file.writing(path) as write:
+        write(0, np.ones((1, 4)), np.ones(1), np.ones(1, int))
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with results_file.writing(path) as write:
+        write(0, np.ones((0, 4)), np.ones(0), np.ones(0, int))
+    assert json.loads(path.read_text()) == []
+
+
+def test_entries_may_stand_in_any_order_and_come_in_pieces(tmp_path, monkeypatch):
+    truth = datasets.load_ground_truth(make_set(tmp_path))
+    path = tmp_path / "found.json"
+    with results_file.writing(path) as write:
+        for answer in found(truth):
+            write(*answer)
+    whole = measure.evaluate_predictions(path, truth)
+    monkeypatch.setattr(results_file, "_BATCH", 5)
+    monkeypatch.setattr(results_file, "_HANDED_ON", 7)
+    monkeypatch.setattr(json_stream, "_CHUNK", 64)
+    assert measure.evaluate_predictions(path, truth) == whole
+    entries = json.loads(path.read_text())
+    order = np.random.default_rng(1).permutation(len(entries))
+    path.write_text(json.dumps([entries[n] | {"area": 3, "segmentation": []} for n in order]))
+    assert measure.evaluate_predictions(path, truth) == whole
+
+
+def test_strange_entries_are_counted_and_told(tmp_path, capsys):
+    truth = datasets.load_ground_truth(make_set(tmp_path))
+    strange = [{"image_id": 99}, {"category_id": 99}, {"image_id": -1, "category_id": 99}]
+    strange += [{"bbox": [5, 5, -2, 3]}, {"bbox": [5, 5, 0, 3]}]
+    path = save(tmp_path, [GOOD, *(GOOD | change for change in strange)])
+    settings = measure.evaluate_predictions(path, truth)["settings"]
+    counts = {"unknown_images": 2, "unknown_categories": 1, "negative_sizes": 1}
+    assert settings.items() >= {"entries": 6, "images": 6, **counts}.items()
+    told = capsys.readouterr().err
+    assert "2 of 6 entries are of images" in told and "category ids" in told and "negative" in told
+    with pytest.raises(UserError, match="none of its 2 entries"):
+        measure.evaluate_predictions(save(tmp_path, [GOOD | strange[0]] * 2), truth)
+    assert measure.evaluate_predictions(save(tmp_path, []), truth)["fixed"]["AP"] == 0
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"score": "high"}, r"entry \[2\]: 'score' is \"high\", not a finite number"),
+        ({"score": None}, r"entry \[2\]: 'score' is missing"),
+        ({"score": float("nan")}, r"entry \[2\]: 'score' is NaN"),
+        ({"score": True}, r"entry \[2\]: 'score' is true"),
+        ({"bbox": [1, 2, 3]}, r"entry \[2\]: 'bbox' is \[1, 2, 3\]"),
+        ({"bbox": [1, 2, 3, float("inf")]}, r"entry \[2\]: 'bbox' is \[1, 2, 3, Infinity\]"),
+        ({"bbox": [1, 2, 3, "4"]}, r"entry \[2\]: 'bbox'"),
+        ({"bbox": [1, 2, 3, 10**400]}, r"entry \[2\]: 'bbox'"),
+        ({"bbox": {"x": 1}}, r"entry \[2\]: 'bbox'"),
+        ({"image_id": "7"}, r"entry \[2\]: 'image_id' is \"7\", not a whole number"),
+        ({"image_id": 1.5}, r"entry \[2\]: 'image_id' is 1.5"),
+        ({"image_id": 10**30}, r"entry \[2\]: 'image_id'"),
+        ({"category_id": [1]}, r"entry \[2\]: 'category_id'"),
+    ],
+)
+def test_broken_entries_are_named(tmp_path, monkeypatch, change, told):
+    truth = datasets.load_ground_truth(make_set(tmp_path))
+    path = save(tmp_path, [GOOD, GOOD, GOOD | change, GOOD])
+    for batch in (1, 3, 100):
+        monkeypatch.setattr(results_file, "_BATCH", batch)
+        with pytest.raises(UserError, match=rf"found\.json: {told}"):
+            results_file.read(path, truth)
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("{}", "holds a JSON object, not a list"),
+        ("3", "holds a JSON int, not a list"),
+        ("", "not valid JSON"),
+        ('[{"image_id": 0,', "not valid JSON"),
+        ("[1, 2]", r"entry \[0\] is 1, not an object"),
+        (json.dumps([GOOD]) + " x", "Extra data"),
+        ("\x00\x01", "JSON"),
+    ],
+)
+def test_what_is_no_results_file_is_one_sentence(tmp_path, capsys, text, told):
+    dataset, path = make_set(tmp_path), save(tmp_path, text)
+    with pytest.raises(UserError, match=rf"found\.json.*{told}"):
+        results_file.read(path, datasets.load_ground_truth(dataset))
+    command = [f"--predictions={path}", f"--dataset={dataset}", f"--output={tmp_path / 'out'}"]
+    assert evaluate.main(command) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="no such file"):
+        results_file.read(tmp_path / "missing.json", datasets.load_ground_truth(dataset))
+
+
+def test_the_command_measures_a_results_file(tmp_path, capsys):
+    dataset = make_set(tmp_path, federated=False)
+    truth = datasets.load_ground_truth(dataset)
+    entries = [
+        {"image_id": int(i), "category_id": int(c), "bbox": box, "score": 1}
+        for i, c, box in zip(truth.image_ids, truth.category_ids, truth.xywh.tolist())
+    ]
+    path = save(tmp_path, entries)
+    command = [f"--predictions={path}", f"--dataset={dataset}", f"--output={tmp_path / 'out'}"]
+    assert evaluate.main(command) == 0
+    assert "1.000" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["coco"]["AP"] == 1
+    with pytest.raises(SystemExit):
+        evaluate.main([*command, "--checkpoint=there"])

@@ -1,0 +1,348 @@
+"""Every file that the export writes, loaded in its own runtime without this package."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from jax import export as jax_export
+from PIL import Image
+
+from detclipv2_jax import export as door
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.exporters import export
+from detclipv2_jax.inference.checkpoint import LoadedModel
+from detclipv2_jax.inference.detector import Detector
+from detclipv2_jax.models import detclip, sizes
+from detclipv2_jax.text.tokenizer import tokenize
+
+CANVAS = (64, 96)
+NAMES = ["cat", "traffic light", "chess knight"]
+DEFINITIONS = {
+    "cat": "a small animal with whiskers",
+    "traffic light": "a signal at a crossing, red, yellow and green, that tells who has to wait",
+    "chess knight": "a horse's head on a board",
+}
+
+
+@pytest.fixture(scope="session")
+def loaded():
+    """`nano` from noise, with enough more of it that offsets, boxes and scores are all over."""
+    graphdef, params = detclip.create(sizes.NANO, 0)
+    rng = np.random.default_rng(0)
+    noisy = lambda p: np.asarray(p) + rng.normal(scale=0.05, size=p.shape).astype(np.float32)
+    params = jax.tree.map(noisy, params) | {"logit_bias": np.float32(0.0)}
+    evaluation = {"canvas": CANVAS, "candidates": 30, "keep": 1000, "definitions": "as_trained"}
+    config = {
+        "model": sizes.NANO.to_dict(),
+        "eval": evaluation,
+        "data": {"detection": {"sources": ["objects365"]}, "grounding": {"sources": []}},
+        "train": {"epochs": 2.0},
+        "init": {"backbone": "/somewhere/swin.pth", "text": ""},
+    }
+    config = json.loads(json.dumps(config))  # as a checkpoint gives it
+    return LoadedModel(graphdef, params, config, 7, ["cat"], DEFINITIONS)
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """A batch: a full canvas, a part of one, an empty slot."""
+    images = np.random.default_rng(1).integers(0, 256, (3, *CANVAS, 3), np.uint8)
+    sizes_ = np.array([CANVAS, (40, 70), (0, 0)], np.int32)
+    images[1, 40:] = images[1, :, 70:] = images[2] = 0
+    return images, sizes_
+
+
+@pytest.fixture(scope="session")
+def wanted(loaded, pictures):
+    """What the model itself answers, in JAX."""
+    served, _ = export.served_model(loaded, NAMES, keep=20)
+    return {k: np.asarray(v) for k, v in jax.jit(served.answer())(*pictures).items()}
+
+
+@contextlib.contextmanager
+def checkpoint(loaded):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("detclipv2_jax.checkpoint.load_model", lambda *_: loaded)
+        yield
+
+
+def write(loaded, output, form, *options):
+    line = ["--checkpoint=run", f"--format={form}", f"--output={output}", *options]
+    with checkpoint(loaded):
+        return door.main(line)
+
+
+RUNNER = """
+import functools, runpy, sys
+for name in ("detclipv2_jax", *sys.argv[4].split(",")):
+    sys.modules[name] = None
+import numpy as np
+example = runpy.run_path(sys.argv[1] + "/example.py")["main"].__globals__
+example["load"] = functools.cache(example["load"])  # as a server does; the example needs it once
+given = np.load(sys.argv[2])
+names = sys.argv[5:]
+texts = [example["encode"](names)] if names else []
+detector = example["load"]("detector")
+found = {}
+for count in (1, 3):
+    answer = detector(given["images"][:count], given["sizes"][:count], *texts)
+    found |= {f"{key}{count}": np.asarray(value) for key, value in answer.items()}
+np.savez(sys.argv[3], **found)
+example["main"](sys.argv[3].replace(".npz", ".png"), *names)
+"""
+
+
+def answers(folder, pictures, without, names, tmp_path):
+    """What the file answers, for one picture and for all, and what its example prints."""
+    given, found = tmp_path / "given.npz", tmp_path / "found.npz"
+    np.savez(given, images=pictures[0], sizes=pictures[1])
+    Image.fromarray(pictures[0][0]).save(tmp_path / "found.png")
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    elsewhere = os.pathsep.join(path for path in paths if path and Path(path) != tiny_run.ROOT)
+    process = subprocess.run(
+        [sys.executable, "-P", "-c", RUNNER, folder, given, found, without, *names],
+        env=os.environ | {"PYTHONPATH": elsewhere},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    with np.load(found) as arrays:
+        return dict(arrays), process.stdout
+
+
+def assert_same(found, wanted, count):
+    """Each wanted detection was found: its name, its score to 1e-4, its box to a tenth of a pixel.
+
+    Not by rank: scores that differ by rounding may change places. Returns the largest differences.
+    """
+    worst = np.zeros(2)
+    for n in range(count):
+        here, there = wanted["mask"][n], found[f"mask{count}"][n]
+        assert there.sum() == here.sum() and not found[f"boxes{count}"][n][~there].any()
+        left = there.copy()
+        for slot in np.flatnonzero(here):
+            scores = np.abs(found[f"scores{count}"][n] - wanted["scores"][n, slot])
+            boxes = np.abs(found[f"boxes{count}"][n] - wanted["boxes"][n, slot]).max(axis=-1)
+            same = left & (found[f"labels{count}"][n] == wanted["labels"][n, slot])
+            errors = np.where(same, np.maximum(scores / 1e-4, boxes / 0.1), np.inf)
+            best = np.argmin(errors)
+            assert errors[best] < 1, (n, slot, errors[best])
+            left[best] = False
+            worst = np.maximum(worst, (scores[best], boxes[best]))
+    return worst
+
+
+@pytest.mark.parametrize(
+    ("form", "vocabulary", "without"),
+    [
+        ("stablehlo", "input", "flax,tensorflow"),
+        pytest.param("stablehlo", "fixed", "flax,tensorflow", marks=pytest.mark.slow),
+        pytest.param("savedmodel", "input", "jax", marks=pytest.mark.slow),
+        ("savedmodel", "fixed", "jax"),
+        ("onnx", "input", "jax,jax2onnx"),
+        pytest.param("onnx", "fixed", "jax,jax2onnx", marks=pytest.mark.slow),
+    ],
+)
+def test_a_file_answers_as_the_model_does(
+    loaded, pictures, wanted, tmp_path, form, vocabulary, without
+):
+    if form == "savedmodel":
+        if jax.__version_info__ >= (0, 12):
+            pytest.skip("TensorFlow 2.21 cannot read what jax 0.12 writes")
+        pytest.importorskip("tensorflow")
+    if form == "onnx":
+        pytest.importorskip("jax2onnx")
+        pytest.importorskip("onnxruntime")
+    options = ["--keep=20", "--rows=8"]
+    options += [f"--names={','.join(NAMES)}"] if vocabulary == "fixed" else []
+    assert write(loaded, tmp_path / "out", form, *options) == 0
+    names = NAMES if vocabulary == "input" else []
+    found, printed = answers(tmp_path / "out", pictures, without, names, tmp_path)
+    assert wanted["mask"][0].sum() == 20 and wanted["mask"][1].sum() > 5
+    assert len(set(wanted["labels"][0].tolist())) == 3 and not wanted["mask"][2].any()
+    assert_same(found, wanted, 1)
+    assert_same(found, wanted, 3)
+    lines = printed.splitlines()
+    assert len(lines) == 20 and {line.split("\t")[0] for line in lines} == set(NAMES)
+
+    about = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert about["names"] == (NAMES if vocabulary == "fixed" else None)
+    assert about["prompts"]["cat"] == "cat, a small animal with whiskers"
+    for output in about["outputs"]:
+        array = found[output["name"] + "3"]
+        assert output["shape"] == ["batch", *array.shape[1:]] and output["dtype"] == array.dtype
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["stablehlo", "savedmodel", "onnx"])
+def test_swin_t_at_320_pixels_and_80_names(tmp_path, form):
+    """Prints what docs/export.md tells: pytest -s."""
+    if form == "onnx":
+        pytest.importorskip("jax2onnx")
+        pytest.importorskip("onnxruntime")
+    if form == "savedmodel" and jax.__version_info__ >= (0, 12):
+        pytest.skip("TensorFlow 2.21 cannot read what jax 0.12 writes")
+    loaded, pictures, names = swin_t()
+    served, _ = export.served_model(loaded, names)
+    wanted = {k: np.asarray(v) for k, v in jax.jit(served.answer())(*pictures).items()}
+    assert wanted["mask"].sum(1).tolist() == [300, 300, 0]
+    start = time.perf_counter(), time.process_time()
+    assert write(loaded, tmp_path / "out", form, "--rows=80") == 0
+    wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+    without = {"stablehlo": "flax,tensorflow", "savedmodel": "jax", "onnx": "jax,jax2onnx"}[form]
+    found, _ = answers(tmp_path / "out", pictures, without, names, tmp_path)
+    worst = [assert_same(found, wanted, count) for count in (1, 3)]
+    print(f"{form}: {wall:.1f} s ({cpu:.1f} s of CPU) to export; worst {np.max(worst, axis=0)}")
+
+
+def swin_t():
+    """Swin-T from noise, two pictures of 320×320 pixels and an empty slot, 80 names."""
+    graphdef, params = detclip.create(sizes.SWIN_T, 0)
+    rng = np.random.default_rng(0)
+    noisy = lambda p: np.asarray(p) + rng.normal(scale=0.02, size=p.shape).astype(np.float32)
+    params |= {"head": jax.tree.map(noisy, params["head"]), "logit_bias": np.float32(0)}
+    evaluation = {"canvas": (320, 320), "candidates": 100, "keep": 1000}
+    config = json.loads(json.dumps({"model": sizes.SWIN_T.to_dict(), "eval": evaluation}))
+    images = rng.integers(0, 256, (3, 40, 40, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+    sizes_ = np.array([(320, 320), (200, 320), (0, 0)], np.int32)
+    images[1, 200:] = images[2] = 0
+    colours = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white")
+    things = ("cat", "dog", "car", "tree", "lamp", "chair", "boat", "bird", "house", "shoe")
+    names = [f"{colour} {thing}" for colour in colours for thing in things]
+    return LoadedModel(graphdef, params, config, 0, ["cat"], {}), (images, sizes_), names
+
+
+def test_a_file_of_stablehlo_is_for_every_platform(loaded, tmp_path):
+    assert write(loaded, tmp_path, "stablehlo", "--names=cat", "--canvas=64x64") == 0
+    exported = jax_export.deserialize(bytearray((tmp_path / "detector.stablehlo").read_bytes()))
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    assert [str(aval.shape) for aval in exported.in_avals] == ["(batch, 64, 64, 3)", "(batch, 2)"]
+
+
+def test_the_tokenizer_gives_the_ids_of_training(tmp_path):
+    from tokenizers import Tokenizer
+
+    from detclipv2_jax.exporters.manifest import write_tokenizer
+
+    write_tokenizer(tmp_path / "tokenizer.json")
+    texts = ["cat", "Traffic  Light", "", "a long text " * 9, "Straße 北京 don't", "9,5 €"]
+    rows = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode_batch(texts)
+    np.testing.assert_array_equal([row.ids for row in rows], tokenize(texts))
+
+
+def test_safetensors_are_read_without_this_package(loaded, tmp_path):
+    assert write(loaded, tmp_path, "safetensors") == 0
+    program = (
+        "import sys, json; sys.modules['detclipv2_jax'] = sys.modules['jax'] = None\n"
+        "from safetensors import safe_open\n"
+        "with safe_open(sys.argv[1], 'numpy') as file:\n"
+        "    about = file.metadata()\n"
+        "    total = float(sum(file.get_tensor(key).astype('f8').sum() for key in file.keys()))\n"
+        "print(json.dumps([about, total]))"
+    )
+    line = [sys.executable, "-I", "-c", program, tmp_path / "model.safetensors"]
+    about, total = json.loads(subprocess.run(line, check=True, capture_output=True).stdout)
+    sums = [np.sum(leaf, dtype=np.float64) for leaf in jax.tree.leaves(loaded.params)]
+    assert total == pytest.approx(sum(sums))
+    assert json.loads(about["definitions"]) == DEFINITIONS and json.loads(about["names"]) == ["cat"]
+    assert json.loads(about["model"]) == loaded.config["model"] and about["step"] == "7"
+
+
+def test_the_card_tells_how_to_load_safetensors(loaded, pictures, tmp_path, monkeypatch, capsys):
+    assert write(loaded, tmp_path, "safetensors") == 0
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(pictures[0][0]).save("image.png")
+    code = Path("README.md").read_text().split("```python\n")[1].split("```")[0]
+    namespace = {}
+    exec(code.replace("image.jpg", "image.png"), namespace)
+    settings = {"score_threshold": 0.0, "keep": 1000, "batch_size": 8, "definitions": "off"}
+    detector = Detector(loaded, **settings)
+    (direct,) = detector(["image.png"], ["cat", "traffic light"])
+    np.testing.assert_array_equal(namespace["found"].boxes, direct.boxes)
+    np.testing.assert_array_equal(namespace["found"].scores, direct.scores)
+    assert "'traffic light'" in capsys.readouterr().out
+
+
+def test_the_card(loaded, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    measures = {"standard": {"AP": 0.25, "APr": None}, "fixed": {"AP": 0.5, "APr": 0.125}}
+    (run / "results.json").write_text(json.dumps({"dataset": "a/val.json", "step": 5, **measures}))
+    line = [f"--checkpoint={run}", f"--output={tmp_path}", "--licence=apache-2.0"]
+    with checkpoint(loaded):
+        assert door.main(line) == 0
+    card = (tmp_path / "README.md").read_text()
+    head = card.split("---\n")[1]
+    assert 'license: "apache-2.0"\n' in head and "zero-shot-object-detection" in head
+    assert "On `val.json`, fractions of one, measured at step 5 and not at this one:" in card
+    assert "| | standard | fixed |\n|---|---|---|\n| AP | 0.2500 | 0.5000 |\n| APr | – |" in card
+    assert "7 steps of a run of 2 epochs" in card and "| detection | objects365 |" in card
+    assert "1 names\nand 3 definitions. It started from `swin.pth` (backbone)." in card
+    assert card.endswith("## Licence\n\napache-2.0\n")
+    assert "/somewhere" not in card
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--names=cat,Cat"], "name 2, 'Cat', is the same as name 1"),
+        (["--names= ,"], "holds no name"),
+        (["--names_file=/nowhere.txt"], "/nowhere.txt: cannot be read (No such file"),
+        (["--canvas=800"], "--canvas=800: give height x width"),
+        (["--canvas=8x8"], "32 to 8192"),
+        (["--score_threshold=2"], "score_threshold 2.0"),
+        (["--rows=0"], "--rows=0"),
+        (["--format=safetensors", "--names=cat"], "leave --names, --names_file and --canvas out"),
+    ],
+)
+def test_a_mistake_is_one_sentence(loaded, tmp_path, capsys, options, reason):
+    assert write(loaded, tmp_path / "out", "stablehlo", *options) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and reason in told and told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tensorflow_that_cannot_read_this_jax_is_told(loaded, tmp_path, monkeypatch, capsys):
+    tf = pytest.importorskip("tensorflow")
+
+    def fail(*_):
+        raise tf.errors.InvalidArgumentError(None, None, "Cannot deserialize computation")
+
+    if jax.__version_info__ < (0, 12):
+        monkeypatch.setattr(tf, "function", lambda *_, **__: fail)
+    assert write(loaded, tmp_path / "out", "savedmodel", "--names=cat") == 2
+    assert f"cannot read what jax {jax.__version__} writes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("form", "package", "reason"),
+    [
+        ("savedmodel", "tensorflow", "needs TensorFlow, which is not installed"),
+        ("onnx", "jax2onnx", "pip install --no-deps jax2onnx"),
+    ],
+)
+def test_a_missing_converter_is_told(loaded, tmp_path, monkeypatch, capsys, form, package, reason):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert write(loaded, tmp_path / "out", form, "--names=cat") == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_names_file_has_a_name_a_line(loaded, tmp_path):
+    (tmp_path / "names.txt").write_text("cat\n\n traffic light, red \n")
+    args = door.parser().parse_args(
+        ["--checkpoint=run", "--output=out", f"--names_file={tmp_path}/names.txt"]
+    )
+    assert export._names(args) == ["cat", "traffic light, red"]
+    served, _ = export.served_model(loaded, export._names(args))
+    assert served.names == ("cat", "traffic light, red") and served.texts.shape == (2, 64)
+    with pytest.raises(UserError, match="is empty"):
+        export.served_model(loaded, ["cat", ""])

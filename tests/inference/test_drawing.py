@@ -1,0 +1,150 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detclipv2_jax.common import plots
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.inference import drawing
+
+
+def differs(a, b):
+    """Mask of the pixels in which two pictures differ."""
+    return (np.asarray(a).astype(int) != np.asarray(b)).any(-1)
+
+
+@pytest.mark.parametrize("shade", [0, 128, 255])
+def test_boxes_show_where_they_are_on_any_background(shade):
+    image = np.full((640, 640, 3), shade, np.uint8)
+    drawn = drawing.draw_boxes(image, np.array([[100, 200, 300, 500.0]]), ["cat"], [0.5])
+    changed = differs(drawn, image)
+    rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+    assert abs(columns[0] - 100) <= 2 and abs(columns[-1] - 300) <= 2 and abs(rows[-1] - 500) <= 2
+    assert 160 < rows[0] <= 200  # the label stands on the box
+    assert not changed[215:485, 115:285].any()  # inside stays free
+    wanted = np.array(drawing.colour("cat"))
+    assert (np.asarray(drawn)[350, 100:106] == wanted).all(-1).any()
+
+
+def test_small_pictures_are_enlarged_and_large_ones_kept():
+    small = drawing.draw_boxes(np.zeros((32, 64, 3), np.uint8), [], [])
+    assert small.size == (640, 320)
+    assert drawing.draw_boxes(np.zeros((700, 900, 3), np.uint8), [], []).size == (900, 700)
+
+
+def test_colours_follow_names_and_differ():
+    colours = {drawing.colour(f"name {n}") for n in range(40)}
+    assert len(colours) > 30 and drawing.colour("cat") == drawing.colour("cat")
+
+
+def test_labels_fit_and_keep_apart(monkeypatch):
+    placed = []
+    place = drawing._label_place
+    monkeypatch.setattr(drawing, "_label_place", lambda *a: placed.append(place(*a)) or placed[-1])
+    boxes = [
+        [0, 0, 60, 40],
+        [2, 3, 62, 43],
+        [600, 0, 640, 9],
+        [300, 630, 640, 640],
+        [320, 320, 320, 320],
+    ]
+    names = ["alarm clock", "umbrella", "black chess knight", "a very long name " * 9, "x"]
+    drawing.draw_boxes(np.zeros((640, 640, 3), np.uint8), boxes, names, [0.9] * 5)
+    for n, (x0, y0, x1, y1) in enumerate(placed):
+        assert 0 <= x0 < x1 <= 640 and 0 <= y0 < y1 <= 640
+        assert all(drawing._shared(placed[n], other) == 0 for other in placed[:n])
+
+
+def test_long_names_keep_their_score():
+    font = drawing._font(14)
+    text = drawing._shortened("a very long name " * 9, " 0.50", font, 120)
+    assert text.endswith("… 0.50") and font.getlength(text) <= 120
+    assert drawing._shortened("cat", " 0.50", font, 120) == "cat 0.50"
+
+
+def test_boxes_off_the_picture_and_inside_out_do_no_harm():
+    boxes = [[-50, -50, -10, -10], [700, 700, 900, 900], [300, 300, 100, 100], [0, 0, 640, 640]]
+    drawing.draw_boxes(np.zeros((640, 640, 3), np.uint8), boxes, list("abcd"))
+
+
+def test_grid_holds_every_picture():
+    shades = [40, 80, 120, 160, 200]
+    sizes = [(30, 20), (30, 20), (50, 60), (10, 10), (30, 20)]
+    cells = [Image.new("RGB", size, (s, s, s)) for size, s in zip(sizes, shades)]
+    sheet = np.asarray(drawing.grid(cells, [f"title {s}" for s in shades], columns=2))
+    for (width, height), shade in zip(sizes, shades):
+        block = (sheet == shade).all(-1)
+        assert block.sum() >= width * height
+    with pytest.raises(ValueError, match="at least one"):
+        drawing.grid([], [], columns=2)
+
+
+def write_log(path, steps=60):
+    with open(path, "w") as file:
+        for step in range(steps):
+            kind = ("detection", "grounding", "image_text")[step % 3]
+            row = {"step": step, "kind": kind, "loss": 3.0 / (step + 1), "align": 1.0, "lr": 1e-3}
+            file.write(json.dumps(row) + "\n")
+        file.write(json.dumps({"step": steps, "fixed/AP": 0.3}) + "\n")
+
+
+def test_loss_curves_have_a_panel_a_kind(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_log(path)
+    curves = plots._losses(path)
+    assert set(curves) == {"detection", "grounding", "image_text"}
+    assert set(curves["detection"]) == {"loss", "align"} and len(curves["detection"]["loss"]) == 20
+    plots.loss_curves(path, tmp_path / "pictures" / "losses.png")
+    with Image.open(tmp_path / "pictures" / "losses.png") as picture:
+        assert picture.width > 2.5 * picture.height
+    assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["losses.png"]
+
+
+def test_loss_curves_of_an_unfinished_log(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_log(path)
+    whole = plots._losses(path)
+    with open(path, "a") as file:
+        file.write('{"step": 60, "kind": "detection", "loss": null}\n{"step": 61, "lo')
+    assert plots._losses(path) == whole
+    path.write_text("")
+    plots.loss_curves(path, tmp_path / "empty.png")
+    assert (tmp_path / "empty.png").exists()
+    path.write_text("nonsense\n{}\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 1"):
+        plots.loss_curves(path, tmp_path / "none.png")
+    with pytest.raises(UserError, match="no such file"):
+        plots.loss_curves(tmp_path / "absent.jsonl", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_running_mean():
+    values = np.random.default_rng(0).normal(size=130)
+    wanted = [values[max(0, n - 2) : n + 3].mean() for n in range(130)]
+    np.testing.assert_allclose(plots._running_mean(values), wanted, atol=1e-12)
+    np.testing.assert_allclose(plots._running_mean(values[:9]), values[:9], atol=1e-12)
+
+
+def test_pictures_are_written_whole_or_not_at_all(tmp_path):
+    picture = Image.new("RGB", (4, 4))
+    drawing.save(picture, tmp_path / "new" / "a.png")
+    assert Image.open(tmp_path / "new" / "a.png").size == (4, 4)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        drawing.save(picture, tmp_path / "file" / "a.png")
+
+
+def test_labels_of_many_boxes_are_small_and_ink_reads_well(monkeypatch):
+    sizes = []
+    place = drawing._label_place
+    monkeypatch.setattr(drawing, "_label_place", lambda *a: sizes.append(place(*a)) or sizes[-1])
+    boxes = np.random.default_rng(0).uniform(0, 500, (100, 2)).repeat(2, 0).reshape(-1, 4)
+    boxes[:, 2:] = boxes[:, :2] + 60
+    drawing.draw_boxes(np.zeros((1200, 1200, 3), np.uint8), boxes, ["a very long name " * 4] * 100)
+    assert max(y1 - y0 for _, y0, _, y1 in sizes) < 20
+    assert max(x1 - x0 for x0, _, x1, _ in sizes) <= 0.4 * 1200
+    for n in range(40):
+        luminance = drawing._luminance(drawing.colour(f"name {n}"))
+        black, white = (luminance + 0.05) / 0.05, 1.05 / (luminance + 0.05)
+        assert (black >= white) == (luminance > drawing._MIDDLE)

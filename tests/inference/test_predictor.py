@@ -1,0 +1,390 @@
+import collections
+import dataclasses
+import functools
+import math
+import types
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.inference import predict as predict_lib
+from detclipv2_jax.inference import predictor as predictor_lib
+from detclipv2_jax.inference.detections import Detections
+from detclipv2_jax.inference.predict import DetectConfig, predict
+from detclipv2_jax.inference.predictor import Predictor, prompt, table_size
+from detclipv2_jax.models.atss_head import RegionOutputs
+from detclipv2_jax.models.detclip import DetCLIP
+from detclipv2_jax.ops.boxes import AnchorConfig
+
+HEIGHT, WIDTH = 104, 136
+
+
+class Scripted:
+    """A model that says what it was given; the text of name n is the n-th unit vector."""
+
+    def __init__(self, logits, deltas, centerness):
+        self.cfg = types.SimpleNamespace(anchors=AnchorConfig())
+        self._logits = jnp.asarray(logits)
+        self._outputs = RegionOutputs(
+            jnp.asarray(logits), jnp.asarray(deltas), jnp.asarray(centerness)
+        )
+
+    def encode_image(self, images):
+        return self._outputs
+
+    def logits(self, regions, texts):
+        columns = jnp.argmax(texts, axis=-1)
+        return jnp.where(jnp.any(texts, axis=-1), regions[..., columns], 0.0)
+
+
+def anchors():
+    """(K, 4), by loops."""
+    rows = []
+    for stride in (8, 16, 32, 64, 128):
+        for y in range(math.ceil(HEIGHT / stride)):
+            for x in range(math.ceil(WIDTH / stride)):
+                centre = np.array([(x + 0.5) * stride, (y + 0.5) * stride])
+                rows.append([*(centre - 4 * stride), *(centre + 4 * stride)])
+    return np.array(rows)
+
+
+def overlap(a, b):
+    side = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
+    part = np.prod(np.maximum(side, 0))
+    return part / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - part)
+
+
+def reference(logits, deltas, centerness, size, config):
+    """One image's detections [(box, score, label)], best first, by loops in float64."""
+    sigmoid = lambda v: 1 / (1 + np.exp(-np.float64(v)))
+    pairs = []
+    for k, anchor in enumerate(anchors()):
+        centre, side = (anchor[:2] + anchor[2:]) / 2, anchor[2:] - anchor[:2]
+        if centre[0] >= size[1] or centre[1] >= size[0]:
+            continue
+        shift = deltas[k] * (0.1, 0.1, 0.2, 0.2)
+        middle, half = centre + shift[:2] * side, np.exp(shift[2:]) * side / 2
+        box = np.clip([*(middle - half), *(middle + half)], 0, [size[1], size[0]] * 2)
+        if np.prod(box[2:] - box[:2]) <= 0:
+            continue
+        for c, logit in enumerate(logits[k]):
+            factor = sigmoid(centerness[k]) if "centerness" in config.score else 1.0
+            pairs.append((box, sigmoid(logit) * factor, c))
+    pairs = sorted(pairs, key=lambda pair: -pair[1])
+    entered = collections.Counter()
+    best = []
+    for pair in pairs:
+        entered[pair[2]] += 1
+        if entered[pair[2]] <= config.candidates:
+            best.append(pair)
+    kept = []
+    for box, score, label in best:
+        rivals = [other for other, _, same in kept if same == label]
+        clear = all(overlap(box, rival) <= config.nms_iou for rival in rivals)
+        if score > config.score_threshold and clear:
+            kept.append((box, score, label))
+    return kept[: config.keep]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DetectConfig(candidates=12, keep=12),
+        DetectConfig(candidates=500, keep=200, score="alignment", nms_iou=0.3),
+        DetectConfig(candidates=40, keep=100, score_threshold=0.4),
+    ],
+)
+def test_predict_equals_a_direct_implementation(config):
+    rng = np.random.default_rng(0)
+    sizes = np.array([[HEIGHT, WIDTH], [57, 70], [0, 0]])
+    count = len(anchors())
+    logits, deltas = rng.normal(size=(3, count, 5)), 4 * rng.normal(size=(3, count, 4))
+    arrays = [np.float32(a) for a in (logits, deltas, rng.normal(size=(3, count)))]
+    model = Scripted(*arrays)
+    found = jax.jit(functools.partial(predict, model, config=config))(
+        np.zeros((3, HEIGHT, WIDTH, 3), np.uint8), sizes, np.eye(5, dtype=np.float32)
+    )
+    assert found.boxes.shape == (3, config.keep, 4)
+    for n in range(2):
+        wanted = reference(*(a[n] for a in arrays), sizes[n], config)
+        assert len(wanted) == found.mask[n].sum() > 5
+        boxes, scores, labels = zip(*wanted)
+        np.testing.assert_allclose(found.boxes[n][found.mask[n]], boxes, atol=1e-3)
+        np.testing.assert_allclose(found.scores[n][found.mask[n]], scores, rtol=1e-5)
+        np.testing.assert_array_equal(found.labels[n][found.mask[n]], labels)
+    assert not found.mask[2].any()  # a slot without a picture
+
+
+@pytest.mark.parametrize("count", [1, 127, 128, 129, 300])
+def test_names_in_blocks_equal_names_at_once(count, monkeypatch):
+    rng = np.random.default_rng(count)
+    logits = np.round(rng.normal(size=(1, len(anchors()), count)), 1).astype(np.float32)  # ties
+    deltas = rng.normal(size=(1, len(anchors()), 4)).astype(np.float32)
+    model = Scripted(logits, deltas, np.zeros((1, len(anchors())), np.float32))
+    answers = []
+    for block in (128, 7, 1000):
+        monkeypatch.setattr(predict_lib, "_NAMES_AT_ONCE", block)
+        config = DetectConfig(candidates=20, keep=150)
+        answers.append(
+            jax.jit(functools.partial(predict, model, config=config))(
+                np.zeros((1, HEIGHT, WIDTH, 3), np.uint8),
+                np.array([[90, 120]]),
+                np.eye(count, dtype=np.float32),
+                np.arange(count) % 5 != 1,
+            )
+        )
+    for answer in answers[1:]:
+        jax.tree.map(np.testing.assert_array_equal, answer, answers[0])
+    assert count < 4 or answers[0].mask.all()
+
+
+def test_any_number_of_pictures_in_one_exported_program():
+    rng = np.random.default_rng(0)
+    model_arrays = [rng.normal(size=(3, len(anchors()), n)).astype(np.float32) for n in (200, 4, 1)]
+    ask = lambda logits, deltas, centerness, images, sizes: predict(
+        Scripted(logits, deltas, centerness[..., 0]),
+        images,
+        sizes,
+        np.eye(200, dtype=np.float32),
+        config=DetectConfig(candidates=20, keep=50),
+    )
+    arrays = [
+        *model_arrays,
+        np.zeros((3, HEIGHT, WIDTH, 3), np.uint8),
+        np.full((3, 2), 90, np.int32),
+    ]
+    (batch,) = jax.export.symbolic_shape("batch")
+    shapes = [jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype) for a in arrays]
+    exported = jax.export.export(jax.jit(ask), platforms=("cpu", "cuda", "tpu"))(*shapes)
+    for count in (1, 3):
+        few = [array[:count] for array in arrays]
+        jax.tree.map(np.testing.assert_array_equal, exported.call(*few), jax.jit(ask)(*few))
+
+
+def test_memory_does_not_grow_with_the_names():
+    class Embedding(Scripted):
+        logits = DetCLIP.logits
+        logit_bias = np.zeros(1)
+
+        def scale(self):
+            return 1.0
+
+    def temporary(count):
+        def ask(embeddings, deltas, centerness, images, sizes, texts):
+            model = Embedding(embeddings, deltas, centerness)
+            return predict(model, images, sizes, texts, config=DetectConfig())
+
+        shape = (1, len(anchors()))
+        arrays = [jax.ShapeDtypeStruct((*shape, *rest), jnp.float32) for rest in [(256,), (4,), ()]]
+        arrays.append(jax.ShapeDtypeStruct((1, HEIGHT, WIDTH, 3), jnp.uint8))
+        arrays.append(jax.ShapeDtypeStruct((1, 2), jnp.int32))
+        arrays.append(jax.ShapeDtypeStruct((table_size(count), 256), jnp.float32))
+        return jax.jit(ask).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(20_000) < 1.1 * temporary(80)
+
+
+def test_masked_names_and_scores_that_are_not_finite_are_never_answered():
+    count = len(anchors())
+    logits = np.zeros((1, count, 3), np.float32)
+    logits[0, :, 1], logits[0, :, 2], logits[0, : count // 2, 0] = 9.0, np.nan, np.inf
+    deltas = np.zeros((1, count, 4), np.float32)
+    deltas[0, 3:6] = np.nan
+    model = Scripted(logits, deltas, np.zeros((1, count), np.float32))
+    ask = jax.jit(functools.partial(predict, model, config=DetectConfig(candidates=400, keep=90)))
+    image, size = np.zeros((1, HEIGHT, WIDTH, 3), np.uint8), np.array([[HEIGHT, WIDTH]])
+    found = ask(image, size, np.eye(3), np.array([True, False, True]))
+    assert set(np.asarray(found.labels)[found.mask].tolist()) == {0}
+    assert np.isfinite(found.boxes).all() and np.isfinite(found.scores).all()
+    assert 1 in np.asarray(ask(image, size, np.eye(3)).labels)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"score": "centerness"},
+        {"score_threshold": 1.0},
+        {"nms_iou": 0.0},
+        {"keep": 0},
+        {"candidates": 0},
+    ],
+)
+def test_settings_that_make_no_sense(values):
+    with pytest.raises(UserError, match=next(iter(values))):
+        DetectConfig(**values)
+
+
+def test_table_sizes_are_few_and_hold_all_names():
+    sizes = [table_size(n) for n in range(1, 2001)]
+    assert all(size >= n for n, size in enumerate(sizes, start=1))
+    assert table_size(1203) == 1280 and table_size(80) == 128 and len(set(sizes)) == 13
+
+
+def test_prompt_is_what_training_encodes():
+    assert prompt(" Traffic  Light") == "traffic light"
+    assert prompt("cat", "a small feline") == "cat, a small feline"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    graphdef, params = tiny_model.parts()
+    config = DetectConfig(candidates=60, keep=20)
+    return Predictor(graphdef, params, canvas=tiny_model.CANVAS, config=config, batch_size=2)
+
+
+def pictures(count, seed=0):
+    rng = np.random.default_rng(seed)
+    sizes = [(64, 64), (64, 48), (50, 40), (30, 90), (128, 128)]
+    return [rng.integers(0, 256, (*sizes[n % 5], 3), np.uint8) for n in range(count)]
+
+
+def test_answers_do_not_depend_on_batching(tiny):
+    images = pictures(7)
+    texts = tiny.encode(["cat", "dog", "sofa"])
+    together = dict(tiny.stream(images, texts))
+    assert sorted(together) == list(range(7))
+    for number, image in enumerate(images):
+        ((_, alone),) = tiny.stream([image], texts)
+        np.testing.assert_allclose(alone.boxes, together[number].boxes, rtol=1e-4, atol=1e-2)
+        np.testing.assert_allclose(alone.scores, together[number].scores, rtol=1e-4)
+        assert alone.size == image.shape[:2] and len(alone) > 0
+
+
+def test_boxes_are_in_the_pixels_of_the_image(tiny):
+    small = pictures(1)[0]
+    large = small.repeat(2, axis=0).repeat(2, axis=1)  # halved again, it is the small one
+    texts = tiny.encode(["cat", "dog"])
+    (_, a), (_, b) = sorted(tiny.stream([small, large], texts), key=lambda pair: pair[0])
+    np.testing.assert_allclose(b.boxes, 2 * a.boxes, rtol=1e-4, atol=1e-2)
+    assert (b.boxes >= 0).all() and (b.boxes <= 128).all()
+    assert b.boxes[:, 2].max() > 64  # not left in the small one's
+
+
+def test_broken_images_do_not_stop_the_others(tiny, tmp_path):
+    (tmp_path / "bad.jpg").write_text("no picture")
+    images = [pictures(1)[0], tmp_path / "bad.jpg", tmp_path / "missing.jpg", *pictures(4)]
+    answers = dict(tiny.stream(iter(images), tiny.encode(["cat"])))
+    assert sorted(answers) == list(range(7))
+    assert [n for n, answer in sorted(answers.items()) if isinstance(answer, UserError)] == [1, 2]
+
+
+def test_long_streams_keep_their_order(tiny):
+    same = [np.full((64, 64, 3), n, np.uint8) for n in range(23)]
+    numbers = [number for number, _ in tiny.stream(same, tiny.encode(["cat"]))]
+    assert numbers == list(range(23))
+    assert list(tiny.stream([], tiny.encode(["cat"]))) == []
+
+
+def test_pictures_share_a_batch_with_those_that_turn_the_canvas_alike(tiny, monkeypatch):
+    asked = []
+
+    def answer(self, images, sizes, texts, config):
+        asked.append((images.shape, sizes.tolist()))
+        shape = (len(images), 3)
+        boxes = np.tile(np.float32([0, 0, 10, 20]), (*shape, 1))
+        return Detections(boxes, np.ones(shape), np.zeros(shape, int), np.ones(shape, bool))
+
+    monkeypatch.setattr(Predictor, "predict", answer)
+    graphdef, params = tiny_model.parts()
+    wide = Predictor(graphdef, params, canvas=(60, 90), batch_size=2)
+    sizes = [(60, 90), (180, 120), (60, 80), (90, 60), (20, 30)]
+    images = [np.zeros((*size, 3), np.uint8) for size in sizes]
+    found = dict(wide.stream(images, tiny.encode(["cat"])))
+    assert asked == [
+        ((2, 60, 90, 3), [[60, 90], [60, 80]]),
+        ((2, 90, 60, 3), [[90, 60], [90, 60]]),
+        ((2, 60, 90, 3), [[60, 90], [0, 0]]),
+    ]
+    for number, factor in enumerate((1, 2, 1, 1, 1 / 3)):
+        wanted = np.multiply([0, 0, 10, 20], factor)
+        np.testing.assert_allclose(found[number].boxes, [wanted] * 3, rtol=1e-6)
+
+
+def test_names_are_encoded_once_for_the_same_parameters(tiny, monkeypatch):
+    asked = []
+    encode = predictor_lib._encode_text
+    monkeypatch.setattr(
+        predictor_lib, "_encode_text", lambda *a, **k: asked.append(1) or encode(*a, **k)
+    )
+    graphdef, params = tiny_model.parts()
+    fresh = Predictor(graphdef, params, canvas=(64, 96))
+    first = fresh.encode(["Cat", "dog"])
+    again = fresh.encode(["dog", "cat", "cat"])
+    assert len(asked) == 1
+    np.testing.assert_array_equal(again.embeddings[:3], first.embeddings[[1, 0, 0]])
+    assert again.mask.tolist() == [True] * 3 + [False] * 5
+    fresh.params = jax.tree.map(lambda a: a + 0.1, params)
+    assert not np.allclose(fresh.encode(["cat", "dog"]).embeddings[:2], first.embeddings[:2])
+    assert len(asked) == 2
+
+
+def test_encoding_many_names_equals_encoding_each(tiny):
+    names = [f"thing {n}" for n in range(300)]
+    many = tiny.encode(names)
+    assert many.embeddings.shape == (512, 8)
+    for n in (0, 255, 256, 299):
+        np.testing.assert_allclose(
+            tiny_fresh().encode([names[n]]).embeddings[0], many.embeddings[n], atol=1e-5
+        )
+
+
+def tiny_fresh():
+    graphdef, params = tiny_model.parts()
+    return Predictor(graphdef, params, canvas=tiny_model.CANVAS)
+
+
+def test_new_parameters_compile_nothing(tiny):
+    texts = tiny.encode(["cat"])
+    list(tiny.stream(pictures(2), texts))
+    before = predictor_lib._predict._cache_size()
+    graphdef, params = tiny_model.parts()
+    other = Predictor(graphdef, params, canvas=(64, 64), config=tiny.config, batch_size=2)
+    other.params = jax.tree.map(lambda a: a * 2, params)
+    list(other.stream(pictures(2), other.encode(["dog"])))
+    assert predictor_lib._predict._cache_size() == before
+
+
+@pytest.mark.skipif(
+    len(jax.devices()) == 1,
+    reason="needs devices: XLA_FLAGS=--xla_force_host_platform_device_count=4",
+)
+def test_sharded_answers_equal_plain_ones(tiny):
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    graphdef, params = tiny_model.parts()
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    size = max(2, len(jax.devices()))
+    spread = Predictor(
+        graphdef,
+        jax.device_put(params, whole),
+        canvas=tiny_model.CANVAS,
+        config=tiny.config,
+        batch_size=size,
+        batch_sharding=sharding,
+    )
+    images = pictures(3)
+    wanted = dict(tiny.stream(images, tiny.encode(["cat"])))
+    for number, found in spread.stream(images, spread.encode(["cat"])):
+        np.testing.assert_allclose(found.scores, wanted[number].scores, rtol=1e-4)
+        np.testing.assert_allclose(found.boxes, wanted[number].boxes, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "names, reason", [([], "no names"), (["cat", "  "], "name 2 of 2 is empty")]
+)
+def test_names_that_are_none(tiny, names, reason):
+    with pytest.raises(UserError, match=reason):
+        tiny.encode(names)
+
+
+def test_config_of_a_run_sets_the_suppression():
+    section = dataclasses.asdict(DetectConfig(nms_iou=0.7, keep=9)) | {
+        "canvas": (8, 8),
+        "pictures": 3,
+    }
+    assert predict_lib.detect_config({"eval": section}) == DetectConfig(nms_iou=0.7, keep=9)

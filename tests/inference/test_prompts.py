@@ -1,0 +1,209 @@
+"""What a model is asked for a name: in a run, from its checkpoint, and on LVIS's own words."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tiny_model
+
+from detclipv2_jax import detect, evaluate
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.evaluation import coco, datasets
+from detclipv2_jax.inference.detector import Detector
+from detclipv2_jax.inference.predictor import Predictor
+from detclipv2_jax.inference.prompts import Prompting, prompting
+from detclipv2_jax.models.detclip import create
+from detclipv2_jax.text.tokenizer import TEMPLATE, fitted
+
+DICTIONARY = {"anchor": "what holds a ship", "blue thing": "something blue"}
+LONG = "word " * 40
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    graphdef, params = tiny_model.parts()
+    return Predictor(graphdef, params, canvas=tiny_model.CANVAS)
+
+
+def loaded(definitions, **evaluation):
+    model = tiny_model.loaded(**evaluation)
+    model.definitions = definitions
+    return model
+
+
+def test_bare_names(predictor):
+    texts = Prompting().encode(predictor, ["Anchor", LONG], [("a definition", None)] * 2)
+    assert texts.names == ("Anchor", LONG) and texts.prompts == ("anchor", LONG.strip())
+    assert Prompting().settings(texts) == {"definitions": False}
+
+
+def test_names_with_definitions(predictor):
+    asked = Prompting(True, DICTIONARY)
+    names = ["Anchor", "sofa", "bus", LONG, "mouse"]
+    given = [(None, None), (None, None), ("a long car", "bus.n.01"), (None, None)]
+    texts = asked.encode(predictor, names, [*given, (None, "mouse.n.04")])
+    assert texts.names == tuple(names)
+    assert texts.prompts[0] == "anchor, what holds a ship"
+    assert texts.prompts[1].startswith("sofa, an upholstered seat for more than one person")
+    assert texts.prompts[2] == "bus, a long car"
+    assert texts.prompts[3] == LONG.strip()  # too long by itself
+    assert texts.prompts[4].startswith("mouse, a hand-operated electronic device")
+    rows = predictor.encode(list(texts.prompts)).embeddings
+    np.testing.assert_array_equal(texts.embeddings, rows)
+    assert asked.settings(texts) == {
+        "definitions": True,
+        "template": TEMPLATE,
+        "names_defined": 4,
+    }
+
+
+def test_an_unknown_name_borrows_by_the_model_s_own_tower(predictor):
+    vectors = predictor.encode(["hoverboard", "anchor", "blue thing"]).embeddings[:3]
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    nearest = ["anchor", "blue thing"][int(np.argmax(unit[1:] @ unit[0]))]
+    texts = Prompting(True, DICTIONARY).encode(predictor, ["hoverboard", "🙂"])
+    assert texts.prompts[0] == f"hoverboard, {DICTIONARY[nearest]}"
+    assert texts.prompts[1].split(", ")[1] in DICTIONARY.values()
+    # No dictionary to borrow from, as with a model that was trained without one.
+    alone = Prompting(True).encode(predictor, ["hoverboard", "wild bird", "🙂"])
+    assert alone.prompts[0] == "hoverboard" and alone.prompts[1].startswith("wild bird, warm-")
+
+
+def test_another_template(predictor):
+    asked = Prompting(True, DICTIONARY, "{definition} ({name})")
+    assert asked.encode(predictor, ["anchor"]).prompts == ("what holds a ship (anchor)",)
+    assert asked.settings(asked.encode(predictor, ["anchor"]))["template"] == asked.template
+
+
+SENTENCES = ("a photo of a {}.", "a {} in the snow")
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_sentences_stand_for_a_name_by_their_mean(similarity):
+    config = dataclasses.replace(tiny_model.CONFIG, similarity=similarity)
+    predictor = Predictor(*create(config, 0), canvas=tiny_model.CANVAS)
+    texts = Prompting(sentences=SENTENCES).encode(predictor, ["Sofa", "red  {bus}"])
+    assert texts.names == ("Sofa", "red  {bus}")
+    assert texts.prompts[1] == "a photo of a red {bus}. | a red {bus} in the snow"
+    each = predictor.encode(["a photo of a sofa.", "a sofa in the snow"]).embeddings[:2]
+    mean = np.mean(np.float64(each), axis=0)
+    if similarity == "cosine":
+        mean /= np.linalg.norm(mean)
+    np.testing.assert_allclose(texts.embeddings[0], mean, rtol=1e-5, atol=1e-7)
+    assert Prompting(sentences=SENTENCES).settings(texts) == {
+        "definitions": False,
+        "prompts": list(SENTENCES),
+    }
+    (alone,) = Prompting(sentences=SENTENCES[:1]).encode(predictor, ["sofa"]).embeddings[:1]
+    np.testing.assert_array_equal(alone, each[0])
+
+
+def test_who_decides_about_sentences():
+    config = {"eval": {"prompts": SENTENCES, "definitions": "on"}}
+    assert prompting(config, DICTIONARY).sentences == SENTENCES
+    assert not prompting(config, DICTIONARY).enabled
+    asked = prompting(config, DICTIONARY, "on")
+    assert asked.enabled and not asked.sentences
+    assert prompting({"eval": {}}, DICTIONARY, None, SENTENCES[:1]).sentences == SENTENCES[:1]
+    assert prompting(config, DICTIONARY, None, []).enabled
+    with pytest.raises(UserError, match="not both"):
+        prompting(config, DICTIONARY, "on", SENTENCES)
+
+
+@pytest.mark.parametrize("sentence", ["a photo", "{} and {}", "{name}", "{0}", "{", "{!r}"])
+def test_sentences_with_no_place_for_the_name(sentence):
+    with pytest.raises(UserError, match="must hold {} once"):
+        Prompting(sentences=(sentence,))
+
+
+@pytest.mark.parametrize(
+    ("definitions", "configured", "choice", "enabled"),
+    [
+        (DICTIONARY, None, None, True),
+        ({}, None, None, False),
+        (DICTIONARY, "off", None, False),
+        (DICTIONARY, "off", "as_trained", True),
+        (DICTIONARY, "as_trained", "off", False),
+        ({}, "as_trained", "on", True),
+        ({}, "on", None, True),
+    ],
+)
+def test_who_decides(definitions, configured, choice, enabled):
+    config = {"eval": {"definitions": configured} if configured else {}}
+    asked = prompting(config, definitions, choice)
+    assert asked.enabled == enabled and asked.template == TEMPLATE
+    config["data"] = {"template": "{name}: {definition}"}
+    assert prompting(config, definitions, choice).template == "{name}: {definition}"
+
+
+def test_a_detector_asks_as_its_model_was_trained():
+    names = ["anchor", "sofa"]
+    texts = Detector(loaded(DICTIONARY)).encode(names)
+    assert (
+        texts.prompts[0] == "anchor, what holds a ship" and ", an upholstered" in texts.prompts[1]
+    )
+    assert Detector(loaded({})).encode(names).prompts == ("anchor", "sofa")
+    assert Detector(loaded(DICTIONARY), definitions="off").encode(names).prompts == tuple(names)
+    detector = Detector(loaded(DICTIONARY))
+    assert len(detector(np.zeros((64, 64, 3), np.uint8), names)) == 1
+    with pytest.raises(UserError, match="name 1 of 2 is empty"):
+        detector.encode(["", "anchor"])
+    with pytest.raises(UserError, match="no names"):
+        detector.encode([])
+
+
+@pytest.fixture
+def checkpoint(monkeypatch):
+    from detclipv2_jax.inference import checkpoint
+
+    monkeypatch.setattr(checkpoint, "steps", lambda path: [7])
+    monkeypatch.setattr(checkpoint, "load_model", lambda path, step=None: loaded(DICTIONARY))
+
+
+def test_the_commands_have_a_flag(checkpoint, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    flags = ["--checkpoint=run", "--names=anchor", f"--output={tmp_path}", f"{tmp_path}/a.png"]
+    for extra, prompts in (
+        ([], ["anchor, what holds a ship"]),
+        (["--definitions=off"], ["anchor"]),
+    ):
+        assert detect.main([*extra, *flags]) == 0
+        found = json.loads((tmp_path / "detections.json").read_text())
+        assert (found["names"], found["prompts"]) == (["anchor"], prompts)
+        assert found["settings"]["definitions"] == (not extra)
+
+
+@pytest.mark.parametrize("federated", [True, False])
+def test_an_evaluation_uses_the_set_s_own_definitions(checkpoint, tmp_path, federated):
+    from test_evaluate import make_set
+
+    path = make_set(tmp_path, federated=federated, images=2)
+    content = json.loads(path.read_text())
+    content["categories"][0] |= {"def": "a hook for boats", "synset": "anchor.n.01"}
+    content["categories"][2] |= {"synset": "umbrella.n.01"}
+    content["categories"][3] |= {"def": "", "synset": 7}  # as good as nothing
+    path.write_text(json.dumps(content))
+    truth = datasets.load_ground_truth(path)
+    assert truth.categories[0].definition == "a hook for boats"
+    assert truth.categories[3] == coco.Category(3, "snowman")
+    output = tmp_path / "out"
+    flags = ["--checkpoint=run", f"--dataset={path}", f"--output={output}"]
+    assert evaluate.main(flags) == 0
+    settings = json.loads((output / "results.json").read_text())["settings"]
+    assert settings["definitions"] and settings["names_defined"] == 4
+    assert evaluate.main([*flags, "--definitions=off", f"--output={output}/bare"]) == 0
+    settings = json.loads((output / "bare" / "results.json").read_text())["settings"]
+    assert settings["definitions"] is False and "template" not in settings
+
+
+def test_what_an_evaluation_asks(predictor):
+    categories = [("anchor", "a hook for boats", None), ("sofa", None, "sofa.n.01")]
+    texts = Prompting(True, DICTIONARY).encode(
+        predictor, [name for name, *_ in categories], [tuple(rest) for _, *rest in categories]
+    )
+    assert texts.prompts[0] == "anchor, a hook for boats"
+    definition = "an upholstered seat for more than one person"
+    assert texts.prompts[1] == fitted(["sofa"], [definition])[0]

@@ -1,0 +1,65 @@
+"""The count of arithmetic against what JAX counts in the traced program."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from detclipv2_jax.models import detclip, flops, sizes
+
+
+def traced(function, *shapes):
+    return jax.jit(function).lower(*shapes).cost_analysis()["flops"]
+
+
+def model(cfg):
+    graphdef, params = detclip.abstract(dataclasses.replace(cfg, dtype="float32", remat="none"))
+    return lambda params: detclip.build(graphdef, params), params
+
+
+def test_an_image_of_swin_t():
+    """224×224 fills windows of 7, and the compiler counts what is not a product too: a little."""
+    build, params = model(sizes.SWIN_T)
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8)
+    counted = flops.backbone(sizes.SWIN_T.swin, 224, 224)
+    assert counted == pytest.approx(
+        2 * 4.36e9, rel=0.03
+    )  # 4.5 G with the classifier (Swin, tab. 1)
+    backbone = traced(lambda p, x: build(p).backbone(x.astype(jnp.float32)), params, image)
+    assert counted < backbone < 1.06 * counted
+    whole = counted + sum(flops.dense_parts(sizes.SWIN_T, 224, 224).values())
+    assert whole < traced(lambda p, x: build(p).encode_image(x), params, image) < 1.5 * whole
+
+
+def test_a_concept():
+    build, params = model(sizes.SWIN_T)
+    tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32)
+    counted = 8 * flops.text(sizes.SWIN_T.text)
+    assert counted < traced(lambda p, t: build(p).text(t), params, tokens) < 1.05 * counted
+
+
+def test_a_step_by_part():
+    parts = flops.step(sizes.SWIN_T, "detection", (800, 1344), 128, 512)
+    one = flops.step(sizes.SWIN_T, "detection", (800, 1344), 1, 512)
+    assert set(parts) == {"backbone", "neck", "head", "deformable", "text", "alignment loss"}
+    assert parts["backbone"] == pytest.approx(128 * one["backbone"])
+    assert parts["text"] == one["text"]  # each concept once, whatever the batch
+    plain = dataclasses.replace(
+        sizes.SWIN_T, head=dataclasses.replace(sizes.SWIN_T.head, deformable=False)
+    )
+    assert "deformable" not in flops.step(plain, "grounding", (800, 1344), 1, 512)
+    captioned = flops.step(sizes.SWIN_T, "image_text", (320, 320), 6144, 49152)
+    assert "contrastive loss" in captioned and "alignment loss" not in captioned
+
+
+def test_encoding_the_step_s_concepts_once_saves_what_the_design_says():
+    """Paper §4.1: 150 concepts an image in detection, 100 in grounding, batches of 128."""
+    text = flops.text(sizes.SWIN_T.text)
+    from detclipv2_jax.training.recipes import load
+
+    data = load("pretrain").get_config("swin_t").data
+    for kind, least in (("detection", 30), ("grounding", 6)):
+        each = 128 * data[kind].negatives * text
+        once = flops.step(sizes.SWIN_T, kind, (800, 1344), 128, data[kind].table_size)["text"] / 3
+        assert each / once >= least

@@ -1,0 +1,114 @@
+"""How phrases are cleaned, and what spaCy finds in captions."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny_run
+
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.text import phrases
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    try:
+        return phrases.load()
+    except UserError as error:
+        pytest.skip(f"no English spaCy pipeline: {error}")
+
+
+@pytest.mark.parametrize(
+    ("phrase", "cleaned"),
+    [
+        ("The two red anchors,", "red anchors"),
+        ("  A  CAT ", "cat"),
+        ("all of the 3 dogs", "dogs"),
+        ("another person's hat", "person's hat"),
+        ("10:30 train", "train"),
+        ("1st place ribbon", "place ribbon"),
+        ("them", ""),
+        ("the two", ""),
+        ("", ""),
+        ("—", ""),
+        ("t-shirt", "t-shirt"),
+        ('"quoted" sign', "quoted sign"),
+        ("half circle", "half circle"),
+        ("theatre", "theatre"),
+        ("Tom &amp; Jerry", "tom jerry"),
+        ("der Hund", "der hund"),
+        ("日本語 sign", "日本語 sign"),
+    ],
+)
+def test_clean(phrase, cleaned):
+    assert phrases.clean(phrase) == cleaned
+    assert phrases.clean(cleaned) == cleaned
+
+
+def test_distinct_keeps_order_and_limit():
+    found = ["A dog", "the front", "two dogs", "The Dog", "them", "a cat", "the bird"]
+    assert phrases.distinct(found, 7) == ["dog", "dogs", "cat", "bird"]
+    assert phrases.distinct(found, 2) == ["dog", "dogs"]
+    assert phrases.distinct([], 7) == []
+
+
+def test_spanned_phrase():
+    caption = "The red cat near two dogs"
+    assert phrases.spanned_phrase(caption, [[0, 11]]) == "red cat"
+    assert phrases.spanned_phrase(caption, [[4, 7], [21, 25]]) == "red dogs"
+    assert phrases.spanned_phrase(caption, []) == ""
+    for wrong in ([[0, 26]], [[5, 5]], [[-3, 4]], [[9, 4]]):
+        with pytest.raises(ValueError, match="caption of 25 characters"):
+            phrases.spanned_phrase(caption, wrong)
+
+
+def test_noun_phrases(pipeline):
+    captions = [
+        "A man riding a wave on top of a surfboard.",
+        "the red anchor left of two umbrellas",
+        "",
+        "Two bears, one running on some rocky soil.",
+        "It is what it is",
+    ]
+    found = list(phrases.noun_phrases(captions))
+    assert found[0] == ["man", "wave", "surfboard"]
+    assert found[1] == ["red anchor", "umbrellas"]
+    assert found[2] == [] and found[4] == []
+    assert found[3] == ["bears", "rocky soil"]
+
+
+def test_noun_phrases_limit_and_long_captions(pipeline):
+    long = "a cat, " + ", ".join(f"a {colour} dog" for colour in ("red", "green", "blue") * 300)
+    (found,) = phrases.noun_phrases([long], limit=3)
+    assert len(found) == 3 and len(set(found)) == 3
+    assert list(phrases.noun_phrases([long], limit=0)) == [[]]
+    assert list(phrases.noun_phrases([])) == []
+
+
+def test_a_missing_pipeline_is_said(pipeline):
+    with pytest.raises(UserError, match="xx_no_such_model.*spacy download xx_no_such_model"):
+        phrases.load("xx_no_such_model")
+
+
+def test_the_faster_multiplication_finds_the_same_phrases(pipeline):
+    """In a process of its own: OpenBLAS reads the number of its threads when NumPy is imported."""
+    sentence = "a {} dog and the {} cats near an old {} bus, in London's {}"
+    captions = [
+        sentence.format(colour, number, colour, place)
+        for number in (2, 7)
+        for colour in ("red", "dark green")
+        for place in ("rain", "centre")
+    ]
+    program = """
+import json, sys
+from detclipv2_jax.data import phrases
+print(json.dumps(list(phrases.noun_phrases(json.loads(sys.argv[1])))))
+assert not next(phrases.load().get_pipe("tok2vec").model.walk()).ops.use_blis
+"""
+    environment = tiny_run.environment() | {"OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program, json.dumps(captions)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout) == list(phrases.noun_phrases(captions))
+    assert json.loads(process.stdout)[0][0] == "red dog"

@@ -1,0 +1,349 @@
+import dataclasses
+import gc
+import json
+import resource
+import shutil
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+from jax.sharding import NamedSharding, PartitionSpec
+
+from detclipv2_jax.common import config_dict
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.inference import checkpoint
+from detclipv2_jax.models import detclip, parameters
+from detclipv2_jax.training import checkpointer, optimizer, sharding, state, train
+from detclipv2_jax.training.checkpointer import Checkpointer
+from detclipv2_jax.training.optimizer import OptimizerConfig
+
+META = {"config": {"model": tiny_model.CONFIG.to_dict()}, "names": ["cat", "dog"], "seconds": {}}
+META = json.loads(json.dumps(META))  # lists where the config had tuples
+
+
+def _state(seed=0, step=0):
+    _, params = tiny_model.parts(seed)
+    rule = optimizer.create(OptimizerConfig(), params, 10)
+    return dataclasses.replace(state.create(params, rule), step=jnp.asarray(step, jnp.int32))
+
+
+def _abstract(tree, shardings):
+    return jax.tree.map(train._abstract, tree, shardings)
+
+
+def test_a_state_comes_back_bit_for_bit_on_another_mesh(tmp_path):
+    old = _state(step=3)
+    old = dataclasses.replace(old, ema=jax.tree.map(lambda p: p + 1, old.params))
+    one = sharding.make_mesh(1)
+    old = jax.device_put(old, sharding.state_shardings(one, old))
+    saver = Checkpointer(tmp_path, 2)
+    saver.save(old, META, None)
+    saver.close()
+
+    four = sharding.make_mesh(2, 2)
+    shardings = sharding.state_shardings(four, old)
+    new, meta = Checkpointer(tmp_path, 2).restore(_abstract(old, shardings))
+    jax.tree.map(np.testing.assert_array_equal, new, old)
+    assert meta == META | {"score": None}
+    assert all(leaf.sharding.mesh.size == 4 for leaf in jax.tree.leaves(new))
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    saver = Checkpointer(tmp_path, 2)
+    for step, score in [(1, None), (2, 0.9), (3, 0.1), (4, None), (5, 0.2), (6, None)]:
+        saver.save(_state(step=step), META, score)
+    saver.close()
+    assert checkpoint.steps(tmp_path) == [2, 5, 6]
+
+
+def _small(step):
+    params = {name: jnp.ones((64, 64)) for name in ("logit_scale", "logit_bias", "text_projection")}
+    small = state.create(params, optimizer.create(OptimizerConfig(), params, 10))
+    return dataclasses.replace(small, step=jnp.asarray(step, jnp.int32))
+
+
+def _save_scores(directory, scores):
+    saver = Checkpointer(directory, 1)
+    for step, score in scores.items():
+        saver.save(_small(step), META, score)
+    saver.close()
+    return checkpoint.steps(directory)
+
+
+def test_a_restart_remembers_which_was_the_best(tmp_path):
+    """Its score is read again, whether it is the newest at the start or an older one."""
+    assert _save_scores(tmp_path, {1: 3.0}) == [1]
+    assert _save_scores(tmp_path, {2: 1.0, 3: None}) == [1, 3]
+    assert _save_scores(tmp_path, {4: 2.0, 5: 1.0, 6: None}) == [1, 6]
+    assert checkpoint.best_step(tmp_path) == 1
+    assert _save_scores(tmp_path, {7: 3.5, 8: 3.5, 9: 0.0}) == [8, 9]
+
+
+def test_a_damaged_checkpoint_does_not_make_the_best_forgotten(tmp_path, capsys):
+    """Neither one whose meta cannot be read, nor that the newest is set aside."""
+    assert _save_scores(tmp_path, {1: 3.0, 2: 1.0}) == [1, 2]
+    _cut(tmp_path / "checkpoints/2")
+    saver, one = Checkpointer(tmp_path, 1), sharding.replicated(sharding.make_mesh(1))
+    saver.restore(jax.tree.map(lambda leaf: train._abstract(leaf, one), _small(0)))
+    for step, score in [(2, 1.0), (3, 2.0), (4, 1.0)]:
+        saver.save(_small(step), META, score)
+    saver.close()
+    assert checkpoint.steps(tmp_path) == [1, 4]
+
+
+def _cut(directory):
+    """Half of every file, as a disk that filled up leaves them."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _saved(directory, *steps):
+    saver = Checkpointer(directory, 3)
+    for step in steps:
+        saver.save(_state(step=step), META, None)
+    saver.close()
+    return directory / "checkpoints"
+
+
+@pytest.mark.parametrize("item", ["model", "state", "meta"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, item, capsys):
+    root = _saved(tmp_path, 1, 2)
+    _cut(root / "2" / item)
+    target = _abstract(_state(), sharding.state_shardings(sharding.make_mesh(1), _state()))
+    saver = Checkpointer(tmp_path, 3)
+    restored, _ = saver.restore(target)
+    assert int(restored.step) == 1 and saver.latest == 1
+    assert "checkpoints/2 cannot be read" in capsys.readouterr().out
+    assert (root / "2.damaged").is_dir()
+    saver.save(_state(step=2), META, None)  # the run comes by again
+    saver.close()
+    assert Checkpointer(tmp_path, 3).latest == 2
+
+
+def test_only_damaged_checkpoints_are_an_error(tmp_path):
+    root = _saved(tmp_path, 1)
+    _cut(root / "1")
+    target = _abstract(_state(), sharding.state_shardings(sharding.make_mesh(1), _state()))
+    with pytest.raises(UserError, match="none of its checkpoints can be read.*damaged"):
+        Checkpointer(tmp_path, 3).restore(target)
+
+
+def test_a_full_disk_is_told_and_ends_the_run_at_the_third_time(tmp_path, monkeypatch, capsys):
+    saver = Checkpointer(tmp_path, 3)
+    saver.save(_state(step=1), META, None)
+    saver.wait()
+    whole = saver._manager.save
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saver._manager, "save", full)
+    for step in (2, 3):
+        saver.save(_state(step=step), META, None)
+        said = capsys.readouterr().out
+        assert f"the checkpoint of step {step} could not be written" in said
+        assert "No space left on device" in said and "last good one is of step 1" in said
+    with pytest.raises(UserError, match="3 in a row; the last good one is of step 1: make room"):
+        saver.save(_state(step=4), META, None)
+    monkeypatch.setattr(saver._manager, "save", whole)  # room was made
+    saver.save(_state(step=5), META, None)
+    saver.close()
+    assert Checkpointer(tmp_path, 3).latest == 5
+
+
+def test_on_a_disk_that_is_full_the_run_goes_on_and_saves_again_when_there_is_room(
+    small_disk, fill, capsys
+):
+    """The state of 14 MB takes 7 there; with a MB or so left its arrays are written in part."""
+    saver = Checkpointer(small_disk, 1)
+    saver.save(_state(step=1), META, None)
+    saver.wait()
+    filling = fill(small_disk, 1_500_000)
+    for step in (2, 3):
+        saver.save(_state(step=step), META, None)
+        saver.wait()
+        said = capsys.readouterr().out
+        assert f"the checkpoint of step {step} could not be written" in said
+        assert "No space left on device" in said and "last good one is of step 1" in said
+        assert not [t for t in threading.enumerate() if "orbax" in type(t).__module__]
+    filling.unlink()
+    saver.save(_state(step=4), META, None)
+    saver.wait()
+    assert saver.latest == 4 and "could not" not in capsys.readouterr().out
+    saver.save(_state(step=5), META, None)  # by now what tensorstore still wrote is removed, too
+    saver.close()
+    assert [p.name for p in (small_disk / "checkpoints").iterdir()] == ["5"]
+    target = _abstract(_state(), sharding.state_shardings(sharding.make_mesh(1), _state()))
+    restored, _ = Checkpointer(small_disk, 1).restore(target)
+    jax.tree.map(np.testing.assert_array_equal, restored.params, _state().params)
+
+
+def _savers():
+    """Threads of Orbax that are at work; asyncio's wait for any work, and stay."""
+    return [t.name for t in threading.enumerate() if type(t).__module__.startswith("orbax.")]
+
+
+def test_a_lost_directory_is_told_with_the_last_good_step_and_may_come_back(tmp_path, capsys):
+    root = _saved(tmp_path, 1)
+    saver = Checkpointer(tmp_path, 3)
+    root.rename(tmp_path / "away")
+    root.write_text("in its place")
+    before = _savers()
+    saver.save(_state(step=2), META, None)
+    said = capsys.readouterr().out
+    assert "checkpoint of step 2 could not be written" in said and "one is of step 1" in said
+    assert _savers() == before, "nothing waits for what cannot come"
+    root.unlink()
+    (tmp_path / "away").rename(root)
+    saver.save(_state(step=3), META, None)
+    saver.close()
+    assert Checkpointer(tmp_path, 3).latest == 3
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path):
+    root = _saved(tmp_path, 1)
+    saver = Checkpointer(tmp_path, 3)
+    root.rename(tmp_path / "away")
+    root.write_text("in its place")
+    saver.save(_state(step=2), META, None)
+    with pytest.raises(UserError, match="last checkpoint could not .*good one is of step 1: make"):
+        saver.close()
+
+
+def test_a_thread_that_failed_does_not_wait_for_the_other_processes(monkeypatch):
+    met = []
+    barrier = lambda **_: met.append("met")
+    monkeypatch.setattr(checkpointer.multihost, "get_barrier_sync_fn", lambda: barrier)
+    checkpointer._meet_unless_failed(key="done", timeout_ms=1)
+    assert met == ["met"]
+    with pytest.raises(OSError, match="full"):
+        try:
+            raise OSError("full")
+        finally:
+            checkpointer._meet_unless_failed(key="done", timeout_ms=1)
+    assert met == ["met"]
+
+
+def test_a_workdir_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/run/checkpoints: cannot be made or read"):
+        Checkpointer(tmp_path / "file" / "run", 3)
+
+
+def _save_often(directory, saves, look_every):
+    """(Python's allocated blocks, MB of resident memory) at every `look_every`-th of many saves."""
+    small, saver, seen = _small(0), Checkpointer(directory, 3), []
+    for step in range(1, saves + 1):
+        now = dataclasses.replace(small, step=jnp.asarray(step, jnp.int32))
+        saver.save(now, META, step % 37 / 37 if step % 10 == 0 else None)
+        if step % look_every == 0:
+            saver.wait()
+            gc.collect()
+            with open("/proc/self/statm") as file:
+                pages = int(file.read().split()[1])
+            seen.append((sys.getallocatedblocks(), pages * resource.getpagesize() / 1e6))
+    saver.close()
+    return seen
+
+
+def test_nothing_stays_in_memory_of_a_save(tmp_path):
+    """tensorstore would keep some 300 strings and lists of each, more with more parameters."""
+    (before, _), (after, _) = _save_often(tmp_path, 60, 30)
+    assert after - before < 30 * 30
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_memory_does_not_grow_over_thousands_of_saves(tmp_path):
+    """Python's objects grow by 16 a save (1.2 KB): the JSON of two new paths, kept by tensorstore.
+
+    Of the C heap what is in use stays the same; what lies free between it grows by 4 MB at first.
+    """
+    seen = _save_often(tmp_path, 2400, 400)
+    print([f"{megabytes:.1f} MB" for _, megabytes in seen])
+    assert seen[-1][0] - seen[0][0] < 20 * 2000
+    assert seen[-1][1] - seen[0][1] < 2 * 2.4 + 5
+
+
+def test_saving_the_same_step_twice_is_harmless(tmp_path):
+    saver = Checkpointer(tmp_path, 2)
+    saver.save(_state(step=1), META, None)
+    saver.save(_state(step=1), META, None)
+    saver.close()
+    assert Checkpointer(tmp_path, 2).latest == 1
+
+
+def test_load_model_gives_the_average_and_what_is_needed_to_use_it(tmp_path):
+    old = dataclasses.replace(_state(step=4), ema=tiny_model.parts(1)[1])
+    saver = Checkpointer(tmp_path, 1)
+    saver.save(old, META, None)
+    saver.close()
+    for directory in (tmp_path, tmp_path / "checkpoints"):
+        loaded = checkpoint.load_model(directory)
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, old.ema)
+        assert (loaded.step, loaded.names) == (4, ["cat", "dog"])
+        detclip.build(loaded.graphdef, loaded.params)
+
+
+def test_an_unfinished_checkpoint_is_not_taken_for_one(tmp_path):
+    saver = Checkpointer(tmp_path, 3)
+    saver.save(_state(step=1), META, None)
+    saver.close()
+    root = tmp_path / "checkpoints"
+    shutil.copytree(root / "1", root / "2.orbax-checkpoint-tmp-0")
+    assert checkpoint.load_model(tmp_path).step == 1
+    assert Checkpointer(tmp_path, 3).latest == 1
+
+
+@pytest.mark.parametrize(
+    ("directory", "step", "message"),
+    [("nowhere", None, "no checkpoint in .*nowhere"), (".", 9, "checkpoint of step 9: it has 1")],
+)
+def test_what_is_not_there_is_said(tmp_path, directory, step, message):
+    saver = Checkpointer(tmp_path, 1)
+    saver.save(_state(step=1), META, None)
+    saver.close()
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_model(tmp_path / directory, step)
+
+
+def test_a_checkpoint_of_another_model_is_named_with_the_parameter(tmp_path):
+    saver = Checkpointer(tmp_path, 1)
+    saver.save(_state(step=1), META, None)
+    saver.close()
+    other = dataclasses.replace(
+        tiny_model.CONFIG, swin=dataclasses.replace(tiny_model.CONFIG.swin, embed_dim=16)
+    )
+    _, params = detclip.abstract(other)
+    mesh = sharding.make_mesh(1)
+    rule = optimizer.create(OptimizerConfig(), params, 10)
+    zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape), params)
+    target = jax.eval_shape(lambda: state.create(zeros(), rule))
+    target = _abstract(target, jax.tree.map(lambda _: sharding.replicated(mesh), target))
+    with pytest.raises(UserError, match="of another model: backbone/.* is .* there, .* in this"):
+        Checkpointer(tmp_path, 1).restore(target)
+    wrong = META | {"config": {"model": config_dict.to_dict(other)}}
+    saver = Checkpointer(tmp_path / "b", 1)
+    saver.save(_state(step=1), wrong, None)
+    saver.close()
+    with pytest.raises(UserError, match="of another model"):
+        checkpoint.load_model(tmp_path / "b")
+
+
+def test_optimizer_state_and_average_are_laid_out_like_their_parameters():
+    mesh, tree = sharding.make_mesh(1, 4), _state()
+    shardings = sharding.state_shardings(mesh, tree)
+    wanted = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    for part in (shardings.params, shardings.ema, shardings.moments.mean, shardings.moments.square):
+        paths = parameters.parameter_paths(part)
+        assert paths["text/token_embedding"] == wanted
+        split = [path for path, value in paths.items() if not value.is_fully_replicated]
+        assert len(split) > 10 and all(
+            path.endswith(("embedding", "projection", "kernel")) for path in split
+        )
+    jax.device_put(tree, shardings)

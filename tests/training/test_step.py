@@ -1,0 +1,103 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+from tiny_batch import LOSS, make_batch
+
+from detclipv2_jax.data.index import KINDS
+from detclipv2_jax.training import inputs, optimizer, sharding, state, step
+from detclipv2_jax.training import sharding as sharding_lib
+from detclipv2_jax.training.optimizer import OptimizerConfig
+from detclipv2_jax.training.spikes import UsualNorms
+
+
+@functools.cache
+def _train_step():
+    graphdef, params = tiny_model.parts()
+    rule = optimizer.create(OptimizerConfig(learning_rate=1e-3, warmup_steps=0), params, 100)
+    fn = functools.partial(
+        step.train_step, graphdef=graphdef, optimizer=rule, config=LOSS, seed=0, parts={}
+    )
+    return fn, state.create(params, rule)
+
+
+@functools.cache
+def _compiled():
+    fn, start = _train_step()
+    return jax.jit(fn), start
+
+
+def test_a_spike_is_skipped_and_counted():
+    fn, start = _compiled()
+    batch, place = make_batch("detection"), KINDS.index("detection")
+    ordinary, metrics = fn(start, batch)
+    assert (int(metrics["skipped"]), int(metrics["spiked"])) == (0, 0)
+    norm = np.log(float(metrics["gradient_norm"]))
+    assert float(ordinary.norms.log_norm[place]) == pytest.approx(norm, rel=1e-5)
+
+    def known(log_norm):
+        seen = jnp.full(len(KINDS), 100)
+        norms = UsualNorms(jnp.full(len(KINDS), log_norm), seen, jnp.zeros_like(seen))
+        return dataclasses.replace(start, norms=norms)
+
+    after, metrics = fn(known(norm - np.log(21)), batch)
+    for part in ("params", "ema", "moments"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(start, part))
+    assert (int(after.step), int(after.skipped_in_row)) == (1, 1)
+    assert (int(metrics["skipped"]), int(metrics["spiked"])) == (1, 1)
+    after, metrics = fn(known(norm - np.log(19)), batch)
+    assert int(metrics["spiked"]) == 0
+    jax.tree.map(np.testing.assert_array_equal, after.params, ordinary.params)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted():
+    fn, start = _compiled()
+    batch = make_batch("detection")
+    broken = dataclasses.replace(start, params=start.params | {"logit_bias": jnp.asarray(jnp.nan)})
+    after, metrics = fn(broken, batch)
+    for part in ("params", "ema", "moments"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(broken, part))
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_row)) == (1, 1, 1)
+    after, _ = fn(after, batch)
+    assert (int(after.skipped), int(after.skipped_in_row), int(after.spiked)) == (2, 2, 0)
+    jax.tree.map(np.testing.assert_array_equal, after.norms, start.norms)
+    healed, metrics = fn(dataclasses.replace(after, params=start.params), batch)
+    assert (int(healed.skipped), int(healed.skipped_in_row)) == (2, 0)
+    assert np.isfinite(float(metrics["loss"]))
+    assert not np.array_equal(healed.params["logit_bias"], start.params["logit_bias"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [
+        ("detection", (2, 2)),
+        ("image_text", (4, 1)),
+        pytest.param("image_text", (1, 4), marks=pytest.mark.slow),
+    ],
+)
+def test_four_devices_compute_what_one_computes(kind, mesh):
+    fn, start = _train_step()
+    batch, results = make_batch(kind), []
+    for shape in ((1, 1), mesh):
+        devices = sharding.make_mesh(*shape)
+        shardings = sharding_lib.state_shardings(devices, start)
+        layout = sharding.batch_shardings(devices, batch)
+        whole = sharding.replicated(devices)
+        run = jax.jit(
+            functools.partial(fn, gathered=whole),
+            in_shardings=(shardings, layout),
+            out_shardings=(shardings, whole),
+        )
+        results.append(run(jax.device_put(start, shardings), inputs.put_batch(batch, layout)))
+    (one, a), (four, b) = results
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=2e-5, err_msg=name)
+    # Adam's first step is ±rate whatever the gradient's size: compare what it was fed, the mean.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6)
+    jax.tree.map(close, one.moments.mean, four.moments.mean)
+    split = {leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(four.ema)}
+    assert split == ({True} if mesh[1] == 1 else {True, False})

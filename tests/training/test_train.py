@@ -1,0 +1,507 @@
+import contextlib
+import json
+import math
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny_run
+from PIL import Image
+
+from detclipv2_jax import export
+from detclipv2_jax.inference import checkpoint, detector
+from detclipv2_jax.text import tokenizer
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    to = tmp_path_factory.mktemp("symbols") / "data"
+    tiny_run.prepare(to)
+    return to
+
+
+@pytest.fixture(scope="session")
+def finished(data, tmp_path_factory):
+    """A run that nothing disturbed: (workdir, what it printed)."""
+    workdir = tmp_path_factory.mktemp("finished")
+    process = tiny_run.run(data, workdir)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return workdir, process.stdout
+
+
+def _losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(x["step"], x["kind"], x["loss"], x["gradient_norm"]) for x in lines if "kind" in x]
+
+
+def _checkpoints(workdir):
+    root = workdir / "checkpoints"
+    return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
+
+
+def _check_goodput(workdir, printed, lost):
+    """Over all starts: the log adds up, the checkpoint has it by part, the end says it."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "kind" in line]
+    totals = [line["seconds"] for line in lines]
+    assert totals == sorted(totals)
+    for line in lines:
+        assert 0 < line["goodput"] < 1 and 0 <= line["data_wait"] < 1
+    newest = workdir / f"checkpoints/{_checkpoints(workdir)[-1]}"
+    parts = json.loads((newest / "meta/metadata").read_text())["seconds"]
+    assert parts.keys() - {"lost"} == {
+        "start", "compile", "other", "data", "train", "evaluate", "checkpoint"
+    }  # fmt: skip
+    assert (parts.get("lost", 0) > 0) == lost
+    assert sum(parts.values()) >= totals[-1]
+    assert re.search(r"\ngoodput \d+% of \d+ s \(this start \d+%\); the rest: \w+ \d+ s", printed)
+
+
+def test_a_run_leaves_what_the_readme_says(finished):
+    workdir, printed = finished
+    losses = _losses(workdir)
+    assert [step for step, *_ in losses] == list(range(1, len(losses) + 1))
+    assert {kind for _, kind, *_ in losses} == {"detection", "grounding", "image_text"}
+    results = json.loads((workdir / "results.json").read_text())
+    assert set(results) == {"dataset", "step", "standard", "fixed", "groups", "settings"}
+    assert set(results["groups"]) == {"base", "novel"} and results["step"] == len(losses)
+    assert {"AP", "AP50", "APr", "APc", "APf"} <= set(results["fixed"])
+    assert json.loads((workdir / "config.json").read_text())["model"]["swin"]["embed_dim"] == 8
+    for picture in [workdir / "losses.png", *(workdir / "detections").glob("*.png")]:
+        assert min(Image.open(picture).size) > 100
+    assert list((workdir / "tensorboard").glob("events*"))
+    assert printed.count("compiled ") == 3, "one program for each (kind, canvas)"
+    assert "fixed AP" in printed and "novel" in printed
+    _check_goodput(workdir, printed, lost=False)
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_a_run_killed_three_times_ends_with_the_same_losses(data, finished, tmp_path, seed):
+    moments = random.Random(seed)
+    expected = _losses(finished[0])
+    log, redone = tmp_path / "metrics.jsonl", 0
+    for kill in range(3):
+        # Somewhere in the next third of the run, and within a step of a line being written.
+        after = moments.randint(kill * len(expected) // 3 + 1, (kill + 1) * len(expected) // 3)
+        process = subprocess.Popen(
+            tiny_run.command(data, tmp_path), env=tiny_run.environment(), cwd=tiny_run.ROOT,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while process.poll() is None and not (
+            log.exists() and log.read_text().count("\n") >= after
+        ):
+            time.sleep(0.01)
+        time.sleep(moments.random() * 0.2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        redone += _losses(tmp_path)[-1][0] - max(_checkpoints(tmp_path), default=0)
+    process = tiny_run.run(data, tmp_path)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert _losses(tmp_path) == expected
+    _check_goodput(tmp_path, process.stdout, lost=redone > 0)
+    a, b = (json.loads((w / "results.json").read_text()) for w in (tmp_path, finished[0]))
+    assert a["fixed"] == b["fixed"]
+
+
+def test_a_run_stopped_by_sigterm_whose_checkpoint_is_damaged_ends_with_the_same_losses(
+    data, finished, tmp_path
+):
+    expected, log = _losses(finished[0]), tmp_path / "metrics.jsonl"
+    process = subprocess.Popen(
+        tiny_run.command(data, tmp_path), env=tiny_run.environment(), cwd=tiny_run.ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 6):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM, said[-3000:]
+    step = int(re.search(r"stopped by SIGTERM after step (\d+), which is saved; the same", said)[1])
+    saved = _checkpoints(tmp_path)
+    assert saved[-1] == step and saved[0] == 4
+    assert log.read_text().count("\n") == step  # every line is there
+
+    for file in (tmp_path / "checkpoints" / str(step) / "model").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    process = tiny_run.run(data, tmp_path)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert f"checkpoints/{step} cannot be read" in process.stdout
+    assert "going on after step 4" in process.stdout or step > 8
+    assert (tmp_path / "checkpoints" / f"{step}.damaged").is_dir()
+    assert _losses(tmp_path) == expected
+
+
+def _start(data, workdir, **overrides):
+    workdir.mkdir()
+    with open(workdir / "stderr", "w") as stderr:
+        return subprocess.Popen(
+            tiny_run.command(data, workdir, **overrides), env=tiny_run.environment(),
+            cwd=tiny_run.ROOT, stdout=subprocess.DEVNULL, stderr=stderr,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _started(data, workdir, **overrides):
+    run = _start(data, workdir, **{"train.epochs": 50.0}, **overrides)
+    try:
+        yield run
+    finally:
+        run.kill()
+        run.wait()
+
+
+def _wait_until(process, what):
+    while process.poll() is None and not what():
+        time.sleep(0.005)
+    assert process.poll() is None, process.args
+
+
+@pytest.mark.slow
+def test_signals_while_it_evaluates_while_it_saves_and_twice(data, tmp_path):
+    """Three runs, each stopped at its moment."""
+    evaluating, saving, hasty = (tmp_path / name for name in ("evaluating", "saving", "hasty"))
+
+    def lines(workdir):
+        log = workdir / "metrics.jsonl"
+        return log.read_text().splitlines() if log.exists() else []
+
+    # A step's line is written before its evaluation begins, the evaluation's after it.
+    with _started(data, evaluating, **{"train.eval_every": 1}) as run:
+        _wait_until(run, lambda: len(lines(evaluating)) == 3)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 128 + signal.SIGTERM
+    with _started(data, saving, **{"train.checkpoint_every": 1}) as run:
+        _wait_until(run, lambda: list(saving.glob("checkpoints/*-tmp")) and lines(saving))
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 128 + signal.SIGTERM
+    with _started(data, hasty) as run:
+        _wait_until(run, lambda: lines(hasty))
+        run.send_signal(signal.SIGINT)
+        _wait_until(run, lambda: "Ctrl-C again: at once" in (hasty / "stderr").read_text())
+        run.send_signal(signal.SIGINT)
+        assert run.wait(10) == 128 + signal.SIGINT
+    for workdir in (evaluating, saving):
+        said = (workdir / "stderr").read_text()
+        step = int(
+            re.search(r"stopped by SIGTERM after step (\d+), which is saved; the same", said)[1]
+        )
+        assert _checkpoints(workdir)[-1] == step == _losses(workdir)[-1][0]
+        assert not list(workdir.glob("checkpoints/*-tmp"))
+    assert any("fixed/AP" in json.loads(line) for line in lines(evaluating)[3:])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_ends_the_run_at_once(data, tmp_path, number):
+    """While it starts Python, imports, reads, draws parameters, traces, compiles."""
+    runs = [_start(data, tmp_path / str(i), **{"train.epochs": 50.0}) for i in range(3)]
+    for i, run in enumerate(runs):
+        time.sleep(random.uniform(0.5, 3))
+        run.send_signal(number)
+        assert run.wait(20) != 0
+        said = (tmp_path / str(i) / "stderr").read_text()
+        assert run.returncode in (128 + number, -number), said[-2000:]
+    assert not list(tmp_path.glob("*/checkpoints/*"))
+
+
+def test_a_workdir_that_cannot_be_written_to_is_one_sentence(
+    data, finished, tmp_path, make_read_only
+):
+    """Neither begun nor gone on with; the checkpoints that are there stay."""
+    shutil.copytree(finished[0], tmp_path / "locked/finished")
+    make_read_only(tmp_path / "locked")
+    for name in ("new", "finished"):
+        process = tiny_run.run(data, tmp_path / "locked" / name, **{"train.epochs": 3.0})
+        assert process.returncode == 2, process.stderr[-3000:]
+        assert "Traceback" not in process.stderr
+        assert f"locked/{name}" in process.stderr.splitlines()[-1]
+        assert "cannot be" in process.stderr.splitlines()[-1]
+    assert _checkpoints(tmp_path / "locked/finished") == _checkpoints(finished[0])
+
+
+def test_a_run_started_on_a_full_disk_is_one_sentence_and_goes_on_when_there_is_room(
+    data, finished, small_disk, fill
+):
+    run = small_disk / "run"
+    shutil.copytree(finished[0], run)
+    there = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    filling = fill(small_disk, 0)
+    process = tiny_run.run(data, run)
+    assert process.returncode == 2, process.stderr[-3000:]
+    assert re.fullmatch(
+        r"error: .*run/\S+: cannot be written \(No space left on device\); make room, then start "
+        r"again with the same command\.",
+        process.stderr.splitlines()[-1],
+    )
+    assert "Traceback" not in process.stderr
+    filling.unlink()
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == there
+    process = tiny_run.run(data, run)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "going on after step" in process.stdout and _losses(run) == _losses(finished[0])
+
+
+def _spoil(source, count):
+    """Overwrites the first bytes of some of a source's stored pictures, as a bad disk would."""
+    shards = sorted(source.glob("*.array_record-*"))
+    content = bytearray(shards[0].read_bytes())
+    starts = [found.start() for found in re.finditer(b"\xff\xd8\xff", content)]
+    for start in random.Random(0).sample(starts, count):
+        content[start : start + 3] = bytes(3)
+    shards[0].write_bytes(content)
+
+
+def test_a_run_over_data_with_broken_pictures_finishes_and_counts_them(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    _spoil(tmp_path / "data/detection", 1)
+    _spoil(tmp_path / "data/image_text", 2)
+    share = {"data.max_broken_share": 0.06}
+    process = tiny_run.run(tmp_path / "data", tmp_path / "run", **share)
+    assert process.returncode == 0, process.stderr[-3000:]
+    # Two epochs of 24, 16 and 40 records.
+    assert "\ndetection: 2 of 48 records could not be read" in process.stdout
+    assert "\nimage_text: 4 of 80 records could not be read" in process.stdout
+    assert "\ngrounding: " not in process.stdout
+    assert "record" in process.stderr and "source 'detection'" in process.stderr
+    assert all(math.isfinite(loss) for _, _, loss, _ in _losses(tmp_path / "run"))
+    assert (tmp_path / "run/results.json").is_file()
+
+
+_POISONED = """
+import dataclasses, itertools, runpy, sys
+import jax
+import numpy as np
+from detclipv2_jax import train
+
+compile_programs, steps = train.compile_programs, {steps}
+
+def poisoned(*args):
+    def program(compiled):
+        def run(state, batch):
+            bad = next(count) in steps
+            params = dict(state.params)
+            if bad:
+                scale = params["logit_scale"]
+                nan = np.float32(np.nan)
+                params["logit_scale"] = jax.device_put(nan, scale.sharding) if {explicit} else nan
+            new, values = compiled(dataclasses.replace(state, params=params), batch)
+            if bad:  # only the step was to see it
+                new = dataclasses.replace(new, params=new.params | {{"logit_scale": scale}})
+            return new, values
+        return run
+    count = itertools.count()
+    return {{key: program(value) for key, value in compile_programs(*args).items()}}
+
+train.compile_programs = poisoned
+sys.argv[0] = "main"
+runpy.run_module("detclipv2_jax.main", run_name="__main__")
+"""
+
+
+def _run_poisoned(data, workdir, steps, explicit=True, **overrides):
+    _, _, _, *arguments = tiny_run.command(data, workdir, **overrides)
+    return subprocess.run(
+        [sys.executable, "-c", _POISONED.format(steps=steps, explicit=explicit), *arguments],
+        env=tiny_run.environment(), capture_output=True, text=True, cwd=tiny_run.ROOT,
+    )  # fmt: skip
+
+
+def test_steps_that_are_not_finite_are_left_out_and_the_run_goes_on(data, tmp_path):
+    process = _run_poisoned(data, tmp_path, {2, 3, 7})
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "3 updates were skipped: their loss or gradient was not finite" in process.stdout
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "kind" in line]
+    bad = [line["step"] for line in lines if None in (line["loss"], line["gradient_norm"])]
+    assert bad == [3, 4, 8]
+    assert [line["skipped"] for line in lines[:8]] == [0, 0, 1, 2, 2, 2, 2, 3]
+    assert all(math.isfinite(line["loss"]) for line in lines[8:])
+
+
+@pytest.mark.slow
+def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(data, tmp_path):
+    process = _run_poisoned(data, tmp_path, set(range(5, 99)), **{"train.max_skipped": 3})
+    assert process.returncode == 2
+    assert re.search(
+        r"error: the last 3 steps up to step 8 \(\w+, records .*the last good checkpoint is 4",
+        process.stderr,
+    )
+
+
+@pytest.mark.slow
+def test_a_transfer_that_nobody_asked_for_ends_the_run(data, tmp_path):
+    process = _run_poisoned(data, tmp_path, {1}, explicit=False)
+    assert process.returncode == 1 and "Disallowed host-to-device transfer" in process.stderr
+
+
+_LOOKING = """
+import gc, itertools, resource, runpy, sys
+import jax
+from detclipv2_jax import train
+
+compile_programs = train.compile_programs
+
+def looking(*args):
+    def program(compiled):
+        def run(state, batch):
+            if (step := next(count)) % 500 == 0:
+                jax.block_until_ready(state)
+                gc.collect()
+                with open("/proc/self/statm") as file:
+                    pages = int(file.read().split()[1])
+                megabytes = pages * resource.getpagesize() / 1e6
+                print("look", sys.getallocatedblocks(), len(jax.live_arrays()), megabytes)
+            return compiled(state, batch)
+        return run
+    count = itertools.count()
+    return {key: program(value) for key, value in compile_programs(*args).items()}
+
+train.compile_programs = looking
+sys.argv[0] = "main"
+runpy.run_module("detclipv2_jax.main", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_memory_does_not_grow_over_thousands_of_steps(data, tmp_path):
+    """From step 500 on Python's objects grow by a tenth of one a step, and arrays not at all."""
+    small = {"train.epochs": 50.0, "train.checkpoint_every": 0, "eval.dataset": ""}
+    small |= {f"data.{kind}.batch_size": 2 for kind in ("detection", "grounding", "image_text")}
+    small |= {f"data.{kind}.shapes": ((64, 64),) for kind in ("detection", "grounding")}
+    small |= {"data.image_text.shapes": ((32, 32),), "loss.proposals.group": 2}
+    _, _, _, *arguments = tiny_run.command(data, tmp_path, **small)
+    process = subprocess.run(
+        [sys.executable, "-c", _LOOKING, *arguments],
+        env=tiny_run.environment(), capture_output=True, text=True, cwd=tiny_run.ROOT,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    seen = [line.split()[1:] for line in process.stdout.splitlines() if line.startswith("look")]
+    print(seen)
+    (_, first, *_, last) = [(int(a), int(b), float(c)) for a, b, c in seen]
+    assert len(seen) == 5
+    blocks, arrays, megabytes = (after - before for before, after in zip(first, last))
+    assert blocks < 1500 / 2 and arrays < 10 and megabytes < 10
+
+
+def test_a_finished_run_started_again_only_reports(data, finished):
+    before = (finished[0] / "metrics.jsonl").read_text()
+    process = tiny_run.run(data, finished[0])
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "going on after step" in process.stdout and "compiled " not in process.stdout
+    assert (finished[0] / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_starts_from_an_exported_model(data, finished, tmp_path):
+    directory = tmp_path / "exported"
+    assert export.main([f"--checkpoint={finished[0]}", f"--output={directory}"]) == 0
+    start = {"init.model": directory / "model.safetensors", "optimizer.learning_rate": 0.0}
+    process = tiny_run.run(data, tmp_path / "run", **start, **{"train.epochs": 0.01})
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert f"model from {directory}/model.safetensors (detclipv2_jax)" in process.stdout
+    a, b = (json.loads((w / "results.json").read_text()) for w in (tmp_path / "run", finished[0]))
+    assert a["step"] < b["step"] and a["fixed"] == b["fixed"] and a["standard"] == b["standard"]
+    process = tiny_run.run(data, tmp_path / "other", **{"init.backbone": tmp_path / "none.pth"})
+    assert process.returncode == 2 and "none.pth: no such file" in process.stderr
+
+
+def test_a_checkpoint_tells_a_job_that_follows_whether_it_is_the_last_and_the_best(finished):
+    workdir, _ = finished
+    assert checkpoint.is_finished(workdir)
+    assert checkpoint.best_step(workdir) == checkpoint.steps(workdir)[-1]
+
+
+def test_a_run_is_fine_tuned_and_what_it_knew_is_rehearsed_and_measured(data, finished, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("grounding", "image_text", "archives"):
+        (tmp_path / "data" / name).symlink_to(data / name)
+    (tmp_path / "data/target").mkdir()
+    (tmp_path / "data/target/detection").symlink_to(data / "detection")
+    dataset = {"eval.dataset": data / "archives/annotations/lvis_val.json"}
+    start = {"init.model": finished[0], "eval.images": "archives/images/val"}
+    line = tiny_run.command(tmp_path / "data", tmp_path / "run", **dataset, **start)
+    line = [part.replace("pretrain.py:nano", "finetune_coco_format.py:nano") for part in line]
+    process = subprocess.run(
+        line, env=tiny_run.environment(), capture_output=True, text=True, cwd=tiny_run.ROOT
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    # 24 scenes; half as many phrases, twice as many captions as there are; all in batches of 8.
+    epoch = "20 steps; an epoch is 10: 3 of detection, 2 of grounding, 5 of image_text"
+    assert f"{epoch}; of these 7 rehearse" in process.stdout
+    assert f"model from {finished[0]} (detclipv2_jax)" in process.stdout
+    assert f"{tmp_path}/data/detection is not there: it is not rehearsed" in process.stdout
+    before, after, pretrained = (
+        json.loads(path.read_text())
+        for path in (
+            tmp_path / "run/before.json",
+            tmp_path / "run/results.json",
+            finished[0] / "results.json",
+        )
+    )
+    assert before["fixed"] == before["zero_shot"]["fixed"] == pretrained["fixed"]
+    assert before["step"] == 0 and after["step"] == 20
+    assert (tmp_path / "run/zero_shot/results.json").is_file()
+    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["step"] == 0 and lines[0]["zero_shot/fixed/AP"] == before["fixed"]["AP"]
+    assert re.search(r"before +after\nstandard/AP", process.stdout)
+    assert "zero_shot/novel/fixed/AP" in process.stdout
+
+
+def test_another_model_in_the_same_workdir_is_one_sentence(data, finished):
+    process = tiny_run.run(data, finished[0], **{"model.swin.embed_dim": 16})
+    assert process.returncode == 2
+    assert "is of another model: backbone/" in process.stderr and "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"train.epoch": 3}, "--config.train.epoch is no field of the config: did you mean"),
+        ({"trian.epochs": 3}, "--config.trian is no field of the config: did you mean train?"),
+        ({"data_dir": "/nowhere"}, "prepare_data.py symbols --to=data/symbols"),
+        ({"train.epochs": "many"}, "many"),
+        ({"eval.dataset": "none.json"}, "none.json"),
+        ({"data.detection.sources": "('grounding',)"}, "grounding"),
+    ],
+)
+def test_a_mistake_at_the_start_is_one_sentence(data, tmp_path, overrides, message):
+    process = tiny_run.run(data, tmp_path, **overrides)
+    assert process.returncode == 2, process.stderr[-2000:]
+    assert message in process.stderr and "Traceback" not in process.stderr
+    assert process.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_a_run_with_a_dictionary_asks_for_definitions_in_training_and_in_testing(data, tmp_path):
+    script = [sys.executable, str(tiny_run.ROOT / "scripts/prepare_concepts.py")]
+    script += [f"--from={data}", f"--to={tmp_path / 'concepts'}", "--min-count=2"]
+    subprocess.run(script, check=True, capture_output=True)
+    process = tiny_run.run(
+        data,
+        tmp_path / "run",
+        **{"data.concepts": tmp_path / "concepts", "train.epochs": 0.2},
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    settings = json.loads((tmp_path / "run/results.json").read_text())["settings"]
+    assert settings["definitions"] and settings["names_defined"] > 100
+
+    # The checkpoint is enough: neither the data nor the dictionary is there any more.
+    (tmp_path / "concepts").rename(tmp_path / "gone")
+    rows = (tmp_path / "gone/dictionary.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    known = {row["name"]: row["definition"] for row in map(json.loads, rows)}
+    model = checkpoint.load_model(tmp_path / "run")
+    assert model.definitions == {name: text for name, text in known.items() if text}
+    name = next(name for name in model.names if known.get(name))
+    texts = detector.Detector(model).encode([name, "hoverboard"])
+    assert texts.prompts[0] == tokenizer.fitted([name], [known[name]])[0] != name
+    assert texts.prompts[1].startswith("hoverboard, ")
+
+
+def test_a_dictionary_that_is_not_there_is_told(data, tmp_path):
+    process = tiny_run.run(data, tmp_path, **{"data.concepts": "none"})
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert "none/dictionary.jsonl: no such file; make it with" in process.stderr
