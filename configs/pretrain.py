@@ -38,18 +38,18 @@ def swin_t() -> ConfigDict:
         "--to=data/NAME for the names objects365, goldg and cc15m, then "
         "scripts/prepare_concepts.py --from=data --to=data/concepts (docs/data.md)"
     )
-    data.concepts = "concepts"
+    data.dictionary = "concepts"
     data.detection.sources = ("objects365",)
     data.detection.table_size = 384  # its 365 names
     data.grounding.sources = ("goldg",)
-    data.grounding.negatives = 100
+    data.grounding.concepts_per_image = 100
     data.grounding.table_size = 2048
     data.image_text.sources = ("cc15m",)
     data.image_text.batch_size = 6144
     data.image_text.shapes = ((320, 320),)
     data.image_text.table_size = 6144 * 4  # captions, and three phrases each that nobody shares
     data.image_text.max_boxes = 0
-    data.image_text.negatives = 0
+    data.image_text.concepts_per_image = 0
     data.image_text.texts_per_image = 8
     data.image_text.scales = (0.8, 1.4)
     data.image_text.crop = True
@@ -77,7 +77,7 @@ def nano() -> ConfigDict:
     data = config.data
     config.data_dir = "data/symbols"
     data.prepare = "python scripts/prepare_data.py symbols --to=data/symbols"
-    data.concepts = ""  # bare names: its towers start from noise and its names are all there are
+    data.dictionary = ""  # bare names: its towers start from noise and its names are all there are
     for kind in (data.detection, data.grounding):
         kind.batch_size = 16
         kind.shapes = ((128, 128),)
@@ -94,7 +94,7 @@ def nano() -> ConfigDict:
     data.image_text.scales = (1.0, 1.0)
     data.image_text.flip = 0.0
     data.image_text.begin = 0.5  # from noise: what no region tells apart, no caption can name
-    config.loss.candidates = 1  # the cell at its centre: nine would reach 12 px off it
+    config.loss.candidates = 1  # the cell at its center: nine would reach 12 px off it
     config.loss.contrastive = 0.5  # λ; a seventh of its steps have to teach all that is novel
     config.loss.proposals.group = 96
     config.loss.proposals.k = 16
@@ -111,6 +111,6 @@ def nano() -> ConfigDict:
     config.eval.images = "archives/images/val"
     config.eval.canvas = (128, 128)
     config.eval.batch_size = 50
-    config.eval.candidates = 20
-    config.eval.keep = 4720  # all: 20 of each of 236 names
+    config.eval.pre_nms_top_k = 20
+    config.eval.max_detections = 4720  # all: 20 of each of 236 names
     return config

@@ -11,10 +11,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from detclipv2_jax.common.cli import refuse_renamed
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.inference.config import DEFINITIONS
 from detclipv2_jax.inference.detect_files import run
 from detclipv2_jax.inference.detector import Detector as Detector
-from detclipv2_jax.inference.prompts import CHOICES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,14 +49,14 @@ def parser() -> argparse.ArgumentParser:
         help="show what scores more than this, 0 to 1 (default: %(default)s)",
     )
     result.add_argument(
-        "--keep",
+        "--max_detections",
         type=int,
         default=100,
         help="at most so many boxes an image (default: %(default)s)",
     )
     result.add_argument(
         "--definitions",
-        choices=CHOICES,
+        choices=DEFINITIONS,
         help="ask for names with their definitions (default: as in the training run)",
     )
     result.add_argument(
@@ -77,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
         default=1,
         help="images that are answered together (default: %(default)s)",
     )
+    refuse_renamed(result, {"--keep": "--max_detections"})
     return result
 
 

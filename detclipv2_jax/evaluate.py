@@ -17,9 +17,9 @@ from detclipv2_jax.common.cli import status
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.interruption import Interrupted
 from detclipv2_jax.evaluation import datasets
-from detclipv2_jax.evaluation.measure import evaluate_predictions
+from detclipv2_jax.evaluation.measure import measure_results_file
 from detclipv2_jax.evaluation.report import table
-from detclipv2_jax.inference.prompts import CHOICES
+from detclipv2_jax.inference.config import DEFINITIONS
 
 
 def run(args: argparse.Namespace) -> None:
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     sets = datasets.load(args.dataset, args.data_dir, args.images, args.format)
     if len(sets) > 1:
         raise UserError(f"a results file is of one set, and --dataset={args.dataset} are several.")
-    print(table(evaluate_predictions(args.predictions, sets[0].truth, output=output)))
+    print(table(measure_results_file(args.predictions, sets[0].truth, output=output)))
     print(f"\nwritten to {output}: results.json")
 
 
@@ -112,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--definitions",
-        choices=CHOICES,
+        choices=DEFINITIONS,
         help="ask for names with their definitions (default: as in the training run)",
     )
     result.add_argument(

@@ -15,9 +15,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from detclipv2_jax.common.cli import status
+from detclipv2_jax.common.cli import refuse_renamed, status
 from detclipv2_jax.exporters.export import DETECTORS, run
-from detclipv2_jax.inference.prompts import CHOICES
+from detclipv2_jax.inference.config import DEFINITIONS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         help="a detector answers what scores more than this (default: %(default)s)",
     )
     add(
-        "--keep",
+        "--max_detections",
         type=int,
         default=300,
         help="at most so many boxes an image (default: %(default)s)",
@@ -61,10 +61,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--definitions",
-        choices=CHOICES,
+        choices=DEFINITIONS,
         help="ask for names with their definitions (default: as in the training run)",
     )
-    add("--licence", help="what the model card says of it, for example apache-2.0")
+    add("--license", help="what the model card says of it, for example apache-2.0")
+    refuse_renamed(result, {"--keep": "--max_detections", "--licence": "--license"})
     return result
 
 

@@ -96,7 +96,9 @@ def _split_cpu(parsed: Any) -> None:
 
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    batch = math.gcd(*(k.batch_size // max(k.accumulate, 1) for k in parsed.data.kinds().values()))
+    batch = math.gcd(
+        *(k.batch_size // max(k.micro_batches, 1) for k in parsed.data.kinds().values())
+    )
     if batch:
         cores = os.cpu_count() or 1
         jax.config.update(

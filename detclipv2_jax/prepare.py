@@ -28,6 +28,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process a core: see phra
 
 # The rest is imported by the functions: --help answers at once, and worker processes, which import
 # this file again, start sooner.
+from detclipv2_jax.common.cli import refuse_renamed
 from detclipv2_jax.common.errors import UserError
 
 KINDS = ("detection", "grounding", "image_text")
@@ -52,19 +53,22 @@ def build_parser() -> argparse.ArgumentParser:
             help=f"{source.kind} file; may be repeated (default: those found in --from)",
         )
         for flag, settings in source.options.items():
-            one.add_argument(f"--{flag.replace('_', '-')}", **settings)
+            one.add_argument(f"--{flag}", **settings)
+            if "_" in flag:
+                refuse_renamed(one, {f"--{flag.replace('_', '-')}": f"--{flag}"})
         _add_phrases(one, source.kind == "image_text")
     custom = _add(
         sources, "custom", "a folder with COCO boxes, MDETR phrases, captions, or any of them"
     )
     for kind in KINDS:
         custom.add_argument(
-            f"--{kind.replace('_', '-')}",
+            f"--{kind}",
             metavar="FILE",
             action="append",
             type=Path,
             help=f"{kind} file; where any file is named, only named ones are prepared",
         )
+    refuse_renamed(custom, {"--image-text": "--image_text"})
     _add_phrases(custom, True)
     index_help = "what training needs, beside the records of a dataset that `tfds build` wrote"
     index = sources.add_parser("index", help=index_help, description=index_help)
@@ -163,8 +167,9 @@ def _add_phrases(parser: argparse.ArgumentParser, wanted: bool) -> None:
     """Options of noun phrases, for the sources that take captions apart."""
     if not wanted:
         return
+    refuse_renamed(parser, {"--spacy-model": "--spacy_model", "--store-side": "--store_side"})
     parser.add_argument(
-        "--spacy-model",
+        "--spacy_model",
         metavar="NAME",
         help="spaCy pipeline (default: en_core_web_sm or its re-upload)",
     )
@@ -176,7 +181,7 @@ def _add_phrases(parser: argparse.ArgumentParser, wanted: bool) -> None:
         help="noun phrases a caption at most (default: 7)",
     )
     parser.add_argument(
-        "--store-side",
+        "--store_side",
         metavar="N",
         type=int,
         help="store captioned pictures no larger than N pixels on their longer side, as JPEG of "
@@ -194,7 +199,7 @@ def _options(args: argparse.Namespace):
     if getattr(args, "phrases", 0) < 0:
         raise UserError(f"--phrases={args.phrases}: give 0 or more phrases a caption")
     if getattr(args, "store_side", None) is not None and args.store_side < 32:
-        raise UserError(f"--store-side={args.store_side}: give 32 or more pixels")
+        raise UserError(f"--store_side={args.store_side}: give 32 or more pixels")
     chosen = {"jobs": args.jobs} if args.jobs else {}
     if hasattr(args, "phrases"):
         chosen |= {"phrase_model": args.spacy_model, "phrase_limit": args.phrases}
@@ -222,7 +227,7 @@ def _custom(args: argparse.Namespace) -> None:
     if not files:
         raise UserError(
             f"{args.origin}: no annotation file for training in it or in its annotations/; name "
-            "one with --detection=FILE, --grounding=FILE or --image-text=FILE"
+            "one with --detection=FILE, --grounding=FILE or --image_text=FILE"
         )
     name = args.name or args.to.name
     for kind in KINDS:

@@ -284,7 +284,7 @@ def _about(config: Any, mesh: Any) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     """Compiles, prints and writes."""
-    found = devices(_TOPOLOGY.value)  # before anything initialises JAX's own devices
+    found = devices(_TOPOLOGY.value)  # before anything initializes JAX's own devices
 
     from detclipv2_jax.common.atomic import write_json
     from detclipv2_jax.training import config as config_lib

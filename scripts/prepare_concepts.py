@@ -7,7 +7,7 @@
 
 Reads the names of every source under --from, writes TO/dictionary.jsonl whole or not at all. With
 --text, a name that WordNet lacks is defined as the nearest concept that it has; without, as its
-head noun. --config.data.concepts=concepts then trains with it (docs/concepts.md).
+head noun. --config.data.dictionary=concepts then trains with it (docs/concepts.md).
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from detclipv2_jax.common.cli import status
+from detclipv2_jax.common.cli import refuse_renamed, status
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import dictionary as dictionary_lib
 from detclipv2_jax.data.index import Source
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         embed = text_embedder(args.text)
     counted = dictionary_lib.count(sources)
     names = counted.chosen(min_count=args.min_count, size=args.size)
-    lexicon = dictionary_lib.build(
+    dictionary = dictionary_lib.build(
         args.to,
         names,
         counted.counts,
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         f"together {len(counted.counts):,}: {len(counted.categories):,} categories; {frequent:,} "
         f"occur {args.min_count} times or more"
     )
-    print(dictionary_lib.report(lexicon))
+    print(dictionary_lib.report(dictionary))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--to", metavar="DIR", type=Path, required=True, help="where to write")
     result.add_argument(
-        "--min-count",
+        "--min_count",
         metavar="N",
         type=int,
         default=5,
@@ -109,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         help="CLIP weights, for the nearest concept (default: head nouns)",
     )
+    refuse_renamed(result, {"--min-count": "--min_count"})
     return result
 
 

@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     for step in itertools.islice(_wanted(plan), _STEPS.value):
         once = dict(start=step, stop=step + 1, max_broken_share=1.0)  # what is broken is logged
         planned, batch = next(pipeline.batches(plan, sources, transforms, **once))
-        names = plan.dictionary.names(planned.concepts)
+        names = plan.vocabulary.names(planned.concepts)
         folder = f"step-{step:06d}-{planned.kind}"
         drawn = draw(batch, planned, plan.kinds[planned.kind].sources, names, folder)
         sections.append(

@@ -58,7 +58,7 @@ def definition(gloss: str) -> str:
     return re.sub(r" \([^)]*$", "", told)
 
 
-def licence(lines: Iterable[str]) -> str:
+def license(lines: Iterable[str]) -> str:
     """The numbered lines at the top of every database file."""
     numbered = (re.match(r"  +\d+ (.*)", line) for line in lines)
     return "\n".join(m.group(1).rstrip() for m in numbered if m).strip() + "\n"
@@ -85,7 +85,7 @@ def main() -> None:
         write_gzip(_TO / "nouns.txt.gz", synsets)
         write_gzip(_TO / "exceptions.txt.gz", read_lines(origin, "noun.exc"))
         with replacing(_TO / "LICENSE") as temporary:
-            temporary.write_text(licence(data), encoding="utf-8")
+            temporary.write_text(license(data), encoding="utf-8")
     except UserError as error:
         sys.exit(f"error: {error}")
     print(f"{_TO}: {len(numbers):,} lemmas, {len(synsets):,} synsets")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from detclipv2_jax.text.tokenizer import normalise
+from detclipv2_jax.text.tokenizer import normalize
 
 ROOT = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -32,7 +32,7 @@ def objects365_names():
 
 
 def embeddings():
-    """Normalised name → CLIP's embedding, of LVIS's and Objects365's names."""
+    """Normalized name → CLIP's embedding, of LVIS's and Objects365's names."""
     lvis = [category["name"].replace("_", " ") for category in lvis_categories()]
     found = {}
     for file, names in (
@@ -40,5 +40,5 @@ def embeddings():
         ("o365_clip_a+cnamefix.npy", objects365_names()),
     ):
         vectors = np.load(clip_text() / file).astype(np.float32)
-        found |= dict(zip(map(normalise, names), vectors, strict=True))
+        found |= dict(zip(map(normalize, names), vectors, strict=True))
     return found

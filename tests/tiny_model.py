@@ -1,8 +1,9 @@
 """A random DetCLIP of a few thousand weights for tests of what stands around the model."""
 
 import functools
-import types
 
+from detclipv2_jax.inference.checkpoint import LoadedModel
+from detclipv2_jax.inference.config import DetectConfig
 from detclipv2_jax.models.atss_head import HeadConfig
 from detclipv2_jax.models.detclip import DetCLIPConfig, create
 from detclipv2_jax.models.swin import SwinConfig
@@ -25,14 +26,15 @@ def parts(seed=0):
 
 
 def loaded(**evaluation):
-    """What `checkpoint.load_model` gives for it."""
+    """What `load_model` gives for it; `evaluation` are fields of its `DetectConfig`."""
     graphdef, params = parts()
-    section = {"canvas": CANVAS, "batch_size": 2, "candidates": 60, "keep": 20, **evaluation}
-    return types.SimpleNamespace(
-        graphdef=graphdef,
-        params=params,
-        config={"eval": section},
-        step=7,
-        names=["cat"],
-        definitions={},
+    section = {
+        "canvas": CANVAS,
+        "batch_size": 2,
+        "pre_nms_top_k": 60,
+        "max_detections": 20,
+        **evaluation,
+    }
+    return LoadedModel(
+        graphdef, params, CONFIG, DetectConfig(**section), 7, ["cat"], {}, run={"eval": section}
     )

@@ -28,8 +28,8 @@ OVERRIDES = {
     "train.epochs": 2.0,
     "train.checkpoint_every": 4,
     "eval.batch_size": 8,
-    "eval.candidates": 50,
-    "eval.keep": 20,
+    "eval.pre_nms_top_k": 50,
+    "eval.max_detections": 20,
     "eval.pictures": 2,
 }
 

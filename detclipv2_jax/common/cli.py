@@ -1,5 +1,6 @@
-"""How the commands read their options and say what went wrong: one sentence, exit status 2."""
+"""What all commands share: one sentence and exit status 2 for a user's error; renamed options."""
 
+import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +9,27 @@ from detclipv2_jax.common.errors import UserError
 
 
 def status(run: Callable[..., Any], *args: Any) -> int:
-    """The exit status of `run(*args)`: 0, or 2 where the user can mend what went wrong."""
+    """Call `run(*args)` and return the exit status: 0, or 2 after printing a `UserError`."""
     try:
         run(*args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def refuse_renamed(parser: Any, names: dict[str, str]) -> None:
+    """Make a parser refuse options by their old names and name the new ones: {old: new}."""
+    for old, new in names.items():
+        parser.add_argument(old, action=_Renamed, new=new, nargs="?", help=argparse.SUPPRESS)
+
+
+class _Renamed(argparse.Action):
+    """An option that ends the command with the option's new name."""
+
+    def __init__(self, *args: Any, new: str, **kwargs: Any):
+        super().__init__(*args, default=argparse.SUPPRESS, **kwargs)
+        self._new = new
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser.error(f"{self.option_strings[0]} is now {self._new}: use the new name.")

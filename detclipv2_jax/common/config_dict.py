@@ -1,4 +1,9 @@
-"""Frozen dataclasses from plain nested dicts and back: how configs travel through files."""
+"""Frozen dataclasses from plain nested dicts and back: how configs travel through files.
+
+A dataclass may list fields that it used to have under other names, as `RENAMED = {old: new}`
+without a type. In a config such a name is refused and the new one named; `upgraded` gives the
+stored config of an older run its present names.
+"""
 
 import dataclasses
 import difflib
@@ -11,71 +16,108 @@ from detclipv2_jax.common.errors import UserError
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as nested dicts, tuples and scalars, which JSON can hold."""
+    """Return a dataclass as nested dicts, tuples and scalars, which JSON can hold."""
     return _plain(dataclasses.asdict(config))
 
 
-def check_path(cls: type, path: str, where: str) -> None:
-    """`UserError` unless a path like 'train.epochs' leads to a field of the dataclass `cls`."""
-    for name in path.split("."):
-        hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
-        _check_name(name, hints, where)
-        cls, where = hints[name], f"{where}.{name}"
-
-
 def from_dict(cls: type, values: Any, where: str) -> Any:
-    """An instance of the frozen dataclass `cls` from a mapping; `where` names it in errors."""
+    """Return an instance of the frozen dataclass `cls` from a mapping; `where` names it in errors.
+
+    Raises:
+      UserError: a field is unknown, renamed, missing or of another type; names it.
+    """
     if not isinstance(values, Mapping):
         raise UserError(f"{where} must be a section with fields, not {values!r}.")
+    for name in values:
+        _check_name(cls, name, where)
+    for field in dataclasses.fields(cls):
+        is_required = field.default is field.default_factory is dataclasses.MISSING
+        if is_required and field.name not in values:
+            raise UserError(f"{where}.{field.name} is missing from the config.")
     hints = typing.get_type_hints(cls)
-    for key in values:
-        _check_name(key, hints, where)
-    missing = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise UserError(f"{where}.{missing[0]} is missing from the config.")
     return cls(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()})
 
 
-def _check_name(name: Any, hints: Mapping[str, Any], where: str) -> None:
-    if name not in hints:
-        near = difflib.get_close_matches(str(name), hints, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(hints) or 'no fields'}."
-        raise UserError(f"{where}.{name} is no field of the config: {hint}")
+def upgraded(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored config's nested dict with the present names of renamed fields.
+
+    Fields that `cls` does not have stay as they are.
+    """
+    hints, renamed = _hints(cls), getattr(cls, "RENAMED", {})
+    result = {}
+    for name, value in values.items():
+        name = renamed.get(name, name)
+        is_section = dataclasses.is_dataclass(hints.get(name)) and isinstance(value, Mapping)
+        result[name] = upgraded(hints[name], value) if is_section else value
+    return result
+
+
+def known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a mapping that are fields of the dataclass `cls`."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def check_path(cls: type, path: str, where: str) -> None:
+    """Raise `UserError` unless a path like 'train.epochs' leads to a field of `cls`."""
+    for name in path.split("."):
+        _check_name(cls, name, where)
+        cls, where = _hints(cls)[name], f"{where}.{name}"
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+
+
+def _check_name(cls: Any, name: Any, where: str) -> None:
+    known = _hints(cls)
+    if name in known:
+        return
+    if new := getattr(cls, "RENAMED", {}).get(name):
+        raise UserError(f"{where}.{name} is now {where}.{new}: use the new name.")
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"It has {', '.join(known) or 'no fields'}."
+    raise UserError(f"{where}.{name} is not a field of the config. {hint}")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Return `value` as the type that `hint` names; `UserError` if it is of another one."""
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
     if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise UserError(f"{where} must be a list, not {value!r}.")
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-        if len(value) != len(arguments):
-            raise UserError(f"{where} must have {len(arguments)} entries, not {value!r}.")
-        return tuple(
-            _convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value))
-        )
+        return _convert_tuple(typing.get_args(hint), value, where)
     if origin is typing.Literal:
-        if value not in arguments:
-            raise UserError(
-                f"{where} must be one of {', '.join(map(repr, arguments))}, not {value!r}."
-            )
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return _convert_choice(typing.get_args(hint), value, where)
+    if origin in (typing.Union, types.UnionType):  # X | None
+        inner = next(a for a in typing.get_args(hint) if a is not type(None))
+        return None if value is None else _convert(inner, value, where)
+    return _convert_scalar(hint, value, where)
+
+
+def _convert_tuple(items: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    """Return a list as tuple[X, ...] or as tuple[X, Y, Z]."""
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{where} must be a list, not {value!r}.")
+    if len(items) == 2 and items[1] is Ellipsis:
+        items = (items[0],) * len(value)
+    if len(value) != len(items):
+        raise UserError(f"{where} must have {len(items)} entries, not {value!r}.")
+    return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(items, value)))
+
+
+def _convert_choice(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value not in choices:
+        raise UserError(f"{where} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
+    return value
+
+
+def _convert_scalar(hint: type, value: Any, where: str) -> Any:
+    """Return an int as a float where one is asked for; a bool is never a number."""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if hint is float and is_number:
         return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    if not isinstance(value, hint) or (hint is int and not is_number):
         raise UserError(f"{where} must be of type {hint.__name__}, not {value!r}.")
     return value
 

@@ -87,7 +87,7 @@ def _losses(metrics: pathlib.Path) -> Mapping[str, Mapping[str, list[tuple[int, 
 
 
 def _running_mean(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """The mean of each value and its neighbours, over about a thirtieth of the curve."""
+    """The mean of each value and its neighbors, over about a thirtieth of the curve."""
     reach = len(values) // 60
     sums = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - reach, 0)

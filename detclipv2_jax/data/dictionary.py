@@ -5,8 +5,7 @@ first line tells what it was made of; each other line is a concept, the most fre
 
     {"name", "count", "definition", "origin", "like", "synsets", "group"}
 
-`origin` and `like` are those of `definitions.Definition`; concepts of one `group` are synonyms. It
-is called lexicon here, since `concepts.Dictionary` is what gives a run's concepts their ids.
+`origin` and `like` are those of `definitions.Definition`; concepts of one `group` are synonyms.
 """
 
 import dataclasses
@@ -24,8 +23,8 @@ from jaxtyping import Bool, Int, Int32, UInt16, UInt64
 
 from detclipv2_jax.common.atomic import replacing
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.data import vocabulary
 from detclipv2_jax.data.index import Source
+from detclipv2_jax.data.vocabulary import Vocabulary
 from detclipv2_jax.text import tokenizer as tokenizer_lib
 from detclipv2_jax.text.definitions import Definition, Embed, define, origins, synsets_of
 
@@ -34,7 +33,7 @@ FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Lexicon:
+class Dictionary:
     """A dictionary, opened. Its n concepts are in the order of the file."""
 
     directory: Path
@@ -42,7 +41,7 @@ class Lexicon:
     rows: Sequence[Mapping[str, Any]]
 
     @classmethod
-    def open(cls, directory: str | Path) -> "Lexicon":
+    def open(cls, directory: str | Path) -> "Dictionary":
         """Read a prepared dictionary; `UserError` if it is missing, damaged, of another format."""
         directory = Path(directory)
         path = directory / FILE
@@ -71,7 +70,7 @@ class Lexicon:
 
     @functools.cached_property
     def names(self) -> list[str]:
-        """The concepts, normalised."""
+        """The concepts, normalized."""
         return [row["name"] for row in self.rows]
 
     @functools.cached_property
@@ -104,25 +103,25 @@ class Lexicon:
         return self.rows
 
     def meanings(
-        self, dictionary: vocabulary.Dictionary, defined: Collection[str], template: str
+        self, vocabulary: Vocabulary, defined: Collection[str], template: str
     ) -> "Meanings":
-        """What is known of a run's concepts, those that the lexicon lacks included.
+        """What is known of a run's concepts, those that the dictionary lacks included.
 
-        Their synonyms in the lexicon are looked up for every kind that has negatives; their
+        Their synonyms in the dictionary are looked up for every kind that has negatives; their
         definitions, as `definitions.define` finds them without embeddings, for kinds of `defined`.
         """
-        drawn = self._beside(dictionary, {"detection", "grounding", *defined})
-        groups = np.full(len(dictionary), -1, np.int32)
-        groups[dictionary.lookup(self.names)] = self.groups
-        groups[dictionary.lookup(drawn)] = self.groups_of(drawn)
+        drawn = self._beside(vocabulary, {"detection", "grounding", *defined})
+        groups = np.full(len(vocabulary), -1, np.int32)
+        groups[vocabulary.lookup(self.names)] = self.groups
+        groups[vocabulary.lookup(drawn)] = self.groups_of(drawn)
         names: list[str] = []
         texts: list[str] = []
         if defined:
-            asked = self._beside(dictionary, defined)
+            asked = self._beside(vocabulary, defined)
             own = define(asked, dictionary=self.definitions)
             known = self.definitions | {n: d.text for n, d in zip(asked, own) if d.text}
             names, texts = list(known), list(known.values())
-        ids = dictionary.lookup(names)
+        ids = vocabulary.lookup(names)
         order = np.argsort(ids)
         return Meanings(
             groups=groups,
@@ -132,9 +131,9 @@ class Lexicon:
             tokens=tokenizer_lib.tokenize(tokenizer_lib.fitted(names, texts, template))[order],
         )
 
-    def _beside(self, dictionary: vocabulary.Dictionary, kinds: Collection[str]) -> list[str]:
-        """Names and phrases of sources of some kinds that the lexicon lacks."""
-        sources = [source for source in dictionary.sources.values() if source.kind in kinds]
+    def _beside(self, vocabulary: Vocabulary, kinds: Collection[str]) -> list[str]:
+        """Names and phrases of sources of some kinds that the dictionary lacks."""
+        sources = [source for source in vocabulary.sources.values() if source.kind in kinds]
         wanted = [source.vocabulary & ~np.isin(source.keys, self.keys) for source in sources]
         rows = itertools.chain.from_iterable(map(rows_where, sources, wanted))
         return list(dict.fromkeys(row["name"] for row in rows))
@@ -189,7 +188,7 @@ _FIELDS = {
 class Counts:
     """How often the names and phrases of some sources occur."""
 
-    counts: Mapping[str, int]  # normalised text → mentions, captions left out
+    counts: Mapping[str, int]  # normalized text → mentions, captions left out
     categories: frozenset[str]  # those that detection sources call their categories
 
     def chosen(self, *, min_count: int, size: int) -> list[str]:
@@ -232,14 +231,14 @@ def build(
     synsets: Mapping[str, str] | None = None,
     embed: Embed | None = None,
     created_from: Mapping[str, Any] | None = None,
-) -> Lexicon:
+) -> Dictionary:
     """Writes the dictionary of `names`, whole or not at all, and opens it.
 
     Args:
         directory: where the file goes.
-        names: different concepts, normalised.
+        names: different concepts, normalized.
         counts: mentions of each, as told in the file.
-        synsets: normalised name → synset, where one is known to be meant.
+        synsets: normalized name → synset, where one is known to be meant.
         embed: for the nearest concept (`definitions.define`).
         created_from: goes to the first line as it is.
     """
@@ -262,7 +261,7 @@ def build(
     with replacing(Path(directory) / FILE) as temporary:
         lines = (json.dumps(row, ensure_ascii=False) for row in (info, *rows))
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
-    return Lexicon.open(directory)
+    return Dictionary.open(directory)
 
 
 def group(names: Sequence[str], synsets: Sequence[Sequence[str]]) -> list[int]:
@@ -287,7 +286,7 @@ def group(names: Sequence[str], synsets: Sequence[Sequence[str]]) -> list[int]:
 
 
 def lvis_synsets(path: str | Path) -> dict[str, str]:
-    """Normalised name → synset, from an LVIS annotation file or the list of its categories.
+    """Normalized name → synset, from an LVIS annotation file or the list of its categories.
 
     Names and synonyms, as LVIS spells them and without what it adds in brackets; a bare name that
     categories of several synsets share is left out.
@@ -304,21 +303,21 @@ def lvis_synsets(path: str | Path) -> dict[str, str]:
     found: dict[str, set[str]] = {}
     for row in rows:
         for spelling in (row.get("name"), *(row.get("synonyms") or ())):
-            name = tokenizer_lib.normalise(str(spelling).replace("_", " "))
+            name = tokenizer_lib.normalize(str(spelling).replace("_", " "))
             for variant in {name, " ".join(re.sub(r"\([^)]*\)", " ", name).split())}:
                 found.setdefault(variant, set()).add(row["synset"])
     return {name: synsets.pop() for name, synsets in found.items() if len(synsets) == 1}
 
 
-def report(lexicon: Lexicon, examples: int = 3) -> str:
+def report(dictionary: Dictionary, examples: int = 3) -> str:
     """For people: how many concepts have their definition from where, and some of each."""
-    found = [Definition(r["definition"], r["origin"], like=r["like"]) for r in lexicon.rows]
-    sizes = Counter(row["group"] for row in lexicon.rows)
+    found = [Definition(r["definition"], r["origin"], like=r["like"]) for r in dictionary.rows]
+    sizes = Counter(row["group"] for row in dictionary.rows)
     several = [size for size in sizes.values() if size > 1]
-    lines = [f"{lexicon.directory / FILE}: {len(lexicon):,} concepts"]
+    lines = [f"{dictionary.directory / FILE}: {len(dictionary):,} concepts"]
     for origin, number in origins(found).items():
         lines.append(f"  {_TITLES[origin]:<32}{number:>9,}")
-        shown = [row for row in lexicon.rows if row["origin"] == origin][:examples]
+        shown = [row for row in dictionary.rows if row["origin"] == origin][:examples]
         lines += [f"      {_example(row)}" for row in shown]
     lines.append(f"  {'with synonyms among the others':<32}{sum(several):>9,}")
     return "\n".join(lines)
@@ -347,7 +346,7 @@ def _letters(name: str) -> str:
 def _row(path: Path, number: int, line: str) -> dict[str, Any]:
     """A concept's line; somebody may have edited it."""
     row = _parse(path, number, line, _FIELDS)
-    row["name"] = tokenizer_lib.normalise(row["name"])
+    row["name"] = tokenizer_lib.normalize(row["name"])
     for field, holds in (
         ("name", row["name"]),
         ("synsets", all(isinstance(synset, str) for synset in row["synsets"])),

@@ -215,7 +215,7 @@ class _Slice:
     mosaic: Bool[np.ndarray, " b"]
     sources: Int[np.ndarray, " p"]
     records: Int[np.ndarray, " p"]
-    data: list[bytes | None]  # serialised records; None: an empty slot, or unreadable
+    data: list[bytes | None]  # serialized records; None: an empty slot, or unreadable
     concepts: Int[np.ndarray, " p"]  # how many concepts each picture's record has
     placement: transforms_lib.Placement
 
@@ -324,7 +324,7 @@ class _Reader:
             boxes=boxes,
             labels=labels,
             texts=np.where(filled[:, None], part.texts, -1),
-            tokens=self.plan.dictionary.tokens(plan.concepts, plan.kind),
+            tokens=self.plan.vocabulary.tokens(plan.concepts, plan.kind),
             token_mask=plan.concepts >= 0,
             kind=plan.kind,
         )
@@ -363,7 +363,7 @@ class _Reader:
         ids[drawn["slot"]], boxes[drawn["slot"]] = drawn["labels"], drawn["boxes"]
         for number, name in enumerate(kind.sources):
             mine = np.flatnonzero(good & (part.sources == number))
-            source, to_global = self.sources[name], self.plan.dictionary.local_to_global[name]
+            source, to_global = self.sources[name], self.plan.vocabulary.local_to_global[name]
             slots, places = np.nonzero(ids[mine] >= 0)
             slots = mine[slots]
             # A label is a place among its record's concepts, which the index lists in that order.
@@ -408,7 +408,7 @@ class _Files:
         _allow_open_files(sum(map(len, self._paths.values())))
 
     def read(self, name: str, numbers: Int[np.ndarray, " n"]) -> list[bytes | None]:
-        """Serialised records by number; None for each that cannot be read."""
+        """Serialized records by number; None for each that cannot be read."""
         starts = self._starts[name]
         shards = np.searchsorted(starts, numbers, side="right") - 1
         groups = [np.flatnonzero(shards == shard) for shard in np.unique(shards)]
@@ -433,7 +433,7 @@ class _Files:
 def _read_one(reader: array_record_module.ArrayRecordReader, number: int) -> bytes | None:
     try:
         return reader.read([number])[0]
-    except RuntimeError:  # a damaged stretch: its neighbours are good
+    except RuntimeError:  # a damaged stretch: its neighbors are good
         return None
 
 

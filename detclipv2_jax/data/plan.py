@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import KINDS, Kind, Source
-from detclipv2_jax.data.vocabulary import Dictionary
+from detclipv2_jax.data.vocabulary import Vocabulary
 
 # What a random stream is for: streams of one seed that differ here are independent.
 _SEQUENCE, _ORDER, _CONCEPTS, _MOSAIC = range(4)
@@ -37,7 +37,7 @@ class KindPlan:
         tuple[int, int], ...
     ]  # canvases (height, width); a record goes to the one of nearest aspect
     table_size: int  # rows M of the step's concept table
-    negatives: int = (
+    concepts_per_image: int = (
         0  # concepts an image is filled up to with random ones of the kind's vocabulary
     )
     max_boxes: int = 0  # box slots N an image
@@ -72,7 +72,7 @@ class KindPlan:
             raise UserError(
                 f"{self.kind}: {', '.join(sorted(strange))} cannot be rehearsed, being no source"
             )
-        for field in ("negatives", "max_boxes", "texts_per_image", "rehearsal_records"):
+        for field in ("concepts_per_image", "max_boxes", "texts_per_image", "rehearsal_records"):
             if getattr(self, field) < 0:
                 raise UserError(
                     f"{self.kind}: `{field}` is {getattr(self, field)}, must not be negative"
@@ -131,7 +131,7 @@ class Plan:
 
     Args:
         sources: the prepared sources by name, at least those that `kinds` name.
-        dictionary: the concepts of those sources under global ids.
+        vocabulary: the concepts of those sources under global ids.
         kinds: one entry a kind.
         seed: a non-negative integer; another seed is another order and other negatives.
 
@@ -142,7 +142,7 @@ class Plan:
     def __init__(
         self,
         sources: Mapping[str, Source],
-        dictionary: Dictionary,
+        vocabulary: Vocabulary,
         kinds: Sequence[KindPlan],
         seed: int,
     ):
@@ -151,7 +151,7 @@ class Plan:
         _check(sources, kinds)
         self.kinds: dict[Kind, KindPlan] = {plan.kind: plan for plan in kinds}
         self.seed = seed
-        self.dictionary = dictionary
+        self.vocabulary = vocabulary
         self._sources = {plan.kind: [sources[name] for name in plan.sources] for plan in kinds}
         self._first = {
             kind: np.cumsum([0] + [len(source) for source in group])
@@ -160,7 +160,9 @@ class Plan:
         self._buckets = [bucket for plan in kinds for bucket in self._cut(plan)]
         self.steps_per_epoch = sum(bucket.batches for bucket in self._buckets)
         self._pools = {
-            (plan.kind, rehearsed): dictionary.pool(plan.kind, names) if plan.negatives else None
+            (plan.kind, rehearsed): vocabulary.pool(plan.kind, names)
+            if plan.concepts_per_image
+            else None
             for plan in kinds
             for rehearsed, names in _parts(plan).items()
         }
@@ -318,9 +320,9 @@ class Plan:
         concepts = np.full(kind.table_size, -1, np.int32)
         concepts[: table.size] = table
         room = kind.table_size - table.size
-        if room and kind.negatives:
+        if room and kind.concepts_per_image:
             owned = np.bincount(images, minlength=kind.batch_size)[records >= 0]
-            missing = np.maximum(kind.negatives - owned, 0)
+            missing = np.maximum(kind.concepts_per_image - owned, 0)
             taken = self._with_synonyms(wanted, pool)
             drawn = _draw(generator, pool, taken, missing, room)
             concepts[table.size : table.size + drawn.size] = drawn
@@ -328,9 +330,9 @@ class Plan:
 
     def _with_synonyms(self, ids, pool):
         """Ids, ascending, and those of the pool that the prepared dictionary calls the same."""
-        if self.dictionary.meanings is None:
+        if self.vocabulary.meanings is None:
             return ids
-        groups = self.dictionary.meanings.groups
+        groups = self.vocabulary.meanings.groups
         present = np.unique(groups[ids])
         return np.union1d(ids, pool[np.isin(groups[pool], present[present >= 0])])
 
@@ -345,7 +347,7 @@ class Plan:
             before = np.cumsum(counts) - counts
             rank = np.arange(counts.sum()) - np.repeat(before, counts)
             local = source.positives[np.repeat(starts, counts) + rank]
-            ids.append(self.dictionary.local_to_global[name][local])
+            ids.append(self.vocabulary.local_to_global[name][local])
             images.append(np.repeat(slots, counts))
             ranks.append(rank)
         ids, images, ranks = (np.concatenate(parts) for parts in (ids, images, ranks))

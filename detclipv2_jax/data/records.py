@@ -1,6 +1,6 @@
 """The unified triplet (image, boxes, concepts) as a record, and the writer of a prepared source.
 
-A record is a serialised `tf.train.Example` in an ArrayRecord file, readable by its number, the very
+A record is a serialized `tf.train.Example` in an ArrayRecord file, readable by its number, the very
 bytes that TensorFlow Datasets writes for the same `features`. It names its concepts by
 their texts, so it means the same wherever it lies. The layout of the directory is told in
 `index.py`, which opens it again.
@@ -33,7 +33,7 @@ _JPEG = b"\xff\xd8"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Record:
-    """One image with what is known of it. Concepts are texts as `concepts.normalise` leaves them.
+    """One image with what is known of it. Concepts are texts as `concepts.normalize` leaves them.
 
     Detection and grounding: `concepts` are the names or phrases of its boxes, in order of first
     appearance. Image-text: the caption, then its phrases.
@@ -51,7 +51,7 @@ class Record:
 
 
 def encode(record: Record) -> bytes:
-    """Serialise a record; `ValueError` if it contradicts itself (shapes, sizes, boxes outside).
+    """Serialize a record; `ValueError` if it contradicts itself (shapes, sizes, boxes outside).
 
     Equal records give equal bytes.
     """
@@ -90,7 +90,7 @@ def decode(data: bytes) -> Record:
         raise UserError("not a valid record; prepare its source again") from error
 
 
-def parse(serialised: "tf.Tensor") -> dict[str, "tf.Tensor"]:
+def parse(serialized: "tf.Tensor") -> dict[str, "tf.Tensor"]:
     """`decode` as a TensorFlow graph.
 
     Gives scalars `image`, `height`, `width`, `image_id`; `boxes` (n, 4), `labels` (n,), `concepts`
@@ -107,7 +107,7 @@ def parse(serialised: "tf.Tensor") -> dict[str, "tf.Tensor"]:
         "labels": tf.io.FixedLenSequenceFeature([], tf.int64, allow_missing=True),
         "concepts": tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True),
     }
-    return tf.io.parse_single_example(serialised, features)
+    return tf.io.parse_single_example(serialized, features)
 
 
 def features() -> "tfds.features.FeaturesDict":

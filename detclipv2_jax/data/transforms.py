@@ -173,7 +173,7 @@ def draw(jpeg, frame):
 
 
 def _mix(state: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014): neighbours become unrelated numbers."""
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014): neighbors become unrelated numbers."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))

@@ -9,11 +9,11 @@ from jaxtyping import Bool, Int, Int32
 from detclipv2_jax.text.tokenizer import CONTEXT, TEMPLATE, keys
 
 if TYPE_CHECKING:
-    from detclipv2_jax.data.dictionary import Lexicon
+    from detclipv2_jax.data.dictionary import Dictionary
     from detclipv2_jax.data.index import Source
 
 
-class Dictionary:
+class Vocabulary:
     """The concepts of several sources, each once, under global ids 0 … len - 1.
 
     Ids depend on the set of texts alone (they follow the order of the keys), so every process,
@@ -24,19 +24,19 @@ class Dictionary:
     def __init__(
         self,
         sources: Mapping[str, "Source"],
-        lexicon: "Lexicon | None" = None,
+        dictionary: "Dictionary | None" = None,
         *,
         defined: Collection[str] = (),
         template: str = TEMPLATE,
     ):
-        """Merge the concepts of `sources` (name → opened source) and of `lexicon`.
+        """Merge the concepts of `sources` (name → opened source) and of `dictionary`.
 
         `defined`: the kinds whose names are encoded with their definitions, as `template` says; it
-        takes a lexicon.
+        takes a dictionary.
         """
         self.sources = dict(sources)
-        self._lexicon = lexicon
-        tables = [*self.sources.values(), *([] if lexicon is None else [lexicon])]
+        self._lexicon = dictionary
+        tables = [*self.sources.values(), *([] if dictionary is None else [dictionary])]
         everything = np.concatenate([s.keys for s in tables] or [np.zeros(0, np.uint64)])
         self.keys, first, inverse = np.unique(everything, return_index=True, return_inverse=True)
         starts = np.cumsum([0] + [len(s.keys) for s in tables])
@@ -49,8 +49,8 @@ class Dictionary:
         self._tables = tables
         self._source = (np.searchsorted(starts, first, side="right") - 1).astype(np.int32)
         self._local = (first - starts[self._source]).astype(np.int64)
-        #: synonyms and definitions of the concepts; None without a lexicon
-        self.meanings = None if lexicon is None else lexicon.meanings(self, defined, template)
+        #: synonyms and definitions of the concepts; None without a dictionary
+        self.meanings = None if dictionary is None else dictionary.meanings(self, defined, template)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -110,7 +110,7 @@ class Dictionary:
 
     def _located(
         self, ids: Int[np.ndarray, " m"]
-    ) -> Iterable[tuple["Source | Lexicon", Int[np.ndarray, " k"], Bool[np.ndarray, " m"]]]:
+    ) -> Iterable[tuple["Source | Dictionary", Int[np.ndarray, " k"], Bool[np.ndarray, " m"]]]:
         """For each source of some of `ids`: it, their local ids, which of `ids` they are."""
         if ids.size and (ids.min() < -1 or ids.max() >= len(self)):
             raise IndexError(f"concept id out of range: ids lie in -1 … {len(self) - 1}")

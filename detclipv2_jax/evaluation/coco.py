@@ -145,7 +145,7 @@ def read_annotations(path: str | pathlib.Path) -> dict:
     return content
 
 
-def load_ground_truth(path: str | pathlib.Path) -> GroundTruth:
+def load_coco(path: str | pathlib.Path) -> GroundTruth:
     """Reads a COCO `instances` JSON.
 
     Raises:
@@ -310,7 +310,7 @@ def detections(
     return rows
 
 
-class Evaluator:
+class DetectionEvaluator:
     """Takes a detector's boxes, image by image or all rows of a results file at once.
 
     What is kept of them and what comes out is the sets': see `CocoEvaluator`, `LvisEvaluator`.
@@ -356,7 +356,7 @@ class Evaluator:
         raise NotImplementedError
 
 
-class CocoEvaluator(Evaluator):
+class CocoEvaluator(DetectionEvaluator):
     """Takes a detector's boxes and gives COCO's twelve figures.
 
     Equal scores rank as given within an image, and by image id between images.

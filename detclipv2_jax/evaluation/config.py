@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from detclipv2_jax.inference.predict import DetectConfig
-from detclipv2_jax.inference.prompts import Definitions
+from detclipv2_jax.inference.config import DetectConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,9 +13,4 @@ class EvalConfig(DetectConfig):
     images: str = ""  # folder of its images, relative to data_dir
     zero_shot: str = ""  # a second set, of what is not trained on: is it forgotten? "" = none
     zero_shot_images: str = ""  # folder of its images, relative to data_dir
-    canvas: tuple[int, int] = (800, 1344)  # (height, width) that pictures are scaled into
-    batch_size: int = 8
     pictures: int = 8  # validation pictures drawn at each evaluation
-    definitions: Definitions = "as_trained"  # are names asked with their definitions? on, off, or
-    # as the detection data had them (paper §1: in training and in testing)
-    prompts: tuple[str, ...] = ()  # or in sentences, as 'a photo of a {}.': their mean is asked

@@ -31,7 +31,6 @@ from detclipv2_jax.evaluation.answers import Predictions, parameters_digest
 from detclipv2_jax.evaluation.datasets import EvaluationSet
 from detclipv2_jax.evaluation.report import draw_steps, steps_table, table
 from detclipv2_jax.inference import checkpoint
-from detclipv2_jax.inference.predict import detect_config
 from detclipv2_jax.inference.predictor import Predictor
 from detclipv2_jax.inference.prompts import prompting
 
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace, output: pathlib.Path) -> None:
             folder = output / f"step_{step:08d}" if several else output
             results = _evaluate_checkpoint(args, sets, step, folder)
             if results and several and jax.process_index() == 0:
-                _summarise(output, results)
+                _summarize(output, results)
 
 
 def _evaluate_checkpoint(
@@ -87,19 +86,20 @@ class _Model:
 
     def __init__(self, args: argparse.Namespace, step: int):
         loaded = checkpoint.load_model(args.checkpoint, step)
-        evaluation = loaded.config["eval"]
         self.predictors = [  # each answers with the same program
             Predictor(
                 loaded.graphdef,
                 jax.device_put(loaded.params, device),
-                canvas=evaluation["canvas"],
-                config=detect_config(loaded.config),
-                batch_size=args.batch_size or evaluation["batch_size"],
+                canvas=loaded.detect.canvas,
+                config=loaded.detect.decoding,
+                batch_size=args.batch_size or loaded.detect.batch_size,
             )
             for device in jax.local_devices()
         ]
         first = self.predictors[0]
-        self.prompts = prompting(loaded.config, loaded.definitions, args.definitions, args.prompts)
+        self.prompts = prompting(
+            loaded.detect, loaded.definitions, loaded.template, args.definitions, args.prompts
+        )
         self.about = {"checkpoint": str(args.checkpoint), "step": step}
         self.settings = {
             **dataclasses.asdict(first.config),
@@ -115,7 +115,7 @@ def _evaluate_set(
     model: _Model, one: EvaluationSet, output: pathlib.Path, results_json: bool
 ) -> dict[str, Any]:
     """Each process answers its share of what is not there yet; the first measures all of it."""
-    texts = measure.ask(model.predictors[0], one.truth, model.prompts)
+    texts = measure.encode_names(model.predictors[0], one.truth, model.prompts)
     paths = [datasets.find_image(image, one.images) for image in one.truth.images]
     settings = {**model.settings, **model.prompts.settings(texts)}
     kept = Predictions(output / "predictions", one.truth.images, paths, model.predictors[0], texts)
@@ -128,7 +128,7 @@ def _evaluate_set(
     distributed.meet()
 
     def measured() -> dict[str, Any]:
-        return measure.measure(
+        return measure.measure_answers(
             one.truth,
             one.images,
             paths,
@@ -169,7 +169,7 @@ def _average(
     return {"dataset": dataset, **about, "average": average, "sets": rows, "settings": settings}
 
 
-def _summarise(output: pathlib.Path, latest: dict[str, Any]) -> None:
+def _summarize(output: pathlib.Path, latest: dict[str, Any]) -> None:
     """Writes and prints what is known of all steps, those of earlier starts of the job included."""
     every = []
     for path in sorted(output.glob("step_*/results.json")):

@@ -80,7 +80,7 @@ class LvisScores:
     categories: list[dict]  # a row each: id, name, frequency, groups, boxes, standard_AP, fixed_AP…
 
 
-def load_ground_truth(path: str | pathlib.Path) -> LvisGroundTruth:
+def load_lvis(path: str | pathlib.Path) -> LvisGroundTruth:
     """Reads an LVIS v1 JSON (federated: neg_category_ids, not_exhaustive_category_ids, frequency).
 
     Raises:
@@ -146,7 +146,7 @@ def _groups(path: str | pathlib.Path, content: dict) -> dict[str, frozenset[int]
     return {name: frozenset(groups[name]) for name in sorted(groups)}
 
 
-class LvisEvaluator(coco.Evaluator):
+class LvisEvaluator(coco.DetectionEvaluator):
     """Takes a detector's boxes and gives standard and fixed AP.
 
     Equal scores rank as given within an image, and by image id between images; the cut of fixed AP

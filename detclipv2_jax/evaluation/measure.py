@@ -24,7 +24,7 @@ from detclipv2_jax.inference.prompts import Prompting
 _EXPLAINED = 3  # problems with images that are spelt out before only their number is
 
 
-def evaluate(
+def measure_model(
     predictor: Predictor,
     ground_truth: coco.GroundTruth,
     image_dir: str | pathlib.Path,
@@ -37,17 +37,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Asks a model for all names of a set on all of its images, and measures what it answers.
 
-    With `output`, writes there what `measure` does. With several processes each makes this call.
+    With `output`, writes there what `measure_answers` does. Every process makes this call.
 
     Returns:
-      As `measure`.
+      As `measure_answers`.
 
     Raises:
       UserError: not one image was found or could be read.
     """
-    texts = ask(predictor, ground_truth, prompts)
+    texts = encode_names(predictor, ground_truth, prompts)
     paths = [find_image(image, image_dir) for image in ground_truth.images]
-    return measure(
+    return measure_answers(
         ground_truth,
         image_dir,
         paths,
@@ -59,7 +59,7 @@ def evaluate(
     )
 
 
-def ask(predictor: Predictor, truth: coco.GroundTruth, prompts: Prompting) -> Texts:
+def encode_names(predictor: Predictor, truth: coco.GroundTruth, prompts: Prompting) -> Texts:
     """The set's names, encoded; two categories of one name are two rows."""
     return prompts.encode(
         predictor,
@@ -68,7 +68,7 @@ def ask(predictor: Predictor, truth: coco.GroundTruth, prompts: Prompting) -> Te
     )
 
 
-def measure(
+def measure_answers(
     truth: coco.GroundTruth,
     image_dir: str | pathlib.Path,
     paths: Sequence[pathlib.Path | None],
@@ -139,7 +139,7 @@ def measure(
     return results
 
 
-def evaluate_predictions(
+def measure_results_file(
     path: str | pathlib.Path,
     ground_truth: coco.GroundTruth,
     *,
@@ -148,8 +148,8 @@ def evaluate_predictions(
     """The figures of a results file (COCO's and LVIS's format), of this or of any other tool.
 
     Returns:
-      As `measure`, with "predictions" for `about`; "settings" tells how many entries were of
-      unknown images or categories.
+      As `measure_answers`, with "predictions" for `about`; "settings" counts the entries of unknown
+      images or categories.
 
     Raises:
       UserError: the file cannot be read, or an entry is broken.
@@ -157,7 +157,7 @@ def evaluate_predictions(
     found = results_file.read(path, ground_truth)
     for text in found.oddities():
         tqdm.write(f"warning: {path}: {text}", file=sys.stderr)
-    figures = results_file.measure(found, ground_truth)
+    figures = results_file.measure_file(found, ground_truth)
     categories = figures.pop("categories", None)
     results = {
         "dataset": ground_truth.path,

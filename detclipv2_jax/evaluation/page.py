@@ -17,7 +17,7 @@ from detclipv2_jax.evaluation import coco, datasets, report
 from detclipv2_jax.inference import drawing, images
 from detclipv2_jax.inference.detections import ImageDetections
 from detclipv2_jax.inference.detector import Detector
-from detclipv2_jax.text.tokenizer import normalise
+from detclipv2_jax.text.tokenizer import normalize
 
 if TYPE_CHECKING:
     import gradio
@@ -37,7 +37,7 @@ def asked_names(text: str) -> list[str]:
     Raises:
       UserError: there are none.
     """
-    names = {normalise(name): name.strip() for name in re.split(r"[,\n]", text) if name.strip()}
+    names = {normalize(name): name.strip() for name in re.split(r"[,\n]", text) if name.strip()}
     if not names:
         raise UserError("type at least one name to look for, such as: cat, traffic light")
     return list(names.values())
@@ -55,7 +55,7 @@ def find(
         raise UserError("drop an image first, or choose one of the examples")
     names = asked_names(text)
     pixels = images.read(image, upright=True)
-    (found,) = detector(pixels, names, score_threshold=LOWEST, keep=MOST)
+    (found,) = detector(pixels, names, score_threshold=LOWEST, max_detections=MOST)
     return pixels, found
 
 
@@ -220,9 +220,9 @@ def run(args: argparse.Namespace) -> None:
     from detclipv2_jax.inference.checkpoint import load_model  # orbax
 
     loaded = load_model(args.checkpoint, args.step)
-    detector = Detector(loaded, score_threshold=LOWEST, keep=MOST)
+    detector = Detector(loaded, score_threshold=LOWEST, max_detections=MOST)
     detector(np.zeros((*detector.predictor.canvas, 3), np.uint8), ["cat"])  # compiles
     title = f"DetCLIPv2 · {pathlib.Path(args.checkpoint).name} · step {loaded.step}"
     with tempfile.TemporaryDirectory(prefix="detclipv2_page_") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads  # gone with the page
-        launch(build(detector, title, examples(loaded.config)), args.host, args.port)
+        launch(build(detector, title, examples(loaded.run)), args.host, args.port)

@@ -126,11 +126,11 @@ def best_names(found: ImageDetections) -> Int[np.ndarray, " k"]:
 
 def _told(settings: Mapping[str, Any]) -> list[str]:
     """The settings without which a figure cannot be compared with another."""
-    if "keep" not in settings:  # the results file of another tool tells none
+    if "max_detections" not in settings:  # the results file of another tool tells none
         return []
     height, width = settings["canvas"]
     told = [
-        f"{settings['keep']} boxes an image",
+        f"{settings['max_detections']} boxes an image",
         f"score above {settings['score_threshold']:g}",
         f"NMS IoU {settings['nms_iou']:g}",
         f"images within {height}×{width}",

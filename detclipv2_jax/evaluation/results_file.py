@@ -108,7 +108,7 @@ def read(path: str | pathlib.Path, truth: coco.GroundTruth) -> Results:
     return Results(np.concatenate(pieces), counts)
 
 
-def measure(results: Results, truth: coco.GroundTruth) -> dict[str, Any]:
+def measure_file(results: Results, truth: coco.GroundTruth) -> dict[str, Any]:
     """The figures of a results file: {"standard", "fixed", "groups", "categories"} or {"coco"}."""
     federated = isinstance(truth, lvis.LvisGroundTruth)
     evaluator = (lvis.LvisEvaluator if federated else coco.CocoEvaluator)(truth)

@@ -19,7 +19,7 @@ def card(
     loaded: "LoadedModel",
     about: Mapping[str, Any],
     results: Mapping[str, Any] | None,
-    licence: str | None,
+    license: str | None,
 ) -> str:
     """Markdown with the head that Hugging Face reads.
 
@@ -42,9 +42,9 @@ def card(
     return environment.get_template("card.md.jinja").render(
         about=about,
         library=_LIBRARIES.get(about["format"], "jax"),
-        licence=licence,
+        license=license,
         needs=" ".join(needs + ([] if about["names"] else ["tokenizers"])),
-        model=loaded.config["model"],
+        model=loaded.model.to_dict(),
         parameters={"all": sum(sizes.values()), "text": text},
         results=results,
         measures=measures,
@@ -55,7 +55,7 @@ def card(
 
 
 def _training(loaded: "LoadedModel") -> dict[str, Any]:
-    config = loaded.config
+    config = loaded.run
     files = {part: path for part, path in config.get("init", {}).items() if path}
     return {
         "epochs": config.get("train", {}).get("epochs"),

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from detclipv2_jax.common import config_dict
 from detclipv2_jax.common.atomic import replacing, write_json
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.exporters import card, manifest, onnx, safetensors, saved_model, stablehlo
 from detclipv2_jax.exporters.served import ServedModel
-from detclipv2_jax.text.tokenizer import normalise
+from detclipv2_jax.text.tokenizer import normalize
 
 if TYPE_CHECKING:
     from detclipv2_jax.inference.checkpoint import LoadedModel
@@ -30,7 +31,7 @@ def served_model(
     *,
     canvas: tuple[int, int] | None = None,
     score_threshold: float = 0.05,
-    keep: int = 300,
+    max_detections: int = 300,
     definitions: str | None = None,
 ) -> tuple[ServedModel, dict[str, str]]:
     """What the detectors' formats write, and the text that stands for each name that has another.
@@ -45,27 +46,26 @@ def served_model(
     from detclipv2_jax.inference.detector import Detector
     from detclipv2_jax.models import detclip
 
-    model = detclip.DetCLIPConfig.from_dict(loaded.config["model"])
     graphdef, _ = detclip.abstract(
-        dataclasses.replace(model, dtype="float32", remat="none", loop=False, kernels="xla")
+        dataclasses.replace(loaded.model, dtype="float32", remat="none", loop=False, kernels="xla")
     )
     detector = Detector(
         dataclasses.replace(loaded, graphdef=graphdef),
         score_threshold=score_threshold,
-        keep=keep,
+        max_detections=max_detections,
         definitions=definitions,
     )
     served = ServedModel(
         graphdef=graphdef,
         params=jax.tree.map(np.asarray, loaded.params),
-        canvas=tuple(canvas or loaded.config["eval"]["canvas"]),
+        canvas=tuple(canvas or loaded.detect.canvas),
         config=detector.predictor.config,
     )
     if names is None:
         return served, detector.prompts.known()
     texts = detector.encode(names)
     embeddings = np.asarray(texts.embeddings)[: len(names)]
-    prompts = {normalise(name): text for name, text in zip(names, texts.prompts)}
+    prompts = {normalize(name): text for name, text in zip(names, texts.prompts)}
     return dataclasses.replace(served, names=tuple(names), texts=embeddings), prompts
 
 
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
                 "--names, --names_file and --canvas out."
             )
         files = safetensors.write(loaded, output)
-        settings = {k: v for k, v in loaded.config["eval"].items() if k != "dataset"}
+        settings = config_dict.to_dict(loaded.detect)
         about |= {"format": args.format, "settings": settings, "names": loaded.names}
         about |= {"definitions": dict(loaded.definitions)}
     else:
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
         about |= description
     about |= {"files": files, "versions": manifest.versions(args.format)}
     write_json(output / "manifest.json", about)
-    text = card.card(loaded, about, _results(args.checkpoint), args.licence)
+    text = card.card(loaded, about, _results(args.checkpoint), args.license)
     with replacing(output / "README.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     for file in dict.fromkeys(files.values()):
@@ -115,7 +115,7 @@ def _write_detector(
         names,
         canvas=canvas,
         score_threshold=args.score_threshold,
-        keep=args.keep,
+        max_detections=args.max_detections,
         definitions=args.definitions,
     )
     if args.format == "stablehlo":

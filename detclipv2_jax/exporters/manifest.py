@@ -21,7 +21,7 @@ def manifest(served: ServedModel, form: str, rows: int | str) -> dict[str, Any]:
     that an input has room for.
     """
     height, width = served.canvas
-    keep = served.config.keep
+    max_detections = served.config.max_detections
     argument = lambda name, shape, dtype, what: {
         "name": name,
         "shape": list(shape),
@@ -39,10 +39,12 @@ def manifest(served: ServedModel, form: str, rows: int | str) -> dict[str, Any]:
         what = "ids of tokenizer.json"
         inputs["text_encoder"] = [argument("tokens", ("count", CONTEXT), "int32", what)]
     outputs = [
-        argument("boxes", ("batch", keep, 4), "float32", "x_min, y_min, x_max, y_max in pixels"),
-        argument("scores", ("batch", keep), "float32", "0 to 1, best first"),
-        argument("labels", ("batch", keep), "int32", "number of the name, from 0"),
-        argument("mask", ("batch", keep), "bool", "false: no detection, padding"),
+        argument(
+            "boxes", ("batch", max_detections, 4), "float32", "x_min, y_min, x_max, y_max in pixels"
+        ),
+        argument("scores", ("batch", max_detections), "float32", "0 to 1, best first"),
+        argument("labels", ("batch", max_detections), "int32", "number of the name, from 0"),
+        argument("mask", ("batch", max_detections), "bool", "false: no detection, padding"),
     ]
     return {
         "format": form,
@@ -50,7 +52,7 @@ def manifest(served: ServedModel, form: str, rows: int | str) -> dict[str, Any]:
         "names": None if served.names is None else list(served.names),
         "inputs": inputs,
         "outputs": outputs,
-        "normalisation": {"inside": True, "mean": list(IMAGE_MEAN), "std": list(IMAGE_STD)},
+        "normalization": {"inside": True, "mean": list(IMAGE_MEAN), "std": list(IMAGE_STD)},
         "compute": "float32",
         "settings": dataclasses.asdict(served.config),
     }

@@ -124,8 +124,8 @@ def _with_suppression(network: Any, served: ServedModel) -> Any:
         "OPSET": OPSET,
         "ANCHORS": anchors,
         "NAMES": "rows" if served.texts is None else len(served.texts),
-        "COUNT": min(served.config.candidates, anchors),
-        "KEEP": served.config.keep,
+        "COUNT": min(served.config.pre_nms_top_k, anchors),
+        "KEEP": served.config.max_detections,
         "NMS_IOU": float(served.config.nms_iou),
         "SCORE_THRESHOLD": float(served.config.score_threshold),
     }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from detclipv2_jax.common import config_dict
 from detclipv2_jax.common.atomic import replacing
 from detclipv2_jax.models.parameters import parameter_paths
 
@@ -18,13 +19,13 @@ def write(loaded: "LoadedModel", output: pathlib.Path) -> dict[str, str]:
     """Writes the averaged parameters in float32, and what using them needs as JSON in the metadata.
 
     That is the model's config, the names and the definitions that its detection data had, and how
-    it was asked (`eval`, the section of the run's config). Returns the file by its role.
+    it is asked (`eval`, the fields of `DetectConfig`). Returns the file by its role.
     """
     metadata = {
         "format": "detclipv2_jax",
         "step": str(loaded.step),
-        "model": json.dumps(loaded.config["model"]),
-        "eval": json.dumps(loaded.config["eval"]),
+        "model": json.dumps(loaded.model.to_dict()),
+        "eval": json.dumps(config_dict.to_dict(loaded.detect)),
         "names": json.dumps(loaded.names),
         "definitions": json.dumps(loaded.definitions),
     }

@@ -17,7 +17,7 @@ import numpy as np
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.exporters.served import ServedModel, dense
 from detclipv2_jax.exporters.stablehlo import PLATFORMS
-from detclipv2_jax.inference.predict import DetectConfig
+from detclipv2_jax.inference.config import DecodeConfig
 from detclipv2_jax.models.detclip import build
 from detclipv2_jax.text.tokenizer import CONTEXT
 
@@ -133,16 +133,16 @@ def _converted(function: Any, shapes: list[str | None]) -> Any:
     )
 
 
-def suppressed(tf: Any, config: DetectConfig, boxes: Any, scores: Any) -> dict[str, Any]:
+def suppressed(tf: Any, config: DecodeConfig, boxes: Any, scores: Any) -> dict[str, Any]:
     """What `class_nms` makes of the boxes (B, K, 4) and scores (B, C, K), by TensorFlow."""
-    count = tf.minimum(config.candidates, tf.shape(scores)[-1])
+    count = tf.minimum(config.pre_nms_top_k, tf.shape(scores)[-1])
     values, anchors = tf.math.top_k(scores, count)
     candidates = tf.gather(boxes, anchors, batch_dims=1)  # (B, C, candidates, 4)
     found = tf.image.combined_non_max_suppression(
         tf.transpose(candidates, [0, 2, 1, 3]),
         tf.transpose(values, [0, 2, 1]),
-        max_output_size_per_class=config.candidates,
-        max_total_size=config.keep,
+        max_output_size_per_class=config.pre_nms_top_k,
+        max_total_size=config.max_detections,
         iou_threshold=config.nms_iou,
         score_threshold=config.score_threshold,
         clip_boxes=False,
@@ -151,5 +151,5 @@ def suppressed(tf: Any, config: DetectConfig, boxes: Any, scores: Any) -> dict[s
         "boxes": found.nmsed_boxes,
         "scores": found.nmsed_scores,
         "labels": tf.cast(found.nmsed_classes, tf.int32),
-        "mask": tf.sequence_mask(found.valid_detections, config.keep),
+        "mask": tf.sequence_mask(found.valid_detections, config.max_detections),
     }

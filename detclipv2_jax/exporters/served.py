@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from detclipv2_jax.inference.predict import DetectConfig, clipped_boxes, predict, score_names
+from detclipv2_jax.inference.config import DecodeConfig
+from detclipv2_jax.inference.predict import clipped_boxes, predict, score_names
 from detclipv2_jax.models.detclip import DetCLIP, build
 from detclipv2_jax.text.tokenizer import CONTEXT
 
@@ -26,7 +27,7 @@ class ServedModel:
     graphdef: nnx.GraphDef
     params: Mapping[str, Any]
     canvas: tuple[int, int]  # (height, width)
-    config: DetectConfig
+    config: DecodeConfig
     names: tuple[str, ...] | None = None
     texts: Float[np.ndarray, "C D"] | None = None
 
@@ -75,7 +76,7 @@ class ServedModel:
 
 def dense(
     model: DetCLIP,
-    config: DetectConfig,
+    config: DecodeConfig,
     images: UInt8[Array, "B H W 3"],
     sizes: Int[Array, "B 2"],
     texts: Float[Array, "C D"],

@@ -5,6 +5,7 @@ evaluation and detection read), `state` (the rest of the training state) and `me
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from detclipv2_jax.common import config_dict
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.inference.config import DetectConfig
 from detclipv2_jax.models import detclip
+from detclipv2_jax.models.detclip import DetCLIPConfig
+from detclipv2_jax.text.tokenizer import TEMPLATE
 
 SUBDIRECTORY = "checkpoints"
 
@@ -24,11 +29,14 @@ class LoadedModel:
 
     graphdef: Any
     params: PyTree
-    config: dict[str, Any]  # the resolved config of the run that made it
+    model: DetCLIPConfig
+    detect: DetectConfig
     step: int
-    names: list[str]  # the names its detection data knew
-    definitions: dict[str, str]  # name → definition; empty: it was trained on bare names
-    total_steps: int | None = None  # of the run; older checkpoints do not tell
+    names: list[str]  # the names of the detection data that it trained on
+    definitions: dict[str, str]  # name → definition; empty: it trained on bare names
+    template: str = TEMPLATE  # of a name with its definition
+    total_steps: int | None = None  # of the run; None: the checkpoint is too old to know
+    run: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the run's config as stored
 
 
 def steps(directory: Path | str) -> list[int]:
@@ -91,9 +99,9 @@ def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
     step = known[-1] if step is None else step
     with _reading(directory) as manager:
         meta = _meta(manager, step)
-        graphdef, target = detclip.abstract(
-            detclip.DetCLIPConfig.from_dict(meta["config"]["model"])
-        )
+        run = meta["config"]
+        model = DetCLIPConfig.from_dict(config_dict.upgraded(DetCLIPConfig, run["model"]))
+        graphdef, target = detclip.abstract(model)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), target
@@ -105,11 +113,22 @@ def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
     return LoadedModel(
         graphdef,
         params,
-        meta["config"],
+        model,
+        detect_config(run["eval"]),
         step,
         meta["names"],
         meta.get("definitions", {}),  # older checkpoints have none
+        run.get("data", {}).get("template", TEMPLATE),
         meta.get("total_steps"),
+        run,
+    )
+
+
+def detect_config(section: Mapping[str, Any]) -> DetectConfig:
+    """Return what the section `eval` of a run's config says, stored by this or an older version."""
+    values = config_dict.upgraded(DetectConfig, section)
+    return config_dict.from_dict(
+        DetectConfig, config_dict.known_fields(DetectConfig, values), "config.eval"
     )
 
 

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         args.checkpoint,
         step=args.step,
         score_threshold=args.score_threshold,
-        keep=args.keep,
+        max_detections=args.max_detections,
         batch_size=args.batch_size,
         definitions=args.definitions,
         prompts=args.prompts,

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.inference.config import Definitions
 from detclipv2_jax.inference.detections import ImageDetections
-from detclipv2_jax.inference.embedding_cache import VocabularyCache, default_directory
+from detclipv2_jax.inference.embedding_cache import EmbeddingCache, default_directory
 from detclipv2_jax.inference.images import Source
-from detclipv2_jax.inference.predict import detect_config
 from detclipv2_jax.inference.predictor import Predictor, Texts, check_names
-from detclipv2_jax.inference.prompts import Definitions, prompting
-from detclipv2_jax.text.tokenizer import normalise
+from detclipv2_jax.inference.prompts import prompting
+from detclipv2_jax.text.tokenizer import normalize
 
 if TYPE_CHECKING:
     from detclipv2_jax.inference.checkpoint import LoadedModel
@@ -36,7 +36,7 @@ class Detector:
         *,
         step: int | None = None,
         score_threshold: float = 0.3,
-        keep: int = 100,
+        max_detections: int = 100,
         batch_size: int = 1,
         definitions: Definitions | None = None,
         prompts: Sequence[str] | None = None,
@@ -56,21 +56,22 @@ class Detector:
 
             checkpoint = load_model(checkpoint, step)
         self.step = checkpoint.step
-        evaluation = detect_config(checkpoint.config)
         config = dataclasses.replace(
-            evaluation,
+            checkpoint.detect.decoding,
             score_threshold=score_threshold,
-            keep=keep,
+            max_detections=max_detections,
         )
-        self.prompts = prompting(checkpoint.config, checkpoint.definitions, definitions, prompts)
+        self.prompts = prompting(
+            checkpoint.detect, checkpoint.definitions, checkpoint.template, definitions, prompts
+        )
         directory = default_directory() if cache is None else cache
         self.predictor = Predictor(
             checkpoint.graphdef,
             checkpoint.params,
-            canvas=checkpoint.config["eval"]["canvas"],
+            canvas=checkpoint.detect.canvas,
             config=config,
             batch_size=batch_size,
-            cache=VocabularyCache(directory) if directory else None,
+            cache=EmbeddingCache(directory) if directory else None,
             upright=True,
         )
 
@@ -80,15 +81,15 @@ class Detector:
         names: Sequence[str],
         *,
         score_threshold: float | None = None,
-        keep: int | None = None,
+        max_detections: int | None = None,
     ) -> list[ImageDetections]:
         """What was found in each image, in their order; no images, no answers.
 
         Images are paths, uint8 RGB arrays (h, w, 3) or PIL images, of any sizes. A file that says
         in EXIF how it is to be turned is turned, so that boxes fit what viewers and OpenCV show;
         arrays and PIL images are taken as they are. Names that differ only in case or spacing are
-        one name. `score_threshold` and `keep` hold for this call; a threshold, or to keep fewer
-        than the detector does, compiles nothing.
+        one name. `score_threshold` and `max_detections` hold for this call. Another threshold, or
+        fewer detections than the detector's own, compiles nothing.
 
         Raises:
           UserError: no names, an empty one, one asked twice, or an image that cannot be read.
@@ -98,14 +99,16 @@ class Detector:
         config = self.predictor.config
         if score_threshold is not None:
             config = dataclasses.replace(config, score_threshold=score_threshold)
-        if keep is not None:
-            config = dataclasses.replace(config, keep=keep)
-        at_least = dataclasses.replace(config, keep=max(config.keep, self.predictor.config.keep))
+        if max_detections is not None:
+            config = dataclasses.replace(config, max_detections=max_detections)
+        at_least = dataclasses.replace(
+            config, max_detections=max(config.max_detections, self.predictor.config.max_detections)
+        )
         found: list[Any] = [None] * len(images)
         for number, answer in self.predictor.stream(images, texts, at_least):
             if isinstance(answer, UserError):
                 raise answer
-            found[number] = answer.best(config.keep)
+            found[number] = answer.best(config.max_detections)
         return found
 
     def encode(self, names: Sequence[str]) -> Texts:
@@ -116,7 +119,7 @@ class Detector:
         check_names(names)
         first: dict[str, int] = {}
         for number, name in enumerate(names, start=1):
-            if (other := first.setdefault(normalise(name), number)) != number:
+            if (other := first.setdefault(normalize(name), number)) != number:
                 raise UserError(
                     f"name {number}, {name!r}, is the same as name {other}; ask for it once."
                 )

@@ -34,7 +34,7 @@ def draw_boxes(
     *,
     side: int = 640,
 ) -> Image.Image:
-    """The picture with a frame and a label for each box (xyxy pixels), a colour for each name.
+    """The picture with a frame and a label for each box (xyxy pixels), a color for each name.
 
     A picture whose longer side is under `side` pixels is enlarged to it, so that labels stay small
     beside what they name. Labels keep inside the picture and, where there is room, off each other;
@@ -49,7 +49,7 @@ def draw_boxes(
     font = _font(max(12, round(max(size) / (45 + len(names) / 2))))
     frames = np.asarray(boxes, np.float64).reshape(-1, 4) * factor
     for frame, name in reversed(list(zip(frames, names))):
-        _frame(canvas, frame, colour(name), line, size)
+        _frame(canvas, frame, color(name), line, size)
     labels = []
     for number, (frame, name) in enumerate(zip(frames, names)):
         score = "" if scores is None else f" {scores[number]:.2f}"
@@ -57,8 +57,8 @@ def draw_boxes(
         text = _shortened(name, score, font, min(room, size[0]) - 2 * line)
         labels.append((_label_place(frame, text, font, size, line, labels), text, name))
     for place, text, name in reversed(labels):
-        canvas.rectangle(place, fill=colour(name), outline="black")
-        ink = "black" if _luminance(colour(name)) > _MIDDLE else "white"
+        canvas.rectangle(place, fill=color(name), outline="black")
+        ink = "black" if _luminance(color(name)) > _MIDDLE else "white"
         canvas.text((place[0] + line, place[1]), text, fill=ink, font=font)
     return picture
 
@@ -95,8 +95,8 @@ def save(picture: Image.Image, path: str | os.PathLike) -> None:
         picture.save(temporary, format="PNG")
 
 
-def colour(name: str) -> tuple[int, int, int]:
-    """A vivid RGB colour that depends on the name alone: the same in every picture."""
+def color(name: str) -> tuple[int, int, int]:
+    """A vivid RGB color that depends on the name alone: the same in every picture."""
     digest = hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=2).digest()
     hue, value = digest[0] / 256, 0.75 + 0.25 * (digest[1] % 2)
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, value)
@@ -132,7 +132,7 @@ def _frame(
     line: int,
     size: tuple[int, int],
 ) -> None:
-    """A coloured frame between two dark hairlines: seen on any background."""
+    """A colored frame between two dark hairlines: seen on any background."""
     limits = np.tile(size, 2) - 1
     x_min, y_min, x_max, y_max = np.clip(np.round(frame), 0, limits).tolist()
     for inset, width, ink in ((0, line + 2, (0, 0, 0)), (1, line, rgb)):

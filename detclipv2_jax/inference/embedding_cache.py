@@ -42,7 +42,7 @@ def tower_key(config: DetCLIPConfig, params: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-class VocabularyCache:
+class EmbeddingCache:
     """Embeddings in files of `directory`, made when the first is written.
 
     Where it cannot be written, that is said once and nothing is kept.

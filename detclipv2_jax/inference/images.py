@@ -115,8 +115,8 @@ def _draft(image: Image.Image, size: tuple[int, int]) -> None:
 
 def _array_pixels(array: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
     gray = array.ndim == 2
-    colour = array.ndim == 3 and array.shape[2] in (1, 3, 4)
-    if array.dtype != np.uint8 or not (gray or colour) or 0 in array.shape:
+    color = array.ndim == 3 and array.shape[2] in (1, 3, 4)
+    if array.dtype != np.uint8 or not (gray or color) or 0 in array.shape:
         raise UserError(
             f"an image array of shape {array.shape} and type {array.dtype} was given; "
             "give uint8 (height, width, 3), RGB from 0 to 255."

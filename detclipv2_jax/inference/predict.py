@@ -1,14 +1,10 @@
 """From a model's outputs to detections: one pure function."""
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.inference.config import DecodeConfig
 from detclipv2_jax.inference.detections import Detections
 from detclipv2_jax.models.atss_head import RegionOutputs
 from detclipv2_jax.models.detclip import DetCLIP
@@ -18,41 +14,6 @@ from detclipv2_jax.ops.nms import class_nms
 _NAMES_AT_ONCE = 128  # whose scores are in memory together
 
 
-@dataclasses.dataclass(frozen=True)
-class DetectConfig:
-    """How the dense output becomes detections; the paper gives none of these values.
-
-    * `score`: 'alignment*centerness' ranks by the product of the two probabilities, as ATSS does;
-      'alignment' leaves the centerness out.
-    * `score_threshold`: a detection scores more than this; 0 for measuring AP.
-    * `nms_iou`: ATSS's 0.6; a box suppresses only boxes of its own name.
-    * `candidates`: the best anchors of each name that enter suppression.
-    * `keep`: the best detections of an image that come back, whatever their names. Above 300, so
-      that standard AP sees its 300 and fixed AP, which has no limit an image, more than that.
-    """
-
-    score_threshold: float = 0.0
-    nms_iou: float = 0.6
-    candidates: int = 100
-    keep: int = 1000
-    score: Literal["alignment*centerness", "alignment"] = "alignment*centerness"
-
-    def __post_init__(self):
-        if self.score not in ("alignment*centerness", "alignment"):
-            raise UserError(
-                f"score is {self.score!r}; choose 'alignment*centerness' or 'alignment'."
-            )
-        if not 0 <= self.score_threshold < 1 or not 0 < self.nms_iou <= 1:
-            raise UserError(
-                f"score_threshold {self.score_threshold} must lie in [0, 1) and nms_iou "
-                f"{self.nms_iou} in (0, 1]."
-            )
-        if self.keep < 1 or self.candidates < 1:
-            raise UserError(
-                f"keep {self.keep} and candidates {self.candidates} must be at least 1."
-            )
-
-
 def predict(
     model: DetCLIP,
     images: UInt8[Array, "B H W 3"],
@@ -60,7 +21,7 @@ def predict(
     texts: Float[Array, "C D"],
     text_mask: Bool[Array, " C"] | None = None,
     *,
-    config: DetectConfig,
+    config: DecodeConfig,
     score_threshold: Float[Array, ""] | None = None,
 ) -> Detections:
     """Detections of each image among C ≥ 1 encoded names; a pure function, for `jit`.
@@ -83,8 +44,8 @@ def predict(
         (_blocks(texts), _blocks(asked)),
         iou_threshold=config.nms_iou,
         score_threshold=config.score_threshold if score_threshold is None else score_threshold,
-        candidates=config.candidates,
-        keep=config.keep,
+        pre_nms_top_k=config.pre_nms_top_k,
+        max_detections=config.max_detections,
     )
     return Detections(*detections)
 
@@ -104,7 +65,7 @@ def score_names(
     regions: RegionOutputs,
     texts: Float[Array, "C D"],
     asked: Bool[Array, " C"],
-    config: DetectConfig,
+    config: DecodeConfig,
 ) -> Float[Array, "B C K"]:
     """Scores of every anchor for each name; -1 for a name not `asked`, or what is not finite."""
     scores = jax.nn.sigmoid(jnp.swapaxes(model.logits(regions.embeddings, texts), 1, 2))
@@ -118,9 +79,3 @@ def _blocks(rows: Array) -> Array:
     size = min(len(rows), _NAMES_AT_ONCE)
     padding = [(0, -len(rows) % size)] + [(0, 0)] * (rows.ndim - 1)
     return jnp.pad(rows, padding).reshape(-1, size, *rows.shape[1:])
-
-
-def detect_config(config: Mapping[str, Any]) -> DetectConfig:
-    """What a run's config says about detections, in its section `eval`."""
-    known = {field.name for field in dataclasses.fields(DetectConfig)}
-    return DetectConfig(**{k: v for k, v in config["eval"].items() if k in known})

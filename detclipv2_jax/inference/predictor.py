@@ -16,12 +16,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.inference.config import DecodeConfig
 from detclipv2_jax.inference.detections import Detections, ImageDetections
-from detclipv2_jax.inference.embedding_cache import VocabularyCache, tower_key
+from detclipv2_jax.inference.embedding_cache import EmbeddingCache, tower_key
 from detclipv2_jax.inference.images import Placed, Source, place
-from detclipv2_jax.inference.predict import DetectConfig, predict
+from detclipv2_jax.inference.predict import predict
 from detclipv2_jax.models.detclip import DetCLIPConfig, build
-from detclipv2_jax.text.tokenizer import enriched, normalise, tokenize
+from detclipv2_jax.text.tokenizer import enriched, normalize, tokenize
 
 _TEXTS_AT_ONCE = 256  # that the text tower encodes together
 
@@ -50,7 +51,7 @@ def _encode_text(graphdef, params, tokens, *, replicated):
 
 def prompt(name: str, definition: str | None = None) -> str:
     """The text that stands for a name, as in training: the bare name without a definition."""
-    return enriched(normalise(name), definition)
+    return enriched(normalize(name), definition)
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -60,7 +61,7 @@ def check_names(names: Sequence[str]) -> None:
     for number, name in enumerate(names, start=1):
         if not isinstance(name, str):
             raise UserError(f"name {number} of {len(names)} is {name!r}; give it as a text.")
-        if not normalise(name):
+        if not normalize(name):
             raise UserError(f"name {number} of {len(names)} is empty; leave it out or spell it.")
 
 
@@ -95,10 +96,10 @@ class Predictor:
         params: Mapping[str, Any],
         *,
         canvas: tuple[int, int],
-        config: DetectConfig = DetectConfig(),  # noqa: B008 - frozen
+        config: DecodeConfig = DecodeConfig(),  # noqa: B008 - frozen
         batch_size: int = 8,
         batch_sharding: jax.sharding.NamedSharding | None = None,
-        cache: VocabularyCache | None = None,
+        cache: EmbeddingCache | None = None,
         upright: bool = False,
     ):
         """`canvas`: the (height, width) that pictures are scaled into, turned with each picture.
@@ -202,7 +203,7 @@ class Predictor:
         images: UInt8[np.ndarray, "B H W 3"],
         sizes: Int[np.ndarray, "B 2"],
         texts: Texts,
-        config: DetectConfig | None = None,
+        config: DecodeConfig | None = None,
     ) -> Detections:
         """`predict` of a batch of canvases on the device, with NumPy arrays out.
 
@@ -235,7 +236,7 @@ class Predictor:
         return jax.make_array_from_callback(array.shape, self._sharding, lambda part: array[part])
 
     def stream(
-        self, sources: Iterable[Source], texts: Texts, config: DetectConfig | None = None
+        self, sources: Iterable[Source], texts: Texts, config: DecodeConfig | None = None
     ) -> Iterator[tuple[int, ImageDetections | UserError]]:
         """Yields (number of the source, what was found or why it could not be read).
 
@@ -280,7 +281,7 @@ class Predictor:
             return error
 
     def _answer(
-        self, batch: list[tuple[int, Placed]], texts: Texts, config: DetectConfig | None
+        self, batch: list[tuple[int, Placed]], texts: Texts, config: DecodeConfig | None
     ) -> Iterator[tuple[int, ImageDetections]]:
         images = np.zeros((self.batch_size, *batch[0][1].canvas.shape), np.uint8)
         sizes = np.zeros((self.batch_size, 2), np.int32)

@@ -7,22 +7,20 @@ Both a training run, from its dictionary, and a checkpoint, which carries the de
 import dataclasses
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.inference.config import Definitions, DetectConfig
 from detclipv2_jax.inference.predictor import Predictor, Texts, check_names, prompt
 from detclipv2_jax.text.definitions import define
-from detclipv2_jax.text.tokenizer import TEMPLATE, fitted, normalise
-
-Definitions = Literal["as_trained", "on", "off"]
-CHOICES: tuple[Definitions, ...] = ("as_trained", "on", "off")
+from detclipv2_jax.text.tokenizer import TEMPLATE, fitted, normalize
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompting:
     """What stands for a name: the name alone, or, if `enabled`, with its definition, or sentences.
 
-    dictionary: normalised name → definition, of the run that trained the model.
+    dictionary: normalized name → definition, of the run that trained the model.
     sentences: an ensemble, as 'a photo of a {}.': the mean of their embeddings stands for the name.
     """
 
@@ -59,9 +57,9 @@ class Prompting:
         if not self.enabled:
             return predictor.encode(names)
         given = given or [(None, None)] * len(names)
-        own = {normalise(name): text for name, (text, _) in zip(names, given) if text}
+        own = {normalize(name): text for name, (text, _) in zip(names, given) if text}
         synsets = {
-            normalise(name): synset
+            normalize(name): synset
             for name, (text, synset) in zip(names, given)
             if synset and not text
         }
@@ -87,34 +85,34 @@ class Prompting:
             return {"definitions": False, "prompts": list(self.sentences)}
         if not self.enabled:
             return {"definitions": False}
-        bare = zip(map(normalise, texts.names), texts.prompts)
+        bare = zip(map(normalize, texts.names), texts.prompts)
         defined = sum(name != prompt for name, prompt in bare)
         return {"definitions": True, "template": self.template, "names_defined": defined}
 
 
 def prompting(
-    config: Mapping[str, Any],
+    config: DetectConfig,
     definitions: Mapping[str, str],
+    template: str = TEMPLATE,
     choice: Definitions | None = None,
     sentences: Sequence[str] | None = None,
 ) -> Prompting:
-    """From a run's config (a nested dict) and the definitions that it trained with.
+    """Return how a model is asked, from its config and the definitions that it trained with.
 
-    `choice` is 'on', 'off' or 'as_trained'; None: as the config says. `sentences` likewise; a model
-    that was trained with definitions is asked without where there are sentences.
+    `choice` is 'on', 'off' or 'as_trained'; None: as the config says. `sentences` likewise. With
+    sentences, a model that trained with definitions is asked without them.
 
     Raises:
       UserError: a sentence without {}, or sentences and definitions 'on'.
     """
-    evaluation = config["eval"]
     if sentences is None:
-        sentences = () if choice == "on" else evaluation.get("prompts", ())
-    choice = choice or ("as_trained" if sentences else evaluation.get("definitions", "as_trained"))
+        sentences = () if choice == "on" else config.prompts
+    choice = choice or ("as_trained" if sentences else config.definitions)
     as_trained = bool(definitions) and not sentences
     return Prompting(
         enabled=as_trained if choice == "as_trained" else choice == "on",
         dictionary=definitions,
-        template=config.get("data", {}).get("template", TEMPLATE),
+        template=template,
         sentences=tuple(sentences),
     )
 

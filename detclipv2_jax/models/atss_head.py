@@ -15,10 +15,10 @@ from detclipv2_jax.models.deform_conv import deform_conv_by_kernel, deform_conv_
 from detclipv2_jax.models.fpn import conv3x3
 from detclipv2_jax.models.initializers import Draws, normal
 from detclipv2_jax.models.norms import GroupNorm
-from detclipv2_jax.models.packed_levels import Canvas
+from detclipv2_jax.models.packed_levels import PackedLevels
 from detclipv2_jax.models.remat import Remat, block_of
 from detclipv2_jax.ops import conv
-from detclipv2_jax.ops.kernels import canvas_conv, deform, place
+from detclipv2_jax.ops.kernels import deform, packed_conv, place
 from detclipv2_jax.ops.kernels.place import Kernels
 
 _OUTPUT_STD = 0.01  # ATSS's, of the kernels that end the branches
@@ -51,7 +51,7 @@ class RegionOutputs:
     """What the head says of each of the K anchors, in the order of `anchor_grid`, in float32."""
 
     embeddings: Float[Array, "B K D"]
-    deltas: Float[Array, "B K 4"]  # normalised by the coder's stds; see ops/boxes.py
+    deltas: Float[Array, "B K 4"]  # normalized by the coder's stds; see ops/boxes.py
     centerness: Float[Array, "B K"]  # logits
 
 
@@ -64,7 +64,7 @@ class ConvNormRelu(nnx.Module):
         )
         self.norm = GroupNorm(cfg.channels, cfg.groups)
 
-    def __call__(self, x: Float[Array, "B H W C"], canvas: Canvas) -> Float[Array, "B H W D"]:
+    def __call__(self, x: Float[Array, "B H W C"], canvas: PackedLevels) -> Float[Array, "B H W D"]:
         """Same canvas, zeros in its gaps."""
         x = jax.nn.relu(self.norm(self.conv(x), canvas))
         return jnp.where(canvas.mask, x, jnp.zeros((), x.dtype))  # jax2onnx reads 0 as float64
@@ -91,7 +91,7 @@ class DeformConv(nnx.Module):
         self.kernel = nnx.Param(normal(cfg.branch_std)(rngs, (3, 3, width, cfg.channels)))
 
     def __call__(
-        self, x: Float[Array, "B H W C"], where: Float[Array, "B H W 27"], canvas: Canvas
+        self, x: Float[Array, "B H W C"], where: Float[Array, "B H W 27"], canvas: PackedLevels
     ) -> Float[Array, "B H W D"]:
         """Convolve the canvas `x`, level by level, where `offset` of the other branch says."""
         if self.has_kernels(x.shape):  # keeps nothing of its inside
@@ -128,7 +128,7 @@ class ATSSHead(nnx.Module):
         remat: all but "none" keep nothing of the inside of the deformable convolution, and go
             through its nine taps one after another.
         kernels: "auto" convolves by kernels where there are TPUs and they can do it; "xla" never.
-        rngs: initialises the parameters.
+        rngs: initializes the parameters.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class ATSSHead(nnx.Module):
 
     def __call__(self, levels: Sequence[Float[Array, "B H W C"]]) -> RegionOutputs:
         """Outputs of all anchors of all levels, fine to coarse, each level row by row."""
-        canvas = Canvas(tuple(x.shape[1:3] for x in levels))
+        canvas = PackedLevels(tuple(x.shape[1:3] for x in levels))
         x = canvas.place(levels)
         branch = self._branch_by_kernels if self.has_kernels(x.shape) else self._branch
         by_regression = [self.box, self.centerness]
@@ -188,7 +188,7 @@ class ATSSHead(nnx.Module):
         kernels = [layer.conv.kernel for layer in (*self.reg_convs, *self.cls_convs)]
         kernels.append(self.embed.kernel)
         inputs, outputs = (max(kernel.shape[axis] for kernel in kernels) for axis in (2, 3))
-        return place.room() >= canvas_conv.fast_memory((*shape[:3], inputs), outputs)
+        return place.room() >= packed_conv.fast_memory((*shape[:3], inputs), outputs)
 
     def _branch(self, convs, outputs, x, canvas):
         """The convolutions one after another, then all of `outputs`, which are one convolution."""
@@ -197,15 +197,15 @@ class ATSSHead(nnx.Module):
         return _split(conv.conv3x3(x, _joint(outputs).astype(x.dtype)), outputs)
 
     def _branch_by_kernels(self, convs, outputs, x, canvas):
-        """The same by kernels; each normalises and activates what the one before it convolved."""
-        convolve = lambda images, kernel: canvas_conv.canvas_conv(
+        """The same by kernels; each normalizes and activates what the one before it convolved."""
+        convolve = lambda images, kernel: packed_conv.packed_conv(
             *images, kernel, canvas.rectangles
         )
         norm = None
         for layer in convs:
             kernel = layer.conv.kernel[...]
             x, statistics = place.on_each_device(convolve, (x, norm), kernel)
-            norm = canvas_conv.Norm(*layer.norm.factors(statistics.mean, statistics.variance))
+            norm = packed_conv.Norm(*layer.norm.factors(statistics.mean, statistics.variance))
         x, _ = place.on_each_device(convolve, (x, norm), _joint(outputs))
         return _split(x, outputs)
 

@@ -1,6 +1,6 @@
 """Modulated deformable convolution (DCNv2, Zhu et al. 2019), 3×3, stride 1, padding 1.
 
-A gather reads the four bilinear neighbours of a point as a single wide row, because gathers are
+A gather reads the four bilinear neighbors of a point as a single wide row, because gathers are
 what accelerators are worst at; one gather and one matmul serve all levels of a pyramid. On TPUs
 `ops/kernels/deform.py` does without a gather.
 """
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from detclipv2_jax.models.packed_levels import Canvas
+from detclipv2_jax.models.packed_levels import PackedLevels
 from detclipv2_jax.ops.kernels import deform, place
 
 # (dy, dx) of the nine taps, row by row.
@@ -32,14 +32,14 @@ def deform_conv2d(
         kernel: of the projection. Accumulates in float32, returns x's dtype.
     """
     batch, height, width, _ = x.shape
-    canvas = Canvas(((height, width),))
+    canvas = PackedLevels(((height, width),))
     offsets, mask = offsets.reshape(batch, -1, 18), mask.reshape(batch, -1, 9)
     return deform_conv_levels(x, canvas, offsets, mask, kernel).reshape(batch, height, width, -1)
 
 
 def deform_conv_levels(
     x: Float[Array, "B H W C"],
-    canvas: Canvas,
+    canvas: PackedLevels,
     offsets: Float[Array, "B K 18"],
     mask: Float[Array, "B K 9"],
     kernel: Float[Array, "3 3 C O"],
@@ -54,7 +54,7 @@ def deform_conv_levels(
     batch, _, _, channels = x.shape
     index, weights = sampling_points(offsets, canvas)
     weights = (weights * mask.reshape(batch, -1, 1).astype(jnp.float32)).astype(x.dtype)
-    packed, kernel = pack_neighbours(x), kernel.astype(x.dtype).reshape(9, channels, -1)
+    packed, kernel = pack_neighbors(x), kernel.astype(x.dtype).reshape(9, channels, -1)
 
     def sample(index: Int[Array, "B P"], weights: Float[Array, "B P 4"]) -> Float[Array, "B P C"]:
         rows = jnp.take_along_axis(packed, index[..., None], axis=1, mode="clip")
@@ -80,7 +80,7 @@ def deform_conv_levels(
 
 def deform_conv_by_kernel(
     x: Float[Array, "B H W C"],
-    canvas: Canvas,
+    canvas: PackedLevels,
     offsets: Float[Array, "B H W 18"],
     mask: Float[Array, "B H W 9"],
     kernel: Float[Array, "3 3 C O"],
@@ -105,8 +105,8 @@ def deform_conv_by_kernel(
     return place.on_each_device(convolve, (x, by_sample(corner), by_sample(factors)), kernel)
 
 
-def pack_neighbours(x: Float[Array, "B H W C"]) -> Float[Array, "B Q C4"]:
-    """Beside every pixel its right, lower and lower-right neighbours: what a bilinear sample needs.
+def pack_neighbors(x: Float[Array, "B H W C"]) -> Float[Array, "B Q C4"]:
+    """Beside every pixel its right, lower and lower-right neighbors: what a bilinear sample needs.
 
     From pixel (-1, -1) on, row by row, W + 1 a row; zeros outside the map.
     """
@@ -117,7 +117,7 @@ def pack_neighbours(x: Float[Array, "B H W C"]) -> Float[Array, "B Q C4"]:
 
 
 def sampling_points(
-    offsets: Float[Array, "B K 18"], canvas: Canvas
+    offsets: Float[Array, "B K 18"], canvas: PackedLevels
 ) -> tuple[Int[Array, "B P"], Float[Array, "B P 4"]]:
     """Which packed row each of the P = 9K taps reads, and the weights of the four pixels there."""
     batch = offsets.shape[0]
@@ -131,9 +131,9 @@ def sampling_points(
 
 
 def _corners(
-    offsets: Float[Array, "B K 18"], canvas: Canvas
+    offsets: Float[Array, "B K 18"], canvas: PackedLevels
 ) -> tuple[Int[Array, "B K 9 2"], Float[Array, "B K 9 2"]]:
-    """Each tap's upper left neighbour on the canvas, and how far beyond it the tap lies, 0 to 1.
+    """Each tap's upper left neighbor on the canvas, and how far beyond it the tap lies, 0 to 1.
 
     Coordinates are float32 whatever the activations are: bfloat16 has no odd pixels past 256.
     """
@@ -144,7 +144,7 @@ def _corners(
     return (corner + start).astype(jnp.int32), beyond
 
 
-def _grid(canvas: Canvas) -> Float[np.ndarray, "H W 6"]:
+def _grid(canvas: PackedLevels) -> Float[np.ndarray, "H W 6"]:
     """(row, column) of each pixel of the canvas in its level, that level's size and its place.
 
     In the gaps zeros.
@@ -160,7 +160,7 @@ def _grid(canvas: Canvas) -> Float[np.ndarray, "H W 6"]:
 def _corner(
     point: Float[Array, "*P"], size: Float[Array, "*P"]
 ) -> tuple[Float[Array, "*P"], Float[Array, "*P"]]:
-    """A point's upper left neighbour on its level, and how far beyond that it lies, 0 to 1."""
+    """A point's upper left neighbor on its level, and how far beyond that it lies, 0 to 1."""
     # A pixel outside its level nothing is left to sample: stopping there keeps every index valid.
     point = jnp.clip(point, -1.0, size)
     corner = jnp.clip(jnp.floor(point), -1.0, size - 1.0)

@@ -37,7 +37,7 @@ class DetCLIPConfig:
     neck_coarse_gain: on the initial laterals of the FPN's two coarser maps. 1 is FPN's own, right
         for a backbone that is pretrained. From noise, what comes from above tells fine positions
         nothing of themselves and drowns what the finest map tells: start it small.
-    similarity: how regions and texts are compared: 'cosine' (both L2-normalised) or 'dot' (raw).
+    similarity: how regions and texts are compared: 'cosine' (both L2-normalized) or 'dot' (raw).
     initial_scale: what cosines are multiplied by at the start: 1/0.07, CLIP's. With D = 256 the
         cosines of unrelated features spread by 1/16, so logits of negatives start within ±2 of the
         bias, and a cosine of 0.5 is already a confident yes: 0.5/0.07 - 4.6 = 2.5. Raw dot products
@@ -112,13 +112,13 @@ class DetCLIPConfig:
         return config_dict.to_dict(self)
 
 
-def normalise_images(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+def normalize_images(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
     """Pixels 0..255 to zero mean and unit variance a channel (ImageNet's), float32."""
     mean, std = np.asarray(IMAGE_MEAN, np.float32), np.asarray(IMAGE_STD, np.float32)
     return (images.astype(jnp.float32) - mean) / std
 
 
-def l2_normalise(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+def l2_normalize(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """Unit vectors; zeros stay zeros, with a finite gradient."""
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
@@ -129,7 +129,7 @@ class DetCLIP(nnx.Module):
 
     Args:
         cfg: its sizes.
-        rngs: initialises the parameters.
+        rngs: initializes the parameters.
     """
 
     def __init__(self, cfg: DetCLIPConfig, *, rngs: Draws):
@@ -149,18 +149,20 @@ class DetCLIP(nnx.Module):
         self.logit_bias = nnx.Param(jnp.asarray(bias, jnp.float32))
 
     def encode_image(
-        self, images: UInt8[Array, "B H W 3"], keep: Float[Array, "N 2 B"] | None = None
+        self,
+        images: UInt8[Array, "B H W 3"],
+        drop_path_factors: Float[Array, "N 2 B"] | None = None,
     ) -> RegionOutputs:
         """Embedding, box and centerness of every anchor of `anchor_grid(H, W, cfg.anchors)`.
 
         Args:
-            images: RGB, 0..255, any size; normalised here.
-            keep: drop path factors (`backbone.draw_drop_path`); None is inference.
+            images: RGB, 0..255, any size; normalized here.
+            drop_path_factors: drop path factors (`backbone.draw_drop_path`); None is inference.
 
         Returns:
             float32 outputs; the embeddings are unit vectors when `similarity` is 'cosine'.
         """
-        outputs = self.head(self.neck(self.backbone(normalise_images(images), keep)))
+        outputs = self.head(self.neck(self.backbone(normalize_images(images), drop_path_factors)))
         return dataclasses.replace(outputs, embeddings=self._comparable(outputs.embeddings))
 
     def encode_text(self, tokens: Int[Array, "M L"]) -> Float[Array, "M D"]:
@@ -182,7 +184,7 @@ class DetCLIP(nnx.Module):
         return products + self.logit_bias[...]
 
     def _comparable(self, x):
-        return l2_normalise(x) if self.cfg.similarity == "cosine" else x
+        return l2_normalize(x) if self.cfg.similarity == "cosine" else x
 
 
 def abstract(cfg: DetCLIPConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
@@ -196,21 +198,21 @@ def create(cfg: DetCLIPConfig, seed: int) -> tuple[nnx.GraphDef, dict[str, Any]]
     Every key is a string, so a parameter's path is its keys joined by '/'. The same seed gives the
     same parameters on any number of devices.
     """
-    return _initialiser(cfg)(jax.random.key(seed))
+    return _initializer(cfg)(jax.random.key(seed))
 
 
 @functools.cache
-def _initialiser(cfg: DetCLIPConfig):
+def _initializer(cfg: DetCLIPConfig):
     _, shapes = abstract(cfg)
     enough = sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
     @jax.jit
-    def initialise(key):
+    def initialize(key):
         # The barrier keeps the compiler from repeating the draw for every piece of it.
         draw = jax.lax.optimization_barrier(jax.random.normal(key, (enough,)))
         return _split(DetCLIP(cfg, rngs=Draws(draw)))
 
-    return initialise
+    return initialize
 
 
 def build(graphdef: nnx.GraphDef, params: Mapping[str, Any]) -> DetCLIP:

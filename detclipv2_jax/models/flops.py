@@ -1,4 +1,4 @@
-"""What a step's arithmetic comes to, counted from the sizes: the yardstick of every utilisation.
+"""What a step's arithmetic comes to, counted from the sizes: the yardstick of every utilization.
 
 A multiplication with its addition counts as two. Only matrix products, convolutions and bilinear
 samples are counted, each once and on real pixels: padding to windows, gaps of the head's canvas and
@@ -42,7 +42,7 @@ def dense_parts(cfg: DetCLIPConfig, height: int, width: int) -> dict[str, float]
     outputs = 9 * out * (cfg.head.embed_dim + 5)
     parts = {"neck": neck, "head": 2.0 * k * (taps * out + first + 2 * branch + outputs)}
     if cfg.head.deformable:
-        samples = 4 * taps  # four neighbours of nine points
+        samples = 4 * taps  # four neighbors of nine points
         parts["deformable"] = 2.0 * k * (9 * out * 27 + samples + taps * out)
     return parts
 

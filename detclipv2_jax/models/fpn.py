@@ -39,7 +39,7 @@ def _convolve(x, kernel, *_, **__):
 def upsample_to(
     coarse: Float[Array, "B H W C"], fine: Float[Array, "B H2 W2 C"]
 ) -> Float[Array, "B H2 W2 C"]:
-    """Nearest-neighbour upsampling to exactly the size of `fine`.
+    """Nearest-neighbor upsampling to exactly the size of `fine`.
 
     A stride-2 stage makes ⌈n/2⌉ of n, so `fine` is 2m or 2m - 1 wide; then repeating every pixel
     twice and cropping is what nearest interpolation to that size gives.
@@ -61,7 +61,7 @@ class FPN(nnx.Module):
         channels: width of every outgoing map.
         coarse_gain: on the initial laterals of all but the finest map.
         dtype: of the activations.
-        rngs: initialises the parameters (Xavier, as the reference's).
+        rngs: initializes the parameters (Xavier, as the reference's).
     """
 
     def __init__(

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float
 class Draws:
     """What modules take as `rngs`: hands out consecutive pieces of one long normal draw.
 
-    A random generator a parameter is what takes longest to compile in an initialisation (half a
+    A random generator a parameter is what takes longest to compile in an initialization (half a
     minute for the smallest model here on two cores, a second this way). Flax layers ask
-    `rngs.params()` for a key and hand it to their initialiser; here that key is this object, which
-    only the initialisers made by `normal` understand.
+    `rngs.params()` for a key and hand it to their initializer; here that key is this object, which
+    only the initializers made by `normal` understand.
 
     Args:
         values: the draw, at least as long as all that will be asked for; None gives zeros, where
@@ -37,22 +37,22 @@ class Draws:
 
 
 def normal(std: float):
-    """An initialiser of normal values with mean 0 and deviation `std`."""
+    """An initializer of normal values with mean 0 and deviation `std`."""
 
-    def initialise(draws: Draws, shape, dtype=jnp.float32, **_) -> Array:
+    def initialize(draws: Draws, shape, dtype=jnp.float32, **_) -> Array:
         return (std * draws.take(shape)).astype(dtype)
 
-    return initialise
+    return initialize
 
 
 def xavier(gain: float = 1.0):
-    """An initialiser of kernels (*window, in, out) with variance gain² · 2 / (inputs + outputs).
+    """An initializer of kernels (*window, in, out) with variance gain² · 2 / (inputs + outputs).
 
     Glorot & Bengio 2010.
     """
 
-    def initialise(draws: Draws, shape, dtype=jnp.float32, **_) -> Array:
+    def initialize(draws: Draws, shape, dtype=jnp.float32, **_) -> Array:
         fans = math.prod(shape[:-2]) * (shape[-2] + shape[-1])
         return normal(gain * math.sqrt(2 / fans))(draws, shape, dtype)
 
-    return initialise
+    return initialize

@@ -1,4 +1,4 @@
-"""Layer and group normalisation with float32, two-pass statistics and a closed-form gradient.
+"""Layer and group normalization with float32, two-pass statistics and a closed-form gradient.
 
 The gradient is written out because what autodiff makes of it is several times as many loops, each
 of which takes memory traffic to run and time to compile.
@@ -11,31 +11,31 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from detclipv2_jax.models.packed_levels import Canvas
+from detclipv2_jax.models.packed_levels import PackedLevels
 
 EPS = 1e-5
 
 
 @jax.custom_vjp
-def standardise(x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+def standardize(x: Float[Array, "... C"]) -> Float[Array, "... C"]:
     """Zero mean and unit variance of each position's channels: in float32, given in x's dtype."""
     return _forward(_channel_average, x)[0]
 
 
 @jax.custom_vjp
-def standardise_patches(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+def standardize_patches(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     """The same of the channels of each 2×2 patch together; the sides are even.
 
-    As `standardise` of patches that are laid side by side, but nothing is moved in float32.
+    As `standardize` of patches that are laid side by side, but nothing is moved in float32.
     """
     return _forward(_patch_average, x)[0]
 
 
 def _forward(average, x):
     wide = x.astype(jnp.float32)
-    centred = wide - average(wide)
-    inverse = jax.lax.rsqrt(average(jnp.square(centred)) + EPS)
-    y = (centred * inverse).astype(x.dtype)
+    centered = wide - average(wide)
+    inverse = jax.lax.rsqrt(average(jnp.square(centered)) + EPS)
+    y = (centered * inverse).astype(x.dtype)
     return y, (y, inverse)
 
 
@@ -63,15 +63,15 @@ def _patch_average(x: Float[Array, "B H W C"]) -> Float[Array, "B H W 1"]:
     return means.reshape(batch, height, width, 1)
 
 
-standardise.defvjp(
+standardize.defvjp(
     functools.partial(_forward, _channel_average), functools.partial(_backward, _channel_average)
 )
-standardise_patches.defvjp(functools.partial(_forward, _patch_average), _patches_backward)
+standardize_patches.defvjp(functools.partial(_forward, _patch_average), _patches_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def standardise_levels(
-    x: Float[Array, "B H W C"], groups: int, canvas: Canvas
+def standardize_levels(
+    x: Float[Array, "B H W C"], groups: int, canvas: PackedLevels
 ) -> Float[Array, "B H W C"]:
     """The same of each group of channels of each level of a canvas; the gaps are undefined.
 
@@ -84,10 +84,10 @@ def _levels_forward(x, groups, canvas):
     means, inverses = [], []
     for level in canvas.cut(x):
         means.append(_average(level.astype(jnp.float32), groups))
-        centred = level.astype(jnp.float32) - means[-1]
-        inverses.append(jax.lax.rsqrt(_average(jnp.square(centred), groups) + EPS))
-    centred = x.astype(jnp.float32) - _spread(means, canvas)
-    y = (centred * _spread(inverses, canvas)).astype(x.dtype)
+        centered = level.astype(jnp.float32) - means[-1]
+        inverses.append(jax.lax.rsqrt(_average(jnp.square(centered), groups) + EPS))
+    centered = x.astype(jnp.float32) - _spread(means, canvas)
+    y = (centered * _spread(inverses, canvas)).astype(x.dtype)
     return y, (y, inverses)
 
 
@@ -103,7 +103,7 @@ def _levels_backward(groups, canvas, saved, gradient):
     return ((wide * _spread(inverses, canvas)).astype(gradient.dtype),)
 
 
-standardise_levels.defvjp(_levels_forward, _levels_backward)
+standardize_levels.defvjp(_levels_forward, _levels_backward)
 
 
 def _average(level: Float[Array, "B H W C"], groups: int) -> Float[Array, "B 1 1 C"]:
@@ -119,7 +119,7 @@ def _group_average(values: Float[Array, "... C"], groups: int) -> Float[Array, "
     return grouped.reshape(values.shape)
 
 
-def _spread(values: list[Float[Array, "B 1 1 C"]], canvas: Canvas) -> Float[Array, "B H W C"]:
+def _spread(values: list[Float[Array, "B 1 1 C"]], canvas: PackedLevels) -> Float[Array, "B H W C"]:
     """Each pixel's level's. Selects instead of a gather: they melt into what reads the result."""
     return functools.reduce(
         lambda rest, entry: jnp.where(canvas.member(entry[0]), entry[1], rest),
@@ -129,7 +129,7 @@ def _spread(values: list[Float[Array, "B 1 1 C"]], canvas: Canvas) -> Float[Arra
 
 
 class LayerNorm(nnx.Module):
-    """Normalisation of each position's channels, then a learned scale and bias."""
+    """Normalization of each position's channels, then a learned scale and bias."""
 
     def __init__(self, width: int):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
@@ -137,15 +137,15 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         """Same shape and dtype."""
-        return self.finish(standardise(x))
+        return self.finish(standardize(x))
 
     def finish(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        """Scale and bias of what is standardised already."""
+        """Scale and bias of what is standardized already."""
         return x * self.scale[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
 
 
 class GroupNorm(nnx.Module):
-    """Normalisation of groups of channels over each level of a canvas, then a scale and a bias.
+    """Normalization of groups of channels over each level of a canvas, then a scale and a bias.
 
     Wu & He 2018. The levels share scale and bias, not statistics.
     """
@@ -155,10 +155,10 @@ class GroupNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
 
-    def __call__(self, x: Float[Array, "B H W C"], canvas: Canvas) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Float[Array, "B H W C"], canvas: PackedLevels) -> Float[Array, "B H W C"]:
         """Same shape and dtype; what stands in the gaps afterwards is undefined."""
         scale, bias = self.scale[...].astype(x.dtype), self.bias[...].astype(x.dtype)
-        return standardise_levels(x, self.groups, canvas) * scale + bias
+        return standardize_levels(x, self.groups, canvas) * scale + bias
 
     def factors(
         self,

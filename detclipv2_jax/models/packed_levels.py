@@ -1,9 +1,9 @@
 """All levels of a pyramid on one map, so that a shared head runs once instead of five times.
 
-A 3×3 convolution of the canvas is that of every level, because the one-pixel gaps between levels
-are the zeros that each level's own padding would be, as long as they are set back to zero after
-each layer (`Canvas.mask`). At 800×1344 the canvas is 13 % larger than its levels; the head of the
-smallest model compiles in half the time.
+A 3×3 convolution of the packed map is that of every level, because the one-pixel gaps between
+levels are the zeros of each level's own padding, as long as they are set back to zero after each
+layer (`PackedLevels.mask`). At 800×1344 the packed map is 13 % larger than its levels; the head of
+the smallest model compiles in half the time.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 
 @dataclasses.dataclass(frozen=True)
-class Canvas:
+class PackedLevels:
     """Where each level lies: alternately to the right of and below the one before it.
 
     `sizes` are the levels' (height, width), fine to coarse.

@@ -1,4 +1,4 @@
-"""Swin Transformer as a detection backbone: any image size in, three normalised maps out.
+"""Swin Transformer as a detection backbone: any image size in, three normalized maps out.
 
 Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021.
 Where the paper leaves a choice this follows its authors' detection code, so that published weights
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.models.initializers import Draws, normal
 from detclipv2_jax.models.loop import run_blocks
-from detclipv2_jax.models.norms import LayerNorm, standardise_patches
+from detclipv2_jax.models.norms import LayerNorm, standardize_patches
 from detclipv2_jax.models.remat import Remat, block_of, product
 from detclipv2_jax.ops.kernels import attention, layer_norm, mlp, patch_merging, place
 from detclipv2_jax.ops.kernels.place import Kernels
@@ -71,7 +71,7 @@ def shift_mask(height: int, width: int, window: int, shift: int) -> Bool[np.ndar
     """Which keys each query may see once a (height, width) map has been rolled by `shift`.
 
     The map's sides are multiples of `window`. After the roll a window at the bottom or right edge
-    holds tokens from opposite sides of the map; only those that were neighbours see each other.
+    holds tokens from opposite sides of the map; only those that were neighbors see each other.
     """
 
     def region(size):
@@ -108,10 +108,10 @@ def merge_windows(
 
 
 def drop_path(
-    x: Float[Array, "B H W C"], keep: Float[Array, " B"] | None
+    x: Float[Array, "B H W C"], factors: Float[Array, " B"] | None
 ) -> Float[Array, "B H W C"]:
-    """Multiply each sample's residual branch by its factor in `keep` (0, or 1 / (1 - rate))."""
-    return x if keep is None else x * keep.astype(x.dtype)[:, None, None, None]
+    """Multiply each sample's residual branch by its factor in `factors` (0, or 1 / (1 - rate))."""
+    return x if factors is None else x * factors.astype(x.dtype)[:, None, None, None]
 
 
 def drop_path_factors(
@@ -236,14 +236,16 @@ class SwinBlock(nnx.Module):
         self.mlp = Mlp(width, int(width * cfg.mlp_ratio), dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B H W C"], keep: Float[Array, "2 B"] | None
+        self, x: Float[Array, "B H W C"], factors: Float[Array, "2 B"] | None
     ) -> Float[Array, "B H W C"]:
-        """One block; `keep` are the drop path factors of its two branches, None at inference."""
+        """One block; `factors` are the drop path factors of its two branches, None at inference."""
         if self.has_kernels(x.shape):
-            return self._by_kernels(x, keep)
-        keep_attention, keep_mlp = (None, None) if keep is None else (keep[0], keep[1])
-        x = x + drop_path(self._attend(self.norm1(x)), keep_attention)
-        return x + drop_path(self.mlp(self.norm2(x)), keep_mlp)
+            return self._by_kernels(x, factors)
+        attention_factors, mlp_factors = (
+            (None, None) if factors is None else (factors[0], factors[1])
+        )
+        x = x + drop_path(self._attend(self.norm1(x)), attention_factors)
+        return x + drop_path(self.mlp(self.norm2(x)), mlp_factors)
 
     def _attend(self, x):
         _, height, width, _ = x.shape
@@ -266,14 +268,14 @@ class SwinBlock(nnx.Module):
         attend = attention.fast_memory(shape, self.attn.heads, self.window)
         return place.room() >= max(attend, mlp.fast_memory(shape, self.mlp.fc1.kernel.shape[1]))
 
-    def _by_kernels(self, x, keep):
+    def _by_kernels(self, x, factors):
         """The same by the kernels, which keep nothing but their input for the backward pass."""
-        keep = jnp.ones((2, len(x)), jnp.float32) if keep is None else keep
+        factors = jnp.ones((2, len(x)), jnp.float32) if factors is None else factors
         options = {"window": self.window, "shift": self.shift}
         attend = lambda images, weights: attention.attention_branch(*images, weights, **options)
-        x = place.on_each_device(attend, (x, keep[0]), self._attention_weights())
+        x = place.on_each_device(attend, (x, factors[0]), self._attention_weights())
         expand = lambda images, weights: mlp.mlp_branch(*images, weights)
-        return place.on_each_device(expand, (x, keep[1]), self._mlp_weights())
+        return place.on_each_device(expand, (x, factors[1]), self._mlp_weights())
 
     def _attention_weights(self) -> attention.Weights:
         attn, width = self.attn, self.norm1.scale.shape[0]
@@ -300,7 +302,7 @@ class SwinBlock(nnx.Module):
 
 
 class PatchMerging(nnx.Module):
-    """Halve the map: 2×2 neighbours concatenated, normalised, projected from 4C to 2C channels."""
+    """Halve the map: 2×2 neighbors concatenated, normalized, projected from 4C to 2C channels."""
 
     def __init__(self, width: int, *, dtype, kernels: Kernels = "auto", rngs: Draws):
         self.fused = kernels == "auto" and dtype == jnp.bfloat16
@@ -312,7 +314,7 @@ class PatchMerging(nnx.Module):
         x = pad_to_multiple(x, 2)
         if self.has_kernels(x.shape):
             return self._by_kernels(x)
-        x = standardise_patches(x)
+        x = standardize_patches(x)
         batch, height, width, channels = x.shape
         # The official order is (row, column) = 00, 10, 01, 11: columns outermost.
         x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 4, 2, 5)
@@ -334,7 +336,7 @@ class PatchMerging(nnx.Module):
 
 
 class PatchEmbed(nnx.Module):
-    """Non-overlapping patches, each flattened (row, column, colour) and projected, then a norm."""
+    """Non-overlapping patches, each flattened (row, column, color) and projected, then a norm."""
 
     def __init__(self, cfg: SwinConfig, *, dtype, kernels: Kernels = "auto", rngs: Draws):
         self.patch = cfg.patch_size
@@ -375,7 +377,7 @@ class Swin(nnx.Module):
         remat: what of a block is kept for the backward pass.
         loop: whether the pairs of blocks of a stage are a loop.
         kernels: "auto" runs blocks by kernels where there are TPUs and they can do it; "xla" never.
-        rngs: initialises the parameters.
+        rngs: initializes the parameters.
     """
 
     def __init__(
@@ -406,18 +408,18 @@ class Swin(nnx.Module):
         return drop_path_factors(key, np.asarray(self.rates), images)
 
     def __call__(
-        self, x: Float[Array, "B H W 3"], keep: Float[Array, "N 2 B"] | None = None
+        self, x: Float[Array, "B H W 3"], factors: Float[Array, "N 2 B"] | None = None
     ) -> tuple[Float[Array, "B H2 W2 C2"], ...]:
         """Maps of the last three stages (strides 8, 16, 32 for patches of 4), a LayerNorm on each.
 
         Args:
-            x: normalised images of any size.
-            keep: drop path factors of each block's two branches; None keeps every branch.
+            x: normalized images of any size.
+            factors: drop path factors of each block's two branches; None keeps every branch.
         """
         x = self.patch_embed(x.astype(self.dtype))
         maps, index = [], 0
         for number, stage in enumerate(self.layers):
-            here = None if keep is None else keep[index : index + len(stage.blocks)]
+            here = None if factors is None else factors[index : index + len(stage.blocks)]
             # The kernels compute again what they need by themselves.
             by_kernels = all(block.has_kernels(x.shape) for block in stage.blocks)
             run = block_of(SwinBlock.__call__, "none" if by_kernels else self.remat)

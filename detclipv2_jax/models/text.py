@@ -1,6 +1,6 @@
 """Text tower: CLIP's causal transformer over short concepts, one feature each.
 
-Radford et al. 2021 (architecture and initialisation); DetCLIPv2 encodes each concept as its own
+Radford et al. 2021 (architecture and initialization); DetCLIPv2 encodes each concept as its own
 sentence of at most 16 tokens.
 """
 
@@ -158,7 +158,7 @@ class TextTower(nnx.Module):
         remat: what of a block is kept for the backward pass.
         loop: whether the blocks are a loop.
         kernels: "auto" runs blocks by kernels where there are TPUs and they can do it; "xla" never.
-        rngs: initialises the parameters.
+        rngs: initializes the parameters.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class TextTower(nnx.Module):
         self.text_projection = nnx.Param(normal(std)(rngs, (cfg.width, cfg.embed_dim)))
 
     def __call__(self, tokens: Int[Array, "M L"]) -> Float[Array, "M D"]:
-        """Features of M concepts, not normalised, float32.
+        """Features of M concepts, not normalized, float32.
 
         Args:
             tokens: [SOT] … [EOS] then pads, L <= context. [EOS] has the largest id of the

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from detclipv2_jax.ops.boxes import iou
 
-# How far inside a box, in pixels, an anchor's centre must lie (the reference's 0.01).
+# How far inside a box, in pixels, an anchor's center must lie (the reference's 0.01).
 MIN_INSIDE = 0.01
 
 
@@ -23,9 +23,9 @@ def atss_assign(
     """Index of the box that each anchor of one image learns, -1 for background.
 
     Zhang et al., CVPR 2020, algorithm 1. A box's candidates are, on each level, the `topk` anchors
-    (or all, where a level has fewer) whose centres are nearest to its own. It claims those whose
+    (or all, where a level has fewer) whose centers are nearest to its own. It claims those whose
     IoU reaches the mean plus the unbiased standard deviation of all its candidates' IoUs and whose
-    centre lies inside it by more than 0.01 pixel. An anchor that several boxes claim takes the one
+    center lies inside it by more than 0.01 pixel. An anchor that several boxes claim takes the one
     with the largest IoU. Ties fall to the lower index, of anchors and of boxes.
 
     Anchors outside `anchor_mask` are as if they did not exist; `level_sizes` (fine to coarse) sum
@@ -54,12 +54,12 @@ def _nearest_anchors(
     boxes: Float[Array, "N 4"],
     topk: int,
 ) -> Int[Array, "N T"]:
-    anchor_centres = (anchors[:, :2] + anchors[:, 2:]) / 2
-    box_centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    anchor_centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    box_centers = (boxes[:, :2] + boxes[:, 2:]) / 2
     candidates, start = [], 0
     for size in level_sizes:
         level = slice(start, start + size)
-        offsets = box_centres[:, None] - anchor_centres[None, level]
+        offsets = box_centers[:, None] - anchor_centers[None, level]
         distances = jnp.sum(offsets**2, axis=-1)
         distances = jnp.where(anchor_mask[level], distances, jnp.inf)
         candidates.append(start + jax.lax.top_k(-distances, min(topk, size))[1])
@@ -80,8 +80,8 @@ def _thresholds(overlaps: Float[Array, "N T"], exists: Bool[Array, "N T"]) -> Fl
 
 
 def _depth_inside(anchors: Float[Array, "*n 4"], boxes: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
-    centres = (anchors[..., :2] + anchors[..., 2:]) / 2
-    return jnp.minimum(centres - boxes[..., :2], boxes[..., 2:] - centres).min(axis=-1)
+    centers = (anchors[..., :2] + anchors[..., 2:]) / 2
+    return jnp.minimum(centers - boxes[..., :2], boxes[..., 2:] - centers).min(axis=-1)
 
 
 def _largest_overlap_wins(

@@ -21,7 +21,7 @@ DELTA_STDS = (0.1, 0.1, 0.2, 0.2)  # ATSS's coder, DetCLIPv2 keeps it
 class AnchorConfig:
     """One square anchor a location (ATSS).
 
-    Its side is `scale` strides; the first centre lies `offset` strides from the canvas's corner.
+    Its side is `scale` strides; the first center lies `offset` strides from the canvas's corner.
     """
 
     strides: tuple[int, ...] = (8, 16, 32, 64, 128)
@@ -67,9 +67,9 @@ def encode_deltas(
 
     Sides under a thousandth of the anchor's (padding boxes have none) are taken as that.
     """
-    anchor_centres, anchor_sides = _centres_and_sides(anchors)
-    centres, sides = _centres_and_sides(boxes)
-    shift = (centres - anchor_centres) / anchor_sides
+    anchor_centers, anchor_sides = _centers_and_sides(anchors)
+    centers, sides = _centers_and_sides(boxes)
+    shift = (centers - anchor_centers) / anchor_sides
     growth = jnp.log(jnp.maximum(sides / anchor_sides, 1e-3))
     return jnp.concatenate([shift, growth], axis=-1) / jnp.asarray(stds, jnp.float32)
 
@@ -83,12 +83,12 @@ def decode_deltas(
 
     The log of a side's growth is clamped to +-MAX_LOG_RATIO; boxes are not clipped to the picture.
     """
-    anchor_centres, anchor_sides = _centres_and_sides(anchors)
+    anchor_centers, anchor_sides = _centers_and_sides(anchors)
     deltas = deltas.astype(jnp.float32) * jnp.asarray(stds, jnp.float32)
-    centres = anchor_centres + deltas[..., :2] * anchor_sides
+    centers = anchor_centers + deltas[..., :2] * anchor_sides
     growth = jnp.clip(deltas[..., 2:], -MAX_LOG_RATIO, MAX_LOG_RATIO)
     half = 0.5 * anchor_sides * jnp.exp(growth)
-    return jnp.concatenate([centres - half, centres + half], axis=-1)
+    return jnp.concatenate([centers - half, centers + half], axis=-1)
 
 
 def level_sizes(height: int, width: int, cfg: AnchorConfig) -> tuple[int, ...]:
@@ -105,14 +105,14 @@ def anchor_grid(height: int, width: int, cfg: AnchorConfig) -> np.ndarray:
     for stride in cfg.strides:
         x = (np.arange(math.ceil(width / stride)) + cfg.offset) * stride
         y = (np.arange(math.ceil(height / stride)) + cfg.offset) * stride
-        centres = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+        centers = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
         half = 0.5 * cfg.scale * stride
-        levels.append(np.concatenate([centres - half, centres + half], axis=-1))
+        levels.append(np.concatenate([centers - half, centers + half], axis=-1))
     return np.concatenate(levels).astype(np.float32)
 
 
 def anchors_inside(anchors: Float[Array, "K 4"], sizes: Int[Array, "B 2"]) -> Bool[Array, "B K"]:
-    """Which anchors have their centre on the picture, whose (height, width) are `sizes`."""
+    """Which anchors have their center on the picture, whose (height, width) are `sizes`."""
     x, y = (anchors[:, 0] + anchors[:, 2]) / 2, (anchors[:, 1] + anchors[:, 3]) / 2
     height, width = sizes[:, :1], sizes[:, 1:]
     return (x >= 0) & (y >= 0) & (x < width) & (y < height)
@@ -121,12 +121,12 @@ def anchors_inside(anchors: Float[Array, "K 4"], sizes: Int[Array, "B 2"]) -> Bo
 def centerness_targets(
     anchors: Float[Array, "*n 4"], boxes: Float[Array, "*n 4"]
 ) -> Float[Array, "*n"]:
-    """How central an anchor's centre lies in its box, 1 at the centre, 0 on or past an edge.
+    """How central an anchor's center lies in its box, 1 at the center, 0 on or past an edge.
 
     sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) of the distances to the edges (FCOS eq. 3).
     """
-    centres, _ = _centres_and_sides(anchors)
-    before, after = centres - boxes[..., :2], boxes[..., 2:] - centres
+    centers, _ = _centers_and_sides(anchors)
+    before, after = centers - boxes[..., :2], boxes[..., 2:] - centers
     near, far = jnp.minimum(before, after), jnp.maximum(before, after)
     inside = jnp.all(near > 0, axis=-1)
     # Outside, the ratio would be negative or 0 / 0, and the root's gradient NaN even when unused.
@@ -134,7 +134,7 @@ def centerness_targets(
     return jnp.where(inside, jnp.sqrt(ratio[..., 0] * ratio[..., 1]), 0.0)
 
 
-def _centres_and_sides(
+def _centers_and_sides(
     boxes: Float[Array, "*n 4"],
 ) -> tuple[Float[Array, "*n 2"], Float[Array, "*n 2"]]:
     return (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]

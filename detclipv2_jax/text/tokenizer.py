@@ -2,7 +2,7 @@
 
 A concept is a short text that the text tower encodes: a category name, a noun phrase, a whole
 caption. Inside a prepared source it is a *local* id, the line number in `concepts.jsonl`; across
-the sources of a run it is a *global* id, which `Dictionary` gives from 64-bit keys of normalised
+the sources of a run it is a *global* id, which `Dictionary` gives from 64-bit keys of normalized
 texts.
 """
 
@@ -43,7 +43,7 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 _CHUNK = 65536  # texts handed to the tokenizer at once: bounds its memory
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """A concept as CLIP cleans text: by ftfy (NFC, straight quotes, mended encodings, …), HTML
     unescaped twice, single spaces, lower case."""
     if not (text.isascii() and text.isprintable()):  # in which ftfy finds nothing but HTML to mend
@@ -72,7 +72,7 @@ def check_template(template: str, where: str) -> None:
 
 def key(text: str) -> int:
     """Stable 64-bit identity of a text, whatever its case, spacing or HTML escapes."""
-    digest = hashlib.blake2b(normalise(text).encode("utf-8", "surrogatepass"), digest_size=8)
+    digest = hashlib.blake2b(normalize(text).encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
 
 
@@ -136,7 +136,7 @@ def tokenize(texts: Sequence[str], context: int = CONTEXT) -> Int32[np.ndarray, 
 
 def _encode(texts: Sequence[str]) -> list[Encoding]:
     # Lone surrogates (broken \u escapes in somebody's JSON) cannot cross into the tokenizer.
-    clean = [normalise(text).encode("utf-8", "replace").decode("utf-8") for text in texts]
+    clean = [normalize(text).encode("utf-8", "replace").decode("utf-8") for text in texts]
     return tokenizer().encode_batch_fast(clean)
 
 
@@ -151,8 +151,8 @@ def fitted(
     Of a definition that is too long as many whole words are kept as fit; the bare name where not
     one does. A name that is too long by itself stays whole: `tokenize` cuts it.
     """
-    names = [normalise(name) for name in names]
-    words = [normalise(definition or "").split() for definition in definitions]
+    names = [normalize(name) for name in names]
+    words = [normalize(definition or "").split() for definition in definitions]
     lengths: dict[str, int] = {}
     # By halving, for all texts at once: `kept` words fit (0: the bare name), beyond `most` none do.
     kept = np.zeros(len(words), int)

@@ -1,6 +1,6 @@
 """WordNet 3.0's nouns: what a word means, which words mean the same, the singular of a plural.
 
-The data lies beside this file (assets/wordnet/, with Princeton's licence; made by
+The data lies beside this file (assets/wordnet/, with Princeton's license; made by
 scripts/vendor_wordnet.py). It is read when it is first asked for, in about half a second.
 """
 

@@ -39,7 +39,7 @@ def loss_and_gradient(
     graphdef: Any,
     config: LossConfig,
     count: int,
-    gathered: NamedSharding | None,
+    replicated: NamedSharding | None,
 ) -> tuple[Value, PyTree]:
     """((loss, its parts), gradient by the parameters), the images in `count` parts a device.
 
@@ -50,27 +50,27 @@ def loss_and_gradient(
       graphdef: the model's.
       config: the losses'.
       count: 1 takes the batch whole, 2 or more hold so many times fewer activations.
-      gathered: how all devices hold an array whole; None on one device.
+      replicated: how all devices hold an array whole; None on one device.
     """
 
     def whole(params: PyTree) -> detclip.DetCLIP:
-        if gathered is not None:  # else the compiler would split activations as parameters are
-            params = jax.lax.with_sharding_constraint(params, gathered)
+        if replicated is not None:  # else the compiler would split activations as parameters are
+            params = jax.lax.with_sharding_constraint(params, replicated)
         return detclip.build(graphdef, params)
 
     if count == 1:
         loss_of = objective.losses_of(batch.kind)
-        run = lambda params: loss_of(whole(params), batch, config, key, gathered)  # noqa: E731
+        run = lambda params: loss_of(whole(params), batch, config, key, replicated)  # noqa: E731
         return jax.value_and_grad(run, has_aux=True)(params)
 
     concepts, by_concepts = jax.vjp(
-        lambda params: objective.encode_concepts(whole(params), batch.tokens, gathered), params
+        lambda params: objective.encode_concepts(whole(params), batch.tokens, replicated), params
     )
-    keep = whole(params).backbone.draw_drop_path(key, len(batch.images))
+    drop_path_factors = whole(params).backbone.draw_drop_path(key, len(batch.images))
     images = {"pixels": batch.images, "sizes": batch.sizes}
-    if keep is not None:
-        images["keep"] = jnp.moveaxis(keep, -1, 0)
-    mesh = None if gathered is None else gathered.mesh
+    if drop_path_factors is not None:
+        images["drop_path_factors"] = jnp.moveaxis(drop_path_factors, -1, 0)
+    mesh = None if replicated is None else replicated.mesh
     in_parts = _image_text if batch.kind == "image_text" else _dense
     value, gradient, slope = in_parts(
         params, concepts, images, batch, lambda params: detclip.build(graphdef, params),
@@ -100,7 +100,7 @@ def _dense(
 
     marks = {"sizes": batch.sizes, "boxes": batch.boxes, "labels": batch.labels}
     targets = map_parts(assign, (), marks, count, mesh)
-    divisors = objective.normalisers(targets)
+    divisors = objective.normalizers(targets)
 
     def loss_of(learned: PyTree, fixed: PyTree, part: dict[str, Any]) -> Value:
         params, concepts = learned
@@ -171,8 +171,11 @@ def _image_text(
 
 
 def _encode(model: detclip.DetCLIP, part: dict[str, Array]) -> detclip.RegionOutputs:
-    keep = part.get("keep")
-    return model.encode_image(part["pixels"], None if keep is None else jnp.moveaxis(keep, 0, -1))
+    drop_path_factors = part.get("drop_path_factors")
+    return model.encode_image(
+        part["pixels"],
+        None if drop_path_factors is None else jnp.moveaxis(drop_path_factors, 0, -1),
+    )
 
 
 def map_parts(

@@ -12,7 +12,7 @@ from detclipv2_jax.common import config_dict
 from detclipv2_jax.data.config import DataConfig
 from detclipv2_jax.evaluation.config import EvalConfig
 from detclipv2_jax.models.detclip import DetCLIPConfig
-from detclipv2_jax.training.initialise import InitConfig
+from detclipv2_jax.training.initialize import InitConfig
 from detclipv2_jax.training.objective import LossConfig
 from detclipv2_jax.training.optimizer import OptimizerConfig
 
@@ -21,12 +21,14 @@ from detclipv2_jax.training.optimizer import OptimizerConfig
 class TrainConfig:
     """Length and rhythm of a run, in epochs and steps."""
 
+    RENAMED = {"keep": "keep_checkpoints"}
+
     epochs: float = 12.0  # passes over every source (paper §4.1)
     log_every: int = 50
     checkpoint_every: int = 1000  # steps between checkpoints
     eval_every: int = 0  # steps between evaluations; 0 = only after the last step
     eval_first: bool = False  # before the first step as well: what a fine-tuning starts from
-    keep: int = 3  # newest checkpoints kept, beside the best
+    keep_checkpoints: int = 3  # newest checkpoints kept, beside the best
     max_skipped: int = 20  # non-finite or spiking steps in a row after which the run stops
 
 

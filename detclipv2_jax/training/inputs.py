@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import config as config_lib
 from detclipv2_jax.data.batch import Batch
-from detclipv2_jax.data.dictionary import Lexicon
+from detclipv2_jax.data.dictionary import Dictionary
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.plan import KindPlan, Plan
-from detclipv2_jax.data.vocabulary import Dictionary
+from detclipv2_jax.data.vocabulary import Vocabulary
 from detclipv2_jax.text.tokenizer import CONTEXT
 from detclipv2_jax.training.config import RunConfig
 from detclipv2_jax.training.sharding import batch_shardings
@@ -49,7 +49,7 @@ def open_data(config: RunConfig) -> tuple[Plan, dict[str, Source], list[str]]:
             batch_size=c.batch_size,
             shapes=c.shapes,
             table_size=c.table_size,
-            negatives=c.negatives,
+            concepts_per_image=c.concepts_per_image,
             max_boxes=c.max_boxes,
             texts_per_image=c.texts_per_image,
             begin=c.begin,
@@ -57,14 +57,14 @@ def open_data(config: RunConfig) -> tuple[Plan, dict[str, Source], list[str]]:
         )
         for kind, c in kinds.items()
     ]
-    dictionary = Dictionary(
+    vocabulary = Vocabulary(
         sources,
-        Lexicon.open(root / config.data.concepts) if config.data.concepts else None,
+        Dictionary.open(root / config.data.dictionary) if config.data.dictionary else None,
         defined=[kind for kind, c in kinds.items() if c.definitions],
         template=config.data.template,
     )
-    names = dictionary.names(dictionary.pool("detection"))
-    return Plan(sources, dictionary, plans, config.seed), sources, names
+    names = vocabulary.names(vocabulary.pool("detection"))
+    return Plan(sources, vocabulary, plans, config.seed), sources, names
 
 
 def without_missing(root: Path, config: config_lib.KindConfig) -> config_lib.KindConfig:

@@ -1,4 +1,4 @@
-"""What a step minimises: the losses of a global batch of each kind (paper §3)."""
+"""What a step minimizes: the losses of a global batch of each kind (paper §3)."""
 
 import dataclasses
 import functools
@@ -25,9 +25,11 @@ Losses = dict[str, Float[Array, ""]]
 class ProposalConfig:
     """Which regions of a captioned image its concepts may choose from (paper §3.3)."""
 
+    RENAMED = {"pre_nms": "pre_nms_top_k"}
+
     score: contrastive.ProposalScore = "batch"
     group: int = 192  # images whose concepts score a region together: the paper's batch a device
-    pre_nms: int = 1000  # best regions a pyramid level that enter NMS [ours]
+    pre_nms_top_k: int = 1000  # best regions a pyramid level that enter NMS [ours]
     nms_iou: float = 0.6  # [ours]
     k: int = 100  # regions an image
 
@@ -46,11 +48,13 @@ class LossConfig:
 
 
 def encode_concepts(
-    model: DetCLIP, tokens: Int[Array, "M L"], gathered: NamedSharding | None
+    model: DetCLIP, tokens: Int[Array, "M L"], replicated: NamedSharding | None
 ) -> Float[Array, "M D"]:
-    """The step's concepts, each encoded once by one device and then held by all (`gathered`)."""
+    """The step's concepts, each encoded once by one device and then held by all (`replicated`)."""
     features = model.encode_text(tokens)
-    return features if gathered is None else jax.lax.with_sharding_constraint(features, gathered)
+    return (
+        features if replicated is None else jax.lax.with_sharding_constraint(features, replicated)
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -94,7 +98,7 @@ def dense_targets(
     )
 
 
-def normalisers(targets: Targets) -> Losses:
+def normalizers(targets: Targets) -> Losses:
     """What the global batch's losses are divided by, as in ATSS."""
     return {
         "positives": jnp.maximum(targets.positive.sum(), 1).astype(jnp.float32),
@@ -107,26 +111,26 @@ def dense_losses(
     batch: Batch,
     config: LossConfig,
     key: PRNGKeyArray | None,
-    gathered: NamedSharding | None = None,
+    replicated: NamedSharding | None = None,
 ) -> tuple[Array, Losses]:
     """Detection and grounding: every anchor against every concept of the global batch.
 
-    L = L_align + α L_box + β L_ctr, and L_align alone for grounding (paper eq. 6). Normalised as in
+    L = L_align + α L_box + β L_ctr, and L_align alone for grounding (paper eq. 6). Normalized as in
     ATSS by the positives of the global batch; GIoU is weighted by the centerness target.
     """
-    keep = model.backbone.draw_drop_path(key, len(batch.images))
-    regions = model.encode_image(batch.images, keep)
-    texts = model.scale() * encode_concepts(model, batch.tokens, gathered)
+    drop_path_factors = model.backbone.draw_drop_path(key, len(batch.images))
+    regions = model.encode_image(batch.images, drop_path_factors)
+    texts = model.scale() * encode_concepts(model, batch.tokens, replicated)
     canvas, with_boxes = batch.images.shape[1:3], has_box_losses(batch.kind, config)
     assign = functools.partial(
         dense_targets, canvas=canvas, grid=model.cfg.anchors, candidates=config.candidates
     )
-    if gathered is not None:
+    if replicated is not None:
         # Said image by image: the compiler would gather what a top-k reads, gigabytes of distances.
-        split = PartitionSpec(gathered.mesh.axis_names)
-        assign = jax.shard_map(assign, mesh=gathered.mesh, in_specs=split, out_specs=split)
+        split = PartitionSpec(replicated.mesh.axis_names)
+        assign = jax.shard_map(assign, mesh=replicated.mesh, in_specs=split, out_specs=split)
     targets = assign(batch.sizes, batch.boxes, batch.labels)
-    divisors = normalisers(targets)
+    divisors = normalizers(targets)
     total, parts = matched_losses(
         model, regions, texts, batch.token_mask, targets, divisors, canvas, config, with_boxes
     )
@@ -149,7 +153,7 @@ def matched_losses(
     config: LossConfig,
     with_boxes: bool,
 ) -> tuple[Array, Losses]:
-    """The dense losses of some of a global batch's images: sums over `normalisers` of all of it.
+    """The dense losses of some of a global batch's images: sums over `normalizers` of all of it.
 
     `texts` come multiplied by the similarity's scale.
     """
@@ -195,12 +199,12 @@ def image_text_losses(
     batch: Batch,
     config: LossConfig,
     key: PRNGKeyArray | None,
-    gathered: NamedSharding | None = None,
+    replicated: NamedSharding | None = None,
 ) -> tuple[Array, Losses]:
     """Image-text pairs: λ L_cts between the captions' concepts and chosen regions (eq. 3–5)."""
-    keep = model.backbone.draw_drop_path(key, len(batch.images))
-    regions = model.encode_image(batch.images, keep)
-    concepts = encode_concepts(model, batch.tokens, gathered)
+    drop_path_factors = model.backbone.draw_drop_path(key, len(batch.images))
+    regions = model.encode_image(batch.images, drop_path_factors)
+    concepts = encode_concepts(model, batch.tokens, replicated)
     pools = concept_pools(batch, config)
     chosen = select_regions(
         model, regions, concepts, pools, batch.sizes, batch.images.shape[1:3], config.proposals
@@ -266,7 +270,7 @@ def select_regions(
     def select(box: Float[Array, "K 4"], score: Float[Array, " K"], mask: Bool[Array, " K"]) -> Any:
         return nms.select_proposals(
             box, score, mask, levels,
-            pre_nms_per_level=config.pre_nms, iou_threshold=config.nms_iou, k=config.k,
+            pre_nms_per_level=config.pre_nms_top_k, iou_threshold=config.nms_iou, k=config.k,
         )  # fmt: skip
 
     indices, mask = jax.vmap(select)(boxes, objectness, inside)

@@ -30,15 +30,15 @@ def step_function(
     """
     kinds = config.data.kinds()
     for kind, c in kinds.items():
-        accumulate.check(c.batch_size, mesh.size, c.accumulate, kind)
+        accumulate.check(c.batch_size, mesh.size, c.micro_batches, kind)
     return functools.partial(
         train_step,
         graphdef=graphdef,
         optimizer=rule,
         config=config.loss,
         seed=config.seed,
-        parts={kind: c.accumulate for kind, c in kinds.items()},
-        gathered=sharding.replicated(mesh),
+        micro_batches={kind: c.micro_batches for kind, c in kinds.items()},
+        replicated=sharding.replicated(mesh),
     )
 
 

@@ -23,13 +23,13 @@ def train_step(
     optimizer: AdamW,
     config: LossConfig,
     seed: int,
-    parts: Mapping[str, int],
-    gathered: NamedSharding | None = None,
+    micro_batches: Mapping[str, int],
+    replicated: NamedSharding | None = None,
 ) -> tuple[TrainState, Losses]:
     """One update on one global batch of one kind.
 
-    `parts` says for each kind into how many parts each device's share of the images is cut, to be
-    forwarded one after another; the update is that of the whole batch. `gathered` is how all
+    `micro_batches` says for each kind into how many micro-batches each device's images are cut, to
+    be forwarded one after another; the update is that of the whole batch. `replicated` is how all
     devices hold an array whole; None on one device.
 
     A step whose loss or gradient is not finite, or whose gradient is a spike (`spikes.judge`),
@@ -42,7 +42,7 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
     (loss, figures), gradients = accumulate.loss_and_gradient(
-        state.params, batch, key, graphdef, config, parts.get(batch.kind, 1), gathered
+        state.params, batch, key, graphdef, config, micro_batches.get(batch.kind, 1), replicated
     )
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)

@@ -13,7 +13,7 @@ from detclipv2_jax.data import pipeline
 from detclipv2_jax.data.transforms import TransformConfig
 from detclipv2_jax.models import detclip
 from detclipv2_jax.training import clock as clock_lib
-from detclipv2_jax.training import initialise, inputs, metrics, optimizer, sharding
+from detclipv2_jax.training import initialize, inputs, metrics, optimizer, sharding
 from detclipv2_jax.training import state as state_lib
 from detclipv2_jax.training.checkpointer import Checkpointer
 from detclipv2_jax.training.config import RunConfig
@@ -21,7 +21,7 @@ from detclipv2_jax.training.inputs import open_data
 from detclipv2_jax.training.programs import compile_programs, step_function
 from detclipv2_jax.training.recorder import Recorder, is_due, report
 from detclipv2_jax.training.sharding import state_shardings
-from detclipv2_jax.training.validation import BEFORE, Evaluator, headline, scalars
+from detclipv2_jax.training.validation import BEFORE, Validator, headline, scalars
 
 
 def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[str, Any] | None:
@@ -46,23 +46,23 @@ def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[
     rehearsed = f"; of these {n} rehearse" if (n := plan.rehearsal_batches) else ""
     print(f"{total_steps} steps; an epoch is {plan.steps_per_epoch}: {batches}{rehearsed}")
 
-    definitions = plan.dictionary.definitions("detection")
+    definitions = plan.vocabulary.definitions("detection")
     if definitions:
         known = sum(name in definitions for name in names)
         print(f"{known} of {len(names)} detection names have a definition")
 
     # ---- Model, optimizer, state: restored if this workdir has a checkpoint.
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    evaluator = Evaluator(config, definitions, workdir, mesh) if config.eval.dataset else None
+    validator = Validator(config, definitions, workdir, mesh) if config.eval.dataset else None
     graphdef, params = detclip.create(config.model, config.seed)
     millions = sum(p.size for p in jax.tree.leaves(params)) / 1e6
     print(f"{millions:.2f} M parameters on {mesh.size} device(s) ({jax.devices()[0].device_kind})")
     rule = optimizer.create(config.optimizer, params, total_steps)
     step_fn = step_function(config, graphdef, rule, mesh)
-    checkpointer = Checkpointer(workdir, config.train.keep)
+    checkpointer = Checkpointer(workdir, config.train.keep_checkpoints)
     if checkpointer.latest is None:
-        params, origins = initialise.initialise(params, config.init)
-        print(initialise.table(origins), end="\n" * bool(origins))
+        params, origins = initialize.initialize(params, config.init)
+        print(initialize.table(origins), end="\n" * bool(origins))
     state = state_lib.create(params, rule)
     shardings = state_shardings(mesh, state)
     state = jax.device_put(state, shardings)
@@ -104,9 +104,9 @@ def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[
     on_device = inputs.prefetch(feed, mesh)
     results, stop = None, StopRequest()
     clock.go_on(earlier, log.seconds)
-    if evaluator and config.train.eval_first and start == 0:
+    if validator and config.train.eval_first and start == 0:
         with clock("evaluate"):
-            before = evaluator(graphdef, state)
+            before = validator(graphdef, state)
             log.write(0, scalars(before))
             progress.say(f"before the first step: {headline(before):.4f} AP")
         if first:
@@ -123,10 +123,10 @@ def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[
         stopping = stop.is_due(step + 1)
         last, score = step + 1 == total_steps, None
         due = is_due(step + 1, config.train.eval_every) and not stopping
-        if evaluator and (last or due):
+        if validator and (last or due):
             recorder.finish()
             with clock("evaluate"), only_said():
-                results = evaluator(graphdef, state)
+                results = validator(graphdef, state)
                 score = headline(results)
                 log.write(step + 1, scalars(results))
                 progress.say(f"step {step + 1}: {score:.4f} AP")
@@ -150,9 +150,9 @@ def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[
         checkpointer.close()
 
     # ---- What came of it.
-    if evaluator and results is None:
+    if validator and results is None:
         with clock("evaluate"):
-            results = evaluator(graphdef, state)
+            results = validator(graphdef, state)
     report(workdir if first else None, results, clock, int(state.skipped), feed)
     feed.close()
     return results
@@ -167,7 +167,7 @@ def _changes(before: dict[str, Any], config: RunConfig) -> str:
     now = json.loads(
         json.dumps(config_dict.to_dict(config))
     )  # as the checkpoint's went through JSON
-    old, new = _flat(before), _flat(now)
+    old, new = _flat(config_dict.upgraded(RunConfig, before)), _flat(now)
     changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in old | new if old.get(k) != new.get(k)]
     return f", with a changed config ({'; '.join(changed)})" if changed else ""
 

@@ -6,9 +6,7 @@ from typing import Any
 
 import jax
 
-from detclipv2_jax.common import config_dict
 from detclipv2_jax.evaluation import datasets, measure
-from detclipv2_jax.inference.predict import detect_config
 from detclipv2_jax.inference.predictor import Predictor
 from detclipv2_jax.inference.prompts import prompting
 from detclipv2_jax.training import sharding
@@ -19,7 +17,7 @@ BEFORE = "before.json"  # in the workdir: results before the first step, if the 
 ZERO_SHOT = "zero_shot"  # the second validation set's results
 
 
-class Evaluator:
+class Validator:
     """Measures the averaged parameters on the config's validation sets and draws some of them."""
 
     def __init__(
@@ -42,7 +40,7 @@ class Evaluator:
             name: (datasets.load_ground_truth(root / dataset), root / images)
             for name, (dataset, images) in sets.items()
         }
-        self._prompts = prompting(config_dict.to_dict(config), definitions)
+        self._prompts = prompting(config.eval, definitions, config.data.template)
         self._predictor: Predictor | None = None
 
     def __call__(self, graphdef: Any, state: TrainState) -> dict[str, Any]:
@@ -56,14 +54,14 @@ class Evaluator:
                 graphdef,
                 state.ema,
                 canvas=config.canvas,
-                config=detect_config(config_dict.to_dict(self._config)),
+                config=config.decoding,
                 batch_size=-(-config.batch_size // self._mesh.size) * self._mesh.size,
                 batch_sharding=sharding.split(self._mesh),
             )
         self._predictor.params = state.ema
         first = jax.process_index() == 0
         every = {
-            name: measure.evaluate(
+            name: measure.measure_model(
                 self._predictor,
                 truth,
                 images,

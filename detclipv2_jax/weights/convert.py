@@ -33,7 +33,7 @@ class Report:
     publisher: str
     loaded: tuple[str, ...]  # our parameters
     resized: tuple[str, ...]  # of these, the ones that the file has in another size
-    left: tuple[str, ...]  # our parameters that stay as initialised
+    left: tuple[str, ...]  # our parameters that stay as initialized
     skipped: tuple[str, ...]  # the file's tensors that no parameter is made of
 
 
@@ -48,15 +48,15 @@ def convert(
 
     Args:
         tensors: by the publisher's names.
-        layouts: the ones to recognise them by.
+        layouts: the ones to recognize them by.
         wanted: shapes of our parameters by path, 'backbone/…' for the part 'backbone'.
         part: '' is the whole model.
         path: of the file, for errors and the report.
 
     Raises:
-        UserError: as `initialise`.
+        UserError: as `initialize`.
     """
-    layout, prefix = _recognise(path, part, tensors, layouts)
+    layout, prefix = _recognize(path, part, tensors, layouts)
     found, resized, left, used = {}, [], [], set()
     for name, shape in wanted.items():
         local = name.removeprefix(part + "/")
@@ -78,7 +78,7 @@ def convert(
     return found, report
 
 
-def _recognise(
+def _recognize(
     path: str, part: str, names: Iterable[str], layouts: Sequence[Layout]
 ) -> tuple[Layout, str]:
     for layout in layouts:
@@ -102,7 +102,7 @@ def _parameter(
     local: str,
     shape: tuple[int, ...],
 ) -> np.ndarray | None:
-    """One parameter from its tensors; None if it is one that may be left as initialised."""
+    """One parameter from its tensors; None if it is one that may be left as initialized."""
     section = f"config.{_SECTIONS[name.split('/')[0]]}"
     for source in sources:
         if source not in tensors:

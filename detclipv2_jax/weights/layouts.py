@@ -22,7 +22,7 @@ class Layout:
         splits: a renamed path's pattern, and the names of the tensors that are joined to make it.
         convert: by a pattern on our path, how tensors become the parameter; the first that matches.
         optional: patterns on our paths that a file may lack or have in another shape; they are then
-            left as initialised.
+            left as initialized.
     """
 
     publisher: str
@@ -49,7 +49,7 @@ class Layout:
         return [name]
 
     def is_optional(self, path: str) -> bool:
-        """May `path` be left as initialised?"""
+        """May `path` be left as initialized?"""
         return any(re.fullmatch(pattern, path) for pattern in self.optional)
 
     def converter(self, path: str) -> Convert:

@@ -2,7 +2,7 @@
 
 All were trained with the same arithmetic; they differ in names, in where the patch merging is kept,
 in whether query, key and value are one tensor, and MMDetection in the order of the merged
-neighbours.
+neighbors.
 """
 
 import cv2
@@ -12,7 +12,7 @@ from detclipv2_jax.weights.layouts import Convert, Layout, as_is, linear
 
 
 def _patches(tensors: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """A (C, 3, p, p) convolution as a matrix of flattened patches (row, column, colour)."""
+    """A (C, 3, p, p) convolution as a matrix of flattened patches (row, column, color)."""
     (kernel,) = tensors
     return kernel.transpose(2, 3, 1, 0).reshape(-1, len(kernel))
 
@@ -20,7 +20,7 @@ def _patches(tensors: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
 def _bias_table(tensors: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
     """Relative position biases, resampled bicubically where the window has another size.
 
-    ((2W - 1)², heads): every head's table is a picture of 2W - 1 pixels a side; half-pixel centres
+    ((2W - 1)², heads): every head's table is a picture of 2W - 1 pixels a side; half-pixel centers
     and a = -0.75, as the official code's `F.interpolate(mode="bicubic")`.
     """
     (table,) = tensors
@@ -35,7 +35,7 @@ def _bias_table(tensors: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray
 
 
 def _merging(convert: Convert) -> Convert:
-    """MMDetection merges neighbours as `unfold` does: channel, row, column. Ours: column, row,
+    """MMDetection merges neighbors as `unfold` does: channel, row, column. Ours: column, row,
     channel."""
 
     def reordered(tensors: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:

@@ -22,7 +22,7 @@ import numpy as np
 from detclipv2_jax.data import dictionary as dictionary_lib
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.plan import KindPlan, Plan
-from detclipv2_jax.data.vocabulary import Dictionary
+from detclipv2_jax.data.vocabulary import Vocabulary
 from detclipv2_jax.text import phrases
 from detclipv2_jax.text.tokenizer import keys, pack_tokens, tokenize, tokenizer
 from detclipv2_jax.text.wordnet import WordNet, wordnet
@@ -69,9 +69,9 @@ def time_dictionary(folder: Path) -> None:
     tokenizer()
     source = grounding(names)
 
-    def opened() -> Dictionary:
-        lexicon = dictionary_lib.Lexicon.open(folder)
-        return Dictionary({"grounding": source}, lexicon, defined=["grounding"])
+    def opened() -> Vocabulary:
+        dictionary = dictionary_lib.Dictionary.open(folder)
+        return Vocabulary({"grounding": source}, dictionary, defined=["grounding"])
 
     print(f"read, tokens of all with definitions{seconds(opened):9.2f} s")
     dictionary = opened()

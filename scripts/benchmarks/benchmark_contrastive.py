@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--images", default="256,512,1024,2048", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default: %(default)s)")
     parser.add_argument(
-        "--plain-up-to", type=int, default=1024, help="run the plain formula to this batch"
+        "--plain_up_to", type=int, default=1024, help="run the plain formula to this batch"
     )
     args = parser.parse_args()
     rows = []

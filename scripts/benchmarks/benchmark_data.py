@@ -1,18 +1,18 @@
 """How fast training is fed: images a second against what decoding alone, and PyTorch, would give.
 
-    python scripts/benchmarks/benchmark_data.py --output=DIR [--photos=FOLDER] [--full-size]
+    python scripts/benchmarks/benchmark_data.py --output=DIR [--photos=FOLDER] [--full_size]
 
 Three contestants do the work of `configs/pretrain.py:swin_t` on the same JPEGs, on all cores:
 `pipeline`, ours, from prepared records to batches; `decoding`, the ceiling: the same bytes from
 memory through TensorFlow's decoder with the same reduction and threads, nothing else;
 `dataloader`, PyTorch's DataLoader, a worker a core, with OpenCV (imread with the same reduction,
 crop, resize, flip, stack). Three sorts of work: image-text at 320x320; the same from pictures
-stored at a long side of 448, as `--store-side=448` of the preparation stores them; detection at
+stored at a long side of 448, as `--store_side=448` of the preparation stores them; detection at
 800x1344. The contestants take turns, a round each, in steady state; ratios are those of a round,
 the table shows their medians. Processor time counts too: it says more than the clock on a machine
 that others use.
 
-Without --photos, 256 made-up photos of 640x480 are used. --full-size adds start-up, planning and
+Without --photos, 256 made-up photos of 640x480 are used. --full_size adds start-up, planning and
 memory on a made-up index of the paper's size (full_size.py). Prints Markdown and writes
 DIR/benchmark_data.json; the records made for it stay in DIR.
 """
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, help="a round of each contestant (default: by work)")
     parser.add_argument("--work", action="append", choices=WORKS, help="only this (repeatable)")
-    parser.add_argument("--full-size", action="store_true", help="also the paper's size")
+    parser.add_argument("--full_size", action="store_true", help="also the paper's size")
     args = parser.parse_args()
     try:
         figures = {"machine": machine(), "photos": str(args.photos or "made up"), "speed": {}}
@@ -296,7 +296,7 @@ def _contestant(pipe: Any, name: str, kind: str, source: str, paths: list[str], 
 
 
 def _recipe(kind: str) -> tuple[tuple[int, int], transforms_lib.TransformConfig]:
-    """Canvas and augmentation of the paper's recipe; of three canvases the first."""
+    """PackedLevels and augmentation of the paper's recipe; of three canvases the first."""
     from detclipv2_jax.training import config as config_lib
     from detclipv2_jax.training import recipes
 
@@ -324,7 +324,7 @@ def _pipeline(kind: str, path: Path, paths: list[str], size: int) -> Iterator[in
     cut = plan.KindPlan(
         kind, (source.name,), size, (shape,), 512, texts_per_image=texts, max_boxes=boxes
     )
-    planned = plan.Plan(sources, vocabulary.Dictionary(sources), [cut], 0)
+    planned = plan.Plan(sources, vocabulary.Vocabulary(sources), [cut], 0)
     feed = pipeline.batches(planned, sources, {kind: config}, start=0, stop=10**9)
     try:
         for _, batch in feed:

@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 
 from detclipv2_jax.common.atomic import replacing, write_json
 from detclipv2_jax.inference import predictor as predictor_lib
-from detclipv2_jax.inference.predict import DetectConfig
+from detclipv2_jax.inference.config import DecodeConfig
 from detclipv2_jax.inference.predictor import Predictor, Texts, table_size
 from detclipv2_jax.models import sizes
 from detclipv2_jax.models.detclip import create
@@ -43,7 +43,7 @@ CHUNK = 40  # names that Grounding DINO reads at once
 PIECE = 256  # names that a text tower encodes at once
 HEIGHT, WIDTH = 800, 1333
 OURS, DINO, OWL = "DetCLIPv2, ours", "Grounding DINO", "OWLv2"
-COLOURS = "red green blue white black grey brown pink yellow purple"
+COLORS = "red green blue white black grey brown pink yellow purple"
 SORTS = "small large old new broken wooden metal plastic paper glass striped spotted wet dry round "
 SORTS += "flat tall short open closed folded hanging lying standing toy painted rusty shiny dusty "
 SORTS += "cheap modern antique tiny huge narrow wide curved straight empty full"
@@ -56,7 +56,7 @@ THINGS += "ladder bucket hammer sofa window"
 def names(count: int) -> list[str]:
     """The first of 22,000 different names of one to three words."""
     things, sorts = THINGS.split(), ["", *SORTS.split()]
-    every = itertools.product(["", *COLOURS.split()], sorts, things)
+    every = itertools.product(["", *COLORS.split()], sorts, things)
     found = [" ".join(filter(None, words)) for words in itertools.islice(every, count)]
     if len(set(found)) != count:
         raise SystemExit(f"there are no {count} names; ask for at most {len(set(found))}.")
@@ -82,7 +82,7 @@ class Ours:
 
     def _fresh(self) -> Predictor:
         # Standard AP's 300 boxes an image and no threshold: more work than a detector for people.
-        config = DetectConfig(keep=300)
+        config = DecodeConfig(max_detections=300)
         return Predictor(*self._parts, canvas=(800, 1344), config=config, batch_size=1)
 
     def texts(self, count: int) -> Texts:

@@ -107,7 +107,7 @@ class Ours:
         state = jax.device_put(state_lib.create(params, rule), whole)
         run = functools.partial(
             train_step, graphdef=graphdef, optimizer=rule, config=self.loss, seed=0,
-            parts={}, gathered=whole,
+            micro_batches={}, replicated=whole,
         )  # fmt: skip
         run = jax.jit(
             run,

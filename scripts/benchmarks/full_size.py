@@ -8,7 +8,7 @@ nothing to the plan of step 0 and of step 150,000, seconds of a step's plan for 
 paper's batch sizes, seconds of the first step of an epoch, peak memory. What is made up: sizes of
 pictures, an image's names (365, some 15 boxes), phrases (300,000, some five an image), captions
 (one an image, its own) and their phrases (a million, some three an image), by Zipf's law.
-`scripts/choose_shapes.py` with `--config.data_dir=DIR --config.data.concepts=` shows what tables
+`scripts/choose_shapes.py` with `--config.data_dir=DIR --config.data.dictionary=` shows what tables
 these concepts need.
 """
 
@@ -166,7 +166,7 @@ def _open(data: str) -> Any:
 
     recipe = recipes.load("pretrain").swin_t()
     recipe.data_dir = data
-    recipe.data.concepts = ""  # no dictionary is made up
+    recipe.data.dictionary = ""  # no dictionary is made up
     return config.parse(recipe.to_dict())
 
 
@@ -182,7 +182,7 @@ def _start_up(data: str, step: int) -> dict[str, Any]:
         "cpu_seconds": time.process_time() - cpu,
         "peak_mb": peak_mb(),
         "records": sum(map(len, sources.values())),
-        "concepts": len(plan.dictionary),
+        "concepts": len(plan.vocabulary),
     }
 
 

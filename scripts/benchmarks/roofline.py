@@ -111,9 +111,9 @@ def draw(rows: Sequence[dict[str, Any]], chip: str, path: Path) -> None:
         ("bytes accessed", [1e3 * seconds(row, chip)[1] for row in rows], "#ee6677"),
         ("least bytes", [row["least_bytes"] / bandwidth / 1e6 for row in rows], "#ccbb44"),
     )
-    for number, (label, values, colour) in enumerate(bars):
+    for number, (label, values, color) in enumerate(bars):
         places = [place + 0.27 * (number - 1) for place in range(len(rows))]
-        panel.barh(places, values, height=0.25, label=label, color=colour)
+        panel.barh(places, values, height=0.25, label=label, color=color)
     panel.set_yticks(range(len(rows)), [f"{row['step']}, {row['part']}" for row in rows])
     panel.invert_yaxis()
     panel.set_xlabel(f"milliseconds on one {chip}")

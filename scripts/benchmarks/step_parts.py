@@ -32,9 +32,9 @@ from detclipv2_jax.data.batch import Batch
 from detclipv2_jax.data.index import KINDS
 from detclipv2_jax.models import detclip, flops, sizes
 from detclipv2_jax.models.atss_head import ATSSHead
-from detclipv2_jax.models.detclip import DetCLIP, DetCLIPConfig, l2_normalise, normalise_images
+from detclipv2_jax.models.detclip import DetCLIP, DetCLIPConfig, l2_normalize, normalize_images
 from detclipv2_jax.models.initializers import Draws
-from detclipv2_jax.models.packed_levels import Canvas
+from detclipv2_jax.models.packed_levels import PackedLevels
 from detclipv2_jax.training import objective
 from detclipv2_jax.training import optimizer as optimizer_lib
 from detclipv2_jax.training.objective import LossConfig, ProposalConfig
@@ -148,7 +148,7 @@ def parts(
     """The parts of a step of one kind on one device, by name, in the order of the forward pass.
 
     Args:
-        model: its sizes, activation dtype and rematerialisation.
+        model: its sizes, activation dtype and rematerialization.
         loss: of the losses; `proposals.group` must divide `images` for image_text, as in training.
         optimizer: of the update.
         kind: detection, grounding or image_text.
@@ -290,13 +290,13 @@ def _encoders(model: DetCLIPConfig, batch: Batch, bytes_of: Least) -> dict[str, 
     """Backbone, neck, head, deformable sampling and text."""
     whole = lambda: DetCLIP(model, rngs=Draws())
     array, images = jax.ShapeDtypeStruct, len(batch.images)
-    unit = l2_normalise if model.similarity == "cosine" else lambda x: x
+    unit = l2_normalize if model.similarity == "cosine" else lambda x: x
 
     backbone, swin = _module(lambda: whole().backbone)
     run_backbone = lambda learned, fixed: backbone(learned)(
-        normalise_images(fixed["images"]), fixed.get("keep")
+        normalize_images(fixed["images"]), fixed.get("drop_path_factors")
     )
-    drops = {"keep": array((sum(model.swin.depths), 2, images), jnp.float32)}
+    drops = {"drop_path_factors": array((sum(model.swin.depths), 2, images), jnp.float32)}
     found = {
         "backbone": _learning(
             run_backbone, swin, batch, lambda batch: {"images": batch.images},
@@ -328,7 +328,7 @@ def _encoders(model: DetCLIPConfig, batch: Batch, bytes_of: Least) -> dict[str, 
 
     if model.head.deformable:
         sample, dcn = _module(lambda: whole().head.dcn)
-        canvas = Canvas(tuple(x.shape[1:3] for x in levels))
+        canvas = PackedLevels(tuple(x.shape[1:3] for x in levels))
         place = lambda width: array((images, *canvas.shape, width), dtype)
 
         def deform(learned, _):
@@ -389,7 +389,7 @@ def _dense(
 
     def targets(batch: Batch) -> dict[str, Any]:
         found = assign(**truth(batch))
-        divisors = objective.normalisers(found)
+        divisors = objective.normalizers(found)
         return {"targets": found, "divisors": divisors, "token_mask": batch.token_mask}
 
     def losses(learned, fixed):

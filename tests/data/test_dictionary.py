@@ -11,8 +11,8 @@ from shared_data import clip_text, lvis_categories
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import dictionary as dictionary_lib
-from detclipv2_jax.data.dictionary import Lexicon
-from detclipv2_jax.data.vocabulary import Dictionary
+from detclipv2_jax.data.dictionary import Dictionary
+from detclipv2_jax.data.vocabulary import Vocabulary
 from detclipv2_jax.text import tokenizer
 
 LONG = "word " * 40
@@ -36,7 +36,7 @@ def sources(tmp_path):
     }
 
 
-def made(sources, to, *, min_count=5, size=100, **options) -> Lexicon:
+def made(sources, to, *, min_count=5, size=100, **options) -> Dictionary:
     counted = dictionary_lib.count(sources.values())
     names = counted.chosen(min_count=min_count, size=size)
     return dictionary_lib.build(to, names, counted.counts, **options)
@@ -72,7 +72,7 @@ def test_names_and_frequent_phrases_are_chosen(sources):
 
 def test_a_dictionary_comes_back_as_it_was_made(sources, tmp_path):
     made(sources, tmp_path / "to", created_from={"min_count": 5})
-    opened = Lexicon.open(tmp_path / "to")
+    opened = Dictionary.open(tmp_path / "to")
     assert opened.names[:3] == ["sofa", "hoverboards", "couch"] and len(opened) == 8
     assert opened.info["created_from"] == {"min_count": 5}
     rows = {row["name"]: row for row in opened.rows}
@@ -174,7 +174,7 @@ def test_a_damaged_file_is_told_by_its_line(sources, tmp_path, damage, message):
     damage(lines)
     path.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(UserError, match=f"{message}.*prepare_concepts.py") as error:
-        Lexicon.open(tmp_path / "to")
+        Dictionary.open(tmp_path / "to")
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
@@ -184,19 +184,19 @@ def test_a_file_that_somebody_edited(sources, tmp_path):
     lines = path.read_text(encoding="utf-8").split("\n")
     change(1, name=" Sofa ", definition="what one\u2028sits on")(lines)
     path.write_text("\n".join(lines), encoding="utf-8")
-    opened = Lexicon.open(tmp_path / "to")
+    opened = Dictionary.open(tmp_path / "to")
     assert opened.definitions["sofa"] == "what one\u2028sits on"
-    dictionary = Dictionary(sources, opened, defined=["detection"])
+    dictionary = Vocabulary(sources, opened, defined=["detection"])
     row = dictionary.tokens(dictionary.lookup(["sofa"]), "detection")
     np.testing.assert_array_equal(row, tokenizer.tokenize(["sofa, what one sits on"]))
 
 
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="dictionary.jsonl: no such file.*prepare_concepts.py"):
-        Lexicon.open(tmp_path)
+        Dictionary.open(tmp_path)
     (tmp_path / dictionary_lib.FILE).write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="dictionary.jsonl: cannot be read"):
-        Lexicon.open(tmp_path)
+        Dictionary.open(tmp_path)
 
 
 def test_an_empty_dictionary(sources, tmp_path):
@@ -204,8 +204,8 @@ def test_an_empty_dictionary(sources, tmp_path):
     assert (
         len(empty) == 0 and empty.definitions == {} and "0 concepts" in dictionary_lib.report(empty)
     )
-    dictionary = Dictionary(sources, empty, defined=["detection"])
-    assert len(dictionary) == len(Dictionary(sources))
+    dictionary = Vocabulary(sources, empty, defined=["detection"])
+    assert len(dictionary) == len(Vocabulary(sources))
     assert dictionary.pool("grounding").size == 0
     assert (dictionary.meanings.groups == -1).all()
     # The names of the sources are defined all the same.
@@ -214,8 +214,8 @@ def test_an_empty_dictionary(sources, tmp_path):
 
 def test_a_run_s_concepts_with_their_definitions(sources, tmp_path):
     opened = made(sources, tmp_path / "to", min_count=6)
-    bare = Dictionary(sources)
-    dictionary = Dictionary(sources, opened, defined=["detection"])
+    bare = Vocabulary(sources)
+    dictionary = Vocabulary(sources, opened, defined=["detection"])
     ids = dictionary.lookup(["sofa", "hoverboard", "bus", "tree", "rare thing"])
     texts = tokenizer.fitted(["sofa", "bus"], [opened.definitions[n] for n in ("sofa", "bus")])
     rows = dictionary.tokens(ids, "detection")
@@ -239,7 +239,7 @@ def test_a_run_s_concepts_with_their_definitions(sources, tmp_path):
 def test_kinds_and_template_can_be_chosen(sources, tmp_path):
     opened = made(sources, tmp_path / "to", min_count=6)
     template = "{definition}: a {name}"
-    dictionary = Dictionary(sources, opened, defined=["grounding", "image_text"], template=template)
+    dictionary = Vocabulary(sources, opened, defined=["grounding", "image_text"], template=template)
     ids = dictionary.lookup(["couch", "rare thing", "a caption", "tree"])
     rows = dictionary.tokens(ids, "image_text")
     assert not np.array_equal(rows[1], tokenizer.tokenize(["rare thing"])[0])  # as its head noun
@@ -252,16 +252,16 @@ def test_kinds_and_template_can_be_chosen(sources, tmp_path):
 
 def test_names_beside_the_dictionary_have_their_group(sources, tmp_path):
     opened = made(sources, tmp_path / "to", min_count=1000)  # categories alone
-    groups = Dictionary(sources, opened).meanings.groups
-    ids = Dictionary(sources, opened).lookup
+    groups = Vocabulary(sources, opened).meanings.groups
+    ids = Vocabulary(sources, opened).lookup
     assert groups[ids(["couch"])] == groups[ids(["sofa"])] >= 0
     assert groups[ids(["rare thing"])] == groups[ids(["a caption"])] == -1
 
 
 def test_ids_do_not_depend_on_the_order_of_the_sources(sources, tmp_path):
     opened = made(sources, tmp_path / "to")
-    one = Dictionary(sources, opened, defined=["detection"])
-    other = Dictionary(dict(reversed(sources.items())), opened, defined=["detection"])
+    one = Vocabulary(sources, opened, defined=["detection"])
+    other = Vocabulary(dict(reversed(sources.items())), opened, defined=["detection"])
     np.testing.assert_array_equal(one.keys, other.keys)
     np.testing.assert_array_equal(one.meanings.groups, other.meanings.groups)
     everything = np.arange(len(one))
@@ -278,7 +278,7 @@ def test_fourteen_thousand_concepts_are_ready_soon(sources, tmp_path):
     opened = dictionary_lib.build(tmp_path / "to", names, {})
     assert len(opened) == 14_000
     started = time.process_time()
-    dictionary = Dictionary(sources, Lexicon.open(tmp_path / "to"), defined=["detection"])
+    dictionary = Vocabulary(sources, Dictionary.open(tmp_path / "to"), defined=["detection"])
     assert time.process_time() - started < 5  # 0.9 s, most of it tokens
     assert len(dictionary.definitions("detection")) > 13_900
     ids = dictionary.pool("grounding")

@@ -9,7 +9,7 @@ from concept_sources import source
 
 from detclipv2_jax.data import dictionary as dictionary_lib
 from detclipv2_jax.data.plan import KindPlan, Plan
-from detclipv2_jax.data.vocabulary import Dictionary
+from detclipv2_jax.data.vocabulary import Vocabulary
 from detclipv2_jax.text.wordnet import wordnet
 
 FURNITURE = [
@@ -47,8 +47,8 @@ def planned(
     one = with_records(one, positives)
     known = [*(() if only_words else names), *words]
     opened = dictionary_lib.build(tmp_path / "to", list(dict.fromkeys(known)), {})
-    dictionary = Dictionary({kind: one}, opened)
-    fields = {"table_size": 64, "negatives": 64} | fields
+    dictionary = Vocabulary({kind: one}, opened)
+    fields = {"table_size": 64, "concepts_per_image": 64} | fields
     plans = [KindPlan(kind, (kind,), batch_size, ((8, 8),), **fields)]
     return Plan({kind: one}, dictionary, plans, seed), dictionary
 
@@ -107,7 +107,7 @@ def test_a_pool_of_nothing_but_synonyms(tmp_path):
 
 @pytest.mark.parametrize("asked", [1, 3, 5, 6, 64])
 def test_an_image_sees_as_many_as_it_asks_for_if_there_are(tmp_path, asked):
-    plan, _ = planned(tmp_path, "detection", FURNITURE, [[0]], negatives=asked)
+    plan, _ = planned(tmp_path, "detection", FURNITURE, [[0]], concepts_per_image=asked)
     # Of nine names two are synonyms of the positive.
     assert (plan.plan(0).concepts >= 0).sum() == min(asked, 7)
 
@@ -115,7 +115,7 @@ def test_an_image_sees_as_many_as_it_asks_for_if_there_are(tmp_path, asked):
 def test_a_step_depends_on_seed_and_step_alone(tmp_path):
     words = [name.replace("_", " ") for name in list(wordnet()._senses)[:2000:2]]
     positives = [[i % 9] for i in range(40)]
-    options = dict(batch_size=4, negatives=20, table_size=128, words=words)
+    options = dict(batch_size=4, concepts_per_image=20, table_size=128, words=words)
     plan, _ = planned(tmp_path / "a", "grounding", FURNITURE, positives, **options)
     again, _ = planned(tmp_path / "b", "grounding", FURNITURE, positives, **options)
     other, _ = planned(tmp_path / "c", "grounding", FURNITURE, positives, seed=1, **options)
@@ -129,7 +129,7 @@ def test_a_step_depends_on_seed_and_step_alone(tmp_path):
 
 
 def test_what_may_be_drawn_is_drawn_equally_often(tmp_path):
-    plan, dictionary = planned(tmp_path, "detection", FURNITURE, [[0]] * 600, negatives=4)
+    plan, dictionary = planned(tmp_path, "detection", FURNITURE, [[0]] * 600, concepts_per_image=4)
     counts = dict.fromkeys(FURNITURE, 0)
     for number in range(600):
         for name in names_of(dictionary, plan.plan(number))[1]:
@@ -149,7 +149,7 @@ def test_a_large_dictionary_is_drawn_from_in_milliseconds(tmp_path):
         FURNITURE,
         [sorted(set(ids)) for ids in positives],
         batch_size=128,
-        negatives=100,
+        concepts_per_image=100,
         table_size=2048,
         words=words,
     )

@@ -25,7 +25,7 @@ from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.plan import KindPlan, Plan
 from detclipv2_jax.data.prepare import record_writer
 from detclipv2_jax.data.transforms import TransformConfig
-from detclipv2_jax.data.vocabulary import Dictionary
+from detclipv2_jax.data.vocabulary import Vocabulary
 from detclipv2_jax.text.tokenizer import fitted, tokenize
 
 NAMES = [f"thing number {i}" for i in range(30)]
@@ -92,13 +92,13 @@ def make_plan(sources, **changes):
         "grounding": dict(sources=("phrases",), batch_size=4, shapes=((64, 64),), max_boxes=6),
         "image_text": dict(sources=("pairs",), batch_size=12, shapes=((40, 40),)),
     }
-    kinds["detection"] |= dict(table_size=30, negatives=10, max_boxes=3)
-    kinds["grounding"] |= dict(table_size=24, negatives=5)
+    kinds["detection"] |= dict(table_size=30, concepts_per_image=10, max_boxes=3)
+    kinds["grounding"] |= dict(table_size=24, concepts_per_image=5)
     kinds["image_text"] |= dict(table_size=48, texts_per_image=4)
     kinds = {kind: fields | changes.get(kind, {}) for kind, fields in kinds.items()}
     kinds = {k: f for k, f in kinds.items() if set(f["sources"]) <= set(sources)}
     plans = [KindPlan(kind=kind, **fields) for kind, fields in kinds.items()]
-    return Plan(sources, Dictionary(sources), plans, seed=3)
+    return Plan(sources, Vocabulary(sources), plans, seed=3)
 
 
 def collect(plan, sources, start, stop, **options):
@@ -205,7 +205,7 @@ def assert_picture(image, stored, placement):
     part = np.ascontiguousarray(pixels[y : y + height, x : x + width])
     expected = cv2.resize(part, (w, h), interpolation=cv2.INTER_LINEAR)
     expected = expected[:, ::-1] if placement.flip[0] else expected
-    # A decoder that is given a window has other neighbours at its edge to smooth colours with.
+    # A decoder that is given a window has other neighbors at its edge to smooth colors with.
     difference = abs(image[:h, :w].astype(int) - expected)
     assert difference.mean() < 1
     assert not image[h:].any()
@@ -494,7 +494,7 @@ def spoilt_plan(source, **fields):
     fields = dict(batch_size=4, shapes=((48, 64),), table_size=30, max_boxes=6) | fields
     kind = KindPlan("detection", ("spoilt",), **fields)
     sources = {"spoilt": source}
-    return Plan(sources, Dictionary(sources), [kind], 0), sources
+    return Plan(sources, Vocabulary(sources), [kind], 0), sources
 
 
 def test_an_undecodable_picture_is_an_empty_slot_counted_and_told_once(damaged, caplog):
@@ -662,10 +662,10 @@ def test_a_kind_sees_definitions_if_it_is_to(sources, tmp_path):
     opened = dictionary.build(tmp_path, NAMES[:20], {}, synsets=dict.fromkeys(NAMES, "sofa.n.01"))
     plan = make_plan(sources)
     kinds = list(plan.kinds.values())
-    plan = Plan(sources, Dictionary(sources, opened, defined=["detection"]), kinds, seed=3)
+    plan = Plan(sources, Vocabulary(sources, opened, defined=["detection"]), kinds, seed=3)
     seen = set()
     for planned, batch in collect(plan, sources, 0, plan.steps_per_epoch)[0]:
-        names = plan.dictionary.names(planned.concepts[planned.concepts >= 0])
+        names = plan.vocabulary.names(planned.concepts[planned.concepts >= 0])
         if planned.kind == "detection":
             # Those that the dictionary lacks have no definition: "thing number 25".
             defined = [opened.definitions.get(name) for name in names]

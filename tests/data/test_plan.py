@@ -9,7 +9,7 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import plan as plan_lib
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.plan import KindPlan, Plan
-from detclipv2_jax.data.vocabulary import Dictionary
+from detclipv2_jax.data.vocabulary import Vocabulary
 
 
 def source(name, kind, positives, concepts, sizes=None, captions=0, first_key=0):
@@ -57,13 +57,13 @@ def three_kinds(seed=0, **changes):
         "grounding": dict(sources=("phrases",), batch_size=5, shapes=((48, 64),), table_size=50),
         "image_text": dict(sources=("pairs",), batch_size=6, shapes=((32, 32),), table_size=64),
     }
-    kinds["detection"] |= dict(negatives=12, max_boxes=4)
-    kinds["grounding"] |= dict(negatives=9, max_boxes=4)
+    kinds["detection"] |= dict(concepts_per_image=12, max_boxes=4)
+    kinds["grounding"] |= dict(concepts_per_image=9, max_boxes=4)
     kinds["image_text"] |= dict(texts_per_image=4)
     for name, change in changes.items():
         kinds[name] |= change
     plans = [KindPlan(kind=kind, **fields) for kind, fields in kinds.items()]
-    return Plan(sources, Dictionary(sources), plans, seed), sources
+    return Plan(sources, Vocabulary(sources), plans, seed), sources
 
 
 def positives_of(plan, sources, step):
@@ -76,7 +76,7 @@ def positives_of(plan, sources, step):
             continue
         name = kind.sources[index]
         local = sources[name].positives_of(record)
-        ids = [int(plan.dictionary.local_to_global[name][i]) for i in local]
+        ids = [int(plan.vocabulary.local_to_global[name][i]) for i in local]
         owned.append(ids[: kind.texts_per_image] if step.kind == "image_text" else ids)
     return owned
 
@@ -245,7 +245,7 @@ def test_the_table_is_the_batch_s_positives_then_negatives_that_are_nobodys():
         assert step.dropped == 0
         assert positives == sorted(wanted)
         assert not wanted & set(negatives)
-        assert set(negatives) <= set(plan.dictionary.pool(step.kind).tolist())
+        assert set(negatives) <= set(plan.vocabulary.pool(step.kind).tolist())
         seen_negatives += len(negatives)
         if step.kind == "image_text":
             assert not negatives
@@ -255,15 +255,15 @@ def test_the_table_is_the_batch_s_positives_then_negatives_that_are_nobodys():
 def test_one_image_sees_exactly_as_many_concepts_as_asked():
     plan, sources = three_kinds(detection=dict(batch_size=1), grounding=dict(batch_size=1))
     for step in (plan.plan(s) for s in range(plan.steps_per_epoch)):
-        asked = plan.kinds[step.kind].negatives
+        asked = plan.kinds[step.kind].concepts_per_image
         if asked:
             assert (step.concepts >= 0).sum() == asked
 
 
 def test_every_negative_is_drawn_equally_often():
     sources = {"s": source("s", "detection", [[0]] * 400, 41)}
-    kind = KindPlan("detection", ("s",), 1, ((8, 8),), 64, negatives=11)
-    plan = Plan(sources, Dictionary(sources), [kind], 0)
+    kind = KindPlan("detection", ("s",), 1, ((8, 8),), 64, concepts_per_image=11)
+    plan = Plan(sources, Vocabulary(sources), [kind], 0)
     count = np.zeros(41)
     for step in range(400):
         concepts = plan.plan(step).concepts
@@ -277,16 +277,16 @@ def test_every_negative_is_drawn_equally_often():
 
 def test_a_small_pool_gives_all_it_has():
     sources = {"s": source("s", "detection", [[0], [1]], 6, captions=2)}
-    kind = KindPlan("detection", ("s",), 2, ((8, 8),), 32, negatives=30)
-    step = Plan(sources, Dictionary(sources), [kind], 0).plan(0)
-    dictionary = Dictionary(sources)
+    kind = KindPlan("detection", ("s",), 2, ((8, 8),), 32, concepts_per_image=30)
+    step = Plan(sources, Vocabulary(sources), [kind], 0).plan(0)
+    dictionary = Vocabulary(sources)
     # Two positives, two more names; whole captions are never drawn.
     assert set(step.concepts[:4].tolist()) == set(dictionary.local_to_global["s"][:4].tolist())
     assert (step.concepts[4:] == -1).all()
 
 
 def test_negatives_fill_the_table_and_no_more():
-    plan, sources = three_kinds(detection=dict(table_size=30, negatives=29))
+    plan, sources = three_kinds(detection=dict(table_size=30, concepts_per_image=29))
     for step in (plan.plan(s) for s in range(plan.steps_per_epoch)):
         if step.kind == "detection":
             wanted = set().union(*map(set, positives_of(plan, sources, step)))
@@ -350,8 +350,8 @@ def test_rows_of_finds_what_is_there():
 
 def test_a_source_without_a_single_concept():
     sources = {"s": source("s", "detection", [[], [], []], 0)}
-    kind = KindPlan("detection", ("s",), 2, ((8, 8),), 4, negatives=3)
-    plan = Plan(sources, Dictionary(sources), [kind], 0)
+    kind = KindPlan("detection", ("s",), 2, ((8, 8),), 4, concepts_per_image=3)
+    plan = Plan(sources, Vocabulary(sources), [kind], 0)
     assert plan.steps_per_epoch == 2
     assert (plan.plan(0).concepts == -1).all()
     assert plan.plan(1).records.tolist()[1] == -1
@@ -369,7 +369,7 @@ def test_large_sources_are_planned_in_seconds():
     )
     many = Source(**{**many.__dict__, **fields, "info": {"records": records}})
     kind = KindPlan("image_text", ("s",), 6144, ((320, 320),), 64, texts_per_image=8)
-    plan = Plan({"s": many}, Dictionary({"s": many}), [kind], 0)
+    plan = Plan({"s": many}, Vocabulary({"s": many}), [kind], 0)
     first = plan.plan(3 * plan.steps_per_epoch)
     assert len(np.unique(first.records)) == 6144
 
@@ -383,7 +383,7 @@ def test_large_sources_are_planned_in_seconds():
         (dict(shapes=((0, 8),)), "`shapes`"),
         (dict(batch_size=0), "`batch_size` is 0"),
         (dict(table_size=0), "`table_size` is 0"),
-        (dict(negatives=-1), "`negatives` is -1"),
+        (dict(concepts_per_image=-1), "`concepts_per_image` is -1"),
         (dict(begin=1.0), "`begin` is 1.0"),
     ],
 )
@@ -399,7 +399,7 @@ def test_bad_plans_are_told():
         "t": source("t", "grounding", [[0]], 2),
         "none": source("none", "detection", [], 2),
     }
-    dictionary = Dictionary(sources)
+    dictionary = Vocabulary(sources)
     kind = lambda *names: KindPlan("detection", names, 2, ((8, 8),), 4)
     with pytest.raises(UserError, match="no kind"):
         Plan(sources, dictionary, [], 0)
@@ -448,8 +448,8 @@ def test_an_epoch_holds_the_target_once_and_a_part_of_what_is_rehearsed(records)
 def test_what_is_rehearsed_takes_its_negatives_from_its_own_names():
     plan, _ = rehearsing(30)
     own = {
-        "more": set(plan.dictionary.local_to_global["more"].tolist()),
-        "boxes": set(plan.dictionary.local_to_global["boxes"].tolist()),
+        "more": set(plan.vocabulary.local_to_global["more"].tolist()),
+        "boxes": set(plan.vocabulary.local_to_global["boxes"].tolist()),
     }
     assert own["more"] - own["boxes"] and own["boxes"] - own["more"]
     kinds = collections.Counter()

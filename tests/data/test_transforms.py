@@ -75,8 +75,8 @@ def test_uniforms_are_uniform_and_independent():
     for column in values.T:
         counts = np.histogram(column, 20, (0, 1))[0]
         assert abs(counts - 1000).max() < 5 * np.sqrt(950)
-    neighbours = np.concatenate([values[:-1], values[1:]], axis=1)
-    correlation = np.corrcoef(neighbours.T) - np.eye(8)
+    neighbors = np.concatenate([values[:-1], values[1:]], axis=1)
+    correlation = np.corrcoef(neighbors.T) - np.eye(8)
     assert abs(correlation).max() < 5 / np.sqrt(20000)
     # The first numbers of a seed do not depend on how many are asked.
     assert np.array_equal(values[:, :2], transforms_lib.uniforms(seeds, 2))

@@ -40,7 +40,7 @@ def world(seed, images=8, categories=(0, 3, 4, 90), per_image=12):
 
 
 def ours(path, detections):
-    evaluator = coco.CocoEvaluator(coco.load_ground_truth(path))
+    evaluator = coco.CocoEvaluator(coco.load_coco(path))
     for image in dict.fromkeys(row[0] for row in detections):
         rows = [row for row in detections if row[0] == image]
         evaluator.add(image, *(np.array([row[k] for row in rows]) for k in (1, 2, 3)))
@@ -100,14 +100,14 @@ def test_area_falls_back_to_the_box(tmp_path):
     content, _ = world(2)
     for row in content["annotations"]:
         del row["area"], row["iscrowd"]
-    truth = coco.load_ground_truth(save(tmp_path, content))
+    truth = coco.load_coco(save(tmp_path, content))
     sides = truth.boxes[:, 2:] - truth.boxes[:, :2]
     np.testing.assert_allclose(truth.areas, sides.prod(axis=1))
 
 
 def test_rows_follow_the_images(tmp_path):
     content, _ = world(3)
-    truth = coco.load_ground_truth(save(tmp_path, content))
+    truth = coco.load_coco(save(tmp_path, content))
     for image in truth.images:
         wanted = [r["bbox"][:2] for r in content["annotations"] if r["image_id"] == image.id]
         np.testing.assert_array_equal(truth.boxes[truth.rows[image.id], :2].tolist(), wanted)
@@ -129,18 +129,18 @@ def test_broken_entries_are_named(tmp_path, place, value, named):
     content[place[0]][place[1]][place[2]] = value
     path = save(tmp_path, content)
     with pytest.raises(UserError, match=rf"coco\.json: .*{named}"):
-        coco.load_ground_truth(path)
+        coco.load_coco(path)
 
 
 def test_heights_may_be_strings(tmp_path):
     content, _ = world(0)
     content["images"][0]["height"] = "400"
-    assert coco.load_ground_truth(save(tmp_path, content)).images[0].height == 400
+    assert coco.load_coco(save(tmp_path, content)).images[0].height == 400
 
 
 def test_unknown_images_and_repeats_are_refused(tmp_path):
     content, _ = world(0)
-    evaluator = coco.CocoEvaluator(coco.load_ground_truth(save(tmp_path, content)))
+    evaluator = coco.CocoEvaluator(coco.load_coco(save(tmp_path, content)))
     arrays = (np.ones((1, 4)), np.ones(1), np.zeros(1, int))
     evaluator.add(7, *arrays)
     for image in (7, 8):

@@ -9,8 +9,8 @@ from PIL import Image
 from detclipv2_jax import evaluate
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation import datasets, measure, report
+from detclipv2_jax.inference.config import DecodeConfig
 from detclipv2_jax.inference.detections import ImageDetections
-from detclipv2_jax.inference.predict import DetectConfig
 
 NAMES = ("anchor", "black_chess_knight", "umbrella", "snowman")
 
@@ -43,7 +43,7 @@ def make_set(tmp_path, *, federated=True, images=6, folder="images"):
 class Oracle:
     """Answers with the ground truth of `make_set`, out of order; reads no pixels but the size."""
 
-    config, canvas, batch_size = DetectConfig(), (64, 64), 2
+    config, canvas, batch_size = DecodeConfig(), (64, 64), 2
 
     def __init__(self, truth):
         self._truth = truth
@@ -78,7 +78,7 @@ class Oracle:
 def test_right_answers_score_one(tmp_path):
     truth = datasets.load_ground_truth(make_set(tmp_path))
     oracle = Oracle(truth)
-    results = measure.evaluate(
+    results = measure.measure_model(
         oracle, truth, tmp_path / "images", step=12, output=tmp_path / "out", progress=False
     )
     assert oracle.names == ["anchor", "black chess knight", "umbrella", "snowman"]
@@ -106,7 +106,7 @@ def test_pictures_show_the_best_name_of_a_place():
 
 def test_coco_sets_get_the_twelve_figures(tmp_path):
     truth = datasets.load_ground_truth(make_set(tmp_path, federated=False))
-    results = measure.evaluate(Oracle(truth), truth, tmp_path / "images", progress=False)
+    results = measure.measure_model(Oracle(truth), truth, tmp_path / "images", progress=False)
     assert set(results) == {"dataset", "step", "coco", "settings"}
     assert results["coco"]["AP"] == results["coco"]["AR100"] == pytest.approx(1.0)
     assert results["coco"]["APl"] is None
@@ -115,7 +115,7 @@ def test_coco_sets_get_the_twelve_figures(tmp_path):
 def test_layout_can_be_forced(tmp_path):
     path = make_set(tmp_path)
     truth = datasets.load_ground_truth(path, "coco")
-    results = measure.evaluate(Oracle(truth), truth, tmp_path / "images", progress=False)
+    results = measure.measure_model(Oracle(truth), truth, tmp_path / "images", progress=False)
     assert "coco" in results
     path = make_set(tmp_path, federated=False)
     with pytest.raises(UserError, match="neg_category_ids"):
@@ -126,7 +126,7 @@ def test_missing_and_broken_images_are_counted_and_explained(tmp_path, capsys):
     truth = datasets.load_ground_truth(make_set(tmp_path))
     (tmp_path / "images" / "0.png").unlink()
     (tmp_path / "images" / "1.png").write_text("broken")
-    results = measure.evaluate(Oracle(truth), truth, tmp_path / "images", progress=False)
+    results = measure.measure_model(Oracle(truth), truth, tmp_path / "images", progress=False)
     settings = results["settings"]
     assert settings["images_missing"] == settings["images_unreadable"] == 1
     assert results["fixed"]["AP"] < 1  # what was not seen was not found
@@ -139,7 +139,7 @@ def test_images_of_another_size_than_the_annotations_say(tmp_path, capsys):
     truth = datasets.load_ground_truth(make_set(tmp_path))
     for n in range(5):
         Image.new("RGB", (128, 80)).save(tmp_path / "images" / f"{n}.png")
-    results = measure.evaluate(
+    results = measure.measure_model(
         Oracle(truth), truth, tmp_path / "images", output=tmp_path / "out", progress=False
     )
     assert results["fixed"]["AP"] == pytest.approx(1.0)
@@ -151,7 +151,7 @@ def test_images_of_another_size_than_the_annotations_say(tmp_path, capsys):
 def test_no_image_at_all_is_an_error(tmp_path):
     truth = datasets.load_ground_truth(make_set(tmp_path))
     with pytest.raises(UserError, match="none of the 6 images"):
-        measure.evaluate(Oracle(truth), truth, tmp_path / "annotations", progress=False)
+        measure.measure_model(Oracle(truth), truth, tmp_path / "annotations", progress=False)
 
 
 def test_images_are_found_by_name_or_url(tmp_path):
@@ -218,7 +218,7 @@ def test_command_with_a_real_model(checkpoint, tmp_path, capsys, federated):
     assert evaluate.main(flags) == 0
     results = json.loads((output / "results.json").read_text())
     assert results["step"] == 7 and results["dataset"] == str(path)
-    assert results["settings"]["keep"] == 20 and results["settings"]["canvas"] == [64, 64]
+    assert results["settings"]["max_detections"] == 20 and results["settings"]["canvas"] == [64, 64]
     figures = results["fixed" if federated else "coco"]
     assert 0 <= figures["AP"] < 0.5  # random weights
     assert len(list((output / "detections").glob("*.png"))) == 1

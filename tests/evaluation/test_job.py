@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_evaluation_sets
+import test_datasets
 import tiny_model
 import tiny_run
 from PIL import Image
@@ -219,7 +219,7 @@ def test_sigterm_ends_a_job_with_its_own_exit_status(run, tmp_path, monkeypatch,
 
 
 def test_odinw_has_a_row_a_set_and_their_average(run, tmp_path, capsys):
-    test_evaluation_sets.make_odinw(tmp_path / "odinw")
+    test_datasets.make_odinw(tmp_path / "odinw")
     out = tmp_path / "out"
     assert job("odinw13", out, f"--data_dir={tmp_path}") == 0
     results = json.loads((out / "results.json").read_text())
@@ -278,7 +278,7 @@ def workdir(tmp_path_factory):
     _, params = tiny_model.parts()
     new = state.create(params, create(OptimizerConfig(), params, 10))
     saver = checkpointer.Checkpointer(directory, 1)
-    meta = {"config": {"model": tiny_model.CONFIG.to_dict(), **loaded.config}, "names": ["cat"]}
+    meta = {"config": {"model": tiny_model.CONFIG.to_dict(), **loaded.run}, "names": ["cat"]}
     meta |= {"total_steps": 7, "score": 0.5}
     saver.save(dataclasses.replace(new, step=jnp.asarray(7, jnp.int32)), meta, 0.5)
     saver.close()

@@ -162,7 +162,7 @@ def world(seed, images=9, categories=(0, 1, 2, 5, 7, 9), grid=8):
 def evaluate(tmp_path, content, detections, **limits):
     path = tmp_path / "lvis.json"
     path.write_text(json.dumps(content))
-    evaluator = lvis.LvisEvaluator(lvis.load_ground_truth(path), **limits)
+    evaluator = lvis.LvisEvaluator(lvis.load_lvis(path), **limits)
     for image in dict.fromkeys(row[0] for row in detections):
         rows = [row for row in detections if row[0] == image]
         evaluator.add(
@@ -265,7 +265,7 @@ def test_memory_is_bounded_and_the_bound_changes_no_figure(tmp_path, monkeypatch
     labels, limit, count = [0, 1, 2, 5, 7, 9], 40, 100
     path = tmp_path / "lvis.json"
     path.write_text(json.dumps(content))
-    truth = lvis.load_ground_truth(path)
+    truth = lvis.load_lvis(path)
 
     def fill(buffer):
         rng = np.random.default_rng(3)
@@ -302,7 +302,7 @@ def test_wrong_calls_are_refused(tmp_path):
     content, _ = world(1)
     path = tmp_path / "lvis.json"
     path.write_text(json.dumps(content))
-    evaluator = lvis.LvisEvaluator(lvis.load_ground_truth(path))
+    evaluator = lvis.LvisEvaluator(lvis.load_lvis(path))
     box, score, label = np.ones((1, 4)), np.ones(1), np.zeros(1, int)
     evaluator.add(10, box, score, label)
     for image, arrays in [
@@ -339,7 +339,7 @@ def test_broken_entries_are_named(tmp_path, place, value, named):
     path = tmp_path / "broken.json"
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=rf"broken\.json: .*{named}"):
-        lvis.load_ground_truth(path)
+        lvis.load_lvis(path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"images": []}', '{"images": 3}'])
@@ -347,6 +347,6 @@ def test_what_is_no_lvis_file_is_refused(tmp_path, text):
     path = tmp_path / "broken.json"
     path.write_text(text)
     with pytest.raises(UserError, match=r"broken\.json"):
-        lvis.load_ground_truth(path)
+        lvis.load_lvis(path)
     with pytest.raises(UserError, match="no such file"):
-        lvis.load_ground_truth(tmp_path / "missing.json")
+        lvis.load_lvis(tmp_path / "missing.json")

@@ -18,7 +18,9 @@ from detclipv2_jax.inference.detector import Detector
 
 @pytest.fixture(scope="module")
 def detector():
-    return Detector(tiny_model.loaded(), score_threshold=page.LOWEST, keep=page.MOST, cache="")
+    return Detector(
+        tiny_model.loaded(), score_threshold=page.LOWEST, max_detections=page.MOST, cache=""
+    )
 
 
 @pytest.fixture

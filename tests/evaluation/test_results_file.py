@@ -39,7 +39,7 @@ def test_what_is_written_reads_back_to_the_same_figures(tmp_path, federated):
         assert not path.exists()  # whole or not at all
     entries = json.loads(path.read_text())
     assert len(entries) == 36 and set(entries[0]) == set(GOOD)
-    measured = measure.evaluate_predictions(path, truth, output=tmp_path / "out")
+    measured = measure.measure_results_file(path, truth, output=tmp_path / "out")
     wanted = evaluator.result()
     if federated:
         assert measured["standard"] == wanted.standard and measured["fixed"] == wanted.fixed
@@ -70,15 +70,15 @@ def test_entries_may_stand_in_any_order_and_come_in_pieces(tmp_path, monkeypatch
     with results_file.writing(path) as write:
         for answer in found(truth):
             write(*answer)
-    whole = measure.evaluate_predictions(path, truth)
+    whole = measure.measure_results_file(path, truth)
     monkeypatch.setattr(results_file, "_BATCH", 5)
     monkeypatch.setattr(results_file, "_HANDED_ON", 7)
     monkeypatch.setattr(json_stream, "_CHUNK", 64)
-    assert measure.evaluate_predictions(path, truth) == whole
+    assert measure.measure_results_file(path, truth) == whole
     entries = json.loads(path.read_text())
     order = np.random.default_rng(1).permutation(len(entries))
     path.write_text(json.dumps([entries[n] | {"area": 3, "segmentation": []} for n in order]))
-    assert measure.evaluate_predictions(path, truth) == whole
+    assert measure.measure_results_file(path, truth) == whole
 
 
 def test_strange_entries_are_counted_and_told(tmp_path, capsys):
@@ -86,14 +86,14 @@ def test_strange_entries_are_counted_and_told(tmp_path, capsys):
     strange = [{"image_id": 99}, {"category_id": 99}, {"image_id": -1, "category_id": 99}]
     strange += [{"bbox": [5, 5, -2, 3]}, {"bbox": [5, 5, 0, 3]}]
     path = save(tmp_path, [GOOD, *(GOOD | change for change in strange)])
-    settings = measure.evaluate_predictions(path, truth)["settings"]
+    settings = measure.measure_results_file(path, truth)["settings"]
     counts = {"unknown_images": 2, "unknown_categories": 1, "negative_sizes": 1}
     assert settings.items() >= {"entries": 6, "images": 6, **counts}.items()
     told = capsys.readouterr().err
     assert "2 of 6 entries are of images" in told and "category ids" in told and "negative" in told
     with pytest.raises(UserError, match="none of its 2 entries"):
-        measure.evaluate_predictions(save(tmp_path, [GOOD | strange[0]] * 2), truth)
-    assert measure.evaluate_predictions(save(tmp_path, []), truth)["fixed"]["AP"] == 0
+        measure.measure_results_file(save(tmp_path, [GOOD | strange[0]] * 2), truth)
+    assert measure.measure_results_file(save(tmp_path, []), truth)["fixed"]["AP"] == 0
 
 
 @pytest.mark.parametrize(

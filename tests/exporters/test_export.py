@@ -19,6 +19,7 @@ from detclipv2_jax import export as door
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.exporters import export
 from detclipv2_jax.inference.checkpoint import LoadedModel
+from detclipv2_jax.inference.config import DetectConfig
 from detclipv2_jax.inference.detector import Detector
 from detclipv2_jax.models import detclip, sizes
 from detclipv2_jax.text.tokenizer import tokenize
@@ -39,7 +40,12 @@ def loaded():
     rng = np.random.default_rng(0)
     noisy = lambda p: np.asarray(p) + rng.normal(scale=0.05, size=p.shape).astype(np.float32)
     params = jax.tree.map(noisy, params) | {"logit_bias": np.float32(0.0)}
-    evaluation = {"canvas": CANVAS, "candidates": 30, "keep": 1000, "definitions": "as_trained"}
+    evaluation = {
+        "canvas": CANVAS,
+        "pre_nms_top_k": 30,
+        "max_detections": 1000,
+        "definitions": "as_trained",
+    }
     config = {
         "model": sizes.NANO.to_dict(),
         "eval": evaluation,
@@ -47,8 +53,9 @@ def loaded():
         "train": {"epochs": 2.0},
         "init": {"backbone": "/somewhere/swin.pth", "text": ""},
     }
-    config = json.loads(json.dumps(config))  # as a checkpoint gives it
-    return LoadedModel(graphdef, params, config, 7, ["cat"], DEFINITIONS)
+    run = json.loads(json.dumps(config))  # as a checkpoint gives it
+    detect = DetectConfig(**evaluation)
+    return LoadedModel(graphdef, params, sizes.NANO, detect, 7, ["cat"], DEFINITIONS, run=run)
 
 
 @pytest.fixture(scope="session")
@@ -63,14 +70,14 @@ def pictures():
 @pytest.fixture(scope="session")
 def wanted(loaded, pictures):
     """What the model itself answers, in JAX."""
-    served, _ = export.served_model(loaded, NAMES, keep=20)
+    served, _ = export.served_model(loaded, NAMES, max_detections=20)
     return {k: np.asarray(v) for k, v in jax.jit(served.answer())(*pictures).items()}
 
 
 @contextlib.contextmanager
 def checkpoint(loaded):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("detclipv2_jax.checkpoint.load_model", lambda *_: loaded)
+        patch.setattr("detclipv2_jax.inference.checkpoint.load_model", lambda *_: loaded)
         yield
 
 
@@ -162,7 +169,7 @@ def test_a_file_answers_as_the_model_does(
     if form == "onnx":
         pytest.importorskip("jax2onnx")
         pytest.importorskip("onnxruntime")
-    options = ["--keep=20", "--rows=8"]
+    options = ["--max_detections=20", "--rows=8"]
     options += [f"--names={','.join(NAMES)}"] if vocabulary == "fixed" else []
     assert write(loaded, tmp_path / "out", form, *options) == 0
     names = NAMES if vocabulary == "input" else []
@@ -210,15 +217,18 @@ def swin_t():
     rng = np.random.default_rng(0)
     noisy = lambda p: np.asarray(p) + rng.normal(scale=0.02, size=p.shape).astype(np.float32)
     params |= {"head": jax.tree.map(noisy, params["head"]), "logit_bias": np.float32(0)}
-    evaluation = {"canvas": (320, 320), "candidates": 100, "keep": 1000}
-    config = json.loads(json.dumps({"model": sizes.SWIN_T.to_dict(), "eval": evaluation}))
+    detect = DetectConfig(canvas=(320, 320), pre_nms_top_k=100, max_detections=1000)
     images = rng.integers(0, 256, (3, 40, 40, 3), np.uint8).repeat(8, 1).repeat(8, 2)
     sizes_ = np.array([(320, 320), (200, 320), (0, 0)], np.int32)
     images[1, 200:] = images[2] = 0
-    colours = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white")
+    colors = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white")
     things = ("cat", "dog", "car", "tree", "lamp", "chair", "boat", "bird", "house", "shoe")
-    names = [f"{colour} {thing}" for colour in colours for thing in things]
-    return LoadedModel(graphdef, params, config, 0, ["cat"], {}), (images, sizes_), names
+    names = [f"{color} {thing}" for color in colors for thing in things]
+    return (
+        LoadedModel(graphdef, params, sizes.SWIN_T, detect, 0, ["cat"], {}),
+        (images, sizes_),
+        names,
+    )
 
 
 def test_a_file_of_stablehlo_is_for_every_platform(loaded, tmp_path):
@@ -254,7 +264,10 @@ def test_safetensors_are_read_without_this_package(loaded, tmp_path):
     sums = [np.sum(leaf, dtype=np.float64) for leaf in jax.tree.leaves(loaded.params)]
     assert total == pytest.approx(sum(sums))
     assert json.loads(about["definitions"]) == DEFINITIONS and json.loads(about["names"]) == ["cat"]
-    assert json.loads(about["model"]) == loaded.config["model"] and about["step"] == "7"
+    assert (
+        json.loads(about["model"]) == json.loads(json.dumps(loaded.model.to_dict()))
+        and about["step"] == "7"
+    )
 
 
 def test_the_card_tells_how_to_load_safetensors(loaded, pictures, tmp_path, monkeypatch, capsys):
@@ -264,7 +277,12 @@ def test_the_card_tells_how_to_load_safetensors(loaded, pictures, tmp_path, monk
     code = Path("README.md").read_text().split("```python\n")[1].split("```")[0]
     namespace = {}
     exec(code.replace("image.jpg", "image.png"), namespace)
-    settings = {"score_threshold": 0.0, "keep": 1000, "batch_size": 8, "definitions": "off"}
+    settings = {
+        "score_threshold": 0.0,
+        "max_detections": 1000,
+        "batch_size": 8,
+        "definitions": "off",
+    }
     detector = Detector(loaded, **settings)
     (direct,) = detector(["image.png"], ["cat", "traffic light"])
     np.testing.assert_array_equal(namespace["found"].boxes, direct.boxes)
@@ -277,7 +295,7 @@ def test_the_card(loaded, tmp_path):
     run.mkdir()
     measures = {"standard": {"AP": 0.25, "APr": None}, "fixed": {"AP": 0.5, "APr": 0.125}}
     (run / "results.json").write_text(json.dumps({"dataset": "a/val.json", "step": 5, **measures}))
-    line = [f"--checkpoint={run}", f"--output={tmp_path}", "--licence=apache-2.0"]
+    line = [f"--checkpoint={run}", f"--output={tmp_path}", "--license=apache-2.0"]
     with checkpoint(loaded):
         assert door.main(line) == 0
     card = (tmp_path / "README.md").read_text()

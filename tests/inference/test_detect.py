@@ -64,7 +64,7 @@ def test_thresholds_and_top_k_of_one_call(detector):
     before = predictor._predict._cache_size()
     middle = float(np.median(everything[0].scores))
     above = detector(images, names, score_threshold=middle)
-    best = detector(images, names, keep=3)
+    best = detector(images, names, max_detections=3)
     lower = detector(images, names, score_threshold=0.0)
     assert predictor._predict._cache_size() == before
     for whole, part, few, more in zip(everything, above, best, lower):
@@ -74,9 +74,11 @@ def test_thresholds_and_top_k_of_one_call(detector):
         np.testing.assert_array_equal(few.scores, whole.scores[:3])
         assert len(few) == len(few.names) == len(few.labels) == len(few.boxes) == 3
         assert len(more) >= len(whole)
-    more = detector(images, names, score_threshold=0.0, keep=101)  # than it does: compiles
+    more = detector(
+        images, names, score_threshold=0.0, max_detections=101
+    )  # than it does: compiles
     np.testing.assert_allclose(more[0].scores, lower[0].scores, rtol=1e-4)
-    for options in ({"score_threshold": 2}, {"keep": 0}):
+    for options in ({"score_threshold": 2}, {"max_detections": 0}):
         with pytest.raises(UserError, match=next(iter(options))):
             detector(images, names, **options)
 
@@ -111,15 +113,15 @@ def test_pictures_of_every_sort(detector, tmp_path):
     """One pixel, gray, transparent, 16 bits, CMYK, moving: the answer for what is seen."""
     from PIL import ImageSequence
 
-    colour = Image.fromarray(picture())
+    color = Image.fromarray(picture())
     gray = Image.fromarray(picture()[..., 0])
     deep = Image.fromarray(picture()[..., 0].astype(np.uint16) << 8)
-    rgba = colour.convert("RGBA")
+    rgba = color.convert("RGBA")
     moving = [gray, gray.rotate(90), gray.rotate(180)]
     gray.save(tmp_path / "moves.gif", save_all=True, append_images=moving[1:])
     deep.save(tmp_path / "deep.png")
     rgba.save(tmp_path / "rgba.png")
-    cmyk = colour.convert("CMYK")
+    cmyk = color.convert("CMYK")
     cmyk.save(tmp_path / "cmyk.tif")
     with Image.open(tmp_path / "moves.gif") as image:
         first = np.asarray(next(iter(ImageSequence.Iterator(image))).convert("RGB"))
@@ -181,14 +183,16 @@ def test_pictures_that_cannot_be_asked(detector, image, reason):
 @pytest.mark.slow
 def test_a_hundred_thousand_names(tmp_path):
     names = [f"thing {n}" for n in range(100_000)]
-    detector = Detector(tiny_model.loaded(), score_threshold=0.0, keep=2000, cache=tmp_path)
+    detector = Detector(
+        tiny_model.loaded(), score_threshold=0.0, max_detections=2000, cache=tmp_path
+    )
     (found,) = detector(picture(), names)
     assert len(list(tmp_path.iterdir())) == 1
     labels = np.unique(found.labels)
     # Names that were answered are answered alike among fewer.
     few = [names[label] for label in labels[:3]]
     for name in few:
-        (alone,) = detector(picture(), [name], keep=2000)
+        (alone,) = detector(picture(), [name], max_detections=2000)
         rows = np.array(found.names) == name
         np.testing.assert_allclose(found.scores[rows], alone.scores[: rows.sum()], rtol=1e-4)
     assert labels[-1] > 50_000

@@ -23,7 +23,7 @@ def test_boxes_show_where_they_are_on_any_background(shade):
     assert abs(columns[0] - 100) <= 2 and abs(columns[-1] - 300) <= 2 and abs(rows[-1] - 500) <= 2
     assert 160 < rows[0] <= 200  # the label stands on the box
     assert not changed[215:485, 115:285].any()  # inside stays free
-    wanted = np.array(drawing.colour("cat"))
+    wanted = np.array(drawing.color("cat"))
     assert (np.asarray(drawn)[350, 100:106] == wanted).all(-1).any()
 
 
@@ -33,9 +33,9 @@ def test_small_pictures_are_enlarged_and_large_ones_kept():
     assert drawing.draw_boxes(np.zeros((700, 900, 3), np.uint8), [], []).size == (900, 700)
 
 
-def test_colours_follow_names_and_differ():
-    colours = {drawing.colour(f"name {n}") for n in range(40)}
-    assert len(colours) > 30 and drawing.colour("cat") == drawing.colour("cat")
+def test_colors_follow_names_and_differ():
+    colors = {drawing.color(f"name {n}") for n in range(40)}
+    assert len(colors) > 30 and drawing.color("cat") == drawing.color("cat")
 
 
 def test_labels_fit_and_keep_apart(monkeypatch):
@@ -145,6 +145,6 @@ def test_labels_of_many_boxes_are_small_and_ink_reads_well(monkeypatch):
     assert max(y1 - y0 for _, y0, _, y1 in sizes) < 20
     assert max(x1 - x0 for x0, _, x1, _ in sizes) <= 0.4 * 1200
     for n in range(40):
-        luminance = drawing._luminance(drawing.colour(f"name {n}"))
+        luminance = drawing._luminance(drawing.color(f"name {n}"))
         black, white = (luminance + 0.05) / 0.05, 1.05 / (luminance + 0.05)
         assert (black >= white) == (luminance > drawing._MIDDLE)

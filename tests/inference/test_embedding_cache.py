@@ -7,7 +7,7 @@ import tiny_model
 
 from detclipv2_jax.inference import embedding_cache
 from detclipv2_jax.inference import predictor as predictor_lib
-from detclipv2_jax.inference.embedding_cache import VocabularyCache
+from detclipv2_jax.inference.embedding_cache import EmbeddingCache
 from detclipv2_jax.inference.predictor import Predictor
 
 NAMES = [f"thing {n}" for n in range(80)]
@@ -32,17 +32,17 @@ def asked(monkeypatch):
 
 def test_a_vocabulary_is_encoded_once_for_all_processes(tmp_path, asked):
     wanted = fresh(None).encode(NAMES)
-    first = fresh(VocabularyCache(tmp_path / "new")).encode(NAMES)
-    again = fresh(VocabularyCache(tmp_path / "new")).encode(NAMES)
+    first = fresh(EmbeddingCache(tmp_path / "new")).encode(NAMES)
+    again = fresh(EmbeddingCache(tmp_path / "new")).encode(NAMES)
     assert len(asked) == 2 and len(list((tmp_path / "new").iterdir())) == 1
     for found in (first, again):
         np.testing.assert_array_equal(found.embeddings, wanted.embeddings)
-    fresh(VocabularyCache(tmp_path / "new")).encode(NAMES[:10])  # sooner than reading
+    fresh(EmbeddingCache(tmp_path / "new")).encode(NAMES[:10])  # sooner than reading
     assert len(asked) == 3 and len(list((tmp_path / "new").iterdir())) == 1
 
 
 def test_other_texts_and_other_towers_have_other_files(tmp_path, asked):
-    cache = VocabularyCache(tmp_path)
+    cache = EmbeddingCache(tmp_path)
     for number, ask in enumerate(
         (
             lambda: fresh(cache).encode(NAMES),
@@ -75,11 +75,11 @@ def test_the_key_depends_on_the_text_tower_alone():
 
 @pytest.mark.parametrize("damage", ["empty", "half", "bit", "other rows", "text"])
 def test_a_damaged_file_is_made_anew(tmp_path, damage, asked):
-    wanted = fresh(VocabularyCache(tmp_path)).encode(NAMES).embeddings
+    wanted = fresh(EmbeddingCache(tmp_path)).encode(NAMES).embeddings
     (path,) = tmp_path.iterdir()
     content = bytearray(path.read_bytes())
     if damage == "other rows":
-        VocabularyCache(tmp_path)._save(path, np.zeros((3, 8), np.float32))
+        EmbeddingCache(tmp_path)._save(path, np.zeros((3, 8), np.float32))
     else:
         content[-5] ^= 1
         path.write_bytes(
@@ -88,14 +88,14 @@ def test_a_damaged_file_is_made_anew(tmp_path, damage, asked):
             ]
         )
     for _ in range(2):
-        found = fresh(VocabularyCache(tmp_path)).encode(NAMES).embeddings
+        found = fresh(EmbeddingCache(tmp_path)).encode(NAMES).embeddings
         np.testing.assert_array_equal(found, wanted)
     assert len(asked) == 2  # mended
 
 
 def test_a_place_that_cannot_be_written_is_said_once(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    cache = VocabularyCache(tmp_path / "file" / "below")
+    cache = EmbeddingCache(tmp_path / "file" / "below")
     predictor = fresh(cache)
     wanted = fresh(None).encode(NAMES).embeddings
     np.testing.assert_array_equal(predictor.encode(NAMES).embeddings, wanted)

@@ -16,7 +16,7 @@ def scene(height, width, seed=0):
 
 
 def bilinear(pixels, height, width):
-    """Half-pixel-centred bilinear resizing, edges repeated; plain float64."""
+    """Half-pixel-centered bilinear resizing, edges repeated; plain float64."""
     grids = []
     for size, new in zip(pixels.shape, (height, width)):
         place = np.clip((np.arange(new) + 0.5) * size / new - 0.5, 0, size - 1)
@@ -50,7 +50,7 @@ def test_pictures_lie_top_left_on_a_canvas_of_zeros(shape, canvas, size):
     assert placed.canvas[size[0] :].sum() == placed.canvas[:, size[1] :].sum() == 0
 
 
-def test_resizing_is_bilinear_with_half_pixel_centres():
+def test_resizing_is_bilinear_with_half_pixel_centers():
     for shape in ((30, 40), (100, 150)):  # larger, and smaller by less than two
         pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
         placed = images.place(pixels, (64, 96))
@@ -89,17 +89,17 @@ def test_orientation_is_ignored(tmp_path):
 
 
 def test_every_mode_becomes_rgb(tmp_path):
-    colour = Image.new("RGB", (12, 8), (200, 100, 50))
+    color = Image.new("RGB", (12, 8), (200, 100, 50))
     cases = {
         "gray.png": (Image.new("L", (12, 8), 77), (77, 77, 77)),
         "deep.png": (Image.fromarray(np.full((8, 12), 77 * 256, np.uint16)), (77, 77, 77)),
         "bits.png": (Image.new("1", (12, 8), 1), (255, 255, 255)),
         "clear.png": (Image.new("RGBA", (12, 8), (200, 100, 50, 0)), (255, 255, 255)),
         "veil.png": (Image.new("LA", (12, 8), (0, 51)), (204, 204, 204)),
-        "palette.png": (colour.convert("P", palette=Image.Palette.ADAPTIVE), (200, 100, 50)),
-        "cmyk.jpg": (colour.convert("CMYK"), (200, 100, 50)),
+        "palette.png": (color.convert("P", palette=Image.Palette.ADAPTIVE), (200, 100, 50)),
+        "cmyk.jpg": (color.convert("CMYK"), (200, 100, 50)),
         "gray.jpg": (Image.new("L", (12, 8), 77), (77, 77, 77)),
-        "a.webp": (colour, (200, 100, 50)),
+        "a.webp": (color, (200, 100, 50)),
     }
     for name, (image, wanted) in cases.items():
         image.save(tmp_path / name)

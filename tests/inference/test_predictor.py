@@ -14,8 +14,10 @@ import tiny_model
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.inference import predict as predict_lib
 from detclipv2_jax.inference import predictor as predictor_lib
+from detclipv2_jax.inference.checkpoint import detect_config
+from detclipv2_jax.inference.config import DecodeConfig, DetectConfig
 from detclipv2_jax.inference.detections import Detections
-from detclipv2_jax.inference.predict import DetectConfig, predict
+from detclipv2_jax.inference.predict import predict
 from detclipv2_jax.inference.predictor import Predictor, prompt, table_size
 from detclipv2_jax.models.atss_head import RegionOutputs
 from detclipv2_jax.models.detclip import DetCLIP
@@ -48,8 +50,8 @@ def anchors():
     for stride in (8, 16, 32, 64, 128):
         for y in range(math.ceil(HEIGHT / stride)):
             for x in range(math.ceil(WIDTH / stride)):
-                centre = np.array([(x + 0.5) * stride, (y + 0.5) * stride])
-                rows.append([*(centre - 4 * stride), *(centre + 4 * stride)])
+                center = np.array([(x + 0.5) * stride, (y + 0.5) * stride])
+                rows.append([*(center - 4 * stride), *(center + 4 * stride)])
     return np.array(rows)
 
 
@@ -64,11 +66,11 @@ def reference(logits, deltas, centerness, size, config):
     sigmoid = lambda v: 1 / (1 + np.exp(-np.float64(v)))
     pairs = []
     for k, anchor in enumerate(anchors()):
-        centre, side = (anchor[:2] + anchor[2:]) / 2, anchor[2:] - anchor[:2]
-        if centre[0] >= size[1] or centre[1] >= size[0]:
+        center, side = (anchor[:2] + anchor[2:]) / 2, anchor[2:] - anchor[:2]
+        if center[0] >= size[1] or center[1] >= size[0]:
             continue
         shift = deltas[k] * (0.1, 0.1, 0.2, 0.2)
-        middle, half = centre + shift[:2] * side, np.exp(shift[2:]) * side / 2
+        middle, half = center + shift[:2] * side, np.exp(shift[2:]) * side / 2
         box = np.clip([*(middle - half), *(middle + half)], 0, [size[1], size[0]] * 2)
         if np.prod(box[2:] - box[:2]) <= 0:
             continue
@@ -80,7 +82,7 @@ def reference(logits, deltas, centerness, size, config):
     best = []
     for pair in pairs:
         entered[pair[2]] += 1
-        if entered[pair[2]] <= config.candidates:
+        if entered[pair[2]] <= config.pre_nms_top_k:
             best.append(pair)
     kept = []
     for box, score, label in best:
@@ -88,15 +90,15 @@ def reference(logits, deltas, centerness, size, config):
         clear = all(overlap(box, rival) <= config.nms_iou for rival in rivals)
         if score > config.score_threshold and clear:
             kept.append((box, score, label))
-    return kept[: config.keep]
+    return kept[: config.max_detections]
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        DetectConfig(candidates=12, keep=12),
-        DetectConfig(candidates=500, keep=200, score="alignment", nms_iou=0.3),
-        DetectConfig(candidates=40, keep=100, score_threshold=0.4),
+        DecodeConfig(pre_nms_top_k=12, max_detections=12),
+        DecodeConfig(pre_nms_top_k=500, max_detections=200, score="alignment", nms_iou=0.3),
+        DecodeConfig(pre_nms_top_k=40, max_detections=100, score_threshold=0.4),
     ],
 )
 def test_predict_equals_a_direct_implementation(config):
@@ -109,7 +111,7 @@ def test_predict_equals_a_direct_implementation(config):
     found = jax.jit(functools.partial(predict, model, config=config))(
         np.zeros((3, HEIGHT, WIDTH, 3), np.uint8), sizes, np.eye(5, dtype=np.float32)
     )
-    assert found.boxes.shape == (3, config.keep, 4)
+    assert found.boxes.shape == (3, config.max_detections, 4)
     for n in range(2):
         wanted = reference(*(a[n] for a in arrays), sizes[n], config)
         assert len(wanted) == found.mask[n].sum() > 5
@@ -129,7 +131,7 @@ def test_names_in_blocks_equal_names_at_once(count, monkeypatch):
     answers = []
     for block in (128, 7, 1000):
         monkeypatch.setattr(predict_lib, "_NAMES_AT_ONCE", block)
-        config = DetectConfig(candidates=20, keep=150)
+        config = DecodeConfig(pre_nms_top_k=20, max_detections=150)
         answers.append(
             jax.jit(functools.partial(predict, model, config=config))(
                 np.zeros((1, HEIGHT, WIDTH, 3), np.uint8),
@@ -151,7 +153,7 @@ def test_any_number_of_pictures_in_one_exported_program():
         images,
         sizes,
         np.eye(200, dtype=np.float32),
-        config=DetectConfig(candidates=20, keep=50),
+        config=DecodeConfig(pre_nms_top_k=20, max_detections=50),
     )
     arrays = [
         *model_arrays,
@@ -177,7 +179,7 @@ def test_memory_does_not_grow_with_the_names():
     def temporary(count):
         def ask(embeddings, deltas, centerness, images, sizes, texts):
             model = Embedding(embeddings, deltas, centerness)
-            return predict(model, images, sizes, texts, config=DetectConfig())
+            return predict(model, images, sizes, texts, config=DecodeConfig())
 
         shape = (1, len(anchors()))
         arrays = [jax.ShapeDtypeStruct((*shape, *rest), jnp.float32) for rest in [(256,), (4,), ()]]
@@ -196,7 +198,9 @@ def test_masked_names_and_scores_that_are_not_finite_are_never_answered():
     deltas = np.zeros((1, count, 4), np.float32)
     deltas[0, 3:6] = np.nan
     model = Scripted(logits, deltas, np.zeros((1, count), np.float32))
-    ask = jax.jit(functools.partial(predict, model, config=DetectConfig(candidates=400, keep=90)))
+    ask = jax.jit(
+        functools.partial(predict, model, config=DecodeConfig(pre_nms_top_k=400, max_detections=90))
+    )
     image, size = np.zeros((1, HEIGHT, WIDTH, 3), np.uint8), np.array([[HEIGHT, WIDTH]])
     found = ask(image, size, np.eye(3), np.array([True, False, True]))
     assert set(np.asarray(found.labels)[found.mask].tolist()) == {0}
@@ -210,13 +214,13 @@ def test_masked_names_and_scores_that_are_not_finite_are_never_answered():
         {"score": "centerness"},
         {"score_threshold": 1.0},
         {"nms_iou": 0.0},
-        {"keep": 0},
-        {"candidates": 0},
+        {"max_detections": 0},
+        {"pre_nms_top_k": 0},
     ],
 )
 def test_settings_that_make_no_sense(values):
     with pytest.raises(UserError, match=next(iter(values))):
-        DetectConfig(**values)
+        DecodeConfig(**values)
 
 
 def test_table_sizes_are_few_and_hold_all_names():
@@ -233,7 +237,7 @@ def test_prompt_is_what_training_encodes():
 @pytest.fixture(scope="module")
 def tiny():
     graphdef, params = tiny_model.parts()
-    config = DetectConfig(candidates=60, keep=20)
+    config = DecodeConfig(pre_nms_top_k=60, max_detections=20)
     return Predictor(graphdef, params, canvas=tiny_model.CANVAS, config=config, batch_size=2)
 
 
@@ -383,8 +387,12 @@ def test_names_that_are_none(tiny, names, reason):
 
 
 def test_config_of_a_run_sets_the_suppression():
-    section = dataclasses.asdict(DetectConfig(nms_iou=0.7, keep=9)) | {
-        "canvas": (8, 8),
-        "pictures": 3,
-    }
-    assert predict_lib.detect_config({"eval": section}) == DetectConfig(nms_iou=0.7, keep=9)
+    section = dataclasses.asdict(DetectConfig(nms_iou=0.7, max_detections=9, canvas=(8, 8)))
+    assert detect_config(section | {"pictures": 3}).decoding == DecodeConfig(
+        nms_iou=0.7, max_detections=9
+    )
+
+
+def test_config_of_an_older_run_has_its_fields_renamed():
+    found = detect_config({"candidates": 7, "keep": 9, "canvas": [8, 8], "dataset": "val.json"})
+    assert found == DetectConfig(pre_nms_top_k=7, max_detections=9, canvas=(8, 8))

@@ -10,6 +10,7 @@ import tiny_model
 from detclipv2_jax import detect, evaluate
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation import coco, datasets
+from detclipv2_jax.inference.config import DetectConfig
 from detclipv2_jax.inference.detector import Detector
 from detclipv2_jax.inference.predictor import Predictor
 from detclipv2_jax.inference.prompts import Prompting, prompting
@@ -27,9 +28,7 @@ def predictor():
 
 
 def loaded(definitions, **evaluation):
-    model = tiny_model.loaded(**evaluation)
-    model.definitions = definitions
-    return model
+    return dataclasses.replace(tiny_model.loaded(**evaluation), definitions=definitions)
 
 
 def test_bare_names(predictor):
@@ -100,15 +99,16 @@ def test_sentences_stand_for_a_name_by_their_mean(similarity):
 
 
 def test_who_decides_about_sentences():
-    config = {"eval": {"prompts": SENTENCES, "definitions": "on"}}
+    config = DetectConfig(prompts=SENTENCES, definitions="on")
     assert prompting(config, DICTIONARY).sentences == SENTENCES
     assert not prompting(config, DICTIONARY).enabled
-    asked = prompting(config, DICTIONARY, "on")
+    asked = prompting(config, DICTIONARY, choice="on")
     assert asked.enabled and not asked.sentences
-    assert prompting({"eval": {}}, DICTIONARY, None, SENTENCES[:1]).sentences == SENTENCES[:1]
-    assert prompting(config, DICTIONARY, None, []).enabled
+    alone = prompting(DetectConfig(), DICTIONARY, sentences=SENTENCES[:1])
+    assert alone.sentences == SENTENCES[:1]
+    assert prompting(config, DICTIONARY, sentences=[]).enabled
     with pytest.raises(UserError, match="not both"):
-        prompting(config, DICTIONARY, "on", SENTENCES)
+        prompting(config, DICTIONARY, choice="on", sentences=SENTENCES)
 
 
 @pytest.mark.parametrize("sentence", ["a photo", "{} and {}", "{name}", "{0}", "{", "{!r}"])
@@ -130,11 +130,11 @@ def test_sentences_with_no_place_for_the_name(sentence):
     ],
 )
 def test_who_decides(definitions, configured, choice, enabled):
-    config = {"eval": {"definitions": configured} if configured else {}}
-    asked = prompting(config, definitions, choice)
+    config = DetectConfig(definitions=configured or "as_trained")
+    asked = prompting(config, definitions, choice=choice)
     assert asked.enabled == enabled and asked.template == TEMPLATE
-    config["data"] = {"template": "{name}: {definition}"}
-    assert prompting(config, definitions, choice).template == "{name}: {definition}"
+    template = "{name}: {definition}"
+    assert prompting(config, definitions, template, choice).template == template
 
 
 def test_a_detector_asks_as_its_model_was_trained():

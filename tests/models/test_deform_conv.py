@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from detclipv2_jax.models.deform_conv import deform_conv2d, deform_conv_levels
-from detclipv2_jax.models.packed_levels import Canvas
+from detclipv2_jax.models.packed_levels import PackedLevels
 
 RNG = np.random.default_rng(0)
 
@@ -70,7 +70,7 @@ def test_gradients_equal_finite_differences():
 
 def test_tap_by_tap_is_the_same():
     """Values and gradients by map, offsets, mask and kernel, on two levels."""
-    canvas = Canvas(((4, 5), (2, 3)))
+    canvas = PackedLevels(((4, 5), (2, 3)))
     pixels = 4 * 5 + 2 * 3
     levels = single((RNG.normal(size=(2, 4, 5, 3)), RNG.normal(size=(2, 2, 3, 3))))
     offsets, mask = RNG.normal(size=(2, pixels, 18)), RNG.uniform(size=(2, pixels, 9))
@@ -98,7 +98,7 @@ def test_without_offsets_it_is_a_convolution():
 
 def test_levels_of_a_canvas_do_not_see_each_other():
     sizes = ((6, 8), (3, 4), (2, 2), (1, 1))
-    canvas = Canvas(sizes)
+    canvas = PackedLevels(sizes)
     kernel = jnp.asarray(RNG.normal(size=(3, 3, 3, 2)), jnp.float32)
     levels = [single(case(height=h, width=w)[:3]) for h, w in sizes]
     flat = lambda which: jnp.concatenate(

@@ -136,19 +136,19 @@ def outputs_and_gradients(cfg):
 
     def loss(params):
         model = detclip.build(graph, params)
-        keep = model.backbone.draw_drop_path(jax.random.key(0), len(pictures))
-        regions = model.encode_image(pictures, keep)
+        drop_path_factors = model.backbone.draw_drop_path(jax.random.key(0), len(pictures))
+        regions = model.encode_image(pictures, drop_path_factors)
         texts = model.encode_text(TOKENS)
         logits = model.logits(regions.embeddings, texts)
         total = jnp.mean(logits) + jnp.mean(regions.deltas**2) + jnp.mean(regions.centerness)
         return total, (regions, texts, logits)
 
-    # Compiled without optimisation, which takes longest here and does not change what is tested.
+    # Compiled without optimization, which takes longest here and does not change what is tested.
     options = {"xla_backend_optimization_level": 0}
     return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=options)(params)
 
 
-def test_a_black_picture_is_finite_and_rematerialisation_changes_nothing():
+def test_a_black_picture_is_finite_and_rematerialization_changes_nothing():
     plain = jax.tree.leaves(outputs_and_gradients(CONFIG))
     for remat in ("dots", "blocks"):
         again = outputs_and_gradients(dataclasses.replace(CONFIG, remat=remat))
@@ -177,7 +177,7 @@ def test_blocks_in_a_loop_change_nothing_but_the_size_of_the_program():
     assert lines(True) < 0.5 * lines(False)
 
 
-def test_rematerialisation_keeps_as_little_as_it_says():
+def test_rematerialization_keeps_as_little_as_it_says():
     """The arrays that wait for the backward pass: fewer from policy to policy."""
 
     def kept(remat):
@@ -250,10 +250,10 @@ def test_an_untrained_model_starts_at_its_prior():
     assert float(dot["logit_scale"]) == 0
 
 
-def test_pictures_are_normalised_as_published_weights_expect():
+def test_pictures_are_normalized_as_published_weights_expect():
     x = np.asarray([[[[0, 128, 255]]]], np.uint8)
     expected = (np.asarray([0, 128, 255]) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    np.testing.assert_allclose(detclip.normalise_images(x)[0, 0, 0], expected, atol=1e-5)
+    np.testing.assert_allclose(detclip.normalize_images(x)[0, 0, 0], expected, atol=1e-5)
 
 
 def test_a_config_survives_plain_dicts():

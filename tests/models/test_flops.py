@@ -60,6 +60,6 @@ def test_encoding_the_step_s_concepts_once_saves_what_the_design_says():
 
     data = load("pretrain").get_config("swin_t").data
     for kind, least in (("detection", 30), ("grounding", 6)):
-        each = 128 * data[kind].negatives * text
+        each = 128 * data[kind].concepts_per_image * text
         once = flops.step(sizes.SWIN_T, kind, (800, 1344), 128, data[kind].table_size)["text"] / 3
         assert each / once >= least

@@ -5,19 +5,19 @@ import pytest
 from flax import nnx
 
 from detclipv2_jax.models.norms import GroupNorm, LayerNorm
-from detclipv2_jax.models.packed_levels import Canvas
+from detclipv2_jax.models.packed_levels import PackedLevels
 
 RNG = np.random.default_rng(0)
-CANVAS = Canvas(((5, 7), (3, 4), (2, 2), (1, 1)))
+CANVAS = PackedLevels(((5, 7), (3, 4), (2, 2), (1, 1)))
 
 
-def normalise(x, axes):
+def normalize(x, axes):
     mean = x.mean(axes, keepdims=True)
     return (x - mean) / (((x - mean) ** 2).mean(axes, keepdims=True) + 1e-5) ** 0.5
 
 
 def naive_layer_norm(x, scale, bias):
-    return normalise(x, (-1,)) * scale + bias
+    return normalize(x, (-1,)) * scale + bias
 
 
 def naive_group_norm(x, scale, bias, groups=2):
@@ -86,7 +86,7 @@ def test_bfloat16_comes_back_with_float32_statistics():
     x = jnp.asarray(RNG.normal(size=(2, 4096)) + 50, jnp.bfloat16)
     y = LayerNorm(4096)(x)
     assert y.dtype == jnp.bfloat16
-    expected = normalise(np.asarray(x, np.float64), (-1,))
+    expected = normalize(np.asarray(x, np.float64), (-1,))
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-7, atol=2**-7)
 
 

@@ -16,7 +16,7 @@ TINY = swin.SwinConfig(
 )
 
 
-def randomise(module, seed=0, scale=0.3):
+def randomize(module, seed=0, scale=0.3):
     """The module with every parameter drawn anew: no scale of 1 or bias of 0 hides a mistake."""
     graph, state = nnx.split(module)
     rng = np.random.default_rng(seed)
@@ -90,14 +90,14 @@ def naive_block(block, x, window, heads):
 )
 def test_block_equals_attention_token_by_token(size, window, shifted):
     cfg = swin.SwinConfig(window=window)
-    block = randomise(swin.SwinBlock(8, 2, shifted, cfg, dtype=jnp.float32, rngs=Draws()))
+    block = randomize(swin.SwinBlock(8, 2, shifted, cfg, dtype=jnp.float32, rngs=Draws()))
     x = RNG.normal(size=(2, *size, 8))
     expected = naive_block(block, x, window, heads=2)
     np.testing.assert_allclose(apply(block, x.astype(np.float32), None), expected, atol=2e-5)
 
 
 def test_patch_embedding_equals_a_strided_convolution():
-    embed = randomise(swin.PatchEmbed(TINY, dtype=jnp.float32, rngs=Draws()))
+    embed = randomize(swin.PatchEmbed(TINY, dtype=jnp.float32, rngs=Draws()))
     x = RNG.normal(size=(1, 7, 9, 3))
     padded = np.zeros((1, 8, 12, 3))
     padded[:, :7, :9] = x
@@ -111,8 +111,8 @@ def test_patch_embedding_equals_a_strided_convolution():
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 3), (1, 1)])
-def test_patch_merging_takes_neighbours_in_the_official_order(size):
-    merging = randomise(swin.PatchMerging(4, dtype=jnp.float32, rngs=Draws()))
+def test_patch_merging_takes_neighbors_in_the_official_order(size):
+    merging = randomize(swin.PatchMerging(4, dtype=jnp.float32, rngs=Draws()))
     x = RNG.normal(size=(2, *size, 4))
     padded = np.pad(x, ((0, 0), (0, size[0] % 2), (0, size[1] % 2), (0, 0)))
     parts = [padded[:, i::2, j::2] for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))]
@@ -133,12 +133,12 @@ def test_any_size_gives_three_finite_maps(size, dtype):
 
 
 @pytest.fixture(scope="module")
-def randomised():
-    return randomise(swin.Swin(TINY, rngs=Draws()))
+def randomized():
+    return randomize(swin.Swin(TINY, rngs=Draws()))
 
 
-def test_without_a_rate_a_key_changes_nothing(randomised):
-    module = nnx.merge(*nnx.split(randomised))
+def test_without_a_rate_a_key_changes_nothing(randomized):
+    module = nnx.merge(*nnx.split(randomized))
     assert module.draw_drop_path(jax.random.key(1), 2) is not None
     assert module.draw_drop_path(None, 2) is None
     module.rates = (0.0,) * len(module.rates)
@@ -157,7 +157,7 @@ def test_dropped_paths_are_per_sample_and_keep_the_mean():
 
 
 def test_a_dropped_block_is_the_identity_for_that_sample_only():
-    block = randomise(swin.SwinBlock(8, 2, True, TINY, dtype=jnp.float32, rngs=Draws()))
+    block = randomize(swin.SwinBlock(8, 2, True, TINY, dtype=jnp.float32, rngs=Draws()))
     x = RNG.normal(size=(2, 8, 8, 8)).astype(np.float32)
     y = apply(block, x, jnp.asarray([[0.0, 1.0], [0.0, 1.0]]))
     np.testing.assert_array_equal(y[0], x[0])

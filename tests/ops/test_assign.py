@@ -40,13 +40,13 @@ def iou(a, b):
 def reference(boxes, mask=EVERYWHERE, anchors=ANCHORS, levels=LEVELS, topk=9):
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
     anchors = anchors.astype(np.float64)
-    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
     result, best = np.full(len(anchors), -1), np.zeros(len(anchors))
     for n, box in enumerate(boxes):
         candidates, start = [], 0
         for size in levels:
             level = [k for k in range(start, start + size) if mask[k]]
-            distance = {k: ((centres[k] - (box[:2] + box[2:]) / 2) ** 2).sum() for k in level}
+            distance = {k: ((centers[k] - (box[:2] + box[2:]) / 2) ** 2).sum() for k in level}
             candidates += sorted(level, key=lambda k: (distance[k], k))[:topk]  # noqa: B023
             start += size
         overlaps = np.array([iou(anchors[k], box) for k in candidates])
@@ -54,7 +54,7 @@ def reference(boxes, mask=EVERYWHERE, anchors=ANCHORS, levels=LEVELS, topk=9):
             continue
         threshold = overlaps.mean() + (overlaps.std(ddof=1) if len(overlaps) > 1 else 0.0)
         for k, overlap in zip(candidates, overlaps):
-            (x, y), (x1, y1, x2, y2) = centres[k], box
+            (x, y), (x1, y1, x2, y2) = centers[k], box
             if min(x - x1, y - y1, x2 - x, y2 - y) <= 0.01:
                 continue
             assert len(overlaps) == 1 or abs(overlap - threshold) > 1e-6, "too close to call"
@@ -68,9 +68,9 @@ def reference(boxes, mask=EVERYWHERE, anchors=ANCHORS, levels=LEVELS, topk=9):
 
 def random_boxes(seed, count, low, high, height=HEIGHT, width=WIDTH):
     rng = np.random.default_rng(seed)
-    centres = rng.uniform(0, 1, (count, 2)) * [width, height]
+    centers = rng.uniform(0, 1, (count, 2)) * [width, height]
     half = rng.uniform(low, high, (count, 2)) / 2
-    return np.round(np.concatenate([centres - half, centres + half], axis=1) * 4) / 4
+    return np.round(np.concatenate([centers - half, centers + half], axis=1) * 4) / 4
 
 
 def check(boxes, mask=EVERYWHERE):
@@ -99,7 +99,7 @@ def test_tiny_boxes():
     got = check(boxes)
     boxes[:4] = [[44, 44, 45, 45], [43.75, 43.75, 44.25, 44.25], [48, 48, 48.5, 48.5], [0, 0, 1, 1]]
     got = check(boxes)
-    # 44 is the centre of an anchor of 64 pixels: a box of half a pixel around it gets that anchor.
+    # 44 is the center of an anchor of 64 pixels: a box of half a pixel around it gets that anchor.
     assert 1 in got and 2 not in got and 3 not in got
 
 
@@ -174,8 +174,8 @@ def test_equal_overlaps_pass_their_own_mean():
         assert (np.asarray(got) == 0).all()
 
 
-def test_a_centre_must_lie_more_than_a_hundredth_inside():
-    anchors = np.array([[0, 0, 8, 8]], np.float32)  # its centre is (4, 4)
+def test_a_center_must_lie_more_than_a_hundredth_inside():
+    anchors = np.array([[0, 0, 8, 8]], np.float32)  # its center is (4, 4)
     run = jax.jit(lambda box: atss_assign(anchors, np.ones(1, bool), (1,), box, np.ones(1, bool)))
     for edge, expected in [(4.0, -1), (4.009, -1), (4.02, 0), (3.0, -1)]:
         assert run(np.array([[0, 0, edge, 8]], np.float32))[0] == expected

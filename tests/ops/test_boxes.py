@@ -190,15 +190,15 @@ def test_anchors_inside():
         for k, (x1, y1, x2, y2) in enumerate(anchors):
             assert got[b, k] == ((x1 + x2) / 2 < width and (y1 + y2) / 2 < height)
     assert not got[1].any() and got[0].sum() > got[2].sum() > 0
-    assert not got[4].any()  # a picture too small to hold a centre
+    assert not got[4].any()  # a picture too small to hold a center
 
 
 def test_centerness_targets():
     box = np.array([10, 20, 50, 40], np.float32)
-    centres = np.array([[30, 30], [11, 30], [49, 39], [10, 30], [9, 30], [30, 41], [50, 40]])
-    anchors = np.concatenate([centres - 8, centres + 8], axis=-1).astype(np.float32)
+    centers = np.array([[30, 30], [11, 30], [49, 39], [10, 30], [9, 30], [30, 41], [50, 40]])
+    anchors = np.concatenate([centers - 8, centers + 8], axis=-1).astype(np.float32)
     got = np.asarray(centerness_targets(anchors, np.broadcast_to(box, anchors.shape)))
-    for (x, y), value in zip(centres, got):
+    for (x, y), value in zip(centers, got):
         left, right, top, bottom = x - 10, 50 - x, y - 20, 40 - y
         expected = 0.0
         if min(left, right, top, bottom) > 0:

@@ -36,9 +36,9 @@ def clustered(seed, count=COUNT):
     """Boxes in piles, scores with many ties, some boxes twice, some without area."""
     rng = np.random.default_rng(seed)
     piles = rng.uniform(0, 100, (6, 2))
-    centres = piles[rng.integers(0, 6, count)] + rng.normal(0, 4, (count, 2))
+    centers = piles[rng.integers(0, 6, count)] + rng.normal(0, 4, (count, 2))
     half = rng.uniform(5, 15, (count, 2))
-    boxes = np.round(np.concatenate([centres - half, centres + half], axis=1) * 4) / 4
+    boxes = np.round(np.concatenate([centers - half, centers + half], axis=1) * 4) / 4
     boxes[5:8] = boxes[0]
     boxes[10, 2:] = boxes[10, :2]
     boxes[11] = boxes[10]
@@ -63,7 +63,7 @@ def test_nms(seed, threshold):
 
 
 def test_nms_settles_a_long_chain():
-    # Each box overlaps its neighbours only: every second one stays, decided one after the other.
+    # Each box overlaps its neighbors only: every second one stays, decided one after the other.
     x = np.arange(COUNT, dtype=np.float32)
     boxes = np.stack([x, 0 * x, x + 1.9, 0 * x + 1], axis=1)
     kept = suppress(boxes, -x, np.ones(COUNT, bool), 0.3)
@@ -103,7 +103,7 @@ def test_nms_under_vmap():
 # Classes -----------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("block", "candidates", "keep"))
+@functools.partial(jax.jit, static_argnames=("block", "pre_nms_top_k", "max_detections"))
 def run_class_nms(boxes, scores, mask, block, **options):
     """Of tables (B, K, C) that are there already, `block` classes at a time."""
     classes = scores.shape[2]
@@ -118,12 +118,14 @@ def class_nms(*arrays, block=256, **options):
     return [x[0] for x in jax.device_get(found)]
 
 
-def reference_class_nms(boxes, scores, mask, iou_threshold, score_threshold, candidates, keep):
+def reference_class_nms(
+    boxes, scores, mask, iou_threshold, score_threshold, pre_nms_top_k, max_detections
+):
     """(anchor, class, score) of the detections, best first."""
     pairs = []
     for c in range(scores.shape[1]):
         anchors = sorted(np.flatnonzero(mask), key=lambda k: -scores[k, c])  # stable: index order
-        pairs += [(k, c) for k in anchors[:candidates] if scores[k, c] > score_threshold]
+        pairs += [(k, c) for k in anchors[:pre_nms_top_k] if scores[k, c] > score_threshold]
     pairs = sorted(pairs, key=lambda p: -scores[p])  # equal scores by class, then by anchor
     values = [scores[p] for p in pairs]
     kept = greedy(
@@ -133,13 +135,13 @@ def reference_class_nms(boxes, scores, mask, iou_threshold, score_threshold, can
         iou_threshold,
         [c for _, c in pairs],
     )
-    return [(*pairs[i], values[i]) for i in kept[:keep]]
+    return [(*pairs[i], values[i]) for i in kept[:max_detections]]
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        # classes, candidates, keep, score_threshold
+        # classes, pre_nms_top_k, max_detections, score_threshold
         (5, 16, 30, 0.1),
         (5, 1000, 60, 0.0),  # more candidates than anchors
         (5, 4, 50, 0.0),  # more asked for than enter
@@ -150,13 +152,13 @@ def reference_class_nms(boxes, scores, mask, iou_threshold, score_threshold, can
 )
 @pytest.mark.parametrize("block", [7, 256])
 def test_class_nms(case, block):
-    classes, candidates, keep, score_threshold = case
+    classes, pre_nms_top_k, max_detections, score_threshold = case
     for seed in range(3):
         boxes, _, mask = clustered(seed)
         rng = np.random.default_rng(seed)
         scores = np.round(rng.uniform(0, 1, (COUNT, classes)), 2).astype(np.float32)
         expected = reference_class_nms(
-            boxes, scores, mask, 0.5, np.float32(score_threshold), candidates, keep
+            boxes, scores, mask, 0.5, np.float32(score_threshold), pre_nms_top_k, max_detections
         )
         got_boxes, got_scores, got_labels, got_mask = class_nms(
             boxes,
@@ -165,10 +167,10 @@ def test_class_nms(case, block):
             block=block,
             iou_threshold=0.5,
             score_threshold=score_threshold,
-            candidates=candidates,
-            keep=keep,
+            pre_nms_top_k=pre_nms_top_k,
+            max_detections=max_detections,
         )
-        assert got_boxes.shape == (keep, 4) and got_mask.sum() == len(expected) > 0
+        assert got_boxes.shape == (max_detections, 4) and got_mask.sum() == len(expected) > 0
         for i, (anchor, label, score) in enumerate(expected):
             np.testing.assert_array_equal(got_boxes[i], boxes[anchor])
             assert got_labels[i] == label and got_scores[i] == score and got_mask[i]
@@ -180,7 +182,13 @@ def test_class_nms_suppresses_within_a_class_only():
     boxes = np.tile(np.float32([[0, 0, 8, 8]]), (4, 1))
     scores = np.float32([[0.9, 0.8], [0.7, 0.6], [0.5, 0.4], [0.3, 0.2]])
     _, values, labels, mask = class_nms(
-        boxes, scores, np.ones(4, bool), iou_threshold=0.5, score_threshold=0, candidates=8, keep=4
+        boxes,
+        scores,
+        np.ones(4, bool),
+        iou_threshold=0.5,
+        score_threshold=0,
+        pre_nms_top_k=8,
+        max_detections=4,
     )
     np.testing.assert_array_equal(mask, [True, True, False, False])
     np.testing.assert_array_equal(labels[:2], [0, 1])
@@ -192,7 +200,13 @@ def test_class_nms_gives_every_class_its_own_candidates():
     boxes = np.float32([[9 * i, 0, 9 * i + 8, 8] for i in range(6)])
     scores = np.stack([np.linspace(0.9, 0.8, 6), np.linspace(0.02, 0.01, 6)], 1).astype(np.float32)
     _, _, labels, mask = class_nms(
-        boxes, scores, np.ones(6, bool), iou_threshold=0.5, score_threshold=0, candidates=3, keep=9
+        boxes,
+        scores,
+        np.ones(6, bool),
+        iou_threshold=0.5,
+        score_threshold=0,
+        pre_nms_top_k=3,
+        max_detections=9,
     )
     np.testing.assert_array_equal(labels[mask], [0, 0, 0, 1, 1, 1])
 
@@ -201,7 +215,7 @@ def test_class_nms_wants_more_than_the_threshold():
     boxes = np.float32([[9 * i, 0, 9 * i + 8, 8] for i in range(4)])
     scores = np.float32([[0.75, 0.25], [0.5, 0.5], [0.25, 0.5], [0.125, 0.625]])
     everything = np.ones(4, bool)
-    options = {"iou_threshold": 0.5, "candidates": 8, "keep": 4}
+    options = {"iou_threshold": 0.5, "pre_nms_top_k": 8, "max_detections": 4}
     _, values, _, mask = class_nms(boxes, scores, everything, score_threshold=0.5, **options)
     assert mask.sum() == 2 and list(values) == [0.75, 0.625, 0, 0]
 
@@ -210,7 +224,13 @@ def test_class_nms_of_nothing():
     boxes, scores, _ = clustered(0)
     nothing = np.zeros(COUNT, bool)
     result = class_nms(
-        boxes, scores[:, None], nothing, iou_threshold=0.5, score_threshold=0, candidates=8, keep=4
+        boxes,
+        scores[:, None],
+        nothing,
+        iou_threshold=0.5,
+        score_threshold=0,
+        pre_nms_top_k=8,
+        max_detections=4,
     )
     assert not any(np.asarray(x).any() for x in result)
 
@@ -220,7 +240,12 @@ def test_class_nms_of_several_images_is_that_of_each():
     boxes, _, mask = (np.stack(x) for x in zip(*cases))
     scores = np.random.default_rng(0).random((3, COUNT, 90)).astype(np.float32)
     scores[1] *= 0.2  # one image's bar must not be another one's
-    options = {"iou_threshold": 0.5, "score_threshold": 0.1, "candidates": 16, "keep": 30}
+    options = {
+        "iou_threshold": 0.5,
+        "score_threshold": 0.1,
+        "pre_nms_top_k": 16,
+        "max_detections": 30,
+    }
     together = jax.device_get(run_class_nms(boxes, scores, mask, block=40, **options))
     for b in range(3):
         for got, expected in zip(together, class_nms(boxes[b], scores[b], mask[b], **options)):
@@ -235,7 +260,7 @@ def test_class_nms_among_equal_scores_takes_the_first_classes_and_anchors(ascend
     scores = np.sort(scores, axis=1) if ascending else -np.sort(-scores, axis=1)
     scores /= 4
     everything = np.ones(COUNT, bool)
-    for keep in (5, 64, 1000):
+    for max_detections in (5, 64, 1000):
         got = class_nms(
             boxes,
             scores,
@@ -243,11 +268,11 @@ def test_class_nms_among_equal_scores_takes_the_first_classes_and_anchors(ascend
             block=10,
             iou_threshold=0.5,
             score_threshold=0.0,
-            candidates=COUNT,
-            keep=keep,
+            pre_nms_top_k=COUNT,
+            max_detections=max_detections,
         )
         order = np.lexsort([*np.indices(scores.T.shape).reshape(2, -1)[::-1], -scores.T.ravel()])
-        labels, anchors = np.unravel_index(order[:keep], scores.T.shape)
+        labels, anchors = np.unravel_index(order[:max_detections], scores.T.shape)
         np.testing.assert_array_equal(got[2], labels)
         np.testing.assert_array_equal(got[0], boxes[anchors])
 
@@ -283,11 +308,11 @@ def select_proposals(*arrays, **options):
     return jax.device_get(run_select_proposals(*arrays, **options))
 
 
-def reference_proposals(boxes, objectness, mask, pre_nms, threshold, k):
+def reference_proposals(boxes, objectness, mask, pre_nms_top_k, threshold, k):
     entrants, start = [], 0
     for size in LEVELS:
         level = [i for i in range(start, start + size) if mask[i]]
-        entrants += sorted(level, key=lambda i: (-objectness[i], i))[:pre_nms]
+        entrants += sorted(level, key=lambda i: (-objectness[i], i))[:pre_nms_top_k]
         start += size
     entering = np.isin(np.arange(len(boxes)), entrants)
     return greedy(boxes, objectness, entering, threshold)[:k]
@@ -302,14 +327,15 @@ def proposal_case(seed):
 
 
 @pytest.mark.parametrize(
-    ("pre_nms", "threshold", "k"), [(1000, 0.5, 20), (6, 0.5, 20), (1000, 0.1, 100), (3, 0.9, 4)]
+    ("pre_nms_top_k", "threshold", "k"),
+    [(1000, 0.5, 20), (6, 0.5, 20), (1000, 0.1, 100), (3, 0.9, 4)],
 )
-def test_select_proposals(pre_nms, threshold, k):
+def test_select_proposals(pre_nms_top_k, threshold, k):
     for seed in range(3):
         boxes, objectness, mask = proposal_case(seed)
-        expected = reference_proposals(boxes, objectness, mask, pre_nms, threshold, k)
+        expected = reference_proposals(boxes, objectness, mask, pre_nms_top_k, threshold, k)
         indices, found = select_proposals(
-            boxes, objectness, mask, pre_nms_per_level=pre_nms, iou_threshold=threshold, k=k
+            boxes, objectness, mask, pre_nms_per_level=pre_nms_top_k, iou_threshold=threshold, k=k
         )
         assert indices.shape == found.shape == (k,)
         assert list(indices[: len(expected)]) == expected

@@ -89,7 +89,7 @@ def apply(graphdef: nnx.GraphDef, params: dict, *args):
     return jax.jit(run)(params, *args)
 
 
-def randomised(module, seed: int = 0, scale: float = 0.2):
+def randomized(module, seed: int = 0, scale: float = 0.2):
     """A PyTorch module with all parameters drawn: no 1 and no 0 hides a mistake."""
     import torch
 

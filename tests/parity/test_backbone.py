@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from comparing import apply, compare, converted, filled, randomised, to_numpy
+from comparing import apply, compare, converted, filled, randomized, to_numpy
 from flax import nnx
 from transformers import SwinBackbone
 from transformers import SwinConfig as TheirConfig
@@ -26,7 +26,7 @@ def both(size, window):
     cfg = SwinConfig(**SIZES[size], window=window)
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in SIZES[size].items()}
     their = TheirConfig(**options, window_size=window, out_features=["stage2", "stage3", "stage4"])
-    model = randomised(SwinBackbone(their))
+    model = randomized(SwinBackbone(their))
     build = lambda: Swin(cfg, rngs=Draws())
     return model, *filled(build, to_numpy(model.state_dict()), layouts.LAYOUTS)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from comparing import apply, compare, randomised
+from comparing import apply, compare, randomized
 from deformable import their_deform_conv
 from flax import nnx
 from mmdet.models.dense_heads import ATSSHead as TheirHead
@@ -21,7 +21,7 @@ from detclipv2_jax.models.initializers import Draws
 from detclipv2_jax.ops import boxes, losses
 from detclipv2_jax.ops.assign import atss_assign
 
-# MMDetection's anchors sit on the corners of the patches, ours by default on their centres.
+# MMDetection's anchors sit on the corners of the patches, ours by default on their centers.
 ANCHORS = boxes.AnchorConfig(offset=0.0)
 GENERATOR = AnchorGenerator(
     ratios=[1.0], octave_base_scale=8, scales_per_octave=1, strides=list(ANCHORS.strides)
@@ -56,7 +56,7 @@ def set_params(build, values):
 @pytest.mark.parametrize("size", SIZES)
 def test_neck(size):
     theirs = TheirNeck(list(WIDTHS), 24, num_outs=5, start_level=0, add_extra_convs="on_output")
-    randomised(theirs, scale=0.5)
+    randomized(theirs, scale=0.5)
     both = lambda conv: {"kernel": kernel(conv), "bias": conv.bias.detach().numpy()}
     out = [both(c.conv) for c in theirs.fpn_convs]
     lateral = [both(c.conv) for c in theirs.lateral_convs]
@@ -94,7 +94,7 @@ def their_head(channels=32, classes=24, convs=3):
             assigner=dict(type="ATSSAssigner", topk=9), allowed_border=-1, pos_weight=-1
         ),
     )
-    return randomised(head, scale=0.3)
+    return randomized(head, scale=0.3)
 
 
 def head_values(head):
@@ -207,8 +207,8 @@ def random_boxes(rng, count, width, height, kind):
     low = low * limit if kind == "huge" else np.full(2, low)
     high = high * limit if isinstance(high, float) else np.minimum(high, limit)
     sides = rng.uniform(low, high, (count, 2))
-    centre = rng.uniform(0, 1, (count, 2)) if kind != "crowd" else rng.normal(0.5, 0.05, (count, 2))
-    start = np.clip(centre * limit - sides / 2, 0, limit - sides)
+    center = rng.uniform(0, 1, (count, 2)) if kind != "crowd" else rng.normal(0.5, 0.05, (count, 2))
+    start = np.clip(center * limit - sides / 2, 0, limit - sides)
     if kind == "edge":
         start = np.where(rng.random((count, 2)) < 0.5, 0, limit - sides)
     found = np.concatenate([start, start + sides], axis=1).astype(np.float32)
@@ -276,9 +276,9 @@ def test_assignment():
 def test_centerness_targets():
     rng = np.random.default_rng(4)
     anchors, _ = their_anchors(256, 320)
-    centres = (anchors[:, :2] + anchors[:, 2:]).numpy() / 2
+    centers = (anchors[:, :2] + anchors[:, 2:]).numpy() / 2
     reach = rng.uniform(0.5, 80, (len(anchors), 4)).astype(np.float32)
-    found = np.concatenate([centres - reach[:, :2], centres + reach[:, 2:]], axis=1)
+    found = np.concatenate([centers - reach[:, :2], centers + reach[:, 2:]], axis=1)
     theirs = their_head().centerness_target(anchors, torch.from_numpy(found)).numpy()
     ours = jax.jit(boxes.centerness_targets)(anchors.numpy(), found)
     compare("Centerness targets", "mmdet ATSSHead", "boxes around their anchor", ours, theirs, 1e-6)

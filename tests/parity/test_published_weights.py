@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from comparing import apply, compare, randomised
+from comparing import apply, compare, randomized
 from flax import nnx
 from mmdet.models.backbones.swin import SwinTransformer
 from safetensors.torch import save_file
@@ -88,7 +88,7 @@ def their_maps(model):
 
 
 def test_hugging_face_backbone(tmp_path):
-    model = randomised(SwinBackbone(their_config()))
+    model = randomized(SwinBackbone(their_config()))
     model.save_pretrained(tmp_path)
     ours, report = load_swin(tmp_path / "model.safetensors")
     assert report.publisher == "Hugging Face" and not report.left
@@ -97,7 +97,7 @@ def test_hugging_face_backbone(tmp_path):
 
 
 def test_hugging_face_names_of_transformers_5(tmp_path):
-    model = randomised(SwinBackbone(their_config()))
+    model = randomized(SwinBackbone(their_config()))
     torch.save(model.state_dict(), tmp_path / "model.bin")
     ours, report = load_swin(tmp_path / "model.bin")
     assert report.publisher == "Hugging Face (transformers 5)" and not report.left
@@ -106,8 +106,8 @@ def test_hugging_face_names_of_transformers_5(tmp_path):
 
 
 def test_hugging_face_classifier(tmp_path):
-    """A classifier has no norms between stages: they stay as initialised, the identity."""
-    model = randomised(SwinForImageClassification(their_config()))
+    """A classifier has no norms between stages: they stay as initialized, the identity."""
+    model = randomized(SwinForImageClassification(their_config()))
     model.save_pretrained(tmp_path)
     ours, report = load_swin(tmp_path / "model.safetensors")
     assert {n.split("/")[1] for n in report.left} == {"norms"} and len(report.left) == 6
@@ -124,7 +124,7 @@ def test_hugging_face_classifier(tmp_path):
 
 
 def timm_model():
-    return randomised(timm.create_model("swin_tiny_patch4_window7_224", **SIZES))
+    return randomized(timm.create_model("swin_tiny_patch4_window7_224", **SIZES))
 
 
 def timm_maps(model):
@@ -185,7 +185,7 @@ def test_official(tmp_path):
 
 
 def mmdet_model():
-    return randomised(
+    return randomized(
         SwinTransformer(
             embed_dims=SIZES["embed_dim"],
             depths=SIZES["depths"],
@@ -197,7 +197,7 @@ def mmdet_model():
 
 @pytest.mark.parametrize("half", [False, True])
 def test_mmdetection(tmp_path, half):
-    """A detector's file: another order of merged neighbours, a prefix, other parts beside it."""
+    """A detector's file: another order of merged neighbors, a prefix, other parts beside it."""
     model = mmdet_model()
     if half:  # the model that the file then holds
         model.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
@@ -215,7 +215,7 @@ def test_mmdetection(tmp_path, half):
 
 @pytest.mark.parametrize("window", [12, 5])
 def test_another_window(tmp_path, window):
-    model = randomised(SwinBackbone(their_config()))
+    model = randomized(SwinBackbone(their_config()))
     model.save_pretrained(tmp_path)
     _, report = load_swin(tmp_path / "model.safetensors", window)
     assert len(report.resized) == sum(SIZES["depths"]) and not report.left
@@ -251,7 +251,7 @@ def test_hugging_face_text(tmp_path):
         num_attention_heads=2,
         eos_token_id=49407,
     )
-    model = randomised(CLIPTextModelWithProjection(their))
+    model = randomized(CLIPTextModelWithProjection(their))
     model.save_pretrained(tmp_path)
     ours, report = load_text(tmp_path / "model.safetensors", cfg)
     assert report.publisher == "Hugging Face" and not report.left
@@ -292,7 +292,7 @@ def test_openai_text(tmp_path, form):
         output_dim=32,
         act_layer=open_clip.transformer.QuickGELU,
     )
-    tower = randomised(tower)
+    tower = randomized(tower)
     path = tmp_path / "ViT.pt"
     if form == "half":
         tower.load_state_dict({k: v.half().float() for k, v in tower.state_dict().items()})

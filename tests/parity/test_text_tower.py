@@ -10,7 +10,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from comparing import apply, compare, filled, randomised, to_numpy
+from comparing import apply, compare, filled, randomized, to_numpy
 from instant_clip_tokenizer import Tokenizer as InstantTokenizer
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -121,7 +121,7 @@ def test_features_are_hugging_faces():
         max_position_embeddings=77,
         eos_token_id=END,
     )
-    model = randomised(CLIPTextModelWithProjection(their))
+    model = randomized(CLIPTextModelWithProjection(their))
     graphdef, params = filled(
         lambda: TextTower(cfg, rngs=Draws()), to_numpy(model.state_dict()), layouts.LAYOUTS
     )
@@ -144,7 +144,7 @@ def test_features_are_openais():
         output_dim=cfg.embed_dim,
         act_layer=open_clip.transformer.QuickGELU,
     )
-    randomised(model)
+    randomized(model)
     graphdef, params = filled(
         lambda: TextTower(cfg, rngs=Draws()), to_numpy(model.state_dict()), layouts.LAYOUTS
     )

@@ -8,7 +8,7 @@ import pytest
 import tiny_run
 from weights.test_text_embedder import save_file, tensors, tower
 
-from detclipv2_jax.data.dictionary import Lexicon
+from detclipv2_jax.data.dictionary import Dictionary
 from detclipv2_jax.data.prepare.record_writer import RecordWriter
 from detclipv2_jax.data.records import Record
 
@@ -55,7 +55,7 @@ def data(tmp_path):
 def test_names_and_phrases_of_all_sources(data, capsys):
     to = data / "concepts"
     assert command()([f"--from={data}", f"--to={to}"]) == 0
-    made = Lexicon.open(to)
+    made = Dictionary.open(to)
     assert [(row["name"], row["count"]) for row in made.rows] == [
         ("wild bird", 12),
         ("lake", 6),
@@ -66,8 +66,8 @@ def test_names_and_phrases_of_all_sources(data, capsys):
     printed = capsys.readouterr().out
     assert "together 4: 2 categories; 4 occur 5 times or more" in printed
     assert "as their head noun" in printed and "(like bird)" in printed
-    assert command()([f"--from={data}", f"--to={to}", "--min-count=7", "--size=2"]) == 0
-    assert Lexicon.open(to).names == ["wild bird", "sofa"]
+    assert command()([f"--from={data}", f"--to={to}", "--min_count=7", "--size=2"]) == 0
+    assert Dictionary.open(to).names == ["wild bird", "sofa"]
 
 
 def test_synsets_and_the_nearest_concept(data, tmp_path, capsys):
@@ -76,7 +76,7 @@ def test_synsets_and_the_nearest_concept(data, tmp_path, capsys):
     save_file(tensors(tower()), tmp_path / "clip.safetensors")
     flags = [f"--from={data}", f"--to={data / 'concepts'}", f"--lvis={tmp_path / 'lvis.json'}"]
     assert command()([*flags, f"--text={tmp_path / 'clip.safetensors'}"]) == 0
-    rows = {row["name"]: row for row in Lexicon.open(data / "concepts").rows}
+    rows = {row["name"]: row for row in Dictionary.open(data / "concepts").rows}
     assert rows["lake"]["synsets"] == ["lake.n.03"] and rows["lake"]["origin"] == "synset"
     assert rows["red sofa"]["origin"] == "nearest"
     assert rows["red sofa"]["like"] in ("sofa", "lake")

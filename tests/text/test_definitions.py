@@ -6,7 +6,7 @@ from shared_data import embeddings, lvis_categories, objects365_names
 
 from detclipv2_jax.text import definitions
 from detclipv2_jax.text.definitions import NONE, define
-from detclipv2_jax.text.tokenizer import normalise
+from detclipv2_jax.text.tokenizer import normalize
 
 DICTIONARY = {"anchor": "what holds a ship", "blue thing": "something blue"}
 
@@ -136,7 +136,7 @@ def test_synsets_of_alternatives():
 def test_names_of_objects365_that_lvis_lacks():
     vectors, names = embeddings(), objects365_names()
     embed = lambda texts: np.stack([vectors[text] for text in texts])
-    dictionary = {normalise(c["name"].replace("_", " ")): c["def"] for c in lvis_categories()}
+    dictionary = {normalize(c["name"].replace("_", " ")): c["def"] for c in lvis_categories()}
     found = dict(zip(names, define(names, dictionary=dictionary, embed=embed)))
     assert definitions.origins(list(found.values())) == {
         "dictionary": 198,

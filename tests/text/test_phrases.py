@@ -79,7 +79,7 @@ def test_noun_phrases(pipeline):
 
 
 def test_noun_phrases_limit_and_long_captions(pipeline):
-    long = "a cat, " + ", ".join(f"a {colour} dog" for colour in ("red", "green", "blue") * 300)
+    long = "a cat, " + ", ".join(f"a {color} dog" for color in ("red", "green", "blue") * 300)
     (found,) = phrases.noun_phrases([long], limit=3)
     assert len(found) == 3 and len(set(found)) == 3
     assert list(phrases.noun_phrases([long], limit=0)) == [[]]
@@ -95,10 +95,10 @@ def test_the_faster_multiplication_finds_the_same_phrases(pipeline):
     """In a process of its own: OpenBLAS reads the number of its threads when NumPy is imported."""
     sentence = "a {} dog and the {} cats near an old {} bus, in London's {}"
     captions = [
-        sentence.format(colour, number, colour, place)
+        sentence.format(color, number, color, place)
         for number in (2, 7)
-        for colour in ("red", "dark green")
-        for place in ("rain", "centre")
+        for color in ("red", "dark green")
+        for place in ("rain", "center")
     ]
     program = """
 import json, sys

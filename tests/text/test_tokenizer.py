@@ -159,7 +159,7 @@ def test_dictionary_merges_by_text():
             ["a dog runs", "dog", "bus", "red cat"], kind="image_text", captions=["a dog runs"]
         ),
     }
-    dictionary = vocabulary_lib.Dictionary(sources)
+    dictionary = vocabulary_lib.Vocabulary(sources)
     assert len(dictionary) == 5
     for name, one in sources.items():
         ids = dictionary.local_to_global[name]
@@ -171,7 +171,7 @@ def test_dictionary_merges_by_text():
     assert sorted(dictionary.names(dictionary.pool("detection"))) == ["bus", "cat", "dog"]
     assert sorted(dictionary.names(dictionary.pool("image_text"))) == ["bus", "dog", "red cat"]
     assert dictionary.pool("nothing").shape == (0,)
-    turned = vocabulary_lib.Dictionary(dict(reversed(sources.items())))
+    turned = vocabulary_lib.Vocabulary(dict(reversed(sources.items())))
     for name in sources:
         np.testing.assert_array_equal(
             turned.local_to_global[name], dictionary.local_to_global[name]
@@ -179,7 +179,7 @@ def test_dictionary_merges_by_text():
 
 
 def test_dictionary_edges():
-    dictionary = vocabulary_lib.Dictionary({"a": source(["cat", "dog"]), "none": source([])})
+    dictionary = vocabulary_lib.Vocabulary({"a": source(["cat", "dog"]), "none": source([])})
     tokens = dictionary.tokens(np.array([-1, 0, -1]))
     assert not tokens[[0, 2]].any() and tokens[1, 0] == 49406
     assert dictionary.names(np.array([-1])) == [""]
@@ -188,7 +188,7 @@ def test_dictionary_edges():
     for wrong in (2, -2):
         with pytest.raises(IndexError, match="-1 … 1"):
             dictionary.tokens(np.array([wrong]))
-    empty = vocabulary_lib.Dictionary({})
+    empty = vocabulary_lib.Vocabulary({})
     assert len(empty) == 0 and empty.pool("detection").size == 0
     assert empty.lookup(["cat"]).tolist() == [-1]
 
@@ -206,7 +206,7 @@ def test_dictionary_of_many_concepts():
         return dataclasses.replace(source([]), keys=part, tokens=tokens, vocabulary=mask)
 
     parts = {"a": keys[: 2 * third], "b": keys[third:]}
-    dictionary = vocabulary_lib.Dictionary({name: big(part) for name, part in parts.items()})
+    dictionary = vocabulary_lib.Vocabulary({name: big(part) for name, part in parts.items()})
     assert len(dictionary) == len(keys)
     for name, part in parts.items():
         some = rng.integers(0, len(part), 1000)

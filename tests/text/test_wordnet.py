@@ -19,8 +19,8 @@ def test_it_is_all_there_and_soon():
     assert nouns.definition("entity.n.01").startswith("that which is perceived")
     assert '"' not in "".join(nouns._lines)
     assert wordnet() is wordnet()
-    licence = Path(wordnet_lib.__file__).parent / "assets/wordnet/LICENSE"
-    assert "WordNet 3.0 Copyright 2006 by Princeton University" in licence.read_text()
+    license = Path(wordnet_lib.__file__).parent / "assets/wordnet/LICENSE"
+    assert "WordNet 3.0 Copyright 2006 by Princeton University" in license.read_text()
 
 
 def test_synsets_are_in_the_order_of_their_frequency():

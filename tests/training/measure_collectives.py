@@ -32,7 +32,7 @@ PROGRAMS = (
 
 def tiny_config(fsdp, parts):
     kind = {"sources": ("none",), "batch_size": 16, "shapes": (CANVAS,), "table_size": 32}
-    boxes, texts = {"max_boxes": 4}, {"max_boxes": 0, "texts_per_image": 4, "accumulate": parts}
+    boxes, texts = {"max_boxes": 4}, {"max_boxes": 0, "texts_per_image": 4, "micro_batches": parts}
     kinds = {k: KindConfig(**kind, **(texts if k == "image_text" else boxes)) for k in KINDS}
     return RunConfig(
         model=tiny_model.CONFIG,
@@ -43,7 +43,7 @@ def tiny_config(fsdp, parts):
 
 
 def measure(devices, kind, data, fsdp, parts):
-    # Without LLVM's optimisation: it takes longest, and what travels is settled before it.
+    # Without LLVM's optimization: it takes longest, and what travels is settled before it.
     options = {"xla_backend_optimization_level": 0}
     mesh = sharding.make_mesh(data, fsdp, devices)
     program = (kind, CANVAS)

@@ -130,7 +130,7 @@ def test_a_batch_that_cannot_be_cut_is_told(batch_size, devices, count):
 
 
 def test_a_run_is_told_before_it_starts():
-    kinds = {"image_text": types.SimpleNamespace(batch_size=6, accumulate=4)}
+    kinds = {"image_text": types.SimpleNamespace(batch_size=6, micro_batches=4)}
     config = types.SimpleNamespace(data=types.SimpleNamespace(kinds=lambda: kinds))
-    with pytest.raises(UserError, match=r"6, which 1 device.*accumulate 4 do not divide"):
+    with pytest.raises(UserError, match=r"6, which 1 device.*micro_batches 4 do not divide"):
         programs.step_function(config, None, None, sharding.make_mesh(1, 1))

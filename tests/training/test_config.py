@@ -32,7 +32,7 @@ def test_the_papers_numbers_are_in_the_recipe():
     assert (t.loss.proposals.k, t.loss.proposals.score) == (100, "batch")
     assert (t.loss.word_region.temperature, t.loss.word_region.label_smoothing) == (0.5, 0.1)
     assert t.loss.word_region.direction == "text_to_image" and t.loss.word_region.matching == "max"
-    assert (t.data.detection.negatives, t.data.grounding.negatives) == (150, 100)
+    assert (t.data.detection.concepts_per_image, t.data.grounding.concepts_per_image) == (150, 100)
     assert t.model.swin.drop_path == 0.2 and (t.model.swin.window, large.model.swin.window) == (
         7,
         12,
@@ -70,14 +70,19 @@ def test_the_papers_numbers_are_in_fine_tuning(size):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sed": 1}, "config.sed is no field.*did you mean seed"),
-        ({"train": {"epoch": 1.0}}, "config.train.epoch is no field.*epochs"),
+        ({"sed": 1}, "config.sed is not a field.*Did you mean seed"),
+        ({"train": {"epoch": 1.0}}, "config.train.epoch is not a field.*epochs"),
         ({"train": {"epochs": "many"}}, "config.train.epochs must be of type float, not 'many'"),
         ({"train": 3}, "config.train must be a section"),
         ({"data": {"detection": {"shapes": ((1, 2, 3),)}}}, r"detection.shapes\[0\] must have 2"),
         ({"loss": {"proposals": {"score": "best"}}}, "config.loss.proposals.score must be one of"),
         ({"seed": True}, "config.seed must be of type int, not True"),
-        ({"model": {"swin": {"depth": 3}}}, "config.model.swin.depth is no field.*depths"),
+        (
+            {"data": {"detection": {"negatives": 9}}},
+            "^config.data.detection.negatives is now config.data.detection.concepts_per_image: use",
+        ),
+        ({"eval": {"keep": 9}}, "^config.eval.keep is now config.eval.max_detections: use"),
+        ({"model": {"swin": {"depth": 3}}}, "config.model.swin.depth is not a field.*depths"),
     ],
 )
 def test_a_wrong_field_is_named(change, message):
@@ -89,10 +94,10 @@ def test_a_wrong_field_is_named(change, message):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("train.epoch", "^--config.train.epoch is no field.*did you mean epochs"),
-        ("trian.epochs", "^--config.trian is no field.*did you mean train"),
-        ("train.epochs.all", "^--config.train.epochs.all is no field.*no fields"),
-        ("", "^--config. is no field.*it has model, init, data_dir"),
+        ("train.epoch", "^--config.train.epoch is not a field.*Did you mean epochs"),
+        ("trian.epochs", "^--config.trian is not a field.*Did you mean train"),
+        ("train.epochs.all", "^--config.train.epochs.all is not a field.*no fields"),
+        ("", "^--config. is not a field.*It has model, init, data_dir"),
     ],
 )
 def test_a_wrong_path_is_named(path, message):
@@ -102,7 +107,7 @@ def test_a_wrong_path_is_named(path, message):
 
 
 def test_every_field_is_read_somewhere():
-    package = Path(config.__file__).parent
+    package = Path(config.__file__).parents[1]
     code = "".join(p.read_text() for p in package.rglob("*.py") if p.name != "config.py")
     for cls in (KindConfig, DataConfig, config.TrainConfig, EvalConfig):
         for name in cls.__dataclass_fields__:

@@ -30,7 +30,7 @@ def test_it_loads_with_its_config_and_names(workdir):
 
 def test_it_answers_as_it_did(workdir):
     expected = json.loads((FIXTURE / "answers.json").read_text())
-    detector = Detector(workdir, score_threshold=0.0, keep=20, cache="")
+    detector = Detector(workdir, score_threshold=0.0, max_detections=20, cache="")
     (found,) = detector([FIXTURE / "scene.jpg"], expected["names"])
     np.testing.assert_allclose(found.scores, expected["scores"], rtol=1e-4)
     # Among scores that differ by less than that, order is chance: boxes are compared as a set.

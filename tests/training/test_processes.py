@@ -31,7 +31,7 @@ _PATIENCE = 900  # seconds for a start: sixteen programs are compiled on the sam
         {"MEGASCALE_COORDINATOR_ADDRESS": "job-0"},
     ],
 )
-def test_a_cluster_is_recognised(environment):
+def test_a_cluster_is_recognized(environment):
     assert distributed.told_by_cluster(environment)
 
 

@@ -20,7 +20,7 @@ def _train_step():
     graphdef, params = tiny_model.parts()
     rule = optimizer.create(OptimizerConfig(learning_rate=1e-3, warmup_steps=0), params, 100)
     fn = functools.partial(
-        step.train_step, graphdef=graphdef, optimizer=rule, config=LOSS, seed=0, parts={}
+        step.train_step, graphdef=graphdef, optimizer=rule, config=LOSS, seed=0, micro_batches={}
     )
     return fn, state.create(params, rule)
 
@@ -88,7 +88,7 @@ def test_four_devices_compute_what_one_computes(kind, mesh):
         layout = sharding.batch_shardings(devices, batch)
         whole = sharding.replicated(devices)
         run = jax.jit(
-            functools.partial(fn, gathered=whole),
+            functools.partial(fn, replicated=whole),
             in_shardings=(shardings, layout),
             out_shardings=(shardings, whole),
         )

@@ -461,8 +461,8 @@ def test_another_model_in_the_same_workdir_is_one_sentence(data, finished):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"train.epoch": 3}, "--config.train.epoch is no field of the config: did you mean"),
-        ({"trian.epochs": 3}, "--config.trian is no field of the config: did you mean train?"),
+        ({"train.epoch": 3}, "--config.train.epoch is not a field of the config. Did you mean"),
+        ({"trian.epochs": 3}, "--config.trian is not a field of the config. Did you mean train?"),
         ({"data_dir": "/nowhere"}, "prepare_data.py symbols --to=data/symbols"),
         ({"train.epochs": "many"}, "many"),
         ({"eval.dataset": "none.json"}, "none.json"),
@@ -478,12 +478,12 @@ def test_a_mistake_at_the_start_is_one_sentence(data, tmp_path, overrides, messa
 
 def test_a_run_with_a_dictionary_asks_for_definitions_in_training_and_in_testing(data, tmp_path):
     script = [sys.executable, str(tiny_run.ROOT / "scripts/prepare_concepts.py")]
-    script += [f"--from={data}", f"--to={tmp_path / 'concepts'}", "--min-count=2"]
+    script += [f"--from={data}", f"--to={tmp_path / 'concepts'}", "--min_count=2"]
     subprocess.run(script, check=True, capture_output=True)
     process = tiny_run.run(
         data,
         tmp_path / "run",
-        **{"data.concepts": tmp_path / "concepts", "train.epochs": 0.2},
+        **{"data.dictionary": tmp_path / "concepts", "train.epochs": 0.2},
     )
     assert process.returncode == 0, process.stderr[-3000:]
     settings = json.loads((tmp_path / "run/results.json").read_text())["settings"]
@@ -502,6 +502,6 @@ def test_a_run_with_a_dictionary_asks_for_definitions_in_training_and_in_testing
 
 
 def test_a_dictionary_that_is_not_there_is_told(data, tmp_path):
-    process = tiny_run.run(data, tmp_path, **{"data.concepts": "none"})
+    process = tiny_run.run(data, tmp_path, **{"data.dictionary": "none"})
     assert process.returncode == 2 and "Traceback" not in process.stderr
     assert "none/dictionary.jsonl: no such file; make it with" in process.stderr

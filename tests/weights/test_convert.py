@@ -1,5 +1,7 @@
 """Files of weights, good and bad, made here in the publishers' names; no reference package."""
 
+import dataclasses
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,8 +12,8 @@ from detclipv2_jax import export
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.models.detclip import create
 from detclipv2_jax.models.parameters import parameter_paths
-from detclipv2_jax.training import initialise
-from detclipv2_jax.training.initialise import InitConfig
+from detclipv2_jax.training import initialize
+from detclipv2_jax.training.initialize import InitConfig
 from detclipv2_jax.weights import clip, swin
 
 
@@ -37,7 +39,7 @@ def backbone_file(path, dtype=np.float32, change=lambda tensors: None, publisher
 
 
 def start(**paths):
-    params, reports = initialise.initialise(tiny_model.parts()[1], InitConfig(**paths))
+    params, reports = initialize.initialize(tiny_model.parts()[1], InitConfig(**paths))
     return {n: np.asarray(v) for n, v in parameter_paths(params).items()}, reports
 
 
@@ -49,14 +51,14 @@ def test_a_backbone_replaces_the_backbone_only(tmp_path):
         np.testing.assert_array_equal(value, (other if loaded else before)[name], name)
         assert (name in report.loaded) == loaded
     assert report.skipped == ("head.weight",) and len(report.left) == 6
-    table = initialise.table([report])
+    table = initialize.table([report])
     assert "backbone from" in table and "(the official code)" in table
     assert "backbone/norms/*/scale (3)" in table and "head.weight" in table
 
 
 def test_no_file_changes_nothing():
     found, reports = start()
-    assert not reports and initialise.table(reports) == ""
+    assert not reports and initialize.table(reports) == ""
     for name, value in arrays(0).items():
         np.testing.assert_array_equal(found[name], value)
 
@@ -158,9 +160,8 @@ def test_files_of_something_else_are_told(tmp_path):
 
 def test_out_and_in_again_is_bit_equal(tmp_path, monkeypatch, capsys):
     graphdef, params = create(tiny_model.CONFIG, 1)
-    loaded = tiny_model.loaded()
-    loaded.params, loaded.config["model"] = params, tiny_model.CONFIG.to_dict()
-    monkeypatch.setattr("detclipv2_jax.checkpoint.load_model", lambda *_: loaded)
+    loaded = dataclasses.replace(tiny_model.loaded(), params=params)
+    monkeypatch.setattr("detclipv2_jax.inference.checkpoint.load_model", lambda *_: loaded)
     command = ["--checkpoint=run", "--format=safetensors", f"--output={tmp_path / 'out'}"]
     assert export.main(command) == 0
     assert "model.safetensors: step 7, " in capsys.readouterr().out

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int32, Int64, UInt16, UInt64
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import ARRAYS, FORMAT, Source, dataset_name, shard_name
 from detclipv2_jax.text import tokenizer as tokenizer_lib
-from detclipv2_jax.text.tokenizer import normalise
+from detclipv2_jax.text.tokenizer import normalize
 
 if TYPE_CHECKING:
     from detclipv2_jax.data.records import Record
@@ -275,8 +275,8 @@ class ConceptTable:
         return len(self.names)
 
     def add(self, name: str, *, vocabulary: bool = True, count: int = 1) -> int:
-        """The local id of a name, made if it is new. Spellings of one normalised text are one."""
-        name = normalise(name)
+        """The local id of a name, made if it is new. Spellings of one normalized text are one."""
+        name = normalize(name)
         local = self._ids.setdefault(name, len(self.names))
         if local == len(self.names):
             self.names.append(name)

@@ -124,7 +124,7 @@ def _workplace(to: Path, stamp: Mapping[str, Any]) -> Iterator[Path]:
         try:
             yield partial
         except BaseException:
-            if stamp["inputs"] is None:  # nothing to recognise it by
+            if stamp["inputs"] is None:  # nothing to recognize it by
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 

@@ -21,7 +21,7 @@ from detclipv2_jax.data.prepare.examples import Drops, RawBox, RawExample
 from detclipv2_jax.data.prepare.image_encoding import Options, Picture, open_image
 from detclipv2_jax.data.records import Record, ShardWriter
 from detclipv2_jax.text import phrases as phrases_lib
-from detclipv2_jax.text.tokenizer import normalise
+from detclipv2_jax.text.tokenizer import normalize
 
 _MIN_SIDE = 1.0  # pixels; thinner boxes cannot be assigned or regressed
 _SLACK = 0.5  # pixels that a box may lie outside without being called so: rounding of exporters
@@ -165,10 +165,10 @@ def _record(
     if kind == "grounding" and not len(boxes):
         drops.drop("captions: no box", f"{where}: no usable box is tied to its caption")
         return None
-    names = [normalise(name) for name in names]
+    names = [normalize(name) for name in names]
     texts = names
     if kind == "image_text":
-        texts = [normalise(text) for text in (example.caption, *phrases)]
+        texts = [normalize(text) for text in (example.caption, *phrases)]
     concepts = tuple(dict.fromkeys(texts))
     return Record(
         image=picture.jpeg,

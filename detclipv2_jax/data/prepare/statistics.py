@@ -96,7 +96,7 @@ def looks(source: Source, jobs: int = 1) -> Iterator[UInt64[np.ndarray, " n"]]:
 def look(jpeg: bytes) -> np.uint64:
     """64 bits that a picture keeps when it is scaled or compressed anew.
 
-    Each tells whether one of 8 × 8 cells of the grey picture is darker than its right neighbour
+    Each tells whether one of 8 × 8 cells of the grey picture is darker than its right neighbor
     (a "difference hash"). 0 for what cannot be decoded, and for a picture without any change, which
     is like nothing.
     """

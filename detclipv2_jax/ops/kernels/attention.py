@@ -1,4 +1,4 @@
-"""The attention branch of a Swin block as one TPU kernel: x + keep · proj(attention(norm(x))).
+"""The attention branch of a Swin block as one TPU kernel: x + factors · proj(attention(norm(x))).
 
 XLA's version of it writes and reads windows, queries, keys, values and float32 scores, a head's 32
 channels padded to 128 lanes and a window's 49 tokens to 56. Here the map is read once and written
@@ -6,7 +6,7 @@ once forward; backward it and the gradient are read once, the gradient is writte
 everything between is computed again in fast memory.
 
 A step of the grid takes a band: the rows of one row of windows, over the map's whole width. As many
-neighbouring windows as 16 columns hold make a unit of `window` rows of 16 columns, of which the
+neighboring windows as 16 columns hold make a unit of `window` rows of 16 columns, of which the
 last may be no tokens. Two windows of 7: 112 rows for 98 tokens, and one tile of the matrix unit for
 the scores of both. What must not see each other in a unit is masked by the bias.
 """
@@ -145,24 +145,24 @@ def _shift_masks(window: int, shift: int) -> Float[np.ndarray, "2 V T T"]:
 
 def attention_branch(
     x: Float[Array, "B H W C"],
-    keep: Float[Array, " B"],
+    factors: Float[Array, " B"],
     weights: Weights,
     *,
     window: int,
     shift: int,
 ) -> Float[Array, "B H W C"]:
-    """x + keep · proj(attention(norm(x))) in windows of a map rolled by `shift`.
+    """x + factors · proj(attention(norm(x))) in windows of a map rolled by `shift`.
 
     Args:
       x: any size; padded to windows by true zeros after the norm.
-      keep: factor of each image's branch; has no gradient.
+      factors: factor of each image's branch; has no gradient.
       weights: float32; their products take x's dtype, their gradients sum in float32.
       window: tokens a side.
       shift: by which the map is rolled first, up and to the left; 0: not.
     """
     batch, height, width, channels = x.shape
     plan = _Plan(batch, height, width, channels, len(weights.bias), window, shift, x.dtype)
-    return _branch(plan, x, keep, weights)
+    return _branch(plan, x, factors, weights)
 
 
 def _rows(plan: _Plan) -> list[pl.BlockSpec]:
@@ -213,7 +213,7 @@ def _cost(plan: _Plan, operands: list[Array], products: int, maps: int) -> pl.Co
     )
 
 
-def _call_forward(plan: _Plan, x: Array, keep: Array, weights: Weights) -> Array:
+def _call_forward(plan: _Plan, x: Array, factors: Array, weights: Weights) -> Array:
     operands = _operands(plan, weights)
     return pl.pallas_call(
         functools.partial(_forward_kernel, plan),
@@ -229,11 +229,11 @@ def _call_forward(plan: _Plan, x: Array, keep: Array, weights: Weights) -> Array
         scratch_shapes=_scratch(plan, 5),
         cost_estimate=_cost(plan, operands, 1, 2),
         compiler_params=pieces.parameters(3),
-    )(keep.astype(jnp.float32), *[x] * plan.window, *operands)
+    )(factors.astype(jnp.float32), *[x] * plan.window, *operands)
 
 
 def _call_backward(
-    plan: _Plan, x: Array, keep: Array, weights: Weights, gradient: Array
+    plan: _Plan, x: Array, factors: Array, weights: Weights, gradient: Array
 ) -> list[Array]:
     operands = _operands(plan, weights)
     shapes, specs = pieces.sums(plan.cores, weights)
@@ -252,19 +252,19 @@ def _call_backward(
         scratch_shapes=_scratch(plan, 10),
         cost_estimate=_cost(plan, operands, 3, 3),
         compiler_params=pieces.parameters(3),
-    )(keep.astype(jnp.float32), *[x] * plan.window, *[gradient] * plan.window, *operands)
+    )(factors.astype(jnp.float32), *[x] * plan.window, *[gradient] * plan.window, *operands)
 
 
 _branch = pieces.branch(_call_forward, _call_backward)
 
 
-def _forward_kernel(plan: _Plan, keep: Any, *refs: Any) -> None:
+def _forward_kernel(plan: _Plan, factors: Any, *refs: Any) -> None:
     rows, refs = refs[: plan.window], refs[plan.window :]
     scale, offset, qkv, qkv_bias, bias, proj, proj_bias, masks = refs[:8]
     out, field, result, stage, sent, tokens, query, key, value, attended = refs[8:]
     _, image, band = _place(plan)
     for r, row in enumerate(rows):
-        normal, _ = pieces.standardise(row[0, 0])
+        normal, _ = pieces.standardize(row[0, 0])
         _lay(plan, field, band, r, normal * scale[...] + offset[...])
     _cut(plan, field, tokens)
     multihead.project(plan.heads, tokens, qkv, qkv_bias, (query, key, value))
@@ -278,12 +278,12 @@ def _forward_kernel(plan: _Plan, keep: Any, *refs: Any) -> None:
     _paste(plan, result, field)
     _await(plan, stage, out, sent)
     for r, row in enumerate(rows):
-        branch = field[r, : plan.width] * keep[image]
+        branch = field[r, : plan.width] * factors[image]
         stage[r] = (row[0, 0].astype(jnp.float32) + branch).astype(plan.dtype)
     _send(plan, stage, out, sent)
 
 
-def _backward_kernel(plan: _Plan, keep: Any, *refs: Any) -> None:
+def _backward_kernel(plan: _Plan, factors: Any, *refs: Any) -> None:
     rows, slopes = refs[: plan.window], refs[plan.window : 2 * plan.window]
     refs = refs[2 * plan.window :]
     scale, offset, qkv, qkv_bias, bias, proj, _, masks = refs[:8]
@@ -298,11 +298,11 @@ def _backward_kernel(plan: _Plan, keep: Any, *refs: Any) -> None:
         pieces.clear(sums)
 
     for r, row in enumerate(rows):
-        normal, _ = pieces.standardise(row[0, 0])
+        normal, _ = pieces.standardize(row[0, 0])
         _lay(plan, field, band, r, normal * scale[...] + offset[...])
     _cut(plan, field, tokens)
     for r, row in enumerate(slopes):
-        _lay(plan, field, band, r, row[0, 0].astype(jnp.float32) * keep[image])
+        _lay(plan, field, band, r, row[0, 0].astype(jnp.float32) * factors[image])
     _cut(plan, field, slope, padding=False)
     multihead.project(plan.heads, tokens, qkv, qkv_bias, (query, key, value))
     by_attended[...] = dot(slope[...], proj[...], right=1).astype(plan.dtype)
@@ -328,11 +328,11 @@ def _backward_kernel(plan: _Plan, keep: Any, *refs: Any) -> None:
     _paste(plan, result, field)
     _await(plan, stage, out, sent)
     for r, (row, row_slope) in enumerate(zip(rows, slopes)):
-        normal, inverse = pieces.standardise(row[0, 0])
+        normal, inverse = pieces.standardize(row[0, 0])
         by_normal = jnp.where(plan.row(band, r) < plan.height, field[r, : plan.width], 0.0)
         by_scale[0] += pieces.total(by_normal * normal)
         by_offset[0] += pieces.total(by_normal)
-        branch = pieces.standardise_backward(normal, inverse, by_normal * scale[...])
+        branch = pieces.standardize_backward(normal, inverse, by_normal * scale[...])
         stage[r] = (row_slope[0, 0].astype(jnp.float32) + branch).astype(plan.dtype)
     _send(plan, stage, out, sent)
 

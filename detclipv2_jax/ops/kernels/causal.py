@@ -179,7 +179,7 @@ _branch = pieces.branch(_call_forward, _call_backward)
 def _forward_kernel(plan: _Plan, x: Any, *refs: Any) -> None:
     scale, offset, qkv, qkv_bias, proj, proj_bias, mask = refs[:7]
     out, tokens, query, key, value, attended = refs[7:]
-    normal, _ = pieces.standardise(x[...])
+    normal, _ = pieces.standardize(x[...])
     tokens[...] = (normal * scale[...] + offset[...]).astype(plan.dtype)
     operands = (query, key, value)
     multihead.project(plan.heads, tokens, qkv, qkv_bias, operands)
@@ -203,7 +203,7 @@ def _backward_kernel(plan: _Plan, x: Any, gradient: Any, *refs: Any) -> None:
     def _():
         pieces.clear(sums)
 
-    normal, inverse = pieces.standardise(x[...])
+    normal, inverse = pieces.standardize(x[...])
     tokens[...] = (normal * scale[...] + offset[...]).astype(plan.dtype)
     operands = (query, key, value)
     multihead.project(plan.heads, tokens, qkv, qkv_bias, operands)
@@ -226,7 +226,7 @@ def _backward_kernel(plan: _Plan, x: Any, gradient: Any, *refs: Any) -> None:
         by_normal += dot(part[...], qkv[number], right=1)
     by_scale[0] += pieces.total(by_normal * normal)
     by_offset[0] += pieces.total(by_normal)
-    branch = pieces.standardise_backward(normal, inverse, by_normal * scale[...])
+    branch = pieces.standardize_backward(normal, inverse, by_normal * scale[...])
     out[...] = (gradient[...].astype(jnp.float32) + branch).astype(plan.dtype)
 
 

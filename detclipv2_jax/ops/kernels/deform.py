@@ -1,6 +1,6 @@
 """Modulated deformable 3×3 convolution as a TPU kernel that gathers by matrix products.
 
-A gather in slow memory moves four neighbours for each of nine taps: 36 times the map, and back as
+A gather in slow memory moves four neighbors for each of nine taps: 36 times the map, and back as
 a scatter. Here an image's map stays in fast memory. Pixels are taken in blocks of 8×16 with their
 nine taps; for each window of 8×32 of the map that these touch, a matrix with the bilinear weights
 of all samples multiplies the window's pixels. Transposed, it brings the gradient back.
@@ -107,7 +107,7 @@ def deform_conv(
 
     Args:
       x: the map that is sampled; zero outside its borders.
-      corners: row and column of the upper left neighbour of each sample, -1 and more. Below -1
+      corners: row and column of the upper left neighbor of each sample, -1 and more. Below -1
         there is no sample; its weight must be 0.
       factors: how far below and how far to the right of it the sample lies, 0 to 1, and its weight.
       kernel: float32; products take x's dtype, its gradient sums in float32.

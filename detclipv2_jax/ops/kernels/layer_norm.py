@@ -1,4 +1,4 @@
-"""Layer normalisation of a map as one TPU kernel: each pass reads and writes each map once."""
+"""Layer normalization of a map as one TPU kernel: each pass reads and writes each map once."""
 
 import dataclasses
 import functools
@@ -114,7 +114,7 @@ _norm = pieces.branch(_call_forward, _call_backward)
 
 def _forward_kernel(plan: _Plan, x: Any, scale: Any, offset: Any, out: Any) -> None:
     def row(r: Any, _: None) -> None:
-        normal, _inverse = pieces.standardise(x[r])
+        normal, _inverse = pieces.standardize(x[r])
         out[r] = (normal * scale[...] + offset[...]).astype(plan.dtype)
 
     lax.fori_loop(0, plan.band, row, None)
@@ -128,11 +128,11 @@ def _backward_kernel(
         pieces.clear([by_scale, by_offset])
 
     def row(r: Any, _: None) -> None:
-        normal, inverse = pieces.standardise(x[r])
+        normal, inverse = pieces.standardize(x[r])
         slope = gradient[r].astype(jnp.float32)
         by_scale[0] += pieces.total(slope * normal)
         by_offset[0] += pieces.total(slope)
-        slope = pieces.standardise_backward(normal, inverse, slope * scale[...])
+        slope = pieces.standardize_backward(normal, inverse, slope * scale[...])
         by_x[r] = slope.astype(plan.dtype)
 
     lax.fori_loop(0, plan.band, row, None)

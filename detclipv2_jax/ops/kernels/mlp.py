@@ -1,4 +1,4 @@
-"""The MLP branch of a transformer's block as one TPU kernel: x + keep · fc2(act(fc1(norm(x)))).
+"""The MLP branch of a transformer's block as one TPU kernel: x + factors · fc2(act(fc1(norm(x)))).
 
 The map is read once and written once forward; backward it and the gradient are read once, the
 gradient is written once, and the hidden layer, four times as wide, is computed again in fast
@@ -88,21 +88,21 @@ def fast_memory(shape: tuple[int, ...], hidden: int) -> int:
 
 def mlp_branch(
     x: Float[Array, "B H W C"],
-    keep: Float[Array, " B"],
+    factors: Float[Array, " B"],
     weights: Weights,
     activation: Activation = "gelu",
 ) -> Float[Array, "B H W C"]:
-    """x + keep · fc2(act(fc1(norm(x)))), position by position.
+    """x + factors · fc2(act(fc1(norm(x)))), position by position.
 
     Args:
       x: any size.
-      keep: factor of each image's branch; has no gradient.
+      factors: factor of each image's branch; has no gradient.
       weights: float32; their products take x's dtype, their gradients sum in float32.
       activation: the exact GELU or the approximation that CLIP has.
     """
     batch, height, width, channels = x.shape
     plan = _Plan(batch, height, width, channels, x.dtype, activation)
-    factors = jnp.repeat(keep.astype(jnp.float32), height, total_repeat_length=batch * height)
+    factors = jnp.repeat(factors.astype(jnp.float32), height, total_repeat_length=batch * height)
     rows = x.reshape(batch * height, width, channels)
     return _branch(plan, rows, factors, weights).reshape(x.shape)
 
@@ -131,7 +131,7 @@ def _cost(plan: _Plan, operands: list[Array], products: int, maps: int) -> pl.Co
     )
 
 
-def _call_forward(plan: _Plan, x: Array, keep: Array, weights: Weights) -> Array:
+def _call_forward(plan: _Plan, x: Array, factors: Array, weights: Weights) -> Array:
     operands, shape = _operands(plan, weights), (plan.tokens, plan.channels)
     return pl.pallas_call(
         functools.partial(_forward_kernel, plan),
@@ -147,11 +147,11 @@ def _call_forward(plan: _Plan, x: Array, keep: Array, weights: Weights) -> Array
         scratch_shapes=[pltpu.VMEM(shape, plan.dtype), pltpu.VMEM(shape, jnp.float32)],
         cost_estimate=_cost(plan, operands, 2, 2),
         compiler_params=pieces.parameters(2),
-    )(keep, x, *operands)
+    )(factors, x, *operands)
 
 
 def _call_backward(
-    plan: _Plan, x: Array, keep: Array, weights: Weights, gradient: Array
+    plan: _Plan, x: Array, factors: Array, weights: Weights, gradient: Array
 ) -> list[Array]:
     operands, shape = _operands(plan, weights), (plan.tokens, plan.channels)
     shapes, specs = pieces.sums(plan.cores, weights)
@@ -170,13 +170,13 @@ def _call_backward(
         scratch_shapes=[*[pltpu.VMEM(shape, plan.dtype)] * 2, pltpu.VMEM(shape, jnp.float32)],
         cost_estimate=_cost(plan, operands, 5, 3),
         compiler_params=pieces.parameters(2),
-    )(keep, x, gradient, *operands)
+    )(factors, x, gradient, *operands)
 
 
 _branch = pieces.branch(_call_forward, _call_backward)
 
 
-def _forward_kernel(plan: _Plan, keep: Any, x: Any, *refs: Any) -> None:
+def _forward_kernel(plan: _Plan, factors: Any, x: Any, *refs: Any) -> None:
     scale, offset, fc1, fc1_bias, fc2, fc2_bias, out, tokens, result = refs
     act = _ACTIVATIONS[plan.activation]
     _lay_normal(plan, x, scale, offset, tokens)
@@ -188,11 +188,11 @@ def _forward_kernel(plan: _Plan, keep: Any, x: Any, *refs: Any) -> None:
 
     lax.fori_loop(0, plan.tokens // _PIECE, piece, None)
     for r in range(plan.band):
-        branch = result[_row(plan, r)] * keep[_number(plan, r)]
+        branch = result[_row(plan, r)] * factors[_number(plan, r)]
         out[r] = (x[r].astype(jnp.float32) + branch).astype(plan.dtype)
 
 
-def _backward_kernel(plan: _Plan, keep: Any, x: Any, gradient: Any, *refs: Any) -> None:
+def _backward_kernel(plan: _Plan, factors: Any, x: Any, gradient: Any, *refs: Any) -> None:
     scale, offset, fc1, fc1_bias, fc2, _ = refs[:6]
     out, *sums = refs[6:13]
     by_scale, by_offset, by_fc1, by_fc1_bias, by_fc2, by_fc2_bias = sums
@@ -206,7 +206,7 @@ def _backward_kernel(plan: _Plan, keep: Any, x: Any, gradient: Any, *refs: Any) 
     _lay_normal(plan, x, scale, offset, tokens)
     _clear_gaps(plan, slope)
     for r in range(plan.band):
-        row = gradient[r].astype(jnp.float32) * keep[_number(plan, r)]
+        row = gradient[r].astype(jnp.float32) * factors[_number(plan, r)]
         slope[_row(plan, r)] = row.astype(plan.dtype)
 
     def piece(number: Any, _: None) -> None:
@@ -224,10 +224,10 @@ def _backward_kernel(plan: _Plan, keep: Any, x: Any, gradient: Any, *refs: Any) 
     lax.fori_loop(0, plan.tokens // _PIECE, piece, None)
     for r in range(plan.band):
         by_normal = result[_row(plan, r)]
-        normal, inverse = pieces.standardise(x[r])
+        normal, inverse = pieces.standardize(x[r])
         by_scale[0] += pieces.total(by_normal * normal)
         by_offset[0] += pieces.total(by_normal)
-        branch = pieces.standardise_backward(normal, inverse, by_normal * scale[...])
+        branch = pieces.standardize_backward(normal, inverse, by_normal * scale[...])
         out[r] = (gradient[r].astype(jnp.float32) + branch).astype(plan.dtype)
 
 
@@ -247,7 +247,7 @@ def _piece(number: Any) -> Any:
 def _lay_normal(plan: _Plan, x: Any, scale: Any, offset: Any, tokens: Any) -> None:
     _clear_gaps(plan, tokens)
     for r in range(plan.band):
-        normal, _ = pieces.standardise(x[r])
+        normal, _ = pieces.standardize(x[r])
         tokens[_row(plan, r)] = (normal * scale[...] + offset[...]).astype(plan.dtype)
 
 

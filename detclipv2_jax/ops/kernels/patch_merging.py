@@ -1,8 +1,8 @@
-"""Swin's patch merging as one TPU kernel: 2×2 neighbours side by side, normalised and projected.
+"""Swin's patch merging as one TPU kernel: 2×2 neighbors side by side, normalized and projected.
 
-XLA moves the map a dozen times for it, most of them to lay the neighbours side by side. Here a
+XLA moves the map a dozen times for it, most of them to lay the neighbors side by side. Here a
 step of the grid takes pairs of rows, reads every other pixel of them from fast memory, and never
-lays anything side by side: the norm sums over the four neighbours, the projection is the sum of
+lays anything side by side: the norm sums over the four neighbors, the projection is the sum of
 four products. The map is read once and the smaller one written once forward; backward both are
 read and the map's gradient is written.
 """
@@ -206,7 +206,7 @@ def _backward_kernel(
         by_tokens[n] = dot(slope[...], reduction[n], right=1)
 
     def pull(r: Any, _: None) -> None:
-        normals, inverse = _standardise(_apart(plan, x, r, pair))
+        normals, inverse = _standardize(_apart(plan, x, r, pair))
         gradients = [by_tokens[n, _row(plan, r)] for n in range(4)]
         for n, (normal, by_normal) in enumerate(zip(normals, gradients)):
             by_scale[0, n] += pieces.total(by_normal * normal)
@@ -233,7 +233,7 @@ def _lay_normal(plan: _Plan, x: Any, scale: Any, offset: Any, tokens: Any, pair:
         tokens[...] = jnp.zeros_like(tokens)
 
     def lay(r: Any, _: None) -> None:
-        normals, _inverse = _standardise(_apart(plan, x, r, pair))
+        normals, _inverse = _standardize(_apart(plan, x, r, pair))
         for n, normal in enumerate(normals):
             tokens[n, _row(plan, r)] = (normal * scale[n] + offset[n]).astype(plan.dtype)
 
@@ -266,14 +266,14 @@ def _apart(plan: _Plan, x: Any, r: Any, pair: Any) -> list[Float[Array, "W C"]]:
     return [jnp.concatenate(parts(i, j), axis=1) for i, j in _PIXELS]
 
 
-def _standardise(
+def _standardize(
     values: list[Float[Array, "W C"]],
 ) -> tuple[list[Float[Array, "W C"]], Float[Array, "W 1"]]:
     """Zero mean and unit variance of the four together, and what they were multiplied by."""
     middle = _mean(values)
-    centred = [value - middle for value in values]
-    inverse = lax.rsqrt(_mean([jnp.square(value) for value in centred]) + EPS)
-    return [value * inverse for value in centred], inverse
+    centered = [value - middle for value in values]
+    inverse = lax.rsqrt(_mean([jnp.square(value) for value in centered]) + EPS)
+    return [value * inverse for value in centered], inverse
 
 
 def _mean(values: list[Float[Array, "W C"]]) -> Float[Array, "W 1"]:

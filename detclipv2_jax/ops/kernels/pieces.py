@@ -25,7 +25,7 @@ def size(itemsize: int, *shape: int) -> int:
 
 
 def branch(forward: Callable[..., Array], backward: Callable[..., list[Array]]) -> Callable:
-    """A residual branch of (plan, x, keep, weights) with a gradient by x and by the weights.
+    """A residual branch of (plan, x, factors, weights) with a gradient by x and by the weights.
 
     Args:
       forward: gives the branch of these.
@@ -34,18 +34,18 @@ def branch(forward: Callable[..., Array], backward: Callable[..., list[Array]]) 
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def run(plan: Any, x: Array, keep: Array | None, weights: PyTree) -> Array:
-        return forward(plan, x, keep, weights)
+    def run(plan: Any, x: Array, factors: Array | None, weights: PyTree) -> Array:
+        return forward(plan, x, factors, weights)
 
-    def keep_inputs(plan, x, keep, weights):
-        return forward(plan, x, keep, weights), (x, keep, weights)
+    def keep_inputs(plan, x, factors, weights):
+        return forward(plan, x, factors, weights), (x, factors, weights)
 
     def pull(plan, saved, gradient):
-        x, keep, weights = saved
-        by_x, *by_weights = backward(plan, x, keep, weights, gradient)
+        x, factors, weights = saved
+        by_x, *by_weights = backward(plan, x, factors, weights, gradient)
         by_weights = [cores.sum(0) for cores in by_weights]
         by_weights = jax.tree.unflatten(jax.tree.structure(weights), by_weights)
-        return by_x, jax.tree.map(jnp.zeros_like, keep), by_weights
+        return by_x, jax.tree.map(jnp.zeros_like, factors), by_weights
 
     run.defvjp(keep_inputs, pull)
     return run
@@ -91,17 +91,17 @@ def total(x: Float[Array, "M N"]) -> Float[Array, "1 N"]:
     return jnp.sum(x.astype(jnp.float32), axis=0, keepdims=True)
 
 
-def standardise(x: Float[Array, "M C"]) -> tuple[Float[Array, "M C"], Float[Array, "M 1"]]:
+def standardize(x: Float[Array, "M C"]) -> tuple[Float[Array, "M C"], Float[Array, "M 1"]]:
     """Zero mean and unit variance of each row, and what rows were multiplied by; float32."""
     wide = x.astype(jnp.float32)
-    centred = wide - jnp.mean(wide, axis=1, keepdims=True)
-    inverse = lax.rsqrt(jnp.mean(jnp.square(centred), axis=1, keepdims=True) + EPS)
-    return centred * inverse, inverse
+    centered = wide - jnp.mean(wide, axis=1, keepdims=True)
+    inverse = lax.rsqrt(jnp.mean(jnp.square(centered), axis=1, keepdims=True) + EPS)
+    return centered * inverse, inverse
 
 
-def standardise_backward(
+def standardize_backward(
     normal: Float[Array, "M C"], inverse: Float[Array, "M 1"], gradient: Float[Array, "M C"]
 ) -> Float[Array, "M C"]:
-    """The gradient by what was standardised."""
+    """The gradient by what was standardized."""
     along = jnp.mean(gradient * normal, axis=1, keepdims=True)
     return (gradient - jnp.mean(gradient, axis=1, keepdims=True) - normal * along) * inverse

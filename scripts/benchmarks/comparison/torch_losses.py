@@ -57,11 +57,11 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
 
 def decode(anchors: Tensor, deltas: Tensor, stds: Tensor) -> Tensor:
     """Boxes in pixels."""
-    centres, sides = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
+    centers, sides = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
     deltas = deltas * stds
-    centres = centres + deltas[..., :2] * sides
+    centers = centers + deltas[..., :2] * sides
     half = sides * deltas[..., 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() / 2
-    return torch.cat([centres - half, centres + half], dim=-1)
+    return torch.cat([centers - half, centers + half], dim=-1)
 
 
 def atss(
@@ -71,12 +71,12 @@ def atss(
 
     Zhang et al. 2020, algorithm 1, for all images at once.
     """
-    centres, middles = (anchors[:, :2] + anchors[:, 2:]) / 2, (boxes[..., :2] + boxes[..., 2:]) / 2
-    inside = (centres[None] < sizes.flip(-1)[:, None]).all(dim=-1)
+    centers, middles = (anchors[:, :2] + anchors[:, 2:]) / 2, (boxes[..., :2] + boxes[..., 2:]) / 2
+    inside = (centers[None] < sizes.flip(-1)[:, None]).all(dim=-1)
     near, start = [], 0
     for size in levels:
         here = slice(start, start + size)
-        distances = (middles[:, :, None] - centres[here]).square().sum(dim=-1)
+        distances = (middles[:, :, None] - centers[here]).square().sum(dim=-1)
         distances = distances.masked_fill(~inside[:, None, here], math.inf)
         nearest = distances.topk(min(candidates, size), largest=False).indices
         near.append(start + nearest)
@@ -88,7 +88,7 @@ def atss(
     mean = (found * exists).sum(dim=-1, keepdim=True) / count.clamp(min=1)
     spread = ((found - mean) * exists).square().sum(dim=-1, keepdim=True)
     threshold = mean + (spread / (count - 1).clamp(min=1)).sqrt()
-    at = centres[near]
+    at = centers[near]
     depth = torch.minimum(at - boxes[:, :, None, :2], boxes[:, :, None, 2:] - at).amin(dim=-1)
     real = (boxes[..., 2] > boxes[..., 0])[..., None]
     claims = exists & real & (found >= threshold) & (depth > 0.01)
@@ -192,7 +192,7 @@ class Objective:
         score = score.masked_fill(~inside, -math.inf)
         entering, start = [], 0
         for size in self.levels:
-            count = min(self.loss.proposals.pre_nms, size)
+            count = min(self.loss.proposals.pre_nms_top_k, size)
             entering.append(start + score[:, start : start + size].topk(count).indices)
             start += size
         entering = torch.cat(entering, dim=1)

@@ -431,7 +431,7 @@ def test_command_one_kind_and_named_files(folder, script):
     assert run(script, "coco", *base, f"--to={folder / 'b'}", f"--annotations={path}") == 0
     to = f"--to={folder / 'c'}"
     assert run(script, "goldg", *base, to, "--name=flickr") == 2  # is it COCO's? nobody can tell
-    assert run(script, "goldg", *base, to, "--name=flickr", "--keep-coco") == 0
+    assert run(script, "goldg", *base, to, "--name=flickr", "--keep_coco") == 0
     assert Source.open(folder / "c").name == "flickr"
 
 
@@ -445,10 +445,10 @@ def test_command_one_kind_and_named_files(folder, script):
         (("coco", "--from=.", "--to=out", "--images=nowhere"), "--images=DIR"),
         (("coco", "--from=.", "--to=images"), "no prepared source"),
         (("coco", "--from=.", "--to=images", "--overwrite"), "no prepared source"),
-        (("image_text", "--from=.", "--to=out", "--spacy-model=xx_none"), "xx_none"),
+        (("image_text", "--from=.", "--to=out", "--spacy_model=xx_none"), "xx_none"),
         (("image_text", "--from=.", "--to=out", "--phrases=-1"), "--phrases=-1"),
         (("index", "--from=images"), "dataset_info.json"),
-        (("image_text", "--from=.", "--to=out", "--store-side=3"), "--store-side=3"),
+        (("image_text", "--from=.", "--to=out", "--store_side=3"), "--store_side=3"),
         (("symbols", "--to=out", "--option=size=3"), "no such option"),
         (("symbols", "--to=out", "--option=novel=many"), "like the default, 45"),
     ],

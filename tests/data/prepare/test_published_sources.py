@@ -201,7 +201,7 @@ def test_lvis_minival(tmp_path):
     data = to.read_bytes()
     lvis.write_minival(val, to)
     assert to.read_bytes() == data and [p.name for p in to.parent.iterdir()] == [to.name]
-    truth = lvis_evaluation.load_ground_truth(to)
+    truth = lvis_evaluation.load_lvis(to)
     assert len(truth.images) == 2 and len(truth.categories) == 2 and len(truth.boxes) == 1
 
 
@@ -252,10 +252,10 @@ def test_odinw_for_evaluation(tmp_path):
     write_odinw(tmp_path / "odinw")
     files = odinw.write_evaluation(tmp_path / "odinw", tmp_path / "to")
     assert list(files) == [one.name for one in odinw.SETS]
-    truth = coco_evaluation.load_ground_truth(files["CottontailRabbits"])
+    truth = coco_evaluation.load_coco(files["CottontailRabbits"])
     assert truth.categories[0].name == "rabbit"
     assert all(Path(image.file_name).is_file() for image in truth.images)
-    truth = coco_evaluation.load_ground_truth(files["EgoHands"])
+    truth = coco_evaluation.load_coco(files["EgoHands"])
     assert Path(truth.images[0].file_name).parent.name == "mini_val"
     miniature.write_json(tmp_path / "odinw/pothole/valid" / odinw._FILE, {"images": 3})
     with pytest.raises(UserError, match="pothole/valid/.*; unpack"):

@@ -39,14 +39,14 @@ def digests(folder):
 
 
 def names_in(text):
-    """(start, symbol, colour, count) of every symbol a text names, found without the generator."""
+    """(start, symbol, color, count) of every symbol a text names, found without the generator."""
     forms = {}
     for i, symbol in enumerate(ALL):
         forms[symbol.name] = (i, False)
         forms.setdefault(symbol.plural, (i, True))
     name = "|".join(sorted(map(re.escape, forms), key=len, reverse=True))
-    colour, number = "|".join(symbols_scenes.COLOURS), "|".join(NUMBERS)
-    pattern = rf"\b(?:({number}) )?(?:({colour}) )?({name})\b"
+    color, number = "|".join(symbols_scenes.COLORS), "|".join(NUMBERS)
+    pattern = rf"\b(?:({number}) )?(?:({color}) )?({name})\b"
     found = []
     for match in re.finditer(pattern, text.lower()):
         count = NUMBERS.get(match[1], 1)
@@ -66,7 +66,7 @@ def test_there_are_enough_symbols_with_clean_unique_names():
     assert len(set(names)) == len({symbol.codepoint for symbol in ALL}) == len(ALL)
     for name in names:
         assert re.fullmatch(r"[a-z]+(-[a-z]+)?( [a-z]+){0,2}", name), name
-        assert not set(name.split()) & {*symbols_scenes.COLOURS, "left", "right of", "and"}, name
+        assert not set(name.split()) & {*symbols_scenes.COLORS, "left", "right of", "and"}, name
     assert len({symbol.plural for symbol in ALL} | set(names)) >= 2 * len(ALL) - 5
     assert {s.plural for s in ALL if s.name in ("cross mark", "mouse", "sickle", "infinity")} == {
         "cross marks",
@@ -170,33 +170,33 @@ def test_boxes_are_tight_and_inside(split):
         assert not (changed & ~covered).any()
 
 
-def test_symbols_have_the_colour_they_are_said_to_have_and_it_stands_out():
+def test_symbols_have_the_color_they_are_said_to_have_and_it_stands_out():
     seen = set()
     for index in range(120):
         scene, pixels, changed, tones = changed_pixels(2, "detection", index, DEFAULT)
-        readable = symbols_scenes.readable_colours(tones)
+        readable = symbols_scenes.readable_colors(tones)
         for thing in scene.objects:
             x0, y0, x1, y1 = map(int, thing.box)
             inside = pixels[y0:y1, x0:x1][changed[y0:y1, x0:x1]]
             # Hairlines of small symbols are blended with the ground: not all pixels have it pure.
             distance = np.linalg.norm(
-                inside - np.float64(symbols_scenes.COLOURS[thing.colour]), axis=-1
+                inside - np.float64(symbols_scenes.COLORS[thing.color]), axis=-1
             )
             assert np.mean(distance < 60) > 0.1, (index, ALL[thing.symbol].name)
-            assert thing.colour in readable
-            seen.add(thing.colour)
-    assert seen == set(symbols_scenes.COLOURS)
+            assert thing.color in readable
+            seen.add(thing.color)
+    assert seen == set(symbols_scenes.COLORS)
 
 
 def test_black_on_dark_and_white_on_light_are_unreadable():
     dark, light = np.full((2, 3), 40.0), np.full((2, 3), 240.0)
-    assert "black" not in symbols_scenes.readable_colours(dark)
-    assert "white" not in symbols_scenes.readable_colours(light)
+    assert "black" not in symbols_scenes.readable_colors(dark)
+    assert "white" not in symbols_scenes.readable_colors(light)
     for tone in symbols_scenes.TONES:
-        assert len(symbols_scenes.readable_colours(np.array([tone]))) >= 4
-    # Against the whole palette no colour stands out: the best one is still given.
-    palette = np.array(list(symbols_scenes.COLOURS.values()), float)
-    assert len(symbols_scenes.readable_colours(palette)) == 1
+        assert len(symbols_scenes.readable_colors(np.array([tone]))) >= 4
+    # Against the whole palette no color stands out: the best one is still given.
+    palette = np.array(list(symbols_scenes.COLORS.values()), float)
+    assert len(symbols_scenes.readable_colors(palette)) == 1
 
 
 def test_overlap_sizes_and_counts_keep_their_limits():
@@ -244,11 +244,11 @@ def test_captions_say_exactly_what_is_there(split):
             assert len(found) == len(caption.mentions)
             told = collections.Counter()
             by_start = {}
-            for start, symbol, colour, count in found:
+            for start, symbol, color, count in found:
                 owners = [
                     i
                     for i, thing in enumerate(scene.objects)
-                    if thing.symbol == symbol and colour in (None, thing.colour)
+                    if thing.symbol == symbol and color in (None, thing.color)
                 ]
                 assert len(owners) == count, (caption.text, ALL[symbol].name)
                 told.update(owners)
@@ -274,21 +274,21 @@ def check_relation(word, first, second, objects):
     for i in first:
         for j in second:
             a, b = objects[i].box, objects[j].box
-            centre = [(box[0] + box[2], box[1] + box[3]) for box in (a, b)]
+            center = [(box[0] + box[2], box[1] + box[3]) for box in (a, b)]
             axis, sign = {
                 "left of": (0, 1),
                 "right of": (0, -1),
                 "above": (1, 1),
                 "below": (1, -1),
             }[word]
-            assert sign * (centre[1][axis] - centre[0][axis]) > 0
+            assert sign * (center[1][axis] - center[0][axis]) > 0
 
 
 def test_phrases_read_as_english():
     at = {symbol.name: i for i, symbol in enumerate(ALL)}
 
-    def say(name, colour, count, article):
-        mention = symbols_captions.Mention(at[name], colour, tuple(range(count)))
+    def say(name, color, count, article):
+        mention = symbols_captions.Mention(at[name], color, tuple(range(count)))
         return symbols_captions.phrase(mention, article)
 
     assert say("anchor", None, 1, "a") == "an anchor"

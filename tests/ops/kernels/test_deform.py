@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from detclipv2_jax.models import deform_conv
 from detclipv2_jax.models.atss_head import DeformConv, HeadConfig
 from detclipv2_jax.models.initializers import Draws
-from detclipv2_jax.models.packed_levels import Canvas
+from detclipv2_jax.models.packed_levels import PackedLevels
 from detclipv2_jax.ops.kernels import place
 
 SLOW = pytest.mark.slow
@@ -21,7 +21,7 @@ WIDE = ((12, 38), (6, 19), (3, 3), (2, 2), (1, 1))  # blocks of two levels and o
 
 
 def arguments(sizes, images, channels, outputs, spread=2.0, dtype=jnp.float32):
-    canvas, random = Canvas(sizes), np.random.default_rng(0)
+    canvas, random = PackedLevels(sizes), np.random.default_rng(0)
     noise = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
     x, slope = noise(images, *canvas.shape, channels), noise(images, *canvas.shape, outputs)
     given = (

@@ -86,7 +86,7 @@ class Exclusion:
         raise UserError(
             f"{' or '.join(map(str, self._directories))}: no {GENOME} in it, so nobody can tell "
             "which GQA pictures are COCO's; get it from Visual Genome, or keep them all with "
-            "--keep-coco"
+            "--keep_coco"
         )
 
     def _has(self, coco_id: int) -> bool:

@@ -61,7 +61,7 @@ class SymbolsOptions:
     rotation: float = 15.0  # degrees either way
     overlap: float = 0.1  # of the smaller of two boxes that may lie under the other
     difficulty: float = 0.1  # of the background: 0 soft, 1 garish
-    colour_share: float = 0.4  # of the phrases that name the colour
+    color_share: float = 0.4  # of the phrases that name the color
     novel: int = 45  # symbols that never get a training box
     novel_share: float = 0.35  # of the objects in captioned scenes that are novel
     split_seed: int = 2  # of base and novel; apart from `seed`, so that the split stays
@@ -80,7 +80,7 @@ class SymbolsOptions:
             and self.symbol_size[0] <= _FITS * smallest_side,
             "overlap": 0 <= self.overlap <= 1,
             "difficulty": 0 <= self.difficulty <= 1,
-            "colour_share": 0 <= self.colour_share <= 1,
+            "color_share": 0 <= self.color_share <= 1,
             "jpeg_quality": 1 <= self.jpeg_quality <= 100,
             "negatives": self.negatives >= 0,
             **{f"{split}_scenes": self.scenes(split) >= 0 for split in SPLITS},
@@ -212,10 +212,10 @@ def make_example(
     scene, image = scenes.draw_scene(rng, chances, height, width, style, first)
     said: list[captions.Caption] = []
     if captioned:
-        said.append(captions.image_caption(rng, scene, options.colour_share))
+        said.append(captions.image_caption(rng, scene, options.color_share))
     if split == "grounding":
         for _ in range(1 + int(rng.random() < _SECOND_CAPTION)):
-            said.append(captions.grounded_caption(rng, scene, options.colour_share))
+            said.append(captions.grounded_caption(rng, scene, options.color_share))
     said = list({caption.text: caption for caption in said}.values())  # no sentence twice
     return Example(f"{index + 1:09d}.jpg", scene, tuple(said)), image
 
@@ -260,7 +260,7 @@ def _draw_chunk(task: tuple) -> tuple[str, list[Example]]:
     examples = []
     for index in range(start, stop):
         example, image = make_example(seed, split, index, options, chances)
-        # Without chroma subsampling: thin coloured strokes would lose their colour.
+        # Without chroma subsampling: thin colored strokes would lose their color.
         image.save(
             to / "images" / split / example.file_name, quality=options.jpeg_quality, subsampling=0
         )

@@ -15,10 +15,10 @@ _NEXT = 16.0  # pixels between two symbols that are "next to" each other
 
 @dataclasses.dataclass(frozen=True)
 class Mention:
-    """Objects of one name that a phrase speaks of together; `colour` only if it is named."""
+    """Objects of one name that a phrase speaks of together; `color` only if it is named."""
 
     symbol: int
-    colour: str | None
+    color: str | None
     members: tuple[int, ...]  # positions in `Scene.objects`: all that the phrase fits
 
 
@@ -32,21 +32,21 @@ class Caption:
 
 
 def mentions_of(
-    rng: np.random.Generator, objects: Sequence[Placed], colour_share: float
+    rng: np.random.Generator, objects: Sequence[Placed], color_share: float
 ) -> list[Mention]:
     """All objects as mentions in random order, each object in exactly one.
 
-    Equal symbols of one colour stay together and are called by it in `colour_share` of the cases;
-    those of several colours are named together without, or apart by their colours.
+    Equal symbols of one color stay together and are called by it in `color_share` of the cases;
+    those of several colors are named together without, or apart by their colors.
     """
     mentions = []
     for symbol in dict.fromkeys(thing.symbol for thing in objects):
         members = [i for i, thing in enumerate(objects) if thing.symbol == symbol]
-        colours = list(dict.fromkeys(objects[i].colour for i in members))
-        if rng.random() < colour_share:
-            for colour in colours:
-                own = tuple(i for i in members if objects[i].colour == colour)
-                mentions.append(Mention(symbol, colour, own))
+        colors = list(dict.fromkeys(objects[i].color for i in members))
+        if rng.random() < color_share:
+            for color in colors:
+                own = tuple(i for i in members if objects[i].color == color)
+                mentions.append(Mention(symbol, color, own))
         else:
             mentions.append(Mention(symbol, None, tuple(members)))
     return [mentions[i] for i in rng.permutation(len(mentions))]
@@ -56,7 +56,7 @@ def phrase(mention: Mention, article: str) -> str:
     """ "a red anchor", "the red anchor", "two umbrellas"; `article` is "a", "the" or "" (none)."""
     symbol = load_symbols()[mention.symbol]
     count = len(mention.members)
-    words = ([mention.colour] if mention.colour else []) + [
+    words = ([mention.color] if mention.color else []) + [
         symbol.name if count == 1 else symbol.plural
     ]
     if count > 1:
@@ -139,9 +139,9 @@ def _ground(rng: np.random.Generator, scene: Scene) -> str:
     return f" on a {scene.background} {('background', 'ground')[rng.integers(2)]}"
 
 
-def grounded_caption(rng: np.random.Generator, scene: Scene, colour_share: float) -> Caption:
+def grounded_caption(rng: np.random.Generator, scene: Scene, color_share: float) -> Caption:
     """A sentence that mentions every object of the scene, for phrase grounding."""
-    mentions = mentions_of(rng, scene.objects, colour_share)
+    mentions = mentions_of(rng, scene.objects, color_share)
     style = rng.random()
     if style < 0.5 and (related := _related(rng, scene, mentions)):
         pieces = related
@@ -155,9 +155,9 @@ def grounded_caption(rng: np.random.Generator, scene: Scene, colour_share: float
     return _assemble(pieces, capital=bool(rng.random() < 0.3))
 
 
-def image_caption(rng: np.random.Generator, scene: Scene, colour_share: float) -> Caption:
+def image_caption(rng: np.random.Generator, scene: Scene, color_share: float) -> Caption:
     """A sentence or an alt text as people put beside pictures; it mentions every object."""
-    mentions = mentions_of(rng, scene.objects, colour_share)
+    mentions = mentions_of(rng, scene.objects, color_share)
     listing = _listing(mentions, "a")
     style = rng.random()
     if style < 0.2 and (related := _related(rng, scene, mentions)):

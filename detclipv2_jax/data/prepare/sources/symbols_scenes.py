@@ -1,7 +1,7 @@
 """The pictures of the built-in data: which symbols there are, and how one scene of them is drawn.
 
 A symbol is a pictograph of DejaVu Sans, the font that matplotlib ships. A scene is a soft
-background with coloured, scaled and rotated symbols on it; it knows the tight box of each.
+background with colored, scaled and rotated symbols on it; it knows the tight box of each.
 """
 
 import csv
@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from detclipv2_jax.common.errors import UserError
 
-# Named colours, far enough apart that a person agrees with the name.
-COLOURS: dict[str, tuple[int, int, int]] = {
+# Named colors, far enough apart that a person agrees with the name.
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 30, 38),
     "blue": (28, 78, 216),
     "green": (24, 140, 56),
@@ -31,7 +31,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "brown": (118, 68, 24),
     "cyan": (16, 192, 216),
 }
-# What a background starts from: six light, three middling, six dark tones, so that every colour has
+# What a background starts from: six light, three middling, six dark tones, so that every color has
 # grounds to stand out from (white and cyan need dark ones).
 TONES: tuple[tuple[int, int, int], ...] = (
     *((242, 238, 226), (222, 232, 242), (226, 240, 222), (244, 226, 230), (236, 236, 236)),
@@ -69,7 +69,7 @@ class Placed:
     """A symbol in a scene. `box` is the tight xyxy of its ink in pixels of the picture."""
 
     symbol: int  # position in `load_symbols()`
-    colour: str
+    color: str
     box: tuple[float, float, float, float]
 
 
@@ -194,7 +194,7 @@ def draw_symbol(character: str, size: float, angle: float) -> Image.Image:
 
 @functools.cache
 def _lab_palette() -> Float[np.ndarray, "c 3"]:
-    return _lab(np.array(list(COLOURS.values()), float))
+    return _lab(np.array(list(COLORS.values()), float))
 
 
 def _lab(rgb: np.ndarray) -> np.ndarray:
@@ -210,8 +210,8 @@ def _lab(rgb: np.ndarray) -> np.ndarray:
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
 
 
-def readable_colours(tones: Float[np.ndarray, "n 3"]) -> list[str]:
-    """Names of the colours that stand out from every tone (sRGB); the best one, at worst.
+def readable_colors(tones: Float[np.ndarray, "n 3"]) -> list[str]:
+    """Names of the colors that stand out from every tone (sRGB); the best one, at worst.
 
     Lightness must differ by itself too, because fine detail is seen by lightness.
     """
@@ -220,8 +220,8 @@ def readable_colours(tones: Float[np.ndarray, "n 3"]) -> list[str]:
     distance = np.sqrt((difference**2).sum(-1)).min(1)  # CIE 1976
     lightness = difference[..., 0].min(1)
     margin = np.minimum(distance / MIN_CONTRAST, lightness / MIN_LIGHTNESS)
-    names = [name for name, value in zip(COLOURS, margin) if value >= 1]
-    return names or [list(COLOURS)[int(margin.argmax())]]
+    names = [name for name, value in zip(COLORS, margin) if value >= 1]
+    return names or [list(COLORS)[int(margin.argmax())]]
 
 
 def _pattern(
@@ -266,10 +266,10 @@ def _cast(
     rng: np.random.Generator,
     chances: Float[np.ndarray, " s"],
     count: int,
-    colours: list[str],
+    colors: list[str],
     first: int | None,
 ) -> list[tuple[int, str]]:
-    """Draws `count` (symbol, colour): some symbols twice or thrice, half of those in one colour."""
+    """Draws `count` (symbol, color): some symbols twice or thrice, half of those in one color."""
     cumulative = np.cumsum(chances)
     chosen: list[tuple[int, str]] = []
     while len(chosen) < count:
@@ -282,9 +282,9 @@ def _cast(
             continue
         copies = 1 if rng.random() < 0.78 else int(rng.integers(2, 4))
         shared = rng.random() < 0.6
-        colour = colours[rng.integers(len(colours))]
+        color = colors[rng.integers(len(colors))]
         for _ in range(min(copies, count - len(chosen))):
-            chosen.append((symbol, colour if shared else colours[rng.integers(len(colours))]))
+            chosen.append((symbol, color if shared else colors[rng.integers(len(colors))]))
     return chosen
 
 
@@ -320,15 +320,15 @@ def draw_scene(
     count = int(rng.integers(style.objects[0], style.objects[1] + 1))
     smallest, largest = style.size
     placed: list[Placed] = []
-    for symbol, colour in _cast(rng, chances, count, readable_colours(tones), first):
+    for symbol, color in _cast(rng, chances, count, readable_colors(tones), first):
         size = math.exp(rng.uniform(math.log(smallest), math.log(largest)))
         angle = rng.uniform(-style.rotation, style.rotation)
         for _ in range(4):
             mask = draw_symbol(symbols[symbol].character, size, angle)
             box = _find_room(rng, mask.size, (height, width), placed, style.overlap)
             if box is not None:
-                image.paste(COLOURS[colour], (int(box[0]), int(box[1])), mask)
-                placed.append(Placed(symbol, colour, box))
+                image.paste(COLORS[color], (int(box[0]), int(box[1])), mask)
+                placed.append(Placed(symbol, color, box))
                 break
             size = max(smallest, 0.8 * size)
     return Scene(height, width, background, tuple(placed)), image

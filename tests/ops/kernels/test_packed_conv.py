@@ -14,8 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from detclipv2_jax.models.atss_head import ATSSHead, DeformConv, HeadConfig
 from detclipv2_jax.models.initializers import Draws
-from detclipv2_jax.models.packed_levels import Canvas
-from detclipv2_jax.ops.kernels import canvas_conv, place
+from detclipv2_jax.models.packed_levels import PackedLevels
+from detclipv2_jax.ops.kernels import packed_conv, place
 
 SLOW = pytest.mark.slow
 PYRAMID = ((6, 5), (3, 3), (2, 2), (1, 1), (1, 1))
@@ -39,7 +39,7 @@ def plain(x, norm, kernel, canvas):
 
 
 def by_kernel(x, norm, kernel, canvas):
-    y, statistics = canvas_conv.canvas_conv(x, norm, kernel, canvas.rectangles)
+    y, statistics = packed_conv.packed_conv(x, norm, kernel, canvas.rectangles)
     return jnp.where(canvas.mask, y, 0), statistics.mean, statistics.variance
 
 
@@ -64,14 +64,14 @@ def check_close(expected, found, tolerance=2e-6):
 def test_map_statistics_and_all_gradients_are_the_plain_ones(
     monkeypatch, sizes, images, channels, normed, tokens
 ):
-    monkeypatch.setattr(canvas_conv, "_TOKENS", tokens)
-    monkeypatch.setattr(canvas_conv, "_PIECE", 32)
-    canvas, random = Canvas(sizes), np.random.default_rng(0)
+    monkeypatch.setattr(packed_conv, "_TOKENS", tokens)
+    monkeypatch.setattr(packed_conv, "_PIECE", 32)
+    canvas, random = PackedLevels(sizes), np.random.default_rng(0)
     noise = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
     (inputs, outputs), levels = channels, len(sizes)
     x, kernel = noise(images, *canvas.shape, inputs), noise(3, 3, inputs, outputs)
     pair = lambda width: [noise(images, levels, width) for _ in range(2)]
-    norm = canvas_conv.Norm(*pair(inputs)) if normed else None
+    norm = packed_conv.Norm(*pair(inputs)) if normed else None
     slopes = noise(images, *canvas.shape, outputs), *pair(outputs)
 
     def everything(function, gaps):
@@ -91,12 +91,12 @@ def test_map_statistics_and_all_gradients_are_the_plain_ones(
 
 def test_the_variance_of_values_far_from_zero_is_exact(monkeypatch):
     """Where the mean of squares less the square of the mean would have no digit left."""
-    monkeypatch.setattr(canvas_conv, "_TOKENS", 64)
+    monkeypatch.setattr(packed_conv, "_TOKENS", 64)
     random = np.random.default_rng(0)
     x = jnp.asarray(1000 + random.normal(size=(1, 11, 13, 4)), jnp.float32)
     kernel = jnp.zeros((3, 3, 4, 4)).at[1, 1].set(jnp.eye(4))
     with pltpu.force_tpu_interpret_mode():
-        _, found = canvas_conv.canvas_conv(x, None, kernel, ((0, 0, 11, 13),))
+        _, found = packed_conv.packed_conv(x, None, kernel, ((0, 0, 11, 13),))
     exact = np.asarray(x, np.float64)
     np.testing.assert_allclose(found.mean[:, 0], exact.mean((1, 2)), rtol=1e-6)
     np.testing.assert_allclose(found.variance[:, 0], exact.var((1, 2)), rtol=1e-4)
@@ -188,5 +188,5 @@ def test_the_head_becomes_kernels_of_a_tpu(monkeypatch):
         return sum(getattr(outputs, f.name).sum() for f in dataclasses.fields(outputs))
 
     text = jax.jit(jax.value_and_grad(loss)).trace(state).lower(lowering_platforms=("tpu",))
-    for name in ("canvas_conv", "deform_conv"):
+    for name in ("packed_conv", "deform_conv"):
         assert f"{name}_forward" in text.as_text() and f"{name}_backward" in text.as_text()

@@ -2,7 +2,7 @@
 
 A head is convolution, GroupNorm and ReLU over and over. XLA moves the map a dozen times a layer:
 it cuts it in eight for its convolution and goes through memory for statistics, norm and activation
-each. Here a layer reads what the convolution before it gave, normalises and activates that in fast
+each. Here a layer reads what the convolution before it gave, normalizes and activates that in fast
 memory, convolves it, writes that and takes its statistics. Backward it reads the gradient and both
 maps once, and writes one gradient.
 
@@ -106,7 +106,7 @@ def fast_memory(shape: tuple[int, ...], outputs: int) -> int:
     return maps + dense + scratch + size(4, 4, max(plan.pitch, _PIECE), max(inputs, outputs))
 
 
-def canvas_conv(
+def packed_conv(
     x: Float[Array, "B H W C"],
     norm: Norm | None,
     kernel: Float[Array, "3 3 C O"],
@@ -417,7 +417,7 @@ def _activate(plan: _Plan, norm: Any, row: Any, value: Array) -> tuple[Array, Ar
 
 
 def _lay(plan: _Plan, maps: Any, rows: Any, function: Callable[..., Array]) -> None:
-    """`function` of each row of a band and its neighbours into `rows`, zeros behind it."""
+    """`function` of each row of a band and its neighbors into `rows`, zeros behind it."""
 
     def lay(place: Any, r: Any, *values: Array) -> None:
         row = function(r, *[value.astype(jnp.float32) for value in values])

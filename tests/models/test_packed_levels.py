@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detclipv2_jax.models.packed_levels import Canvas
+from detclipv2_jax.models.packed_levels import PackedLevels
 
 RNG = np.random.default_rng(0)
 
@@ -24,7 +24,7 @@ SIZES = [
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_levels_come_back_in_anchor_order(sizes):
-    canvas = Canvas(sizes)
+    canvas = PackedLevels(sizes)
     levels = [jnp.asarray(RNG.normal(size=(2, *size, 3)), jnp.float32) for size in sizes]
     placed = jax.jit(canvas.place)(levels)
     assert placed.shape == (2, *canvas.shape, 3)
@@ -39,7 +39,7 @@ def test_levels_come_back_in_anchor_order(sizes):
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_one_convolution_is_that_of_every_level(sizes):
-    canvas = Canvas(sizes)
+    canvas = PackedLevels(sizes)
     levels = [jnp.asarray(RNG.normal(size=(1, *size, 2)), jnp.float32) for size in sizes]
     kernel = jnp.asarray(RNG.normal(size=(3, 3, 2, 4)), jnp.float32)
 
@@ -57,4 +57,4 @@ def test_one_convolution_is_that_of_every_level(sizes):
 def test_the_canvas_of_a_large_picture_wastes_little():
     for size in ((800, 1344), (1344, 800), (1088, 1088)):
         sizes = pyramid(*size)
-        assert np.prod(Canvas(sizes).shape) < 1.15 * sum(h * w for h, w in sizes)
+        assert np.prod(PackedLevels(sizes).shape) < 1.15 * sum(h * w for h, w in sizes)

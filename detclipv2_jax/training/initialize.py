@@ -24,7 +24,7 @@ class InitConfig:
     text: str = ""  # CLIP's text tower: OpenAI's, open_clip's or Hugging Face's
 
 
-def initialise(params: PyTree, config: InitConfig) -> tuple[PyTree, list[Report]]:
+def initialize(params: PyTree, config: InitConfig) -> tuple[PyTree, list[Report]]:
     """Parameters with the config's files in their place; those without a file are left alone.
 
     Raises:
@@ -56,14 +56,14 @@ def _of_run(workdir: str) -> dict[str, np.ndarray]:
 
 
 def table(reports: Sequence[Report]) -> str:
-    """Lines for people: what was loaded, resized, left as initialised and not used."""
+    """Lines for people: what was loaded, resized, left as initialized and not used."""
     lines = []
     for r in reports:
         lines.append(f"{r.part or 'model'} from {r.path} ({r.publisher})")
         for what, names in (
             ("loaded", r.loaded),
             ("  of these resized", r.resized),
-            ("left as initialised", r.left),
+            ("left as initialized", r.left),
             ("in the file, not used", r.skipped),
         ):
             if names or what == "loaded":
