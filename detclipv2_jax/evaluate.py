@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from detclipv2_jax.common.cli import status
+from detclipv2_jax.common.cli import exit_status
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.interruption import Interrupted
 from detclipv2_jax.evaluation import datasets
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 2 if something that the user can mend went wrong, in one sentence."""
     args = parser().parse_args(arguments)
     try:
-        return status(run, args)
+        return exit_status(run, args)
     except (Interrupted, KeyboardInterrupt) as stopped:
         told = stopped if isinstance(stopped, Interrupted) else "stopped"
         print(f"{told}; the same command goes on from there", file=sys.stderr)

@@ -15,7 +15,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from detclipv2_jax.common.cli import refuse_renamed, status
+from detclipv2_jax.common.cli import exit_status, refuse_renamed
 from detclipv2_jax.exporters.export import DETECTORS, run
 from detclipv2_jax.inference.config import DEFINITIONS
 
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 2 if something that the user can mend went wrong, one sentence each."""
-    return status(run, parser().parse_args(arguments))
+    return exit_status(run, parser().parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from detclipv2_jax.common.cli import status
+from detclipv2_jax.common.cli import exit_status
 from detclipv2_jax.evaluation.page import run
 
 
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 2 if something that the user can mend went wrong, in one sentence."""
-    return status(run, parser().parse_args(arguments))
+    return exit_status(run, parser().parse_args(arguments))
 
 
 if __name__ == "__main__":

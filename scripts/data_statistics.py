@@ -27,7 +27,7 @@ from detclipv2_jax.common.atomic import (
     replacing,
     write_json,
 )
-from detclipv2_jax.common.cli import status
+from detclipv2_jax.common.cli import exit_status
 from detclipv2_jax.common.errors import UserError
 
 _PAIRS = 5  # leaked pictures that are named
@@ -35,7 +35,7 @@ _PAIRS = 5  # leaked pictures that are named
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; 2 if something that the user can mend went wrong, one sentence each."""
-    return status(run, parser().parse_args(arguments))
+    return exit_status(run, parser().parse_args(arguments))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from detclipv2_jax.common.cli import refuse_renamed, status
+from detclipv2_jax.common.cli import exit_status, refuse_renamed
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import dictionary as dictionary_lib
 from detclipv2_jax.data.index import Source
@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; 2 if something that the user can mend went wrong, in one sentence."""
-    return status(run, parser().parse_args(arguments))
+    return exit_status(run, parser().parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes: a file or directory appears complete or not at all, even if the process is killed.
+
+Content goes to a temporary name in the same directory and is renamed when it is complete.
+"""
 
 import contextlib
 import contextvars
@@ -6,32 +9,36 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
 from detclipv2_jax.common.errors import UserError
 
-_only_said = contextvars.ContextVar("only_said", default=False)
+_only_warn = contextvars.ContextVar("only_warn", default=False)
 
 
 @contextlib.contextmanager
-def only_said() -> Iterator[None]:
-    """Inside it a file that cannot be written is said and left out, and what goes on goes on."""
-    token = _only_said.set(True)
+def write_errors_are_warnings() -> Iterator[None]:
+    """Within the block, a file that `replacing` cannot write is reported and skipped.
+
+    Training uses it for reports and pictures: a full disk must not end a run because of them.
+    """
+    token = _only_warn.set(True)
     try:
         yield
     finally:
-        _only_said.reset(token)
+        _only_warn.reset(token)
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A temporary path beside `path` that takes its name if the block ends well.
+    """Yield a temporary path; rename it to `path` if the block ends without an error.
 
-    Missing directories are made.
+    The parent directories are created. If the block raises, `path` keeps its old content.
 
     Raises:
-      UserError: the directory cannot be made or written to.
+      UserError: the directory cannot be created, or the file cannot be written.
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -39,22 +46,75 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError:
-            if not _only_said.get():
+            if not _only_warn.get():  # else the block fails to write, and that is reported below
                 raise
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if not _only_said.get():
-            room = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            way_out = "; make room, then start again with the same command" if room else ""
-            raise UserError(f"{path}: cannot be written ({error.strerror}){way_out}.") from error
-        print(f"{path}: cannot be written ({error.strerror}): left out", flush=True)
+        problem = f"{path}: cannot be written ({error.strerror})"
+        if not _only_warn.get():
+            raise UserError(f"{problem}. {_remedy(error)}") from error
+        print(f"warning: {problem}; continuing without it", flush=True)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
+@contextlib.contextmanager
+def replacing_directory(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yield a new, empty directory; rename it to `path` if the block ends without an error.
+
+    A directory that `path` names already is replaced, and kept if the block raises. Only one
+    process may write a directory at a time.
+
+    Raises:
+      UserError: the directory or a file in it cannot be written.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+        temporary.mkdir(parents=True)
+        yield temporary
+        replace_directory(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}). {_remedy(error)}"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_directory(new: pathlib.Path, old: pathlib.Path) -> None:
+    """Rename directory `new` to `old`, which may exist.
+
+    A reader sees the old directory, the new one, or for a moment neither.
+    """
+    retired = old.with_name(old.name + ".old")
+    shutil.rmtree(retired, ignore_errors=True)
+    if old.exists():
+        os.replace(old, retired)
+    os.replace(new, old)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes `value` as indented JSON, whole or not at all; refuses NaN (ValueError)."""
+    """Write `value` as indented JSON, atomically.
+
+    Raises:
+      UserError: the file cannot be written.
+      ValueError: `value` contains NaN or infinity.
+    """
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a UTF-8 text file atomically; `UserError` if it cannot be written."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Free disk space, then run the same command again."
+    return "Check the path and its permissions."

@@ -1,4 +1,4 @@
-"""What all commands share: one sentence and exit status 2 for a user's error; renamed options."""
+"""Shared by all commands: exit status and message of a `UserError`, and renamed options."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 from detclipv2_jax.common.errors import UserError
 
 
-def status(run: Callable[..., Any], *args: Any) -> int:
+def exit_status(run: Callable[..., Any], *args: Any) -> int:
     """Call `run(*args)` and return the exit status: 0, or 2 after printing a `UserError`."""
     try:
         run(*args)
@@ -19,7 +19,12 @@ def status(run: Callable[..., Any], *args: Any) -> int:
 
 
 def refuse_renamed(parser: Any, names: dict[str, str]) -> None:
-    """Make a parser refuse options by their old names and name the new ones: {old: new}."""
+    """Make a parser refuse options by their old names and name the new ones.
+
+    Args:
+      parser: an `argparse` parser or argument group.
+      names: old name -> new name, each with its dashes.
+    """
     for old, new in names.items():
         parser.add_argument(old, action=_Renamed, new=new, nargs="?", help=argparse.SUPPRESS)
 
@@ -32,4 +37,4 @@ class _Renamed(argparse.Action):
         self._new = new
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        parser.error(f"{self.option_strings[0]} is now {self._new}: use the new name.")
+        parser.error(f"{self.option_strings[0]} is now {self._new}. Use the new name.")

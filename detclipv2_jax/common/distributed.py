@@ -38,7 +38,7 @@ def start(address: str | None, count: int | None, index: int | None) -> bool:
             "three, or none where the cluster tells."
         )
     if not any(given):
-        if not told_by_cluster(os.environ, _on_tpu_vm()):
+        if not cluster_has_other_processes(os.environ, _on_tpu_vm()):
             return False
         _check_kubernetes(os.environ)
     options = {"heartbeat_timeout_seconds": _HEARTBEAT}
@@ -63,7 +63,7 @@ def meet() -> None:
         wait(key=f"detclipv2_jax {next(_meetings)}", timeout_ms=_WEEK)
 
 
-def of_the_first(make: Callable[[], Any], path: str | os.PathLike) -> Any:
+def run_on_first_process(make: Callable[[], Any], path: str | os.PathLike) -> Any:
     """What `make` gives in the first process, in all of them; it travels as JSON in a file.
 
     All processes call it, and see the directory of `path`; the file is gone afterwards.
@@ -96,7 +96,7 @@ def of_the_first(make: Callable[[], Any], path: str | os.PathLike) -> Any:
     return told["value"]
 
 
-def told_by_cluster(environment: Mapping[str, str], on_tpu_vm: bool = False) -> bool:
+def cluster_has_other_processes(environment: Mapping[str, str], on_tpu_vm: bool = False) -> bool:
     """Does the environment, or the machine, say that this process is one of several?
 
     The variables are those that JAX's own detection reads: a SLURM step of several tasks, Open MPI,

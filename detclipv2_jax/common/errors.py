@@ -1,9 +1,9 @@
-"""The one exception for what a user can mend."""
+"""The exception for every error that the user can fix."""
 
 
 class UserError(ValueError):
-    """Something outside the code is wrong: a path, a file, a field, a flag.
+    """An error outside the code: a path, a file, a config field or a flag is wrong.
 
-    Its message is one sentence that says what is wrong, where, and the way out; the entry points
+    The message says what is wrong, where, and how to fix it, in one or two sentences. Commands
     print it without a traceback and exit with status 2.
     """

@@ -32,7 +32,7 @@ from detclipv2_jax.evaluation.datasets import EvaluationSet
 from detclipv2_jax.evaluation.report import draw_steps, steps_table, table
 from detclipv2_jax.inference import checkpoint
 from detclipv2_jax.inference.predictor import Predictor
-from detclipv2_jax.inference.prompts import prompting
+from detclipv2_jax.inference.prompts import Prompter
 
 _PAUSE = 2.0  # seconds between two looks for a new checkpoint
 
@@ -97,7 +97,7 @@ class _Model:
             for device in jax.local_devices()
         ]
         first = self.predictors[0]
-        self.prompts = prompting(
+        self.prompts = Prompter.for_model(
             loaded.detect, loaded.definitions, loaded.template, args.definitions, args.prompts
         )
         self.about = {"checkpoint": str(args.checkpoint), "step": step}
@@ -120,12 +120,12 @@ def _evaluate_set(
     settings = {**model.settings, **model.prompts.settings(texts)}
     kept = Predictions(output / "predictions", one.truth.images, paths, model.predictors[0], texts)
     identity = kept.identity({**model.identity, "settings": settings})
-    todo = distributed.of_the_first(lambda: kept.begin(identity), output / ".todo.json")
+    todo = distributed.run_on_first_process(lambda: kept.begin(identity), output / ".todo.json")
     if len(todo) < len(kept):
         print(f"{len(kept) - len(todo)} of {len(kept)} parts were answered before", flush=True)
     mine = todo[jax.process_index() :: jax.process_count()]
     kept.complete(model.predictors, mine, _title(model, one, mine, todo))
-    distributed.meet()
+    distributed.barrier()
 
     def measured() -> dict[str, Any]:
         return measure.measure_answers(
@@ -139,7 +139,7 @@ def _evaluate_set(
             results_json=results_json,
         )
 
-    return distributed.of_the_first(measured, output / ".measured.json")
+    return distributed.run_on_first_process(measured, output / ".measured.json")
 
 
 def _title(
@@ -201,7 +201,7 @@ def _comparable(results: Mapping[str, Any]) -> Any:
 def _steps(args: argparse.Namespace, output: pathlib.Path) -> Iterator[int]:
     """The steps to evaluate, one after another; of a run that goes on, as they are written."""
     if not args.follow:
-        yield from distributed.of_the_first(lambda: _chosen(args), output / ".steps.json")
+        yield from distributed.run_on_first_process(lambda: _chosen(args), output / ".steps.json")
         return
     done: list[int] = []
 
@@ -219,7 +219,7 @@ def _steps(args: argparse.Namespace, output: pathlib.Path) -> Iterator[int]:
                 told = True
             time.sleep(_PAUSE)
 
-    while (step := distributed.of_the_first(next_one, output / ".steps.json")) is not None:
+    while (step := distributed.run_on_first_process(next_one, output / ".steps.json")) is not None:
         yield step
         done.append(step)
 
@@ -227,7 +227,7 @@ def _steps(args: argparse.Namespace, output: pathlib.Path) -> Iterator[int]:
 def _chosen(args: argparse.Namespace) -> list[int]:
     if args.step == "best":
         return [checkpoint.best_step(args.checkpoint)]
-    known = checkpoint.some_steps(args.checkpoint)
+    known = checkpoint.require_steps(args.checkpoint)
     if args.step in ("newest", "all"):
         return known if args.step == "all" else known[-1:]
     asked = args.step if isinstance(args.step, list) else [args.step]

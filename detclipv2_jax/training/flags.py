@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from detclipv2_jax.common.cli import status
+from detclipv2_jax.common.cli import exit_status
 from detclipv2_jax.common.errors import UserError
 
 
@@ -11,7 +11,7 @@ def run_with_config(main: Callable[[list[str]], None]) -> None:
     """Runs an absl program whose `--config` is a run's config, and ends with its exit status."""
     from absl import app
 
-    sys.exit(status(lambda: app.run(main, flags_parser=_parse_flags)))
+    sys.exit(exit_status(lambda: app.run(main, flags_parser=_parse_flags)))
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from detclipv2_jax.common import plots
-from detclipv2_jax.common.atomic import only_said
+from detclipv2_jax.common.atomic import write_errors_are_warnings
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import pipeline
 from detclipv2_jax.data.plan import StepPlan
@@ -82,7 +82,7 @@ def report(
     is drawn.
     """
     if workdir is not None:
-        with only_said():
+        with write_errors_are_warnings():
             plots.loss_curves(workdir / "metrics.jsonl", workdir / "losses.png")
     if results is not None:
         print(report_lib.table(results))

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from detclipv2_jax.common import config_dict, distributed
-from detclipv2_jax.common.atomic import only_said, write_json
+from detclipv2_jax.common.atomic import write_errors_are_warnings, write_json
 from detclipv2_jax.common.interruption import Interrupted, StopRequest
 from detclipv2_jax.data import pipeline
 from detclipv2_jax.data.transforms import TransformConfig
@@ -94,7 +94,7 @@ def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[
     with clock("compile"):
         todo = plan.programs if start < total_steps else []
         programs = compile_programs(step_fn, todo, state, shardings, mesh, config)
-        distributed.meet()  # the first step waits for the others no longer than Gloo's 30 s
+        distributed.barrier()  # the first step waits for the others no longer than Gloo's 30 s
 
     # ---- The loop. A step's figures are read when the next one is under way.
     # Of a run that starts anew nothing is kept, not even what it measured at step 0.
@@ -125,7 +125,7 @@ def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[
         due = is_due(step + 1, config.train.eval_every) and not stopping
         if validator and (last or due):
             recorder.finish()
-            with clock("evaluate"), only_said():
+            with clock("evaluate"), write_errors_are_warnings():
                 results = validator(graphdef, state)
                 score = headline(results)
                 log.write(step + 1, scalars(results))

@@ -43,7 +43,7 @@ import step_parts
 from matplotlib.figure import Figure
 
 from detclipv2_jax.common.atomic import replacing, write_json
-from detclipv2_jax.common.cli import status
+from detclipv2_jax.common.cli import exit_status
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.batch import Batch
 from detclipv2_jax.models import detclip, flops
@@ -493,4 +493,4 @@ def run(argv: Sequence[str] | None = None, model: DetCLIPConfig | None = None) -
 
 
 if __name__ == "__main__":
-    sys.exit(status(run))
+    sys.exit(exit_status(run))

@@ -193,6 +193,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from detclipv2_jax.common.cli import status
+    from detclipv2_jax.common.cli import exit_status
 
-    sys.exit(status(main))
+    sys.exit(exit_status(main))

@@ -32,7 +32,7 @@ _PATIENCE = 900  # seconds for a start: sixteen programs are compiled on the sam
     ],
 )
 def test_a_cluster_is_recognized(environment):
-    assert distributed.told_by_cluster(environment)
+    assert distributed.cluster_has_other_processes(environment)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_cluster_is_recognized(environment):
     ],
 )
 def test_a_lone_process_is_alone(environment):
-    assert not distributed.told_by_cluster(environment)
+    assert not distributed.cluster_has_other_processes(environment)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_lone_process_is_alone(environment):
     ],
 )
 def test_on_a_tpu_vm_the_machine_is_asked_where_the_environment_is_silent(environment, joins):
-    assert distributed.told_by_cluster(environment, on_tpu_vm=True) == joins
+    assert distributed.cluster_has_other_processes(environment, on_tpu_vm=True) == joins
 
 
 def test_a_jax_that_does_not_tell_of_tpu_vms_is_no_crash(monkeypatch):

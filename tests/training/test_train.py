@@ -234,8 +234,8 @@ def test_a_run_started_on_a_full_disk_is_one_sentence_and_goes_on_when_there_is_
     process = tiny_run.run(data, run)
     assert process.returncode == 2, process.stderr[-3000:]
     assert re.fullmatch(
-        r"error: .*run/\S+: cannot be written \(No space left on device\); make room, then start "
-        r"again with the same command\.",
+        r"error: .*run/\S+: cannot be written \(No space left on device\)\. Free disk space, then "
+        r"run the same command again\.",
         process.stderr.splitlines()[-1],
     )
     assert "Traceback" not in process.stderr
