@@ -1,1 +1,1 @@
-"""What every room uses: errors, atomic files, configs as dicts, processes, command lines, plots."""
+"""Shared by all rooms: errors, atomic writes, config conversion, processes, command lines, plots."""

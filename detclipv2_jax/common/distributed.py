@@ -1,4 +1,4 @@
-"""The processes of a run find each other: by themselves on a cluster, or as the flags say."""
+"""Start-up of a run's processes, and the points where they wait for each other."""
 
 import importlib.util
 import itertools
@@ -13,29 +13,31 @@ import jax
 from detclipv2_jax.common.atomic import write_json
 from detclipv2_jax.common.errors import UserError
 
-_KUBERNETES = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"}  # of an indexed job
-_WEEK = 7 * 24 * 3600 * 1000  # milliseconds that the slowest process is waited for
-_meetings = itertools.count()  # each of its own name; all processes come to the same ones
-_HEARTBEAT = 30  # seconds of silence after which a process counts as dead and the others end
+_KUBERNETES = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"}  # set in an indexed job
+_WEEK = 7 * 24 * 3600 * 1000  # milliseconds that a barrier waits for the slowest process
+_barriers = itertools.count()  # each needs its own name; all processes pass them in the same order
+_HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
 
 
 def start(address: str | None, count: int | None, index: int | None) -> bool:
-    """Joins the other processes, if there are any to join; tells whether there are.
+    """Connect to the other processes of the run; return whether there are any.
+
+    The arguments are given together or not at all. Without them, JAX finds the processes of a
+    cluster it knows (Cloud TPU, GKE, SLURM, Open MPI), and a single process connects to nothing.
 
     Args:
-        address: host:port of the first process.
-        count: processes in all.
-        index: of this process. All three are given, or none of them: then a cluster that JAX knows
-            (Cloud TPU, GKE, SLURM, Open MPI) tells, and a lone process starts nothing.
+        address: host:port of process 0.
+        count: number of processes.
+        index: number of this process, from 0.
 
     Raises:
-        UserError: some of the three are missing, or the others cannot be reached.
+        UserError: only some arguments are given, or the other processes cannot be reached.
     """
     given = [value is not None for value in (address, count, index)]
     if any(given) and not all(given):
         raise UserError(
-            "--coordinator_address, --num_processes and --process_id belong together: give all "
-            "three, or none where the cluster tells."
+            "--coordinator_address, --num_processes and --process_id belong together. Give all "
+            "three, or none on a cluster that JAX detects."
         )
     if not any(given):
         if not cluster_has_other_processes(os.environ, _on_tpu_vm()):
@@ -43,84 +45,98 @@ def start(address: str | None, count: int | None, index: int | None) -> bool:
         _check_kubernetes(os.environ)
     options = {"heartbeat_timeout_seconds": _HEARTBEAT}
     if address is not None and address.rpartition(":")[0] in ("localhost", "127.0.0.1", "[::1]"):
-        options["coordinator_bind_address"] = address  # of no concern to other machines
+        options["coordinator_bind_address"] = address  # else it listens on all interfaces
     try:
         jax.distributed.initialize(address, count, index, **options)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"the processes of the run did not find each other ({str(error).splitlines()[0]}); "
-            "check --coordinator_address, --num_processes and --process_id."
+            f"The processes of the run could not connect ({str(error).splitlines()[0]}). "
+            "Check --coordinator_address, --num_processes and --process_id."
         ) from None
     return True
 
 
-def meet() -> None:
-    """Returns when every process has called it as often; uses no device, whatever time it takes."""
+def barrier() -> None:
+    """Wait until every process has called this function equally often.
+
+    It uses no device, and waits up to a week: compilation times differ by minutes.
+    """
     if jax.process_count() > 1:
         from orbax.checkpoint import multihost
 
         wait = multihost.get_barrier_sync_fn()
-        wait(key=f"detclipv2_jax {next(_meetings)}", timeout_ms=_WEEK)
+        wait(key=f"detclipv2_jax {next(_barriers)}", timeout_ms=_WEEK)
 
 
 def run_on_first_process(make: Callable[[], Any], path: str | os.PathLike) -> Any:
-    """What `make` gives in the first process, in all of them; it travels as JSON in a file.
+    """Return what `make()` returns in process 0, in every process.
 
-    All processes call it, and see the directory of `path`; the file is gone afterwards.
+    All processes must call this function. The value travels as JSON in a temporary file.
+
+    Args:
+        make: called in process 0 only.
+        path: the temporary file, in a directory that all processes share.
 
     Raises:
-        UserError: if `make` does so; in all of them.
+        UserError: in every process, if `make` raises it; or the directory is not shared.
     """
     if jax.process_count() == 1:
         return make()
     path = pathlib.Path(path)
     if jax.process_index() == 0:
         try:
-            told = {"value": make()}
+            answer = {"value": make()}
         except UserError as error:
-            told = {"error": str(error)}
-        write_json(path, told)
-    meet()
+            answer = {"error": str(error)}
+        write_json(path, answer)
+    barrier()
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        answer = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{path}: process {jax.process_index()} does not see what process 0 wrote there; all "
-            "processes need the same directory."
+            f"{path}: written by process 0, but process {jax.process_index()} cannot find it. "
+            "Use a directory that all processes share."
         ) from None
-    meet()
+    barrier()
     if jax.process_index() == 0:
         path.unlink()
-    if "error" in told:
-        raise UserError(told["error"])
-    return told["value"]
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]
 
 
 def cluster_has_other_processes(environment: Mapping[str, str], on_tpu_vm: bool = False) -> bool:
-    """Does the environment, or the machine, say that this process is one of several?
+    """Return whether the cluster's environment variables describe several processes.
 
     The variables are those that JAX's own detection reads: a SLURM step of several tasks, Open MPI,
-    an indexed job on Kubernetes, a slice of several TPU hosts, or JAX's own. On a TPU VM whose
-    environment names no hosts JAX asks the metadata server, which knows a slice of one host, too.
+    an indexed Kubernetes job, a slice of several TPU hosts, or JAX's own. On a TPU VM (`on_tpu_vm`)
+    whose environment names no hosts, JAX asks the metadata server, which also handles one host.
     """
-    several = lambda name: (
-        environment.get(name, "1").isdigit() and int(environment.get(name, "1")) > 1
-    )
-    hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
-    asks_machine = on_tpu_vm and hosts is None and "TPU_SKIP_MDS_QUERY" not in environment
+
+    def above_one(name: str) -> bool:
+        value = environment.get(name, "1")
+        return value.isdigit() and int(value) > 1
+
+    hosts = _tpu_hosts(environment)
+    asks_metadata_server = on_tpu_vm and hosts is None and "TPU_SKIP_MDS_QUERY" not in environment
     return (
         "JAX_COORDINATOR_ADDRESS" in environment
-        or ("SLURM_PROCID" in environment and several("SLURM_NTASKS"))
-        or several("OMPI_COMM_WORLD_SIZE")
+        or ("SLURM_PROCID" in environment and above_one("SLURM_NTASKS"))
+        or above_one("OMPI_COMM_WORLD_SIZE")
         or environment.keys() >= _KUBERNETES
         or "," in (hosts or "")
-        or asks_machine
+        or asks_metadata_server
         or "MEGASCALE_COORDINATOR_ADDRESS" in environment
     )
 
 
+def _tpu_hosts(environment: Mapping[str, str]) -> str | None:
+    """Return the comma-separated hosts of a TPU slice; None if the environment names none."""
+    return environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
+
+
 def _on_tpu_vm() -> bool:
-    """JAX has no public name for it. Without its own one only the environment is asked."""
+    # JAX has no public name for this. If the private one goes, only the environment is consulted.
     try:
         from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
     except ImportError:
@@ -129,12 +145,11 @@ def _on_tpu_vm() -> bool:
 
 
 def _check_kubernetes(environment: Mapping[str, str]) -> None:
-    """JAX asks Kubernetes through its client, unless the environment already says all."""
-    hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
-    asked = environment.keys() >= _KUBERNETES and hosts is None
-    if asked and importlib.util.find_spec("kubernetes") is None:
+    """Raise `UserError` if JAX would need the Kubernetes client, and it is not installed."""
+    needs_client = environment.keys() >= _KUBERNETES and _tpu_hosts(environment) is None
+    if needs_client and importlib.util.find_spec("kubernetes") is None:
         raise UserError(
-            "the other processes of a Kubernetes job are found by the package kubernetes, which is "
-            'not there: pip install "jax[k8s]", or give --coordinator_address, --num_processes and '
-            "--process_id."
+            "The package kubernetes, which finds the other processes of a Kubernetes job, is not "
+            'installed. Run `pip install "jax[k8s]"`, or give --coordinator_address, '
+            "--num_processes and --process_id."
         )

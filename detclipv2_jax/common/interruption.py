@@ -1,4 +1,4 @@
-"""A run that is told to end, by SIGTERM, Ctrl-C or a preemption notice, ends between two steps."""
+"""Graceful stop: a run ends between two steps on SIGTERM, Ctrl-C or a preemption notice."""
 
 import signal
 import sys
@@ -10,37 +10,42 @@ from jax.experimental import multihost_utils
 
 
 class Interrupted(Exception):
-    """The run was told to stop and has saved its state; the same command goes on."""
+    """The run was asked to stop and has saved its state; the same command resumes it."""
 
     def __init__(self, what: str, number: signal.Signals):
-        """`what` happened, by which signal."""
+        """Store the message `what` and the signal that caused the stop."""
         super().__init__(what)
         self.signal = number
 
 
 class StopRequest:
-    """Set by SIGTERM or Ctrl-C, asked for after each step.
+    """Remembers SIGTERM or Ctrl-C until the training loop asks for it after a step.
 
-    With several processes the last one to be told decides: JAX's coordinator, which handles SIGTERM
-    there, picks a step that none has reached yet, and all stop after it.
+    With several processes, JAX handles SIGTERM: its coordinator picks a step that no process has
+    reached yet, and all processes stop after that step.
     """
 
     def __init__(self):
-        """Handles the signals from here on, where this is the main thread of a lone process."""
-        self.signal, self._told = signal.SIGTERM, False  # the first that came; did one come?
+        """Install the signal handlers, if this is the main thread of a single process."""
+        self.signal = signal.SIGTERM  # the first that arrived; SIGTERM if JAX handles it
+        self._requested = False
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._handle)
+            self._default_handler = signal.signal(signal.SIGINT, self._handle)
             signal.signal(signal.SIGTERM, self._handle)
 
     def _handle(self, number: int, _: Any) -> None:
-        if not self._told:
-            self.signal, self._told = signal.Signals(number), True
+        if not self._requested:
+            self.signal, self._requested = signal.Signals(number), True
         if number == signal.SIGINT:
-            print("\nending after this step; Ctrl-C again: at once", file=sys.stderr, flush=True)
-            signal.signal(signal.SIGINT, self._before)
+            print(
+                "\nstopping after this step; press Ctrl-C again to stop at once",
+                file=sys.stderr,
+                flush=True,
+            )
+            signal.signal(signal.SIGINT, self._default_handler)
 
     def is_due(self, step: int) -> bool:
-        """Should all processes stop after this step?"""
+        """Return whether all processes should stop after `step`."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._told
+        return self._requested

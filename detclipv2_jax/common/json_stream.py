@@ -1,7 +1,7 @@
-"""A JSON object read list by list, entry by entry: annotation files have gigabytes.
+"""Streaming reader of large JSON files: it holds one entry of a top-level list at a time.
 
-Python's own JSON scanner does the work, one entry of a top-level list at a time, so NaN, numbers as
-texts and whatever else `json.loads` takes is taken here too. docs/data.md has what it saves.
+Python's own JSON scanner parses each entry, so everything that `json.loads` accepts (such as NaN)
+is accepted here. docs/data.md says how much memory it saves on annotation files of gigabytes.
 """
 
 import codecs
@@ -14,38 +14,45 @@ from typing import Any, BinaryIO
 
 from detclipv2_jax.common.errors import UserError
 
-_CHUNK = 1 << 22  # bytes read at once, and more where one value is longer
+_CHUNK = 1 << 22  # bytes per read; more where one value is longer
 _SPACE = re.compile(r"[ \t\n\r]*")
-# A value that is cut off at the end of what was read fails within its last token or, a text that
-# has no end yet, at that text's start.
-_TOKEN = 16  # characters; "-Infinity" has 9, an escaped surrogate pair 12
+# If the end of the window cuts a value, the scanner fails within this many characters of the end,
+# or at the start of an unterminated string.
+_TOKEN = 16  # the longest token: "-Infinity" has 9 characters, an escaped surrogate pair 12
 
 
 def read_lists(path: Path, fields: Collection[str]) -> Iterator[tuple[str, int, Any]]:
-    """Entries of the lists that a JSON object has under `fields`: (field, number, entry).
+    """Yield (field, number, entry) for each entry of some top-level lists of a JSON object.
 
-    They come in the file's order, of lists and of entries. `UserError` where the file cannot be
-    read or is no JSON object, and at the end where one of `fields` is missing or no list.
+    Lists and entries come in the order of the file. The number counts the entries of a list from 0.
+
+    Args:
+      path: the file.
+      fields: names of the lists to read.
+
+    Raises:
+      UserError: the file cannot be read or is not a JSON object; or, after the last entry, one of
+        `fields` is missing or is not a list.
     """
     with _open(path) as scanner:
         yield from _lists(scanner, path, fields)
 
 
 def read_entries(path: Path) -> Iterator[Any]:
-    """Entries of a JSON list; `UserError` where the file cannot be read or is no JSON list."""
+    """Yield the entries of a JSON list; `UserError` if the file cannot be read or is not one."""
     with _open(path) as scanner:
         if scanner.peek() != "[":
             value = scanner.value()
             kind = "object" if isinstance(value, dict) else type(value).__name__
             raise UserError(
-                f"{path}: holds a JSON {kind}, not a list; give a file of the right kind"
+                f"{path}: holds a JSON {kind}, not a list. Give a file of the right format."
             )
         yield from scanner.entries()
         scanner.end()
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file whole, whatever it holds; `UserError` where it cannot be read or is no JSON."""
+    """Return the content of a JSON file; `UserError` if it cannot be read or is not JSON."""
     with _open(path) as scanner:
         value = scanner.value()
         scanner.end()
@@ -54,17 +61,17 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def _open(path: Path) -> "Iterator[_Scanner]":
-    """A scanner of a file; what goes wrong while it is used becomes a `UserError`."""
+    """Yield a scanner of a file; reading and syntax errors in the block become `UserError`."""
     try:
         with open(path, "rb") as file:
             yield _Scanner(file)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; check the path") from error
+        raise UserError(f"{path}: no such file. Check the path.") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
     except (_Malformed, UnicodeDecodeError, RecursionError) as error:
         reason = f", {error}" if isinstance(error, _Malformed) else ": not JSON text"
-        raise UserError(f"{path}{reason}; download or export the file again") from error
+        raise UserError(f"{path}{reason}. Download or export the file again.") from error
 
 
 def _lists(
@@ -76,12 +83,12 @@ def _lists(
     else:
         for field in scanner.fields():
             if field in is_list:
-                raise UserError(f'{path}: its top level has "{field}" twice; export the file again')
+                raise UserError(f'{path}: its top level has "{field}" twice. Export it again.')
             is_list[field] = scanner.peek() == "["
             if not is_list[field]:
                 scanner.value()
                 continue
-            # The lists that nobody asked for are read entry by entry too: they may be long.
+            # Other lists are also read entry by entry, because they may be long.
             for number, entry in enumerate(scanner.entries()):
                 if field in fields:
                     yield field, number, entry
@@ -90,17 +97,17 @@ def _lists(
         if is_list.get(field):
             continue
         raise UserError(
-            f'{path}: its top level has no list "{field}"; give the file in the format that '
-            "`python scripts/prepare_data.py --help` describes"
+            f'{path}: its top level has no list "{field}". Give a file in the format that '
+            "`python scripts/prepare_data.py --help` describes."
         )
 
 
 class _Malformed(ValueError):
-    """Not JSON; the message says where."""
+    """The text is not JSON; the message gives line and column."""
 
 
 class _Scanner:
-    """A JSON text of which only a window is in memory: `text`, read up to `at`."""
+    """A JSON parser that holds only a window of the text: `_text`, parsed up to `_at`."""
 
     def __init__(self, file: BinaryIO):
         start = file.read(_CHUNK)
@@ -109,11 +116,11 @@ class _Scanner:
         self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
         self._scan = json.JSONDecoder().scan_once
         self._text, self._at = self._decoder.decode(start, not start), 0
-        self._line, self._column = 1, 1  # of the text's first character
+        self._line, self._column = 1, 1  # of the window's first character
         self._ended = not start
 
     def peek(self) -> str:
-        """The next character that is no space, not taken; empty at the end."""
+        """Return the next character that is not a space, without consuming it; "" at the end."""
         while True:
             self._at = _SPACE.match(self._text, self._at).end()
             if self._at < len(self._text):
@@ -122,7 +129,7 @@ class _Scanner:
                 return ""
 
     def value(self) -> Any:
-        """The next value."""
+        """Parse and return the next value."""
         self.peek()
         while True:
             try:
@@ -136,7 +143,7 @@ class _Scanner:
             except ValueError as error:  # a number of thousands of digits
                 raise self._malformed(str(error), self._at) from error
             else:
-                # A number at the window's end may go on behind it: 1, 1.|5, 1e|5.
+                # A number at the end of the window may continue after it: 1|2, 1.|5, 1e|5.
                 if len(self._text) - end < _TOKEN and self._more():
                     continue
                 self._at = end
@@ -146,7 +153,7 @@ class _Scanner:
                 raise self._malformed(problem, position)
 
     def fields(self) -> Iterator[str]:
-        """The keys of the next object, each at its value, which is to be taken before the next."""
+        """Yield the keys of the next object; the caller consumes each value before the next key."""
         for _ in self._items("{", "}"):
             if self.peek() != '"':
                 raise self._malformed("Expecting property name enclosed in double quotes", self._at)
@@ -155,12 +162,12 @@ class _Scanner:
             yield key
 
     def entries(self) -> Iterator[Any]:
-        """The entries of the next list."""
+        """Yield the entries of the next list."""
         for _ in self._items("[", "]"):
             yield self.value()
 
     def end(self) -> None:
-        """Make sure that nothing follows."""
+        """Check that nothing follows."""
         if self.peek():
             raise self._malformed("Extra data", self._at)
 
@@ -182,19 +189,19 @@ class _Scanner:
         self._at += 1
 
     def _more(self) -> bool:
-        """Read on, dropping what was taken; False at the end."""
+        """Read the next chunk and drop the consumed text; False at the end of the file."""
         if self._ended:
             return False
         taken, rest = self._text[: self._at], self._text[self._at :]
         self._line, self._column = self._place(len(taken))
-        # As much again as is left, so that a long value is not scanned a thousand times.
+        # The window at least doubles, so that a long value is not scanned again for every chunk.
         data = self._file.read(max(_CHUNK, len(rest)))
         self._ended = not data
         self._text, self._at = rest + self._decoder.decode(data, self._ended), 0
         return True
 
     def _place(self, position: int) -> tuple[int, int]:
-        """Line and column of a position in the text."""
+        """Return line and column of a position in the window."""
         lines = self._text.count("\n", 0, position)
         if not lines:
             return self._line, self._column + position

@@ -1,4 +1,4 @@
-"""Loss curves and figures over steps as pictures."""
+"""Plots of losses and metrics over training steps."""
 
 import json
 import os
@@ -12,17 +12,21 @@ from matplotlib.figure import Figure
 from detclipv2_jax.common.atomic import replacing
 from detclipv2_jax.common.errors import UserError
 
-_LOSSES = ("loss", "align", "box", "centerness", "contrastive")  # the total and its parts
+_LOSSES = ("loss", "align", "box", "centerness", "contrastive")  # the total and its terms
 
 
-def loss_curves(metrics: str | os.PathLike, picture: str | os.PathLike) -> None:
-    """Draws the losses of a run's `metrics.jsonl` over its steps, a panel for each kind of data.
+def plot_losses(metrics: str | os.PathLike, picture: str | os.PathLike) -> None:
+    """Plot the losses of a run over its steps, one panel per kind of data.
 
-    Raw values are pale, with a running mean over them. Lines without a kind (evaluations) and
-    values that are not finite are passed over.
+    Each loss is drawn in pale color with its running mean on top. Lines without a kind
+    (evaluations) and values that are not finite are skipped.
+
+    Args:
+      metrics: the run's `metrics.jsonl`.
+      picture: the PNG file to write.
 
     Raises:
-      UserError: the file is missing or a line is no JSON object with a step; names file and line.
+      UserError: the file is missing, or a line is not a JSON object with a step.
     """
     curves = _losses(pathlib.Path(metrics))
     figure = Figure(figsize=(5.2 * max(len(curves), 1), 3.8), layout="constrained")
@@ -42,12 +46,18 @@ def loss_curves(metrics: str | os.PathLike, picture: str | os.PathLike) -> None:
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def figures_over_steps(
+def plot_over_steps(
     steps: Sequence[int],
     panels: Mapping[str, Mapping[str, Sequence[float | None]]],
     picture: str | os.PathLike,
 ) -> None:
-    """Draws figures of a run over its steps, a panel for each title; None is left out."""
+    """Plot metrics of a run over its steps.
+
+    Args:
+      steps: the steps at which the metrics were measured.
+      panels: title of a panel -> label of a line -> a value for each step, None where missing.
+      picture: the PNG file to write.
+    """
     figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
     for panel, (title, lines) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items()
@@ -65,20 +75,22 @@ def figures_over_steps(
 
 
 def _losses(metrics: pathlib.Path) -> Mapping[str, Mapping[str, list[tuple[int, float]]]]:
-    """Kind -> name of a loss -> its (step, value), as far as they are finite."""
+    """Return kind -> name of a loss -> its finite values as (step, value)."""
     try:
         lines = metrics.read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{metrics}: no such file; a run writes it into its workdir.") from None
+        raise UserError(f"{metrics}: no such file. Give the metrics.jsonl of a workdir.") from None
     curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             step = int(row["step"])
         except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-            if number == len(lines):  # a run that was killed may leave half a line
+            if number == len(lines):  # a run that was killed may leave an incomplete line
                 continue
-            raise UserError(f"{metrics}: line {number} is no JSON object with a 'step'.") from None
+            raise UserError(
+                f"{metrics}, line {number}: not a JSON object with a 'step'. Remove the line."
+            ) from None
         for name, value in row.items():
             is_loss = name in _LOSSES and isinstance(value, int | float) and np.isfinite(value)
             if is_loss and isinstance(row.get("kind"), str):
@@ -87,7 +99,7 @@ def _losses(metrics: pathlib.Path) -> Mapping[str, Mapping[str, list[tuple[int, 
 
 
 def _running_mean(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """The mean of each value and its neighbors, over about a thirtieth of the curve."""
+    """Return the mean of each value and its neighbors, over about a thirtieth of the curve."""
     reach = len(values) // 60
     sums = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - reach, 0)

@@ -88,7 +88,7 @@ def draw_steps(results: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None
         panels[title.split(" (")[0]] = {
             name: [row.get(name) for row in rows.values()] for name in names
         }
-    plots.figures_over_steps(steps, panels, path)
+    plots.plot_over_steps(steps, panels, path)
 
 
 def compare(

@@ -47,7 +47,7 @@ def steps(directory: Path | str) -> list[int]:
     return sorted(int(path.name) for path in root.iterdir() if path.name.isdigit())
 
 
-def some_steps(directory: Path | str) -> list[int]:
+def require_steps(directory: Path | str) -> list[int]:
     """As `steps`, but UserError where there is none."""
     found = steps(directory)
     if not found:
@@ -63,7 +63,7 @@ def best_step(directory: Path | str) -> int:
     Raises:
       UserError: none of the checkpoints was evaluated in training, or there is none.
     """
-    scores = {step: score_of(directory, step) for step in some_steps(directory)}
+    scores = {step: stored_score(directory, step) for step in require_steps(directory)}
     measured = [step for step, score in scores.items() if score is not None]
     if not measured:
         raise UserError(
@@ -90,7 +90,7 @@ def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
     Raises:
       UserError: if there is no checkpoint, not that step, or it does not fit its own config.
     """
-    known = some_steps(directory)
+    known = require_steps(directory)
     if step is not None and step not in known:
         raise UserError(
             f"{_root(directory)} has no checkpoint of step {step}: it has "
@@ -100,7 +100,7 @@ def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
     with _reading(directory) as manager:
         meta = _meta(manager, step)
         run = meta["config"]
-        model = DetCLIPConfig.from_dict(config_dict.upgraded(DetCLIPConfig, run["model"]))
+        model = DetCLIPConfig.from_dict(config_dict.with_current_names(DetCLIPConfig, run["model"]))
         graphdef, target = detclip.abstract(model)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(
@@ -126,7 +126,7 @@ def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
 
 def detect_config(section: Mapping[str, Any]) -> DetectConfig:
     """Return what the section `eval` of a run's config says, stored by this or an older version."""
-    values = config_dict.upgraded(DetectConfig, section)
+    values = config_dict.with_current_names(DetectConfig, section)
     return config_dict.from_dict(
         DetectConfig, config_dict.known_fields(DetectConfig, values), "config.eval"
     )
@@ -151,7 +151,7 @@ def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
 
-def score_of(directory: Path | str, step: int) -> float | None:
+def stored_score(directory: Path | str, step: int) -> float | None:
     """Return the figure that training measured at `step`; None if it measured none."""
     with _reading(directory) as manager:
         return _meta(manager, step).get("score")

@@ -167,7 +167,7 @@ def _changes(before: dict[str, Any], config: RunConfig) -> str:
     now = json.loads(
         json.dumps(config_dict.to_dict(config))
     )  # as the checkpoint's went through JSON
-    old, new = _flat(config_dict.upgraded(RunConfig, before)), _flat(now)
+    old, new = _flat(config_dict.with_current_names(RunConfig, before)), _flat(now)
     changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in old | new if old.get(k) != new.get(k)]
     return f", with a changed config ({'; '.join(changed)})" if changed else ""
 

@@ -1,4 +1,4 @@
-"""Lists read entry by entry, against json.loads of the whole file."""
+"""The streaming JSON reader, compared with json.loads."""
 
 import json
 import random
@@ -23,7 +23,7 @@ def read(tmp_path, data: bytes, fields=("a", "b")):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 22])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-def test_as_json_loads(tmp_path, monkeypatch, chunk, encoding):
+def test_entries_equal_those_of_json_loads(tmp_path, monkeypatch, chunk, encoding):
     monkeypatch.setattr(json_stream, "_CHUNK", max(chunk, 4))  # the encoding shows in four bytes
     generator = random.Random(chunk)
     for indent in (None, 1):
@@ -46,7 +46,7 @@ def test_spaces_and_empty_lists(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (b'{"a": [1], "b": [2', "line 1, column 19: not valid JSON (Expecting ',')"),
         (b'{"a": [1],\n "b": [2 3]}', "line 2, column 10: not valid JSON (Expecting ',')"),
@@ -67,16 +67,16 @@ def test_spaces_and_empty_lists(tmp_path):
     ],
 )
 @pytest.mark.parametrize("chunk", [4, 1 << 22])
-def test_what_is_no_json(tmp_path, monkeypatch, text, told, chunk):
+def test_invalid_json_is_located(tmp_path, monkeypatch, text, message, chunk):
     monkeypatch.setattr(json_stream, "_CHUNK", chunk)
     with pytest.raises(UserError) as caught:
         read(tmp_path, text)
     sentence = str(caught.value)
-    assert told in sentence and "file.json" in sentence and "\n" not in sentence
+    assert message in sentence and "file.json" in sentence and "\n" not in sentence
 
 
-def test_little_memory(tmp_path):
-    """Of a long list, no more is held than a chunk; a broken one is not read to its end."""
+def test_memory_is_bounded(tmp_path):
+    """Of a long list, only a chunk is held; a malformed one is not read to its end."""
     path = tmp_path / "long.json"
     entry = json.dumps({"id": 1, "text": "x" * 900})
     path.write_text('{"a": [' + ", ".join([entry] * 30_000) + "]}")

@@ -95,7 +95,7 @@ def test_loss_curves_have_a_panel_a_kind(tmp_path):
     curves = plots._losses(path)
     assert set(curves) == {"detection", "grounding", "image_text"}
     assert set(curves["detection"]) == {"loss", "align"} and len(curves["detection"]["loss"]) == 20
-    plots.loss_curves(path, tmp_path / "pictures" / "losses.png")
+    plots.plot_losses(path, tmp_path / "pictures" / "losses.png")
     with Image.open(tmp_path / "pictures" / "losses.png") as picture:
         assert picture.width > 2.5 * picture.height
     assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["losses.png"]
@@ -109,13 +109,13 @@ def test_loss_curves_of_an_unfinished_log(tmp_path):
         file.write('{"step": 60, "kind": "detection", "loss": null}\n{"step": 61, "lo')
     assert plots._losses(path) == whole
     path.write_text("")
-    plots.loss_curves(path, tmp_path / "empty.png")
+    plots.plot_losses(path, tmp_path / "empty.png")
     assert (tmp_path / "empty.png").exists()
     path.write_text("nonsense\n{}\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl: line 1"):
-        plots.loss_curves(path, tmp_path / "none.png")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: not a JSON"):
+        plots.plot_losses(path, tmp_path / "none.png")
     with pytest.raises(UserError, match="no such file"):
-        plots.loss_curves(tmp_path / "absent.jsonl", tmp_path / "none.png")
+        plots.plot_losses(tmp_path / "absent.jsonl", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 

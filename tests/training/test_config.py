@@ -79,9 +79,9 @@ def test_the_papers_numbers_are_in_fine_tuning(size):
         ({"seed": True}, "config.seed must be of type int, not True"),
         (
             {"data": {"detection": {"negatives": 9}}},
-            "^config.data.detection.negatives is now config.data.detection.concepts_per_image: use",
+            "^config.data.detection.negatives is now config.data.detection.concepts_per_image. Use",
         ),
-        ({"eval": {"keep": 9}}, "^config.eval.keep is now config.eval.max_detections: use"),
+        ({"eval": {"keep": 9}}, "^config.eval.keep is now config.eval.max_detections. Use"),
         ({"model": {"swin": {"depth": 3}}}, "config.model.swin.depth is not a field.*depths"),
     ],
 )
