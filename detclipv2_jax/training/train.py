@@ -13,7 +13,7 @@ from detclipv2_jax.data import pipeline
 from detclipv2_jax.data.transforms import TransformConfig
 from detclipv2_jax.models import detclip
 from detclipv2_jax.training import clock as clock_lib
-from detclipv2_jax.training import initialize, inputs, metrics, optimizer, sharding
+from detclipv2_jax.training import initialize, metrics, optimizer, prefetch, sharding
 from detclipv2_jax.training import state as state_lib
 from detclipv2_jax.training.checkpointer import Checkpointer
 from detclipv2_jax.training.config import RunConfig
@@ -101,7 +101,7 @@ def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[
     log = metrics.MetricsLog(workdir if first else None, start or -1)
     progress = metrics.Progress(total_steps, start, shown=first)
     recorder = Recorder(config, log, progress, clock, checkpointer)
-    on_device = inputs.prefetch(feed, mesh)
+    on_device = prefetch.prefetch(feed, mesh)
     results, stop = None, StopRequest()
     clock.go_on(earlier, log.seconds)
     if validator and config.train.eval_first and start == 0:

@@ -49,7 +49,7 @@ from detclipv2_jax.data.batch import Batch
 from detclipv2_jax.models import detclip, flops
 from detclipv2_jax.models.detclip import DetCLIPConfig
 from detclipv2_jax.models.remat import Remat
-from detclipv2_jax.training import accumulate, inputs, optimizer, sharding
+from detclipv2_jax.training import accumulate, optimizer, prefetch, sharding
 from detclipv2_jax.training import state as state_lib
 from detclipv2_jax.training.objective import LossConfig
 from detclipv2_jax.training.optimizer import OptimizerConfig
@@ -91,7 +91,7 @@ class Ours:
             model, shape.kind, shape.canvas, shape.images, shape.concepts
         )
         self.batch = step_parts.random_batch(abstract, model.text.vocab)
-        self._on_device = inputs.put_batch(
+        self._on_device = prefetch.put_batch(
             self.batch, sharding.batch_shardings(self.mesh, self.batch)
         )
         self.flops = flops.step(

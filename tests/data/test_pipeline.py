@@ -396,9 +396,9 @@ arguments = json.loads(sys.argv[1])
 jax.distributed.initialize(arguments["address"], arguments["count"], arguments["index"])
 from jax.experimental import multihost_utils
 import test_pipeline
-from detclipv2_jax import sharding
 from detclipv2_jax.data import pipeline
 from detclipv2_jax.data.index import Source
+from detclipv2_jax.training import prefetch, sharding
 
 sources = {name: Source.open(path) for name, path in arguments["sources"].items()}
 feed = pipeline.batches(
@@ -406,7 +406,7 @@ feed = pipeline.batches(
     start=arguments["start"], stop=arguments["stop"],
     process_index=jax.process_index(), process_count=jax.process_count(),
 )
-for planned, batch in sharding.prefetch(feed, sharding.make_mesh()):
+for planned, batch in prefetch.prefetch(feed, sharding.make_mesh()):
     if jax.process_count() > 1:
         batch = multihost_utils.process_allgather(batch, tiled=True)
     print("batch", planned.step, test_pipeline.digest(batch), flush=True)
@@ -643,11 +643,11 @@ def test_tensorflow_waits_for_the_thread_and_ends_with_the_interpreter(sources):
     """The module loads without TensorFlow, and a process that just ends does so in peace."""
     script = f"""
 import sys
-from detclipv2_jax.data import concepts, index, pipeline, plan, transforms
+from detclipv2_jax.data import index, pipeline, plan, transforms, vocabulary
 assert "tensorflow" not in sys.modules
 sources = {{"more": index.Source.open({str(sources["more"].directory)!r})}}
 kind = plan.KindPlan("detection", ("more",), 4, ((48, 64),), 30)
-planned = plan.Plan(sources, concepts.Dictionary(sources), [kind], 0)
+planned = plan.Plan(sources, vocabulary.Vocabulary(sources), [kind], 0)
 config = transforms.TransformConfig()
 feed = pipeline.batches(planned, sources, {{"detection": config}}, start=0, stop=1000)
 print(next(feed)[1].images.shape)

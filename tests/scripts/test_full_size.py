@@ -24,7 +24,7 @@ def script(name):
 
 @pytest.fixture(scope="module")
 def full_size():
-    return script("full_size")
+    return script("benchmarks/full_size")
 
 
 @pytest.fixture(scope="module")

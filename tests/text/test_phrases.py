@@ -102,7 +102,7 @@ def test_the_faster_multiplication_finds_the_same_phrases(pipeline):
     ]
     program = """
 import json, sys
-from detclipv2_jax.data import phrases
+from detclipv2_jax.text import phrases
 print(json.dumps(list(phrases.noun_phrases(json.loads(sys.argv[1])))))
 assert not next(phrases.load().get_pipe("tok2vec").model.walk()).ops.use_blis
 """

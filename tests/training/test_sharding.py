@@ -6,7 +6,7 @@ import pytest
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.batch import Batch
-from detclipv2_jax.training import inputs, sharding
+from detclipv2_jax.training import prefetch, sharding
 
 
 def batch(value):
@@ -45,7 +45,7 @@ def assert_on_device(found, number, mesh):
 @pytest.mark.parametrize("size", [0, 2])
 def test_prefetched_batches_are_the_feed_s(count, size):
     mesh, taken, numbers = sharding.make_mesh(), [], []
-    for number, found in inputs.prefetch(feed(count, taken), mesh, size):
+    for number, found in prefetch.prefetch(feed(count, taken), mesh, size):
         assert len(taken) == min(number + 1 + size, count)  # so many are under way, no more
         assert_on_device(found, number, mesh)
         numbers.append(number)
@@ -54,7 +54,7 @@ def test_prefetched_batches_are_the_feed_s(count, size):
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_an_error_comes_after_the_batches_before_it(count):
-    ahead, numbers = inputs.prefetch(feed(count, [], fail=True), sharding.make_mesh()), []
+    ahead, numbers = prefetch.prefetch(feed(count, [], fail=True), sharding.make_mesh()), []
     with pytest.raises(UserError, match="on fire"):
         for number, _ in ahead:
             numbers.append(number)
@@ -62,7 +62,7 @@ def test_an_error_comes_after_the_batches_before_it(count):
 
 
 def test_a_prefetcher_left_early_ends():
-    ahead = inputs.prefetch(feed(5, []), sharding.make_mesh())
+    ahead = prefetch.prefetch(feed(5, []), sharding.make_mesh())
     next(ahead)
     ahead.close()
     assert next(ahead, None) is None

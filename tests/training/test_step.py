@@ -9,7 +9,7 @@ import tiny_model
 from tiny_batch import LOSS, make_batch
 
 from detclipv2_jax.data.index import KINDS
-from detclipv2_jax.training import inputs, optimizer, sharding, state, step
+from detclipv2_jax.training import optimizer, prefetch, sharding, state, step
 from detclipv2_jax.training import sharding as sharding_lib
 from detclipv2_jax.training.optimizer import OptimizerConfig
 from detclipv2_jax.training.spikes import UsualNorms
@@ -92,7 +92,7 @@ def test_four_devices_compute_what_one_computes(kind, mesh):
             in_shardings=(shardings, layout),
             out_shardings=(shardings, whole),
         )
-        results.append(run(jax.device_put(start, shardings), inputs.put_batch(batch, layout)))
+        results.append(run(jax.device_put(start, shardings), prefetch.put_batch(batch, layout)))
     (one, a), (four, b) = results
     for name in a:
         np.testing.assert_allclose(a[name], b[name], rtol=2e-5, err_msg=name)

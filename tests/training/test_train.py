@@ -276,7 +276,7 @@ _POISONED = """
 import dataclasses, itertools, runpy, sys
 import jax
 import numpy as np
-from detclipv2_jax import train
+from detclipv2_jax.training import train
 
 compile_programs, steps = train.compile_programs, {steps}
 
@@ -342,7 +342,7 @@ def test_a_transfer_that_nobody_asked_for_ends_the_run(data, tmp_path):
 _LOOKING = """
 import gc, itertools, resource, runpy, sys
 import jax
-from detclipv2_jax import train
+from detclipv2_jax.training import train
 
 compile_programs = train.compile_programs
 

@@ -36,7 +36,7 @@ spec = importlib.util.spec_from_file_location("prepare_data", {script!r})
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
 if __name__ == "__main__":
-    from detclipv2_jax.data import merge, prepare
+    from detclipv2_jax.data.prepare import index_writer as merge, prepare
     prepare.PART_EXAMPLES["detection"] = 4
     if deadly := os.environ.get("DEADLY"):
         setattr(merge, deadly, lambda *args, **options: os.kill(os.getpid(), 9))
