@@ -148,4 +148,4 @@ def test_pins_carry_no_address_of_a_registry():
         text = path.read_text()
         assert "://" not in text and "--index" not in text and "--find-links" not in text
     pins = (tiny_run.ROOT / "requirements.txt").read_text().splitlines()
-    assert all(re.match(r"[\w.\-\[\]]+==|\s+#|$", line) for line in pins)
+    assert all(re.match(r"[\w.\-\[\]]+==|\s*#|$", line) for line in pins)
