@@ -1,4 +1,4 @@
-"""Writing and restoring the checkpoints of a run (reading alone: inference/checkpoint.py)."""
+"""Writing and restoring the checkpoints of a run (inference/checkpoint.py only reads them)."""
 
 import contextlib
 import copy
@@ -26,32 +26,38 @@ from detclipv2_jax.inference.checkpoint import (
     check_shapes,
     first_line,
     item_handlers,
-    score_of,
+    stored_score,
 )
 from detclipv2_jax.training.state import TrainState
 
-_PATIENCE = 3  # checkpoints in a row that cannot be written before the run stops
-_WAIT = 60  # seconds for the threads of one that could not be written
+_MAX_FAILURES = 3  # checkpoints in a row that cannot be written before the run stops
+_THREAD_TIMEOUT = 60  # seconds to wait for the threads of a save that failed
+_MAKE_ROOM = "Make room on the disk, then run the same command again."
 
 
 class Checkpointer:
-    """Saves and restores the state of one run; saving happens in the background and is atomic."""
+    """Saves and restores the state of one run. Saving is atomic and happens in the background."""
 
     def __init__(self, workdir: Path | str, keep: int):
-        """Keeps the newest `keep` checkpoints and the one with the best `score`.
+        """Open the checkpoints of a run.
+
+        Args:
+            workdir: of the run; checkpoints are in its subdirectory `checkpoints`.
+            keep: how many of the newest checkpoints to keep, besides the one with the best score.
 
         Raises:
-          UserError: the directory cannot be made or read.
+            UserError: the directory cannot be created or read.
         """
-        _stop_leaks()
-        self._failures, self._writing = 0, None  # in a row; the step that is being written
-        self._scores: dict[int, float] = {}
+        _stop_tensorstore_leaks()
+        self._failures = 0  # checkpoints in a row that could not be written
+        self._writing: int | None = None  # the step that is being written
+        self._scores: dict[int, float] = {}  # by step
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy([LatestN(keep), _Best(self._scores)]),
             cleanup_tmp_directories=True,
-            # Threads would wait for a directory that cannot be made, for twenty minutes.
+            # Asynchronous creation waits twenty minutes for a directory that cannot be created.
             async_options=ocp.AsyncOptions(
-                create_directories_asynchronously=False, barrier_sync_fn=_meet_unless_failed
+                create_directories_asynchronously=False, barrier_sync_fn=_barrier_unless_failed
             ),
         )
         root = Path(workdir).absolute() / SUBDIRECTORY
@@ -61,55 +67,59 @@ class Checkpointer:
             )
         except OSError as error:
             raise UserError(
-                f"{root}: cannot be made or read ({error.strerror}); use a --workdir that you may "
-                "write to."
+                f"{root}: cannot be created or read ({error.strerror}). Use a --workdir that you "
+                "may write to."
             ) from None
         self._last_good = self.latest
         for step in self._manager.all_steps():
-            with contextlib.suppress(Exception):  # of a damaged one, which `restore` tells
-                self._note(step, score_of(root, step))
+            with contextlib.suppress(Exception):  # a damaged one, which `restore` reports
+                self._note_score(step, stored_score(root, step))
 
     @property
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step; None before the first."""
+        """Return the step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState, meta: dict[str, Any], score: float | None) -> None:
-        """Starts to write the state after `state.step` steps; returns when it left the devices.
+        """Start to write a checkpoint of `state.step`; return once the state has left the devices.
 
-        The `score` goes into the meta, too. A checkpoint that cannot be written is told, and the
-        run goes on to the next one.
+        A checkpoint that cannot be written is reported, and the run continues without it.
+
+        Args:
+            state: of the run.
+            meta: what a checkpoint stores as JSON; `score` is added to it.
+            score: of the last evaluation, if one belongs to this step.
 
         Raises:
-          UserError: `_PATIENCE` of them in a row could not, or one by several processes; names the
-            last good one.
+            UserError: `_MAX_FAILURES` checkpoints in a row could not be written, or one of a run of
+                several processes.
         """
         self.wait()
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        self._remove_parts()
-        self._note(step, score)
+        self._remove_unfinished()
+        self._note_score(step, score)
         try:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     model=ocp.args.StandardSave(state.ema),
-                    state=ocp.args.StandardSave(_without_average(state)),
+                    state=ocp.args.StandardSave(_without_ema(state)),
                     meta=ocp.args.JsonSave(meta | {"score": score}),
                 ),
             )
             self._writing = step
-        except Exception as error:  # a full disk, a lost bucket, whatever a file system says
-            self._failed(step, error)
+        except Exception as error:  # its type depends on the file system
+            self._save_failed(step, error)
 
-    def _note(self, step: int, score: float | None) -> None:
+    def _note_score(self, step: int, score: float | None) -> None:
         self._scores.pop(step, None)
         if score is not None:
             self._scores[step] = score
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk. What cannot be written is told as by `save`."""
+        """Wait until everything saved is on disk; failures are handled as `save` does."""
         step, self._writing = self._writing, None
         if step is None:
             return
@@ -117,174 +127,196 @@ class Checkpointer:
             self._manager.wait_until_finished()
             self._failures, self._last_good = 0, step
         except Exception as error:
-            self._failed(step, error)
+            self._save_failed(step, error)
 
-    def _failed(self, step: int, error: Exception) -> None:
+    def _save_failed(self, step: int, error: Exception) -> None:
+        """Report a checkpoint that could not be written, or end the run."""
         self._failures += 1
-        several = jax.process_count() > 1  # the others may have written it, and wait for this one
-        if not several:
-            self._give_up()
-        told = f"{self._manager.directory}: the checkpoint of step {step} could not be written"
-        told += f" ({first_line(error)})"
-        if self._failures >= _PATIENCE or several:
-            row = "" if several else f", as {self._failures} in a row"
-            raise UserError(
-                f"{told}{row}; {self._good()}: make room, then start again with the same command."
-            ) from None
-        print(f"{told}; {self._good()}", flush=True)
+        # Other processes may have written their part, and would wait for this one.
+        is_alone = jax.process_count() == 1
+        if is_alone:
+            self._clean_up_failed_save()
+        problem = (
+            f"{self._manager.directory}: the checkpoint of step {step} could not be written "
+            f"({first_line(error)})"
+        )
+        if is_alone and self._failures < _MAX_FAILURES:
+            print(f"warning: {problem}. {self._last_good_text()}", flush=True)
+            return
+        row = f"; {self._failures} in a row have failed" if is_alone else ""
+        raise UserError(f"{problem}{row}. {self._last_good_text()} {_MAKE_ROOM}") from None
 
-    def _give_up(self) -> None:
-        """Nothing is left of a save that failed: no thread to meet the next one's, no part."""
+    def _clean_up_failed_save(self) -> None:
+        """End the threads of a failed save, which would disturb the next, and remove its files."""
         with contextlib.suppress(Exception):
             self._manager.wait_until_finished()
-        deadline = time.monotonic() + _WAIT
+        deadline = time.monotonic() + _THREAD_TIMEOUT
         for thread in threading.enumerate():
             if type(thread).__module__.startswith("orbax."):
-                with contextlib.suppress(Exception):  # which each of them raises: no news
+                with contextlib.suppress(Exception):  # each raises the error again
                     thread.join(max(deadline - time.monotonic(), 0.0))
         self._manager.reload()
-        self._remove_parts()
+        self._remove_unfinished()
 
-    def _remove_parts(self) -> None:
-        """They take room. tensorstore writes on when its save was given up: asked at each save."""
+    def _remove_unfinished(self) -> None:
+        """Remove what failed saves left on disk.
+
+        Each save calls it again, because tensorstore continues to write after a save has failed.
+        """
         if jax.process_index() == 0:
-            for part in Path(self._manager.directory).glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(part, ignore_errors=True)
+            for path in Path(self._manager.directory).glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
 
-    def _good(self) -> str:
+    def _last_good_text(self) -> str:
         if self._last_good is None:
-            return "there is no good one yet"
-        return f"the last good one is of step {self._last_good}"
+            return "There is no checkpoint yet."
+        return f"The last good checkpoint is that of step {self._last_good}."
 
     def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint in the shapes and shardings of the abstract `target`, and its meta.
+        """Restore the newest checkpoint that can be read.
 
-        One that cannot be read is told, set aside as `STEP.damaged`, and the one before it is read.
+        One that cannot be read is reported and renamed to `STEP.damaged`.
+
+        Args:
+            target: the abstract state (`abstract_state`): the shapes and shardings to restore to.
+
+        Returns:
+            The state and the checkpoint's meta.
 
         Raises:
-          UserError: if it was made with another model, or none can be read.
+            UserError: the checkpoint is of another model, or none can be read.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
-            where = self._manager.directory / str(step)
-            found, reason = None, ""
+            path = self._manager.directory / str(step)
+            restored, reason = None, ""
             try:
-                found = self._restore(step, target, where)
+                restored = self._restore_step(step, target, path)
             except UserError:
                 raise
-            except Exception as error:  # whatever a damaged file comes to
+            except Exception as error:  # its type depends on what is damaged
                 reason = first_line(error)
-            if _everywhere(found is not None):
-                return found
-            print(f"the checkpoint {where} cannot be read ({reason}): going back before it")
+            if _in_all_processes(restored is not None):
+                return restored
+            print(f"warning: the checkpoint {path} cannot be read ({reason}); using the one before")
             self._set_aside(step)
         raise UserError(
-            f"{self._manager.directory}: none of its checkpoints can be read; they are set aside "
-            "as *.damaged, and the next start begins anew."
+            f"{self._manager.directory}: no checkpoint can be read. They are renamed to *.damaged; "
+            "the same command now starts from the first step."
         )
 
-    def _restore(
-        self, step: int, target: TrainState, where: Any
+    def _restore_step(
+        self, step: int, target: TrainState, path: Any
     ) -> tuple[TrainState, dict[str, Any]]:
         meta = self._manager.restore(
             step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         ).meta
-        check_shapes(self._manager, step, target.ema, where)
+        check_shapes(self._manager, step, target.ema, path)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 model=ocp.args.StandardRestore(target.ema),
-                state=ocp.args.StandardRestore(_without_average(target)),
+                state=ocp.args.StandardRestore(_without_ema(target)),
             ),
         )
         return TrainState(ema=restored.model, **restored.state), meta
 
     def _set_aside(self, step: int) -> None:
-        """Out of the way of the run, which will write that step again; kept for people."""
-        where = Path(self._manager.directory) / str(step)
+        """Rename a damaged checkpoint: the run will write that step again, and people may look."""
+        path = Path(self._manager.directory) / str(step)
         if jax.process_index() == 0:
-            aside = where.with_name(f"{step}.damaged")
+            aside = path.with_name(f"{step}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             try:
-                where.rename(aside)
+                path.rename(aside)
             except OSError as error:
                 raise UserError(
-                    f"{where}: cannot be set aside ({error.strerror}); move it away, then start "
-                    "again with the same command."
+                    f"{path}: a damaged checkpoint cannot be renamed ({error.strerror}). Move it "
+                    "away, then run the same command again."
                 ) from None
-        _everywhere(True)  # the others wait for it
+        _in_all_processes(True)  # the other processes wait for the rename
         self._manager.reload()
 
     def close(self) -> None:
-        """Finishes writing and lets go of the directory.
+        """Finish writing and release the directory.
 
         Raises:
-          UserError: the last checkpoint could not be written.
+            UserError: the last checkpoint could not be written.
         """
         self.wait()
         self._manager.close()
         if self._failures:
             raise UserError(
-                f"{self._manager.directory}: the last checkpoint could not be written; "
-                f"{self._good()}: make room, then start again with the same command."
+                f"{self._manager.directory}: the last checkpoint could not be written. "
+                f"{self._last_good_text()} {_MAKE_ROOM}"
             )
+
+
+def abstract_state(state: TrainState, shardings: TrainState) -> TrainState:
+    """Return the shapes, types and shardings of a state, as `Checkpointer.restore` wants them."""
+    return jax.tree.map(
+        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+        state,
+        shardings,
+    )
 
 
 @dataclasses.dataclass
 class _Best:
-    """Orbax's policy that keeps the checkpoint of the best score, of equal ones the last.
+    """Orbax policy: keep the checkpoint with the best score, the last one of equals.
 
-    Its own one, BestN, knows no score of before the start, nor of before a `reload`.
+    Orbax's own BestN does not know the scores from before the start, or before a `reload`.
     """
 
     scores: dict[int, float]  # by step
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """For each checkpoint there is: must it stay?"""
+        """Return for each checkpoint whether to keep it."""
         scored = [c.step for c in checkpoints if c.step in self.scores]
         best = max(scored, key=lambda step: (self.scores[step], step), default=None)
         return [c.step == best for c in checkpoints]
 
 
-def _meet_unless_failed(*, key: str, timeout_ms: int) -> None:
-    """Orbax's barrier of the threads that save, which they would also come to with an error.
+def _barrier_unless_failed(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier between the processes' saving threads, skipped by a thread with an error.
 
-    There this process would wait for the others, and they for its part, for twenty minutes.
+    Orbax enters the barrier even while an error is raised. There this process would wait for the
+    others, and they for its part of the checkpoint, for twenty minutes.
     """
     if (error := sys.exc_info()[1]) is not None:
         raise error
     multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
-@functools.cache  # once
-def _stop_leaks() -> None:
-    """Keeps host memory from growing with every checkpoint.
+@functools.cache  # once per process
+def _stop_tensorstore_leaks() -> None:
+    """Patch tensorstore so that host memory does not grow with every checkpoint.
 
-    tensorstore (0.1.78 to 0.1.86 at least) never frees the keys, strings and lists of the JSON that
-    it hands to Python. At each save Orbax asks it for all its counters, for a log, and for every
-    array for the description of the same directory.
+    tensorstore (at least 0.1.78 to 0.1.86) never frees the strings and lists of the JSON that it
+    returns to Python. At each save Orbax asks for all its counters, only to log them, and for the
+    description of the same directory once per array.
     """
     tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
-    asked, known = tensorstore.KvStore.Spec.to_json, {}
+    original, cache = tensorstore.KvStore.Spec.to_json, {}
 
     def to_json(spec: tensorstore.KvStore.Spec, **options: Any) -> Any:
         key = f"{spec} {options}"
-        if (found := known.get(key)) is None:
-            if len(known) > 100:
-                known.clear()
-            found = known[key] = asked(spec, **options)
+        if (found := cache.get(key)) is None:
+            if len(cache) > 100:
+                cache.clear()
+            found = cache[key] = original(spec, **options)
         return copy.deepcopy(found)
 
     tensorstore.KvStore.Spec.to_json = to_json
 
 
-def _everywhere(good: bool) -> bool:
-    """Is it so in every process? Each waits for the others."""
+def _in_all_processes(value: bool) -> bool:
+    """Return whether `value` is true in all processes; each waits for the others."""
     if jax.process_count() == 1:
-        return good
-    return bool(np.all(multihost_utils.process_allgather(np.array(good))))
+        return value
+    return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
-def _without_average(state: TrainState) -> dict[str, Any]:
+def _without_ema(state: TrainState) -> dict[str, Any]:
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     del fields["ema"]
     return fields

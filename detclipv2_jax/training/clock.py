@@ -5,43 +5,46 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 
 
 class Clock:
-    """Where the wall time of a run goes, over all its starts: each second belongs to one part.
+    """Assign each second of a run's wall time to one part of the work, over all its starts.
 
-    That is the part that the host is in, except while the devices compute a step: those seconds are
-    `train` (`skipped` if that step changed nothing), whatever the host does meanwhile. So waiting
-    for data counts as `data` only as far as it left the devices idle.
+    The part is what the host is doing (`with clock("data"):`), except while the devices compute a
+    step. Those seconds are `train`, or `skipped` if the step changed nothing, whatever the host
+    does meanwhile. So `data` counts a wait for data only as far as it leaves the devices idle.
     """
 
     def __init__(self, began: float | None = None):
-        """Counts from `began` (as time.monotonic() tells it; now if None), as `start`."""
+        """Start in the part `start`, at `began` (a value of time.monotonic(); None: now)."""
         self.seconds: dict[str, float] = defaultdict(float)
-        self._before: dict[str, float] = {}  # what earlier starts of the run took
+        self._earlier: dict[str, float] = {}  # seconds by part of earlier starts of the run
         self._since = time.monotonic() if began is None else began
-        self._part, self._in_flight = "start", 0
-        self._of_step = 0.0  # seconds of the step that the devices are at
+        self._part, self._running_steps = "start", 0
+        self._step_seconds = 0.0  # so far, of the step that the devices compute
         self._lock = threading.Lock()
         self._watcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="clock")
 
-    def go_on(self, seconds: Mapping[str, float], wall: float) -> None:
-        """Adds what earlier starts took: by part up to the checkpoint, and `wall` seconds in all.
+    def resume(self, seconds: Mapping[str, float], wall: float) -> None:
+        """Add the time of earlier starts of the run.
 
-        What they did after the checkpoint has to be done again: it is `lost`.
+        Args:
+            seconds: by part, up to the checkpoint that this start resumes from.
+            wall: all seconds of the earlier starts. The difference was spent after the checkpoint
+                and has to be repeated: it counts as `lost`.
         """
-        self._before = dict(seconds)
+        self._earlier = dict(seconds)
         if (lost := wall - sum(seconds.values())) > 0:
-            self._before["lost"] = seconds.get("lost", 0.0) + lost
+            self._earlier["lost"] = seconds.get("lost", 0.0) + lost
         with self._lock:
-            for part, value in self._before.items():
+            for part, value in self._earlier.items():
                 self.seconds[part] += value
 
     def enter(self, part: str) -> str:
-        """The host's time is `part`'s from here on; returns whose it was."""
+        """Count the host's time as `part` from now on; return the part before."""
         with self._lock:
             self._tick()
             before, self._part = self._part, part
@@ -49,74 +52,83 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """The host's time inside the block is `part`'s."""
+        """Count the host's time inside the block as `part`."""
         before = self.enter(part)
         try:
             yield
         finally:
             self.enter(before)
 
-    def watch(self, skipped: jax.Array) -> None:
-        """To be told of each step once it is handed to the devices; does not wait for it.
+    def watch(self, skipped: jax.Array) -> Future[float]:
+        """Follow a step that was just dispatched, in a thread of the clock; does not wait.
 
-        `skipped`: of its figures the one that is not 0 if the step changed nothing.
+        Args:
+            skipped: an output of the step that is nonzero if the step changed nothing.
+
+        Returns:
+            The seconds that the devices spend on the step, once it has ended.
         """
         self.step_begins()
-        self._watcher.submit(self._wait, skipped)
+        return self._watcher.submit(self._wait, skipped)
 
-    def _wait(self, skipped: jax.Array) -> None:
+    def _wait(self, skipped: jax.Array) -> float:
         changed_nothing = False
         try:
             changed_nothing = bool(jax.device_get(skipped))
         finally:
-            self.step_ends(changed_nothing)
+            seconds = self.step_ends(changed_nothing)
+        return seconds
 
     def step_begins(self) -> None:
-        """The devices have a step more to do."""
+        """Count one more step that the devices have to compute."""
         with self._lock:
             self._tick()
-            self._in_flight += 1
+            self._running_steps += 1
 
-    def step_ends(self, skipped: bool) -> None:
-        """The devices are done with the oldest of their steps."""
+    def step_ends(self, skipped: bool) -> float:
+        """Count the oldest running step as computed; return the seconds that it took."""
         with self._lock:
             self._tick()
-            self._in_flight -= 1
+            self._running_steps -= 1
+            seconds, self._step_seconds = self._step_seconds, 0.0
             if skipped:
-                self.seconds["train"] -= self._of_step
-                self.seconds["skipped"] += self._of_step
-            self._of_step = 0.0
+                self.seconds["train"] -= seconds
+                self.seconds["skipped"] += seconds
+        return seconds
 
     def _tick(self) -> None:
         now = time.monotonic()
         passed, self._since = now - self._since, now
-        if self._in_flight:
-            self._of_step += passed
-        self.seconds["train" if self._in_flight else self._part] += passed
+        # A dispatch (part `train`) may compute already: on CPU it can return late.
+        if self._running_steps or self._part == "train":
+            self._step_seconds += passed
+        self.seconds["train" if self._running_steps else self._part] += passed
 
     def totals(self) -> dict[str, float]:
-        """Seconds by part, over all starts, up to now."""
+        """Return the seconds by part, over all starts, up to now."""
         with self._lock:
             self._tick()
             return dict(self.seconds)
 
     def figures(self) -> dict[str, float]:
-        """For the log: all `seconds`, and the shares of them, and of this start's, that count.
+        """Return what the log holds of the run's time.
 
-        `goodput` is the share of training steps that were kept, `data_wait` that of idle devices
-        while the host waited for data.
+        Returns:
+            `seconds` of all starts; `goodput` and `goodput_this_start`, the share of them, and of
+            this start's, spent on training steps that were kept; `data_wait`, the share of this
+            start in which the devices were idle because the host waited for data.
         """
         totals = self.totals()
-        now = {part: value - self._before.get(part, 0.0) for part, value in totals.items()}
+        this_start = {part: s - self._earlier.get(part, 0.0) for part, s in totals.items()}
         return {
             "seconds": round(sum(totals.values()), 3),
             "goodput": round(_share(totals, "train"), 4),
-            "goodput_this_start": round(_share(now, "train"), 4),
-            "data_wait": round(_share(now, "data"), 4),
+            "goodput_this_start": round(_share(this_start, "train"), 4),
+            "data_wait": round(_share(this_start, "data"), 4),
         }
 
     def summary(self) -> str:
-        """One line: goodput over all starts, since this one, and where the rest went."""
+        """Return one line: the goodput of all starts and of this one, and where the rest went."""
         totals, figures = self.totals(), self.figures()
         rest = sorted(((s, part) for part, s in totals.items() if part != "train"), reverse=True)
         return (

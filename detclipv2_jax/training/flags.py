@@ -1,4 +1,4 @@
-"""The command line of a training run: absl flags with the run's config among them."""
+"""Command lines with a run's config: absl flags, `--config=FILE` and `--config.FIELD=VALUE`."""
 
 import sys
 from collections.abc import Callable
@@ -8,14 +8,23 @@ from detclipv2_jax.common.errors import UserError
 
 
 def run_with_config(main: Callable[[list[str]], None]) -> None:
-    """Runs an absl program whose `--config` is a run's config, and ends with its exit status."""
+    """Run an absl program that has a `--config` flag, and end with its exit status.
+
+    A `UserError` becomes one line on stderr and exit status 2.
+    """
     from absl import app
 
     sys.exit(exit_status(lambda: app.run(main, flags_parser=_parse_flags)))
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, its errors and ml_collections' told plainly; `--config` may stand anywhere."""
+    """Parse flags with absl, for absl.app.run; return the program's name.
+
+    `--config` may come after `--config.FIELD`, which ml_collections does not allow.
+
+    Raises:
+        UserError: a flag, field or value is unknown or of another type.
+    """
     from absl import flags
 
     first_field = next(
@@ -39,7 +48,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _check_fields(argv: list[str]) -> None:
-    """Names the first `--config.FIELD=…` that is no field of a run."""
+    """Raise `UserError` for the first `--config.FIELD=…` that is not a field of a run."""
     from detclipv2_jax.common import config_dict
     from detclipv2_jax.training import config
 

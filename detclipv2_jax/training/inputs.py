@@ -1,80 +1,94 @@
-"""Opening the prepared data of a run: its sources, their vocabulary and the plan of its steps."""
+"""Opening a run's prepared data: its sources, their vocabulary and the plan of its steps."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.data import config as config_lib
 from detclipv2_jax.data.batch import Batch
+from detclipv2_jax.data.config import DataConfig, KindConfig
 from detclipv2_jax.data.dictionary import Dictionary
-from detclipv2_jax.data.index import Source
-from detclipv2_jax.data.plan import KindPlan, Plan
+from detclipv2_jax.data.index import Kind, Source
+from detclipv2_jax.data.plan import Plan
 from detclipv2_jax.data.vocabulary import Vocabulary
 from detclipv2_jax.text.tokenizer import CONTEXT
 from detclipv2_jax.training.config import RunConfig
 
 
-def open_data(config: RunConfig) -> tuple[Plan, dict[str, Source], list[str]]:
-    """The plan, the open sources by name, and the names that detection data knows."""
-    root, kinds = Path(config.data_dir), config.data.kinds()
-    if config.data.skip_missing:
-        kinds = {kind: without_missing(root, c) for kind, c in kinds.items()}
-        kinds = {kind: c for kind, c in kinds.items() if c.sources or c.rehearsal}
-    try:
-        if not any(c.sources for c in kinds.values()):
-            raise UserError(f"{root}: none of the config's prepared sources is there")
-        sources = {
-            name: Source.open(root / name)
-            for c in kinds.values()
-            for name in c.sources + c.rehearsal
-        }
-    except UserError as error:
-        hint = f"; to make it: {config.data.prepare}" if config.data.prepare else ""
-        raise UserError(f"{error}{hint}") from None
-    own = sum(len(sources[name]) for c in kinds.values() for name in c.sources)
-    plans = [
-        KindPlan(
-            kind=kind,
-            sources=c.sources + c.rehearsal,
-            rehearsal=c.rehearsal,
-            rehearsal_records=round(c.rehearsal_share * own),
-            batch_size=c.batch_size,
-            shapes=c.shapes,
-            table_size=c.table_size,
-            concepts_per_image=c.concepts_per_image,
-            max_boxes=c.max_boxes,
-            texts_per_image=c.texts_per_image,
-            begin=c.begin,
-            mosaic=c.mosaic,
-        )
-        for kind, c in kinds.items()
-    ]
+class TrainingData(NamedTuple):
+    """The opened data of a run."""
+
+    plan: Plan
+    sources: dict[str, Source]  # by name
+    names: list[str]  # of all concepts of the detection data
+
+    def summary(self, total_steps: int) -> str:
+        """Return lines for people: the steps of the run and of an epoch, and the definitions."""
+        plan = self.plan
+        batches = ", ".join(f"{count} {kind}" for kind, count in plan.batches.items())
+        rehearsal = f"; {n} of them rehearsal" if (n := plan.rehearsal_batches) else ""
+        text = f"{total_steps} steps, {plan.steps_per_epoch} per epoch ({batches}{rehearsal})"
+        if definitions := plan.vocabulary.definitions("detection"):
+            known = sum(name in definitions for name in self.names)
+            text += f"\n{known} of {len(self.names)} detection names have a definition"
+        return text
+
+
+def open_data(config: RunConfig) -> TrainingData:
+    """Open the prepared data that a run's config names.
+
+    Raises:
+        UserError: a source or the dictionary is missing, damaged or of another kind.
+    """
+    root = Path(config.data_dir)
+    kinds = _available_kinds(root, config.data)
+    sources = _open_sources(root, kinds, config.data.prepare)
     vocabulary = Vocabulary(
         sources,
         Dictionary.open(root / config.data.dictionary) if config.data.dictionary else None,
-        defined=[kind for kind, c in kinds.items() if c.definitions],
+        defined=[kind for kind, data in kinds.items() if data.definitions],
         template=config.data.template,
     )
-    names = vocabulary.names(vocabulary.pool("detection"))
-    return Plan(sources, vocabulary, plans, config.seed), sources, names
+    plan = Plan(sources, vocabulary, kinds, config.seed)
+    return TrainingData(plan, sources, vocabulary.names(vocabulary.pool("detection")))
 
 
-def without_missing(root: Path, config: config_lib.KindConfig) -> config_lib.KindConfig:
-    """Without `sources` if one is not under `root`, and without those to rehearse that are not."""
-    there = [name for name in config.rehearsal if (root / name).exists()]
-    for name in set(config.rehearsal) - set(there):
-        print(f"{root / name} is not there: it is not rehearsed")
-    whole = all((root / name).exists() for name in config.sources)
-    return dataclasses.replace(
-        config, sources=config.sources if whole else (), rehearsal=tuple(there)
-    )
+def _available_kinds(root: Path, config: DataConfig) -> dict[Kind, KindConfig]:
+    """Return the kinds to train on; with `skip_missing`, without the sources that are missing.
+
+    A kind needs all of its `sources`; of those in `rehearsal` it takes what exists.
+    """
+    kinds = config.kinds()
+    if not config.skip_missing:
+        return kinds
+    for kind, data in kinds.items():
+        rehearsal = tuple(name for name in data.rehearsal if (root / name).exists())
+        for name in set(data.rehearsal) - set(rehearsal):
+            print(f"{root / name} is missing: it is not rehearsed")
+        is_complete = all((root / name).exists() for name in data.sources)
+        sources = data.sources if is_complete else ()
+        kinds[kind] = dataclasses.replace(data, sources=sources, rehearsal=rehearsal)
+    return {kind: data for kind, data in kinds.items() if data.all_sources}
 
 
-def abstract_batch(kind: str, shape: tuple[int, int], config: config_lib.KindConfig) -> Batch:
-    """Shapes and types of one global batch."""
+def _open_sources(root: Path, kinds: Mapping[Kind, KindConfig], prepare: str) -> dict[str, Source]:
+    """Open every source of the kinds; an error names `prepare`, the command that makes the data."""
+    try:
+        if not any(data.sources for data in kinds.values()):
+            raise UserError(f"{root}: no source of the config exists.")
+        names = [name for data in kinds.values() for name in data.all_sources]
+        return {name: Source.open(root / name) for name in names}
+    except UserError as error:
+        hint = f" The command for this config's data: {prepare}" if prepare else ""
+        raise UserError(f"{str(error).rstrip('.')}.{hint}") from None
+
+
+def abstract_batch(kind: str, shape: tuple[int, int], config: KindConfig) -> Batch:
+    """Return the shapes and types of a global batch with the canvas `shape` (height, width)."""
     array, images, boxes = jax.ShapeDtypeStruct, config.batch_size, config.max_boxes
     return Batch(
         images=array((images, *shape, 3), np.uint8),

@@ -1,7 +1,8 @@
-"""What a run writes down and shows: metrics.jsonl, TensorBoard, a progress line, its clock."""
+"""The metrics of a run: metrics.jsonl, TensorBoard, and the progress line."""
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,18 +13,27 @@ from tqdm import tqdm
 
 from detclipv2_jax.common.atomic import replacing
 
+_ON_PROGRESS_LINE = ("loss", "align", "box", "centerness", "contrastive")
+
 
 class MetricsLog:
-    """`metrics.jsonl`, a JSON object a line with `step` in each, and the same for TensorBoard."""
+    """Write `metrics.jsonl`, one JSON object with a `step` per line, and the same to TensorBoard.
+
+    An error while writing never ends the run: lines wait until the file can be written again, and
+    TensorBoard's events end.
+    """
 
     def __init__(self, workdir: Path | None, resumed_at: int):
-        """Goes on after step `resumed_at`; what was logged later is of a branch that was lost.
+        """Open the log of a run.
 
-        Without a `workdir`, in all processes but the first, nothing is written.
+        Args:
+            workdir: where the files go. None writes nothing: all processes but the first.
+            resumed_at: the step that the run resumes from. Later lines are removed: those steps
+                are repeated.
         """
-        self.seconds = 0.0  # that the run had taken when its last line was written, lost or not
+        self.seconds = 0.0  # the run's wall time at its last line, removed lines included
         self._file = self._events = None
-        self._unwritten, self._told = b"", False  # bytes of lines; was it said?
+        self._unwritten, self._has_warned = b"", False
         if workdir is None:
             return
         path = workdir / "metrics.jsonl"
@@ -33,63 +43,79 @@ class MetricsLog:
         with replacing(path) as partial:
             partial.write_text("".join(kept))
         self._file = path.open("ab", buffering=0)
-        with self._without_events():
+        with self._errors_end_events():
             self._events = Writer(str(workdir / "tensorboard"))
 
     def write(
-        self, step: int, values: Mapping[str, Any], run: Mapping[str, float] | None = None
+        self,
+        step: int,
+        values: Mapping[str, Any],
+        run: Mapping[str, float] | None = None,
+        counters: Mapping[str, int] | None = None,
     ) -> None:
-        """Appends one line: `values` of the step, and of the `run`. Not finite: written as null."""
+        """Append one line to the log.
+
+        Args:
+            step: the number of the step, from 1; 0 for an evaluation before the first step.
+            values: of the step, or of an evaluation. Values that are not finite become null.
+            run: figures of the whole run so far.
+            counters: counts of the input pipeline, written as `input/NAME`.
+        """
         if self._file is None:
             return
-        clean = {k: _finite(v) if isinstance(v, float) else v for k, v in values.items()}
+        values = {k: _finite_or_none(v) if isinstance(v, float) else v for k, v in values.items()}
         run = run or {}
-        self._unwritten += json.dumps({"step": step} | clean | run).encode() + b"\n"
+        counters = {f"input/{name}": count for name, count in (counters or {}).items()}
+        self._unwritten += json.dumps({"step": step} | values | run | counters).encode() + b"\n"
         self._write_lines()
         prefix = values.get("kind", "evaluation")
-        scalars = {f"{prefix}/{name}": value for name, value in clean.items()}
-        scalars |= {f"run/{name}": value for name, value in run.items()}
-        with self._without_events():
+        scalars = {f"{prefix}/{name}": value for name, value in values.items()}
+        scalars |= {f"run/{name}": value for name, value in run.items()} | counters
+        with self._errors_end_events():
             for name, value in scalars.items():
                 if self._events is not None and isinstance(value, int | float):
                     self._events.add_scalar(name, value, step)
 
     def _write_lines(self) -> None:
-        """On a full disk: said once, kept, and tried again with the next line."""
+        """Write what is pending. On a full disk, warn once and try again with the next line."""
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
-            self._told = False
+            self._has_warned = False
         except OSError as error:
-            if not self._told:
+            if not self._has_warned:
                 print(
-                    f"{self._file.name}: cannot be written ({error.strerror}): its lines are kept "
-                    "until it can",
+                    f"warning: {self._file.name}: cannot be written ({error.strerror}). Its lines "
+                    "are kept in memory until it can be written again.",
                     flush=True,
                 )
-            self._told = True
+            self._has_warned = True
 
     @contextlib.contextmanager
-    def _without_events(self) -> Iterator[None]:
-        """TensorBoard's copy of the log ends at the first error; what is raised depends on it."""
+    def _errors_end_events(self) -> Iterator[None]:
+        """End TensorBoard's events at the first error; its type depends on the file system."""
         try:
             yield
         except Exception as error:
             self._events = None
-            print(f"TensorBoard's events cannot be written ({error}): none any more", flush=True)
+            print(
+                f"warning: TensorBoard's events cannot be written ({error}); this start of the run "
+                "writes no more of them.",
+                flush=True,
+            )
 
     def close(self) -> None:
-        """Everything that can be written is on disk."""
+        """Write everything that is pending and close the files."""
         if self._file is not None:
             self._write_lines()
             self._file.close()
-            with self._without_events():
+            with self._errors_end_events():
                 if self._events is not None:
                     self._events.close()
 
 
 def read_log(path: Path, last_step: int | None = None) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl up to `last_step`; a line that a kill cut short is left out."""
+    """Yield the lines of a metrics.jsonl up to `last_step`, skipping lines that a kill cut."""
     with path.open() as file:
         for line in file:
             with contextlib.suppress(json.JSONDecodeError):
@@ -99,10 +125,10 @@ def read_log(path: Path, last_step: int | None = None) -> Iterator[dict[str, Any
 
 
 class Progress:
-    """The progress line: kind, loss and its parts, images a second, time left."""
+    """The progress line: kind of data, losses, images per second, MFU, time left."""
 
     def __init__(self, total: int, start: int, shown: bool = True):
-        """A line for steps `start` to `total`."""
+        """Show the line of a run of `total` steps, of which `start` are done."""
         self._bar = tqdm(
             total=total,
             initial=start,
@@ -114,28 +140,26 @@ class Progress:
         self._since = time.monotonic()
         self._images = 0
 
-    def update(self, kind: str, images: int, values: Mapping[str, float]) -> None:
-        """One step more."""
+    def update(self, kind: str, images: int, values: Mapping[str, float], mfu: float) -> None:
+        """Count one step of a `kind`, with its number of images, its metrics and its MFU."""
         self._images += images
-        shown = {k: f"{v:.3g}" for k, v in values.items() if k in _SHOWN}
+        shown = {k: f"{v:.3g}" for k, v in values.items() if k in _ON_PROGRESS_LINE}
         if skipped := int(values["skipped"]):
             shown["skipped"] = str(skipped)
         rate = self._images / max(time.monotonic() - self._since, 1e-9)
         self._bar.set_description(f"{kind:<10}", refresh=False)
-        self._bar.set_postfix(shown | {"images/s": f"{rate:.0f}"}, refresh=False)
+        shown |= {"images/s": f"{rate:.0f}", "MFU": f"{mfu:.1%}"}
+        self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
-    def say(self, text: str) -> None:
-        """Prints a line without tearing the bar."""
+    def write(self, text: str) -> None:
+        """Print a line above the progress line."""
         self._bar.write(text)
 
     def close(self) -> None:
-        """Leaves the finished line on the screen."""
+        """Finish the line and leave it on the screen."""
         self._bar.close()
 
 
-_SHOWN = ("loss", "align", "box", "centerness", "contrastive")
-
-
-def _finite(value: float) -> float | None:
-    return value if value == value and abs(value) != float("inf") else None
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -6,38 +6,44 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from detclipv2_jax.data.batch import Batch
 from detclipv2_jax.training.sharding import batch_shardings
 
-Planned = TypeVar("Planned")  # what a feed says of a batch; not looked at
+Planned = TypeVar("Planned")  # what comes with a batch; passed through
+_SAME_IN_ALL_PROCESSES = ("tokens", "token_mask")
 
 
 def put_batch(batch: Batch, shardings: Batch) -> Batch:
-    """Each process hands in its slice of the images and its copy of the concept table."""
+    """Return the global batch on the devices.
 
-    def put(sharding: NamedSharding, array: np.ndarray, whole: bool) -> jax.Array:
-        shape = array.shape if whole else None  # None: the processes' slices, one after another
-        return jax.make_array_from_process_local_data(sharding, array, shape)
-
-    everybodys = {"tokens", "token_mask"}
-    names = [field.name for field in dataclasses.fields(Batch) if field.name != "kind"]
-    arrays = {n: put(getattr(shardings, n), getattr(batch, n), n in everybodys) for n in names}
+    Args:
+        batch: this process's slice of the images and what belongs to them, in numpy arrays, and the
+            whole concept table, which every process has.
+        shardings: of each array of the global batch.
+    """
+    arrays = {}
+    for name in (field.name for field in dataclasses.fields(Batch) if field.name != "kind"):
+        array = getattr(batch, name)
+        # Without a global shape JAX joins the slices of the processes.
+        shape = array.shape if name in _SAME_IN_ALL_PROCESSES else None
+        arrays[name] = jax.make_array_from_process_local_data(
+            getattr(shardings, name), array, shape
+        )
     return Batch(**arrays, kind=batch.kind)
 
 
 def prefetch(
     feed: Iterable[tuple[Planned, Batch]], mesh: Mesh, size: int = 2
 ) -> Iterator[tuple[Planned, Batch]]:
-    """The feed with its batches on the devices, `size` of them ahead of the one handed out.
+    """Yield the items of a feed in order, with their batches on the devices.
 
-    A copy only begins when a batch is put and nothing waits for it, so the next batches travel
-    while the device computes; each array is copied once. Order and content are the feed's.
+    Up to `size` more batches are under way. `put_batch` only starts a copy, so they travel while
+    the devices compute.
 
     Raises:
-      Whatever the feed raises, once the batches before it are handed out.
+        Exception: any that the feed raises, after the batches before it.
     """
     ready: collections.deque[tuple[Planned, Batch]] = collections.deque()
     try:
@@ -46,6 +52,6 @@ def prefetch(
             if len(ready) > size:
                 yield ready.popleft()
     except Exception:
-        yield from ready  # what was read before is good
+        yield from ready  # complete: the error came after them
         raise
     yield from ready

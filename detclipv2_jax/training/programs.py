@@ -1,4 +1,4 @@
-"""One compiled step per (kind, canvas) of a run."""
+"""The compiled programs of a run: one training step per (kind, canvas)."""
 
 import functools
 import os
@@ -13,31 +13,31 @@ from detclipv2_jax.data.batch import Batch
 from detclipv2_jax.training import accumulate, optimizer, sharding
 from detclipv2_jax.training.config import RunConfig
 from detclipv2_jax.training.inputs import abstract_batch
-from detclipv2_jax.training.objective import Losses
+from detclipv2_jax.training.objective import Scalars
 from detclipv2_jax.training.state import TrainState
 from detclipv2_jax.training.step import train_step
 
-Program = tuple[str, tuple[int, int]]  # (kind, canvas): what one compiled step is for
+Program = tuple[str, tuple[int, int]]  # the kind of data and the canvas (height, width) of a step
 
 
 def step_function(
     config: RunConfig, graphdef: Any, rule: optimizer.AdamW, mesh: jax.sharding.Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, Losses]]:
-    """The step of a run on a mesh, of state and batch alone.
+) -> Callable[[TrainState, Batch], tuple[TrainState, Scalars]]:
+    """Return the training step of a run as a function of state and batch.
 
     Raises:
-      UserError: a batch that the devices, or its parts on them, do not divide.
+        UserError: a kind's batch cannot be split equally over the devices and micro-batches.
     """
     kinds = config.data.kinds()
-    for kind, c in kinds.items():
-        accumulate.check(c.batch_size, mesh.size, c.micro_batches, kind)
+    for kind, data in kinds.items():
+        accumulate.check(data.batch_size, mesh.size, data.micro_batches, kind)
     return functools.partial(
         train_step,
         graphdef=graphdef,
         optimizer=rule,
         config=config.loss,
         seed=config.seed,
-        micro_batches={kind: c.micro_batches for kind, c in kinds.items()},
+        micro_batches={kind: data.micro_batches for kind, data in kinds.items()},
         replicated=sharding.replicated(mesh),
     )
 
@@ -50,16 +50,16 @@ def lower_program(
     mesh: jax.sharding.Mesh,
     config: RunConfig,
 ) -> jax.stages.Lowered:
-    """The step of one (kind, canvas), traced for a mesh; `state` may be abstract."""
-    kind, shape = program
-    batch = abstract_batch(kind, shape, config.data.kinds()[kind])
+    """Trace the step of one (kind, canvas) for a mesh; `state` may be abstract."""
+    kind, canvas = program
+    batch = abstract_batch(kind, canvas, config.data.kinds()[kind])
     run = jax.jit(
         step_fn,
         donate_argnums=0,
         in_shardings=(shardings, sharding.batch_shardings(mesh, batch)),
         out_shardings=(shardings, sharding.replicated(mesh)),
     )
-    with jax.set_mesh(mesh):  # tells kernels what they are for, and which devices share the images
+    with jax.set_mesh(mesh):  # kernels read the platform and the axes of the batch from it
         return run.lower(state, batch)
 
 
@@ -71,17 +71,18 @@ def compile_programs(
     mesh: jax.sharding.Mesh,
     config: RunConfig,
 ) -> dict[Program, Any]:
-    """The compiled step of every (kind, canvas), several at a time; prints what each costs."""
+    """Compile the step of every (kind, canvas), several at a time, and print what each needs."""
 
     def compile_one(program: Program) -> Any:
-        (kind, shape), began = program, time.monotonic()
+        (kind, (height, width)), began = program, time.monotonic()
         compiled = lower_program(step_fn, program, state, shardings, mesh, config).compile()
         memory, seconds = compiled.memory_analysis(), time.monotonic() - began
+        gflop = compiled.cost_analysis().get("flops", 0) / 1e9
         print(
-            f"compiled {kind}, {config.data.kinds()[kind].batch_size} × {shape[0]}×{shape[1]}: "
-            f"{seconds:.0f} s, {compiled.cost_analysis().get('flops', 0) / 1e9:.1f} GFLOP a "
-            f"device, {memory.temp_size_in_bytes / 2**30:.2f} GiB beside the state's "
-            f"{memory.argument_size_in_bytes / 2**30:.2f}",
+            f"compiled {kind}, {config.data.kinds()[kind].batch_size} × {height}×{width}, in "
+            f"{seconds:.0f} s. Per device: {gflop:.1f} GFLOP, "
+            f"{memory.argument_size_in_bytes / 2**30:.2f} GiB for state and batch, "
+            f"{memory.temp_size_in_bytes / 2**30:.2f} GiB temporary",
             flush=True,
         )
         return compiled

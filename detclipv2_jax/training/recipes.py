@@ -1,6 +1,6 @@
-"""Recipes: the config files that ship with the package, found by name or by path.
+"""Recipes: the config files that come with the package, found by name or by path.
 
-In a checkout they lie in `configs/`; a wheel carries them inside the package.
+A checkout has them in `configs/`; a wheel contains them inside the package.
 """
 
 import importlib.util

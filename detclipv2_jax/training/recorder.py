@@ -1,6 +1,9 @@
-"""What a run reports: each step's metrics, and the summary at its end."""
+"""What a run reports: the metrics of each step, and a summary at the end."""
 
+import dataclasses
 import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -11,100 +14,150 @@ from jax.experimental import multihost_utils
 from detclipv2_jax.common import plots
 from detclipv2_jax.common.atomic import write_errors_are_warnings
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.data import pipeline
 from detclipv2_jax.data.plan import StepPlan
 from detclipv2_jax.evaluation import report as report_lib
-from detclipv2_jax.training import clock as clock_lib
-from detclipv2_jax.training import metrics
-from detclipv2_jax.training.checkpointer import Checkpointer
-from detclipv2_jax.training.config import RunConfig
-from detclipv2_jax.training.objective import Losses
-from detclipv2_jax.training.validation import BEFORE, ZERO_SHOT, compared
+from detclipv2_jax.training import validation
+from detclipv2_jax.training.clock import Clock
+from detclipv2_jax.training.config import TrainConfig
+from detclipv2_jax.training.metrics import MetricsLog, Progress
+from detclipv2_jax.training.objective import Scalars
+from detclipv2_jax.training.utilization import Utilization
 
-_WHY_SKIPPED = "their loss or gradient was not finite, or far above the usual"
+_WHY_SKIPPED = "loss or gradient was not finite, or far above its usual size"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """A step that the devices compute or have computed."""
+
+    planned: StepPlan
+    values: Scalars  # still on the devices
+    seconds: Future[float]  # that the devices spend on it
+
+    @property
+    def number(self) -> int:
+        return self.planned.step + 1  # the plan counts from 0
+
+
+@dataclasses.dataclass
 class Recorder:
-    """Shows and writes a step's figures once the next step is under way: no step is waited for."""
+    """Writes and shows the metrics of each step while the next one runs, so it delays no step."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        log: metrics.MetricsLog,
-        progress: metrics.Progress,
-        clock: clock_lib.Clock,
-        checkpointer: Checkpointer,
-    ):
-        """Nothing is pending."""
-        self._config, self._log, self._progress = config.train, log, progress
-        self._clock, self._checkpointer = clock, checkpointer
-        self._pending: tuple[StepPlan, Losses] | None = None
+    config: TrainConfig
+    log: MetricsLog
+    progress: Progress
+    clock: Clock
+    utilization: Utilization
+    counters: Callable[[], Mapping[str, int]]  # counts of the input pipeline so far
+    latest_checkpoint: Callable[[], int | None]  # its step
+    _pending: _Step | None = None
 
-    def add(self, planned: StepPlan, values: Losses) -> None:
-        """Takes the figures of the step just started; finishes with those of the one before."""
-        done, self._pending = self._pending, (planned, values)
-        if done is not None:
-            self._write(*done)
+    def add(self, planned: StepPlan, values: Scalars, seconds: Future[float]) -> None:
+        """Take the outputs of the step just dispatched, and record the step before it.
 
-    def finish(self) -> None:
-        """Writes what is pending."""
+        Raises:
+            UserError: too many updates in a row were skipped.
+        """
+        before, self._pending = self._pending, _Step(planned, values, seconds)
+        if before is not None:
+            self._record(before)
+
+    def flush(self) -> None:
+        """Wait for the last step and record it."""
         if self._pending is not None:
-            self._write(*self._pending)
+            self._record(self._pending)
             self._pending = None
 
-    def _write(self, planned: StepPlan, values: Losses) -> None:
-        values = {name: float(value) for name, value in jax.device_get(values).items()}
-        step = planned.step + 1
-        self._progress.update(planned.kind, int((planned.records >= 0).sum()), values)
-        if is_due(step, self._config.log_every):
-            line = {"kind": planned.kind, "epoch": planned.epoch} | values
-            self._log.write(step, line, self._clock.figures())
-        if values["skipped_in_row"] >= self._config.max_skipped:
+    def add_evaluation(self, step: int, results: dict[str, Any]) -> None:
+        """Record the results of an evaluation after `step`; step 0 is before the first one."""
+        self.log.write(step, validation.scalars(results))
+        when = f"step {step}" if step else "before the first step"
+        self.progress.write(f"{when}: {validation.headline(results):.4f} AP")
+
+    def _record(self, step: _Step) -> None:
+        planned = step.planned
+        values = {name: float(value) for name, value in jax.device_get(step.values).items()}
+        speed = self.utilization.metrics(planned.kind, planned.shape, step.seconds.result())
+        images = int((planned.records >= 0).sum())
+        self.progress.update(planned.kind, images, values, speed["mfu"])
+        if is_due(step.number, self.config.log_every):
+            line = {"kind": planned.kind, "epoch": planned.epoch} | values | speed
+            self.log.write(step.number, line, self.clock.figures(), self.counters())
+        if values["skipped_in_row"] >= self.config.max_skipped:
             records = planned.records[planned.records >= 0][:4].tolist()
             raise UserError(
-                f"the last {self._config.max_skipped} steps up to step {step} ({planned.kind}, "
-                f"records {records} …) were skipped: {_WHY_SKIPPED}; the last good "
-                f"checkpoint is {self._checkpointer.latest}: start again from it with a lower "
-                "config.optimizer.learning_rate, or look at these records."
+                f"step {step.number} ({planned.kind}, records {records} …): its update and those "
+                f"before it, {self.config.max_skipped} in a row, were skipped because "
+                f"{_WHY_SKIPPED}. The last good checkpoint is that of step "
+                f"{self.latest_checkpoint()}: resume with a lower config.optimizer.learning_rate, "
+                "or look at these records."
             )
 
 
 def report(
     workdir: Path | None,
     results: dict[str, Any] | None,
-    clock: clock_lib.Clock,
+    clock: Clock,
     skipped: int,
-    feed: pipeline.Batches,
+    counters: Mapping[str, int],
 ) -> None:
-    """Prints the table, where the time went and what was left out; draws the loss curves.
+    """Print the results, where the time went and what was left out, and draw the loss curves.
 
-    All processes call it, for each knows only what it left out itself; without a `workdir` nothing
-    is drawn.
+    All processes call it, because each has counted its own part of the data.
+
+    Args:
+        workdir: of the run; None in all processes but the first, which draw nothing.
+        results: of the last evaluation; None without one.
+        clock: of the run.
+        skipped: updates that were skipped.
+        counters: of this process's input pipeline (`Batches.counters`).
     """
     if workdir is not None:
         with write_errors_are_warnings():
-            plots.plot_losses(workdir / "metrics.jsonl", workdir / "losses.png")
+            plots.loss_curves(workdir / "metrics.jsonl", workdir / "losses.png")
     if results is not None:
-        print(report_lib.table(results))
-        if ZERO_SHOT in results:
-            print(report_lib.table(results[ZERO_SHOT]))
-        if workdir is not None and (path := workdir / BEFORE).exists():
-            print("\n" + compared(json.loads(path.read_text()), results))
+        print(report_lib.results_table(results))
+        if validation.ZERO_SHOT in results:
+            print(report_lib.results_table(results[validation.ZERO_SHOT]))
+        if workdir is not None and (path := workdir / validation.BEFORE).exists():
+            print("\n" + validation.compared(json.loads(path.read_text()), results))
     print(f"\n{clock.summary()}")
-    for source, (count, read) in _over_processes(feed.broken, feed.read).items():
-        if count:
-            print(f"{source}: {count} of {read} records could not be read")
+    for line in input_report(sum_over_processes(counters)):
+        print(line)
     if skipped:
         print(f"{skipped} updates were skipped: {_WHY_SKIPPED}")
     print(f"\n{workdir}/: detections/*.png, losses.png, results.json, metrics.jsonl, checkpoints/")
 
 
-def _over_processes(*counts: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """The processes' counts by name, added up."""
-    table = np.array([list(count.values()) for count in counts])
-    if jax.process_count() > 1:
-        table = multihost_utils.process_allgather(table).sum(axis=0)
-    return {name: tuple(column.tolist()) for name, column in zip(counts[0], table.T)}
+def input_report(counters: Mapping[str, int]) -> list[str]:
+    """Return a line for each count of data that was left out, from `Batches.counters`."""
+    lines = []
+    for name, count in counters.items():
+        what, _, source = name.partition("/")
+        if what == "read" or not count:
+            continue
+        if what == "unreadable":
+            read = counters[f"read/{source}"]
+            lines.append(f"{source}: {count} of {read} records could not be read")
+        else:
+            lines.append(f"input: {count} {_MEANINGS.get(what, what)}")
+    return lines
+
+
+_MEANINGS = {
+    "cropped_boxes": "boxes were left out because augmentation cropped them",
+    "cut_boxes": "boxes were left out because a canvas had more than max_boxes",
+    "dropped_concepts": "concepts were left out because a step's table was full (table_size)",
+}
+
+
+def sum_over_processes(counters: Mapping[str, int]) -> dict[str, int]:
+    """Return the sums of the processes' counts; all processes call it with the same names."""
+    if jax.process_count() == 1:
+        return dict(counters)
+    counts = np.array([counters[name] for name in sorted(counters)])
+    sums = multihost_utils.process_allgather(counts).sum(axis=0)
+    return dict(zip(sorted(counters), sums.tolist()))
 
 
 def is_due(step: int, every: int) -> bool:

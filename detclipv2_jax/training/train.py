@@ -1,6 +1,9 @@
-"""The training loop, top to bottom: data, model, programs, loop, report."""
+"""The training loop of a run, from top to bottom: data, model, state, programs, loop, report.
 
-import json
+Start reading here. What a step computes is in step.py and objective.py; what it sees is decided by
+data/plan.py; how its arrays are laid out on the devices is in sharding.py.
+"""
+
 from pathlib import Path
 from typing import Any
 
@@ -10,48 +13,53 @@ from detclipv2_jax.common import config_dict, distributed
 from detclipv2_jax.common.atomic import write_errors_are_warnings, write_json
 from detclipv2_jax.common.interruption import Interrupted, StopRequest
 from detclipv2_jax.data import pipeline
-from detclipv2_jax.data.transforms import TransformConfig
 from detclipv2_jax.models import detclip
-from detclipv2_jax.training import clock as clock_lib
-from detclipv2_jax.training import initialize, metrics, optimizer, prefetch, sharding
-from detclipv2_jax.training import state as state_lib
+from detclipv2_jax.training import optimizer, sharding
 from detclipv2_jax.training.checkpointer import Checkpointer
+from detclipv2_jax.training.clock import Clock
 from detclipv2_jax.training.config import RunConfig
 from detclipv2_jax.training.inputs import open_data
+from detclipv2_jax.training.metrics import MetricsLog, Progress
+from detclipv2_jax.training.prefetch import prefetch
+from detclipv2_jax.training.profiling import Profiler, parse_steps
 from detclipv2_jax.training.programs import compile_programs, step_function
 from detclipv2_jax.training.recorder import Recorder, is_due, report
-from detclipv2_jax.training.sharding import state_shardings
-from detclipv2_jax.training.validation import BEFORE, Validator, headline, scalars
+from detclipv2_jax.training.resume import new_or_resumed
+from detclipv2_jax.training.utilization import Utilization
+from detclipv2_jax.training.validation import BEFORE, Validator, headline
 
 
-def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[str, Any] | None:
-    """Trains as `config` says, going on from the newest checkpoint in `workdir` if there is one.
+# Longer than a screen on purpose: it is the story of a run, and each section uses what the sections
+# before it made.
+def train(
+    config: RunConfig, workdir: Path, *, began: float | None = None, profile: str = ""
+) -> dict[str, Any] | None:
+    """Train as `config` says; resume from the newest checkpoint in `workdir` if there is one.
 
-    `began`: when the process did, as time.monotonic() tells it; now if None.
+    Args:
+        config: of the run.
+        workdir: where the run writes.
+        began: time.monotonic() when the process started, so that its imports count; None: now.
+        profile: steps to trace, FIRST:LAST without LAST (profiling.py); "" for none.
 
     Returns:
-      The results of the last evaluation; None if the config names no validation set.
+        The results of the last evaluation; None if the config names no validation set.
 
     Raises:
-      UserError: for anything the user can mend; nothing is lost, the next start goes on.
-      Interrupted: by SIGTERM or Ctrl-C; the state is saved, the next start goes on.
+        UserError: something that the user can fix. Saved work is kept; the same command resumes.
+        Interrupted: SIGTERM or Ctrl-C. The state is saved; the same command resumes.
     """
-    first = jax.process_index() == 0  # the process that writes and shows; main.py mutes the others
-    clock, earlier = clock_lib.Clock(began), {}
+    is_first = jax.process_index() == 0  # the process that writes and prints; others are muted
+    clock = Clock(began)
 
-    # ---- Data: from here on, what each step sees is a function of (seed, step).
-    plan, sources, names = open_data(config)
-    total_steps = max(1, round(config.train.epochs * plan.steps_per_epoch))
-    batches = ", ".join(f"{count} of {kind}" for kind, count in plan.batches.items())
-    rehearsed = f"; of these {n} rehearse" if (n := plan.rehearsal_batches) else ""
-    print(f"{total_steps} steps; an epoch is {plan.steps_per_epoch}: {batches}{rehearsed}")
+    # ---- Data. From here on, what a step sees is a function of (seed, step).
+    data = open_data(config)
+    total_steps = max(1, round(config.train.epochs * data.plan.steps_per_epoch))
+    steps_to_profile = parse_steps(profile, total_steps)
+    definitions = data.plan.vocabulary.definitions("detection")
+    print(data.summary(total_steps))
 
-    definitions = plan.vocabulary.definitions("detection")
-    if definitions:
-        known = sum(name in definitions for name in names)
-        print(f"{known} of {len(names)} detection names have a definition")
-
-    # ---- Model, optimizer, state: restored if this workdir has a checkpoint.
+    # ---- Model and optimizer.
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     validator = Validator(config, definitions, workdir, mesh) if config.eval.dataset else None
     graphdef, params = detclip.create(config.model, config.seed)
@@ -59,123 +67,102 @@ def train(config: RunConfig, workdir: Path, began: float | None = None) -> dict[
     print(f"{millions:.2f} M parameters on {mesh.size} device(s) ({jax.devices()[0].device_kind})")
     rule = optimizer.create(config.optimizer, params, total_steps)
     step_fn = step_function(config, graphdef, rule, mesh)
-    checkpointer = Checkpointer(workdir, config.train.keep_checkpoints)
-    if checkpointer.latest is None:
-        params, origins = initialize.initialize(params, config.init)
-        print(initialize.table(origins), end="\n" * bool(origins))
-    state = state_lib.create(params, rule)
-    shardings = state_shardings(mesh, state)
-    state = jax.device_put(state, shardings)
-    if checkpointer.latest is not None:
-        state, meta = checkpointer.restore(jax.tree.map(_abstract, state, shardings))
-        earlier = meta["seconds"]
-        print(f"going on after step {int(state.step)}{_changes(meta['config'], config)}")
-    if first:
-        write_json(workdir / "config.json", config_dict.to_dict(config))
-    start = int(state.step)
 
-    # ---- The input pipeline starts now, so that it fills while the programs compile.
+    # ---- State: that of the newest checkpoint, or a new one.
+    checkpointer = Checkpointer(workdir, config.train.keep_checkpoints)
+    state, shardings, earlier_seconds = new_or_resumed(config, params, rule, mesh, checkpointer)
+    start = int(state.step)
+    if is_first:
+        write_json(workdir / "config.json", config_dict.to_dict(config))
+
+    # ---- Programs: one per (kind, canvas), compiled before the first step. The input pipeline
+    # starts before them and fills meanwhile.
+    utilization = Utilization(config, mesh)
     feed = pipeline.batches(
-        plan,
-        sources,
-        {
-            kind: TransformConfig(flip=c.flip, scales=c.scales, crop=c.crop)
-            for kind, c in config.data.kinds().items()
-            if kind in plan.kinds
-        },
+        data.plan,
+        data.sources,
         start=start,
         stop=total_steps,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         max_broken_share=config.data.max_broken_share,
     )
-
-    # ---- One program for every (kind, canvas), compiled before the first step.
     with clock("compile"):
-        todo = plan.programs if start < total_steps else []
-        programs = compile_programs(step_fn, todo, state, shardings, mesh, config)
-        distributed.barrier()  # the first step waits for the others no longer than Gloo's 30 s
+        needed = data.plan.programs if start < total_steps else []
+        programs = compile_programs(step_fn, needed, state, shardings, mesh, config)
+        # Gloo, which connects the processes in the first step, waits only 30 s for the slowest.
+        distributed.barrier()
 
-    # ---- The loop. A step's figures are read when the next one is under way.
-    # Of a run that starts anew nothing is kept, not even what it measured at step 0.
-    log = metrics.MetricsLog(workdir if first else None, start or -1)
-    progress = metrics.Progress(total_steps, start, shown=first)
-    recorder = Recorder(config, log, progress, clock, checkpointer)
-    on_device = prefetch.prefetch(feed, mesh)
-    results, stop = None, StopRequest()
-    clock.go_on(earlier, log.seconds)
+    # ---- What the loop reports to.
+    # A new run keeps no line of an older log, not even that of an evaluation at step 0.
+    log = MetricsLog(workdir if is_first else None, resumed_at=start or -1)
+    progress = Progress(total_steps, start, shown=is_first)
+    recorder = Recorder(
+        config.train, log, progress, clock, utilization, feed.counters, lambda: checkpointer.latest
+    )
+    clock.resume(earlier_seconds, log.seconds)
+    meta = {  # of every checkpoint: all that is needed to use the model without the run
+        "config": config_dict.to_dict(config),
+        "names": data.names,
+        "definitions": definitions,
+        "seconds": {},
+        "total_steps": total_steps,
+    }
+    results = None
     if validator and config.train.eval_first and start == 0:
         with clock("evaluate"):
             before = validator(graphdef, state)
-            log.write(0, scalars(before))
-            progress.say(f"before the first step: {headline(before):.4f} AP")
-        if first:
+            recorder.add_evaluation(0, before)
+        if is_first:
             write_json(workdir / BEFORE, before)
+
+    # ---- The loop. The metrics of a step are read while the next step runs: see Recorder.
+    batches, stop, values = prefetch(feed, mesh), StopRequest(), None
     clock.enter("other")
-    for step in range(start, total_steps):
-        with clock("data"):
-            planned, batch = next(on_device)
-        # The batch is all that is sent: a transfer that nobody asked for is an error.
-        with clock("train"), jax.transfer_guard("disallow"):
-            state, values = programs[planned.kind, planned.shape](state, batch)
-        clock.watch(values["skipped_in_row"])
-        recorder.add(planned, values)
-        stopping = stop.is_due(step + 1)
-        last, score = step + 1 == total_steps, None
-        due = is_due(step + 1, config.train.eval_every) and not stopping
-        if validator and (last or due):
-            recorder.finish()
-            with clock("evaluate"), write_errors_are_warnings():
-                results = validator(graphdef, state)
-                score = headline(results)
-                log.write(step + 1, scalars(results))
-                progress.say(f"step {step + 1}: {score:.4f} AP")
-        if last or stopping or is_due(step + 1, config.train.checkpoint_every):
-            recorder.finish()
-            with clock("checkpoint"):
-                meta = {"config": config_dict.to_dict(config), "names": names}
-                meta |= {"definitions": definitions, "seconds": clock.totals()}
-                meta |= {"total_steps": total_steps}  # for jobs that follow
-                checkpointer.save(state, meta, score)
-        if stopping and not last:
-            checkpointer.wait()
-            latest = checkpointer.latest
-            saved = "is saved" if latest == step + 1 else f"is not saved: the last one is {latest}"
-            raise Interrupted(
-                f"stopped by {stop.signal.name} after step {step + 1}, which {saved}", stop.signal
-            )
+    with Profiler(steps_to_profile, workdir, start) as profiler:
+        for step in range(start + 1, total_steps + 1):  # numbered as in metrics.jsonl
+            with profiler.step(step, values):
+                with clock("data"):
+                    planned, batch = next(batches)
+                # The batch is on the devices. Any other transfer would be a mistake: an error.
+                with clock("train"), jax.transfer_guard("disallow"):
+                    state, values = programs[planned.kind, planned.shape](state, batch)
+            recorder.add(planned, values, clock.watch(values["skipped_in_row"]))
+            profiler.step_dispatched(step, values)
+            is_last, is_stopping, score = step == total_steps, stop.is_due(step), None
+
+            is_eval_due = is_due(step, config.train.eval_every) and not is_stopping
+            if validator and (is_last or is_eval_due):
+                recorder.flush()
+                with clock("evaluate"), write_errors_are_warnings():
+                    results = validator(graphdef, state)
+                    score = headline(results)
+                    recorder.add_evaluation(step, results)
+
+            if is_last or is_stopping or is_due(step, config.train.checkpoint_every):
+                recorder.flush()
+                with clock("checkpoint"):
+                    checkpointer.save(state, meta | {"seconds": clock.totals()}, score)
+            if is_stopping and not is_last:
+                raise _interrupted(step, stop, checkpointer)
+
     progress.close()
     log.close()
     with clock("checkpoint"):
         checkpointer.close()
 
-    # ---- What came of it.
-    if validator and results is None:
+    # ---- Report.
+    if validator and results is None:  # a finished run, started again
         with clock("evaluate"):
             results = validator(graphdef, state)
-    report(workdir if first else None, results, clock, int(state.skipped), feed)
+    report(workdir if is_first else None, results, clock, int(state.skipped), feed.counters())
     feed.close()
     return results
 
 
-def _abstract(array: jax.Array, sharding_: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding_)
-
-
-def _changes(before: dict[str, Any], config: RunConfig) -> str:
-    """The fields that differ from the config of the checkpoint, for the eye."""
-    now = json.loads(
-        json.dumps(config_dict.to_dict(config))
-    )  # as the checkpoint's went through JSON
-    old, new = _flat(config_dict.with_current_names(RunConfig, before)), _flat(now)
-    changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in old | new if old.get(k) != new.get(k)]
-    return f", with a changed config ({'; '.join(changed)})" if changed else ""
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return result
+def _interrupted(step: int, stop: StopRequest, checkpointer: Checkpointer) -> Interrupted:
+    """Wait for the checkpoint of `step` and return the exception that ends the run."""
+    checkpointer.wait()
+    latest = checkpointer.latest
+    saved = "which is saved" if latest == step else f"which is not saved (the latest is {latest})"
+    return Interrupted(f"stopped by {stop.signal.name} after step {step}, {saved}", stop.signal)

@@ -1,4 +1,4 @@
-"""How good a run is while it trains: its validation sets, measured now and then."""
+"""Evaluation of a run on its validation sets while it trains."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,17 +8,17 @@ import jax
 
 from detclipv2_jax.evaluation import datasets, measure
 from detclipv2_jax.inference.predictor import Predictor
-from detclipv2_jax.inference.prompts import prompting
+from detclipv2_jax.inference.prompts import Prompter
 from detclipv2_jax.training import sharding
 from detclipv2_jax.training.config import RunConfig
 from detclipv2_jax.training.state import TrainState
 
-BEFORE = "before.json"  # in the workdir: results before the first step, if the config asks for them
-ZERO_SHOT = "zero_shot"  # the second validation set's results
+BEFORE = "before.json"  # in the workdir: results before the first step (`train.eval_first`)
+ZERO_SHOT = "zero_shot"  # key and folder of the results on the second validation set
 
 
 class Validator:
-    """Measures the averaged parameters on the config's validation sets and draws some of them."""
+    """Evaluates the averaged parameters (EMA) on the config's validation sets, and draws images."""
 
     def __init__(
         self,
@@ -27,9 +27,16 @@ class Validator:
         workdir: Path,
         mesh: jax.sharding.Mesh,
     ):
-        """Reads the ground truth, so that a missing file is found before the training.
+        """Read the ground truth, so that a missing file is found before the training.
 
-        `definitions`: those that names of detection data are trained with.
+        Args:
+            config: of the run.
+            definitions: name → definition, as the names of detection data are trained with.
+            workdir: of the run.
+            mesh: the devices to evaluate on.
+
+        Raises:
+            UserError: an annotation file is missing or invalid.
         """
         self._config, self._workdir, self._mesh = config, workdir, mesh
         root = Path(config.data_dir)
@@ -40,13 +47,14 @@ class Validator:
             name: (datasets.load_ground_truth(root / dataset), root / images)
             for name, (dataset, images) in sets.items()
         }
-        self._prompts = prompting(config.eval, definitions, config.data.template)
+        self._prompter = Prompter.for_model(config.eval, definitions, config.data.template)
         self._predictor: Predictor | None = None
 
     def __call__(self, graphdef: Any, state: TrainState) -> dict[str, Any]:
-        """The results, also written to results.json and detections/ of the workdir.
+        """Evaluate and return the results; write results.json and detections/ in the workdir.
 
-        Those of the second set, if there is one, are in "zero_shot" and in the folder of that name.
+        The results of the second set, if the config names one, are under `ZERO_SHOT`, and their
+        files in the folder of that name. All processes call it; the first one writes.
         """
         config = self._config.eval
         if self._predictor is None:
@@ -59,30 +67,30 @@ class Validator:
                 batch_sharding=sharding.split(self._mesh),
             )
         self._predictor.params = state.ema
-        first = jax.process_index() == 0
-        every = {
+        is_first = jax.process_index() == 0
+        results = {
             name: measure.measure_model(
                 self._predictor,
                 truth,
                 images,
-                prompts=self._prompts,
+                prompter=self._prompter,
                 step=int(state.step),
-                output=self._workdir / name if first else None,
+                output=self._workdir / name if is_first else None,
                 pictures=config.pictures,
-                progress=first,
+                progress=is_first,
             )
             for name, (truth, images) in self._sets.items()
         }
-        return every.pop("") | every
+        return results.pop("") | results
 
 
 def headline(results: dict[str, Any]) -> float:
-    """The one figure by which checkpoints are compared: fixed AP, or COCO's AP; 0 without truth."""
+    """Return the score that checkpoints are compared by: fixed AP, or COCO's AP; 0 if undefined."""
     return (results["fixed"] if "fixed" in results else results["coco"])["AP"] or 0.0
 
 
 def scalars(results: dict[str, Any]) -> dict[str, float | None]:
-    """Results as one flat line for the log: 'fixed/AP', 'novel/fixed/AP', …"""
+    """Return results as one flat line for the log: 'fixed/AP', 'novel/fixed/AP', …"""
     tables = {name: results[name] for name in ("standard", "fixed", "coco") if name in results}
     for group, protocols in results.get("groups", {}).items():
         tables |= {f"{group}/{protocol}": figures for protocol, figures in protocols.items()}
@@ -92,7 +100,7 @@ def scalars(results: dict[str, Any]) -> dict[str, float | None]:
 
 
 def compared(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Lines for people: AP before the first step and after the last, of every set and group."""
+    """Return a table of the AP before the first step and after the last, by set and group."""
     old, new = scalars(before), scalars(after)
     rows = [name for name in new if name.endswith("/AP")]
     width = max(map(len, rows))
