@@ -1,13 +1,17 @@
-"""Training on anyone's own folder of COCO-format boxes, with phrases and captions if it has some.
+"""Training from scratch on your own images with COCO-format boxes, phrases or captions.
 
     python scripts/prepare_data.py custom --from=my_photos --to=data/my_photos
-    python -m detclipv2_jax.main --config=configs/coco_format.py \
+    python -m detclipv2_jax.main --config=configs/coco_format.py:nano \
         --config.data_dir=data/my_photos --workdir=runs/my_photos
 
-Kinds of data that the folder lacks are left out. `:nano` (the default) trains on two CPU cores,
-`:swin_t` wants a GPU. To be evaluated in the run, name a validation file and
-its images, absolute or relative to the data_dir: `--config.eval.dataset=$PWD/my_photos/val.json
---config.eval.images=$PWD/my_photos/images`.
+nano (the default) trains on two CPU cores, about 0.33 s per step. From 244 COCO photos it reaches
+AP50 0.63 on the photos it was trained on, and near zero on others: so few photos show that data and
+training fit together, and no more (docs/results/photos/README.md). swin_t needs a GPU; not measured
+yet. To start from a trained model, use finetune_coco_format.py.
+
+Kinds of data that the folder lacks are skipped. To evaluate, name a validation file and its images,
+as absolute paths or relative to the data_dir: `--config.eval.dataset=$PWD/my_photos/val.json
+--config.eval.images=$PWD/my_photos/images`. All values are ours.
 """
 
 from ml_collections import ConfigDict
@@ -18,9 +22,9 @@ from detclipv2_jax.training import config as config_lib
 
 
 def get_config(size: str = "nano") -> ConfigDict:
-    """For a folder of a few hundred to a few thousand photos: 'nano' (default) or 'swin_t'."""
+    """Return the recipe for a few hundred to a few thousand photos: 'nano' or 'swin_t'."""
     if size not in ("nano", "swin_t"):
-        raise ValueError(f"configs/coco_format.py:{size} is no size: choose nano or swin_t.")
+        raise ValueError(f"configs/coco_format.py:{size}: unknown size. Choose nano or swin_t.")
     nano = size == "nano"
     model = sizes.NANO if nano else sizes.SWIN_T
     config = ConfigDict(config_dict.to_dict(config_lib.RunConfig(model=model)))
@@ -47,8 +51,10 @@ def get_config(size: str = "nano") -> ConfigDict:
     config.optimizer.warmup_steps = 100
     config.optimizer.ema_decay = 0.998
     if nano:
-        config.model.anchors.scale = 2.0  # 16 to 256 pixels: ATSS's 8 is for pictures of 800
-        config.optimizer.lr_rules = ((r".*", 1.0),)  # its text tower starts from noise, not CLIP
+        # Anchors of 16 to 256 pixels; ATSS's scale of 8 suits images of 800 pixels.
+        config.model.anchors.scale = 2.0
+        # The text tower starts from scratch, not from CLIP.
+        config.optimizer.lr_rules = ((r".*", 1.0),)
     config.train.epochs = 12.0
     config.train.log_every = 1
     config.eval.canvas = (192, 256) if nano else (800, 1344)

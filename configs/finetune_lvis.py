@@ -1,18 +1,18 @@
-"""Fine-tuning a pre-trained detector on LVIS v1, 1,203 categories, as the paper's section 4 does.
+"""Fine-tuning of a trained detector on LVIS v1, 1,203 categories (paper §4).
 
     python scripts/prepare_data.py lvis --from=lvis --to=data/lvis_train
     python -m detclipv2_jax.main --config=configs/finetune_lvis.py:swin_t \
         --config.init.model=runs/swin_t --workdir=runs/lvis_swin_t
 
-24 epochs in batches of 64, learning rate 4e-5 and 4e-6 for the text tower; the paper reports 50.7
-(Swin-T) and 60.1 (Swin-L) fixed AP on minival. `init.model` is the workdir of a run, or a
-safetensors file that was exported. Ours: a share of the pre-training data is rehearsed in between;
-the kinds of it that are not prepared under `data/` are left out. Minival is measured before, which
-is zero-shot, and after; what is left of the zero-shot ability then is measured on another set, of
-names that LVIS lacks: `--config.eval.zero_shot=FILE --config.eval.zero_shot_images=DIR`.
+The paper reports 50.7 (Swin-T) and 60.1 (Swin-L) fixed AP on minival. This code has not been
+trained at these sizes yet; swin_t (the default) and swin_l need GPUs. nano tries the recipe on two
+CPU cores: it trains runs/quickstart for another epoch on the boxes of `symbols`. `init.model` is
+the workdir of a run or an exported safetensors file.
 
-`:swin_t` (default) and `:swin_l` want GPUs. `:nano` tries the recipe on `symbols` with two CPU
-cores: from runs/quickstart, on its boxes again.
+A share of the pre-training data is rehearsed [ours]; kinds that are not prepared under `data/` are
+skipped. Minival is measured before training, which is zero-shot, and after it. To measure what
+remains of the zero-shot ability, name a set whose names LVIS lacks:
+`--config.eval.zero_shot=FILE --config.eval.zero_shot_images=DIR`.
 """
 
 from ml_collections import ConfigDict
@@ -23,10 +23,10 @@ pretrain = recipes.load("pretrain")
 
 
 def get_config(size: str = "swin_t") -> ConfigDict:
-    """Starts from the pre-training recipe of that size: 'swin_t', 'swin_l' or 'nano'."""
+    """Return the pre-training recipe at a size, changed for fine-tuning."""
     if size not in ("swin_t", "swin_l", "nano"):
         raise ValueError(
-            f"configs/finetune_lvis.py:{size} is no size: choose swin_t, swin_l or nano."
+            f"configs/finetune_lvis.py:{size}: unknown size. Choose swin_t, swin_l or nano."
         )
     config = pretrain.get_config(size)
     data = config.data
@@ -36,8 +36,8 @@ def get_config(size: str = "swin_t") -> ConfigDict:
         data[kind].sources = ()
         data[kind].rehearsal_share = 0.25
         data[kind].begin = 0.0
-    config.optimizer.lr_rules = ((r"text/.*", 0.1), (r".*", 1.0))
-    config.train.epochs = 24.0
+    config.optimizer.lr_rules = ((r"text/.*", 0.1), (r".*", 1.0))  # text tower: 4e-6 [paper]
+    config.train.epochs = 24.0  # [paper]
     config.train.eval_first = True
     config.train.eval_every = 0
     if size == "nano":
@@ -49,13 +49,13 @@ def get_config(size: str = "swin_t") -> ConfigDict:
         return config
     data.prepare = "python scripts/prepare_data.py lvis --from=DIR --to=data/lvis_train"
     data.detection.sources = ("lvis_train",)
-    data.detection.table_size = 1280  # its 1,203 names
+    data.detection.table_size = 1280  # LVIS has 1,203 names
     for kind in (data.detection, data.grounding):
-        kind.batch_size = 64
-        kind.max_boxes = 300  # LVIS has more boxes an image than other sets
+        kind.batch_size = 64  # [paper]
+        kind.max_boxes = 300  # LVIS has more boxes per image than other sets
     data.image_text.batch_size = 1024
     data.image_text.table_size = 4096
     config.init.model = f"runs/{size}"
-    config.optimizer.learning_rate = 4e-5
+    config.optimizer.learning_rate = 4e-5  # [paper]
     config.train.eval_every = 10_000
     return config

@@ -1,4 +1,4 @@
-"""Shared by all tests: CPU only, four virtual devices, programs compiled once for all runs."""
+"""Shared by all tests: CPU, four virtual devices, and one compilation cache."""
 
 import os
 import signal
@@ -13,18 +13,18 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Four devices for the tests of sharding; LLVM's optimization costs more than tiny programs gain.
+# Four devices for the tests of sharding. LLVM optimization costs more time than tiny programs gain.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
 )
-# What a shell starts in the background ignores Ctrl-C, and all that the tests start would too.
+# A process that a shell starts in the background ignores Ctrl-C, and so would its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 64 MB; skipped where this user may not mount one."""
+    """A file system of 64 MB; the test is skipped if the user may not mount one."""
     root = tmp_path / "disk"
     root.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(root)]
@@ -40,7 +40,7 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def make_read_only():
-    """`make_read_only(directory)`: for root, whom permission bits do not stop, by a mount."""
+    """`make_read_only(directory)`; for root, who ignores permission bits, by a read-only mount."""
     mounted = []
 
     def make_read_only(directory):
@@ -60,7 +60,7 @@ def make_read_only():
 
 @pytest.fixture
 def fill():
-    """`fill(directory, left)` takes all room but `left` bytes; returns the file to remove."""
+    """`fill(directory, left)` fills a disk up to `left` bytes; it returns the file to remove."""
 
     def fill(directory, left):
         path = directory / "filling"

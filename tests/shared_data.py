@@ -1,4 +1,4 @@
-"""Real names and embeddings that lie beside the checkout; a test that needs them skips without."""
+"""Real names and embeddings next to the checkout; tests that need them are skipped without."""
 
 import csv
 import json
@@ -14,25 +14,25 @@ ROOT = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" /
 
 
 def clip_text():
-    """The folder of CLIP's embeddings."""
+    """Return the folder of CLIP's embeddings."""
     folder = ROOT / "clip_text"
     if not folder.is_dir():
-        pytest.skip(f"{folder} is not there (SHARED_DATA names its parent)")
+        pytest.skip(f"{folder} does not exist (SHARED_DATA names its parent)")
     return folder
 
 
 def lvis_categories():
-    """LVIS's 1203 categories, as its annotation files have them."""
+    """Return the 1203 categories of LVIS, as in its annotation files."""
     return json.loads((clip_text() / "lvis_v1_train_cat_info.json").read_text())
 
 
 def objects365_names():
-    """The 365 names as published, corrected."""
+    """Return the 365 names of Objects365 with corrected spelling."""
     return [row[2] for row in csv.reader(open(clip_text() / "Objects365_names_fix.csv"))]
 
 
 def embeddings():
-    """Normalized name → CLIP's embedding, of LVIS's and Objects365's names."""
+    """Return normalized name -> CLIP's embedding for the names of LVIS and Objects365."""
     lvis = [category["name"].replace("_", " ") for category in lvis_categories()]
     found = {}
     for file, names in (

@@ -1,4 +1,4 @@
-"""A batch of noise with boxes or texts for the tiny model, and losses that fit its size."""
+"""A random batch with boxes or texts for the tiny model, and a loss config that fits its size."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""A random DetCLIP of a few thousand weights for tests of what stands around the model."""
+"""A DetCLIP with a few thousand random parameters, for tests of the code around the model."""
 
 import functools
 
@@ -16,17 +16,17 @@ CONFIG = DetCLIPConfig(
     text=TextConfig(width=16, layers=1, heads=2, embed_dim=8),
     prior=0.5,
 )
-CANVAS = (64, 64)  # square: one program for pictures of any shape
+CANVAS = (64, 64)  # square: one program for images of any shape
 
 
 @functools.cache
 def parts(seed=0):
-    """(graphdef, params)."""
+    """Return (graphdef, params)."""
     return create(CONFIG, seed)
 
 
 def loaded(**evaluation):
-    """What `load_model` gives for it; `evaluation` are fields of its `DetectConfig`."""
+    """Return what `load_model` returns for it; `evaluation` sets fields of its `DetectConfig`."""
     graphdef, params = parts()
     section = {
         "canvas": CANVAS,

@@ -1,4 +1,4 @@
-"""A whole run of seconds: a few scenes, prepared by the script, and the nano recipe made tiny."""
+"""A complete run that takes seconds: a few prepared scenes and a tiny variant of nano."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ OVERRIDES = {
 
 
 def environment():
-    """One device, and this repository's package and compilation cache."""
+    """Return the environment of a run: one device, this checkout's package and compile cache."""
     paths = (ROOT, ROOT / "tests", ROOT / "scripts", ROOT / "scripts/benchmarks")
     return os.environ | {
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
@@ -44,14 +44,14 @@ def environment():
 
 
 def prepare(to):
-    """Draws and prepares `symbols` at the size above into `to`."""
+    """Draw `symbols` at the size of `SCENES` and prepare it in the directory `to`."""
     command = [sys.executable, str(ROOT / "scripts/prepare_data.py"), "symbols", f"--to={to}"]
     command += [f"--option={name}={value}" for name, value in SCENES.items()]
     subprocess.run(command, check=True, env=environment(), capture_output=True)
 
 
 def command(data, workdir, **overrides):
-    """The command line of a tiny run."""
+    """Return the command line of a tiny run; `overrides` are config fields."""
     fields = OVERRIDES | {"data_dir": str(data)} | overrides
     return [
         sys.executable,
@@ -64,6 +64,6 @@ def command(data, workdir, **overrides):
 
 
 def run(data, workdir, **overrides):
-    """Runs it to its end; returns the finished process, its output as text."""
+    """Run it to its end; return the finished process with its output as text."""
     line = command(data, workdir, **overrides)
     return subprocess.run(line, env=environment(), capture_output=True, text=True, cwd=ROOT)

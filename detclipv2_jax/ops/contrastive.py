@@ -81,6 +81,7 @@ def word_region_contrastive(
     return sum(losses) / len(losses)
 
 
+@jax.named_scope("word_region_similarity")
 def image_text_similarity(
     regions: Float[Array, "B P D"],
     region_mask: Bool[Array, "B P"],

@@ -1,34 +1,41 @@
-"""Loss and gradient of a global batch, whole or part by part, equal to float32 rounding.
+"""Loss and gradient of a global batch, at once or in micro-batches; both agree to float32 rounding.
 
-In parts, one part's activations are held at a time. Each device cuts its own share of the images,
-so nothing travels between devices but the sums at the end. Concepts are encoded once for all parts.
+With micro-batches, only the activations of one micro-batch are in memory. Each device splits its
+own images, so nothing but the final sums travels between devices. Concepts are encoded once for all
+micro-batches.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt8
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.batch import Batch
 from detclipv2_jax.models import detclip
 from detclipv2_jax.training import objective
-from detclipv2_jax.training.objective import LossConfig, Losses
-
-Value = tuple[Float[Array, ""], Losses]  # a loss and its parts
+from detclipv2_jax.training.objective import Loss, LossConfig
 
 
-def check(batch_size: int, devices: int, count: int, kind: str) -> None:
-    """UserError if a global batch cannot be split over the devices and cut into parts there."""
-    if count < 1 or batch_size % (devices * count):
+class LossAndGradient(NamedTuple):
+    """The loss of a global batch, and its gradient by the parameters."""
+
+    loss: Loss
+    gradient: PyTree
+
+
+def check(batch_size: int, devices: int, micro_batches: int, kind: str) -> None:
+    """Raise `UserError` unless a global batch can be split into devices × micro-batches."""
+    if micro_batches < 1 or batch_size % (devices * micro_batches):
         raise UserError(
-            f"config.data.{kind}.batch_size is {batch_size}, which {devices} device(s) × "
-            f"config.data.{kind}.accumulate {count} do not divide: choose a multiple of their "
-            "product, or fewer parts."
+            f"config.data.{kind}.batch_size is {batch_size}, which is not a multiple of {devices} "
+            f"device(s) × config.data.{kind}.micro_batches {micro_batches}. Choose a multiple, or "
+            "fewer micro-batches."
         )
 
 
@@ -38,197 +45,289 @@ def loss_and_gradient(
     key: PRNGKeyArray | None,
     graphdef: Any,
     config: LossConfig,
-    count: int,
+    micro_batches: int,
     replicated: NamedSharding | None,
-) -> tuple[Value, PyTree]:
-    """((loss, its parts), gradient by the parameters), the images in `count` parts a device.
+) -> LossAndGradient:
+    """Return the loss of a global batch and its gradient by the parameters.
 
     Args:
-      params: in any layout.
-      batch: one global batch; `check` says which sizes can be cut.
-      key: draws the drop path, for the whole batch at once: the same with any `count`; None: none.
-      graphdef: the model's.
-      config: the losses'.
-      count: 1 takes the batch whole, 2 or more hold so many times fewer activations.
-      replicated: how all devices hold an array whole; None on one device.
+      params: the parameters, with any sharding.
+      batch: one global batch; `check` says which sizes can be split.
+      key: random key of the drop path, drawn for the whole batch, so that the result does not
+        depend on `micro_batches`; None for no drop path.
+      graphdef: of the model.
+      config: of the losses.
+      micro_batches: into how many micro-batches each device splits its images. Activations take
+        that many times less memory.
+      replicated: sharding of an array that every device holds; None on one device.
     """
 
-    def whole(params: PyTree) -> detclip.DetCLIP:
-        if replicated is not None:  # else the compiler would split activations as parameters are
+    def replicated_model(params: PyTree) -> detclip.DetCLIP:
+        if replicated is not None:  # else the compiler splits activations like the parameters
             params = jax.lax.with_sharding_constraint(params, replicated)
         return detclip.build(graphdef, params)
 
-    if count == 1:
-        loss_of = objective.losses_of(batch.kind)
-        run = lambda params: loss_of(whole(params), batch, config, key, replicated)  # noqa: E731
-        return jax.value_and_grad(run, has_aux=True)(params)
+    if micro_batches == 1:
+        loss_fn = objective.loss_function(batch.kind)
+        run = lambda params: loss_fn(replicated_model(params), batch, config, key, replicated)
+        (total, terms), gradient = jax.value_and_grad(run, has_aux=True)(params)
+        return LossAndGradient(Loss(total, terms), gradient)
 
-    concepts, by_concepts = jax.vjp(
-        lambda params: objective.encode_concepts(whole(params), batch.tokens, replicated), params
+    # The gradient reaches the text tower through the concepts: d loss/d concepts is summed over all
+    # micro-batches, then goes through the tower once.
+    concepts, concepts_vjp = jax.vjp(
+        lambda params: objective.encode_concepts(
+            replicated_model(params), batch.tokens, replicated
+        ),
+        params,
     )
-    drop_path_factors = whole(params).backbone.draw_drop_path(key, len(batch.images))
-    images = {"pixels": batch.images, "sizes": batch.sizes}
-    if drop_path_factors is not None:
-        images["drop_path_factors"] = jnp.moveaxis(drop_path_factors, -1, 0)
-    mesh = None if replicated is None else replicated.mesh
-    in_parts = _image_text if batch.kind == "image_text" else _dense
-    value, gradient, slope = in_parts(
-        params, concepts, images, batch, lambda params: detclip.build(graphdef, params),
-        config, count, mesh,
-    )  # fmt: skip
-    return value, jax.tree.map(jnp.add, gradient, by_concepts(slope)[0])
+    factors = replicated_model(params).backbone.draw_drop_path(key, len(batch.images))
+    images = _Images(batch.images, None if factors is None else jnp.moveaxis(factors, -1, 0))
+    run = _Run(graphdef, config, micro_batches, None if replicated is None else replicated.mesh)
+    accumulated = (_image_text if batch.kind == "image_text" else _dense)(
+        run, params, concepts, images, batch
+    )
+    gradient = jax.tree.map(
+        jnp.add, accumulated.gradient, concepts_vjp(accumulated.concepts_gradient)[0]
+    )
+    return LossAndGradient(accumulated.loss, gradient)
+
+
+class _Images(NamedTuple):
+    """What the image tower reads, images first."""
+
+    pixels: UInt8[Array, "B H W 3"]
+    drop_path_factors: Float[Array, "B N 2"] | None
+
+    def encode(self, model: detclip.DetCLIP) -> detclip.RegionOutputs:
+        factors = self.drop_path_factors
+        return model.encode_image(
+            self.pixels, None if factors is None else jnp.moveaxis(factors, 0, -1)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What is the same for all micro-batches and static for the compiler."""
+
+    graphdef: Any
+    config: LossConfig
+    micro_batches: int
+    mesh: Mesh | None
+
+    def build(self, params: PyTree) -> detclip.DetCLIP:
+        return detclip.build(self.graphdef, params)
+
+
+class _Accumulated(NamedTuple):
+    """Loss of a batch, and its gradient with the concepts taken as given."""
+
+    loss: Loss
+    gradient: PyTree  # by the parameters, not through the concepts
+    concepts_gradient: Float[Array, "M D"]
+
+
+# ---- Detection and grounding: one pass
+
+
+class _Annotations(NamedTuple):
+    """What the assignment reads of images."""
+
+    sizes: Int[Array, "B 2"]
+    boxes: Float[Array, "B N 4"]
+    labels: Int[Array, "B N"]
+
+
+class _AssignedImages(NamedTuple):
+    images: _Images
+    targets: objective.Targets
+
+
+class _Fixed(NamedTuple):
+    """What the dense loss of every micro-batch needs of the whole batch."""
+
+    divisors: objective.Normalizers
+    token_mask: Bool[Array, " M"]
 
 
 def _dense(
-    params: PyTree,
-    concepts: Float[Array, "M D"],
-    images: dict[str, Array],
-    batch: Batch,
-    build: Callable[[PyTree], detclip.DetCLIP],
-    config: LossConfig,
-    count: int,
-    mesh: Mesh | None,
-) -> tuple[Value, PyTree, Float[Array, "M D"]]:
-    """A sum over images, once it is known what the whole batch's is divided by: one pass."""
-    canvas, grid = batch.images.shape[1:3], build(params).cfg.anchors
-    with_boxes = objective.has_box_losses(batch.kind, config)
+    run: _Run, params: PyTree, concepts: Float[Array, "M D"], images: _Images, batch: Batch
+) -> _Accumulated:
+    """Return the dense loss of a batch, a sum over its images.
 
-    def assign(_: PyTree, part: dict[str, Array]) -> objective.Targets:
-        return objective.dense_targets(
-            part["sizes"], part["boxes"], part["labels"], canvas, grid, config.candidates
-        )
+        loss = Σ_micro-batches loss(micro-batch) / normalizers(whole batch)
 
-    marks = {"sizes": batch.sizes, "boxes": batch.boxes, "labels": batch.labels}
-    targets = map_parts(assign, (), marks, count, mesh)
+    The normalizers depend on the assignment alone, so all images are assigned first.
+    """
+    canvas, grid = batch.images.shape[1:3], run.build(params).cfg.anchors
+    with_boxes = objective.has_box_losses(batch.kind, run.config)
+
+    def assign(_: PyTree, annotations: _Annotations) -> objective.Targets:
+        return objective.assign_targets(*annotations, canvas, grid, run.config.candidates)
+
+    annotations = _Annotations(batch.sizes, batch.boxes, batch.labels)
+    targets = map_micro_batches(assign, (), annotations, run.micro_batches, run.mesh)
     divisors = objective.normalizers(targets)
 
-    def loss_of(learned: PyTree, fixed: PyTree, part: dict[str, Any]) -> Value:
+    def loss_fn(learned: PyTree, fixed: _Fixed, part: _AssignedImages) -> Loss:
         params, concepts = learned
-        model = build(params)
-        return objective.matched_losses(
-            model, _encode(model, part), model.scale() * concepts, fixed["token_mask"],
-            part["targets"], fixed["divisors"], canvas, config, with_boxes,
+        model = run.build(params)
+        return objective.loss_of_targets(
+            model, part.images.encode(model), model.scale() * concepts, fixed.token_mask,
+            part.targets, fixed.divisors, canvas, run.config, with_boxes,
         )  # fmt: skip
 
-    fixed = {"token_mask": batch.token_mask, "divisors": divisors}
-    (loss, figures), (gradient, slope) = sum_parts(
-        loss_of, (params, concepts), fixed, images | {"targets": targets}, count, mesh
-    )
-    return (loss, figures | {"positives": divisors["positives"]}), gradient, slope
+    loss, (gradient, concepts_gradient) = sum_micro_batches(
+        loss_fn, (params, concepts), _Fixed(divisors, batch.token_mask),
+        _AssignedImages(images, targets), run.micro_batches, run.mesh,
+    )  # fmt: skip
+    loss = Loss(loss.total, loss.terms | {"positives": divisors.positives})
+    return _Accumulated(loss, gradient, concepts_gradient)
+
+
+# ---- Image-text pairs: two passes
+
+
+class _PooledImages(NamedTuple):
+    images: _Images
+    sizes: Int[Array, "B 2"]
+    pools: Int[Array, "G N"]
+
+
+class _SelectedRegions(NamedTuple):
+    features: Float[Array, "B P D"]
+    selection: objective.Selection
+
+
+class _ImagesWithGradient(NamedTuple):
+    images: _Images
+    selection: objective.Selection
+    features_gradient: Float[Array, "B P D"]
 
 
 def _image_text(
-    params: PyTree,
-    concepts: Float[Array, "M D"],
-    images: dict[str, Array],
-    batch: Batch,
-    build: Callable[[PyTree], detclip.DetCLIP],
-    config: LossConfig,
-    count: int,
-    mesh: Mesh | None,
-) -> tuple[Value, PyTree, Float[Array, "M D"]]:
-    """Each image is a candidate of every other's text: two passes.
+    run: _Run, params: PyTree, concepts: Float[Array, "M D"], images: _Images, batch: Batch
+) -> _Accumulated:
+    """Return the image-text loss of a batch, in which every text is compared with every image.
 
-    The first keeps the chosen regions' features, from which come the loss and its gradient by them
-    (as in GradCache: Gao et al., RepL4NLP 2021); the second takes that gradient on to the
-    parameters.
+    The loss is no sum over images, so the chain rule is applied in two passes, as in GradCache
+    (Gao et al., RepL4NLP 2021). With F(θ), the features of the selected regions of all images:
+
+        1. F, without gradient, micro-batch by micro-batch
+           loss(F, scale, concepts) and its gradients, for the whole batch at once
+        2. Σ_micro-batches ∂/∂θ ⟨F(θ), ∂loss/∂F⟩, micro-batch by micro-batch
     """
     canvas = batch.images.shape[1:3]
-    pools = objective.concept_pools(batch, config)
-    # A part may begin within a group of images that share a pool, so pools go by smaller runs:
-    # of the most images that divide both.
-    in_pool = len(batch.images) // len(pools)
-    in_part = len(batch.images) // (count * (1 if mesh is None else mesh.size))
-    pools = jnp.repeat(pools, in_pool // math.gcd(in_pool, in_part), axis=0)
 
-    def choose(whole: PyTree, part: dict[str, Array]) -> tuple[Array, objective.Selection]:
-        params, concepts = whole
-        model = build(params)
-        regions = _encode(model, part)
-        chosen = objective.select_regions(
-            model, regions, concepts, part["pools"], part["sizes"], canvas, config.proposals
+    def select(shared: PyTree, part: _PooledImages) -> _SelectedRegions:
+        params, concepts = shared
+        model = run.build(params)
+        regions = part.images.encode(model)
+        selection = objective.select_regions(
+            model, regions, concepts, part.pools, part.sizes, canvas, run.config.proposals
         )
-        return objective.gather_regions(regions, chosen), chosen
+        return _SelectedRegions(objective.selected_embeddings(regions, selection), selection)
 
-    first = images | {"pools": pools}
-    features, chosen = map_parts(choose, (params, concepts), first, count, mesh)
-
-    def loss_of(params: PyTree, features: Array, concepts: Array) -> Value:
-        scale = build(params).scale()
-        return objective.contrast(scale, features, chosen, concepts, batch.texts, config)
-
-    value, (by_scale, by_features, by_concepts) = jax.value_and_grad(
-        loss_of, argnums=(0, 1, 2), has_aux=True
-    )(params, features, concepts)
-
-    def along(params: PyTree, _: PyTree, part: dict[str, Any]) -> tuple[Array, tuple[()]]:
-        regions = _encode(build(params), part)
-        return jnp.sum(objective.gather_regions(regions, part["chosen"]) * part["slope"]), ()
-
-    second = images | {"chosen": chosen, "slope": by_features}
-    _, gradient = sum_parts(along, params, (), second, count, mesh)
-    return value, jax.tree.map(jnp.add, gradient, by_scale), by_concepts
-
-
-def _encode(model: detclip.DetCLIP, part: dict[str, Array]) -> detclip.RegionOutputs:
-    drop_path_factors = part.get("drop_path_factors")
-    return model.encode_image(
-        part["pixels"],
-        None if drop_path_factors is None else jnp.moveaxis(drop_path_factors, 0, -1),
+    pooled = _PooledImages(images, batch.sizes, _pools_within_micro_batches(run, batch))
+    features, selection = map_micro_batches(
+        select, (params, concepts), pooled, run.micro_batches, run.mesh
     )
 
+    def loss_fn(params: PyTree, features: Array, concepts: Array) -> Loss:
+        scale = run.build(params).scale()
+        return objective.contrastive_loss(
+            scale, features, selection, concepts, batch.texts, run.config
+        )
 
-def map_parts(
+    (total, terms), (scale_gradient, features_gradient, concepts_gradient) = jax.value_and_grad(
+        loss_fn, argnums=(0, 1, 2), has_aux=True
+    )(params, features, concepts)
+
+    def inner_product(params: PyTree, _: PyTree, part: _ImagesWithGradient) -> Loss:
+        regions = part.images.encode(run.build(params))
+        features = objective.selected_embeddings(regions, part.selection)
+        return Loss(jnp.sum(features * part.features_gradient), {})
+
+    _, gradient = sum_micro_batches(
+        inner_product, params, (), _ImagesWithGradient(images, selection, features_gradient),
+        run.micro_batches, run.mesh,
+    )  # fmt: skip
+    gradient = jax.tree.map(jnp.add, gradient, scale_gradient)
+    return _Accumulated(Loss(total, terms), gradient, concepts_gradient)
+
+
+def _pools_within_micro_batches(run: _Run, batch: Batch) -> Int[Array, "G N"]:
+    """Return concept pools of groups of images so small that no group spans two micro-batches.
+
+    A group of the recipe may span two. It is divided into equal runs of consecutive images, each
+    with the pool of the group, whose length divides both the group and the micro-batch.
+    """
+    pools = objective.concept_pools(batch, run.config)
+    per_group = len(batch.images) // len(pools)
+    devices = 1 if run.mesh is None else run.mesh.size
+    per_micro_batch = len(batch.images) // (run.micro_batches * devices)
+    return jnp.repeat(pools, per_group // math.gcd(per_group, per_micro_batch), axis=0)
+
+
+# ---- Loops over micro-batches
+
+
+def map_micro_batches(
     fn: Callable[[PyTree, PyTree], PyTree],
-    whole: PyTree,
+    shared: PyTree,
     images: PyTree,
-    count: int,
+    micro_batches: int,
     mesh: Mesh | None,
 ) -> PyTree:
-    """`fn(whole, part)` for `count` parts of `images` a device, put together again.
+    """Return `fn(shared, micro_batch)` of all micro-batches, concatenated.
 
     Args:
-      fn: gives arrays whose first axis is the part's.
-      whole: what every part needs; each device holds it whole.
-      images: arrays whose first axis is split over all devices; a part has its share of each.
-      count: parts on each device, one after another.
-      mesh: the devices; None is one.
+      fn: returns arrays whose first axis is that of the micro-batch.
+      shared: what every micro-batch needs; every device holds all of it.
+      images: arrays whose first axis is split over all devices, and there into micro-batches.
+      micro_batches: their number on each device; they are computed one after another.
+      mesh: the devices; None for one.
     """
 
-    def run(whole: PyTree, images: PyTree) -> PyTree:
-        outputs = jax.lax.map(lambda part: fn(whole, part), _cut(images, count))
+    def run(shared: PyTree, images: PyTree) -> PyTree:
+        outputs = jax.lax.map(lambda part: fn(shared, part), _split(images, micro_batches))
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
 
     if mesh is None:
-        return run(whole, images)
+        return run(shared, images)
     everywhere, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
-    return _on_each_device(run, mesh, (everywhere, split), split)(whole, images)
+    return _on_each_device(run, mesh, (everywhere, split), split)(shared, images)
 
 
-def sum_parts(
-    fn: Callable[[PyTree, PyTree, PyTree], tuple[Float[Array, ""], PyTree]],
+def sum_micro_batches(
+    fn: Callable[[PyTree, PyTree, PyTree], Loss],
     learned: PyTree,
     fixed: PyTree,
     images: PyTree,
-    count: int,
+    micro_batches: int,
     mesh: Mesh | None,
-) -> tuple[tuple[Float[Array, ""], PyTree], PyTree]:
-    """The sum of `fn(learned, fixed, part)` over all parts and devices, and its gradient.
+) -> LossAndGradient:
+    """Return the sum of `fn(learned, fixed, micro_batch)` over all micro-batches and devices.
 
-    `fn` gives a scalar and others beside it, as for `jax.value_and_grad(has_aux=True)`, and so does
-    this: ((scalar, others), gradient by `learned`). `fixed` is whole as `learned` is, without
-    gradient; the rest as for `map_parts`.
+    Args:
+      fn: the loss of a micro-batch.
+      learned: what the gradient is taken by; every device holds all of it.
+      fixed: what every micro-batch needs without gradient; every device holds all of it.
+      images: as for `map_micro_batches`, and so are the other arguments.
     """
 
-    def run(learned: PyTree, fixed: PyTree, images: PyTree) -> PyTree:
-        def add(total: PyTree, part: PyTree) -> tuple[PyTree, None]:
-            found = jax.value_and_grad(fn, has_aux=True)(learned, fixed, part)
+    def run(learned: PyTree, fixed: PyTree, images: PyTree) -> LossAndGradient:
+        def add(total: LossAndGradient, part: PyTree) -> tuple[LossAndGradient, None]:
+            (loss, terms), gradient = jax.value_and_grad(fn, has_aux=True)(learned, fixed, part)
+            found = LossAndGradient(Loss(loss, terms), gradient)
             return jax.tree.map(jnp.add, total, found), None
 
-        parts = _cut(images, count)
-        shapes = jax.eval_shape(fn, learned, fixed, jax.tree.map(lambda x: x[0], parts))
-        begin = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes, learned))
-        total, _ = jax.lax.scan(add, begin, parts)
+        parts = _split(images, micro_batches)
+        loss = jax.eval_shape(fn, learned, fixed, jax.tree.map(lambda x: x[0], parts))
+        zero = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), LossAndGradient(Loss(*loss), learned)
+        )
+        total, _ = jax.lax.scan(add, zero, parts)
         return total if mesh is None else jax.lax.psum(total, mesh.axis_names)
 
     if mesh is None:
@@ -238,10 +337,11 @@ def sum_parts(
     return _on_each_device(run, mesh, specs, everywhere)(learned, fixed, images)
 
 
-def _cut(images: PyTree, count: int) -> PyTree:
-    return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), images)
+def _split(images: PyTree, micro_batches: int) -> PyTree:
+    return jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), images)
 
 
 def _on_each_device(run: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: Any) -> Any:
-    # A device's gradient is of its own images until the sum above: nothing to be checked for.
+    # check_vma: until `sum_micro_batches` adds them up, gradients differ between devices although
+    # the parameters do not.
     return jax.shard_map(run, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)

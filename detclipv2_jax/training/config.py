@@ -1,7 +1,7 @@
-"""The schema of a run: every field a config may set, typed, with what it means.
+"""The config of a run: every field with its type, default and meaning.
 
-A config file (`configs/*.py`) returns an `ml_collections.ConfigDict`; `RunConfig` is what the rest
-of the code sees. A field that is not listed here is refused by name.
+A config file (`configs/*.py`) returns an `ml_collections.ConfigDict`; `parse` converts it to the
+`RunConfig` that the rest of the code reads, and refuses unknown fields by name.
 """
 
 import dataclasses
@@ -19,34 +19,34 @@ from detclipv2_jax.training.optimizer import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Length and rhythm of a run, in epochs and steps."""
+    """Length of a run, and how often it logs, saves and evaluates."""
 
     RENAMED = {"keep": "keep_checkpoints"}
 
     epochs: float = 12.0  # passes over every source (paper §4.1)
-    log_every: int = 50
+    log_every: int = 50  # steps between lines of metrics.jsonl
     checkpoint_every: int = 1000  # steps between checkpoints
-    eval_every: int = 0  # steps between evaluations; 0 = only after the last step
-    eval_first: bool = False  # before the first step as well: what a fine-tuning starts from
-    keep_checkpoints: int = 3  # newest checkpoints kept, beside the best
-    max_skipped: int = 20  # non-finite or spiking steps in a row after which the run stops
+    eval_every: int = 0  # steps between evaluations; 0: only after the last step
+    eval_first: bool = False  # evaluate before the first step too: where fine-tuning starts from
+    keep_checkpoints: int = 3  # the newest checkpoints are kept, and the best one
+    max_skipped: int = 20  # skipped steps in a row (not finite, or spikes) that stop the run
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The device mesh: data × fsdp devices, over all of which the batch is split."""
+    """The device mesh: data × fsdp devices. The batch is split over all of them."""
 
-    data: int = -1  # copies of the parameters; -1 stands for all devices that are left
-    fsdp: int = 1  # devices that share one copy of parameters, optimizer and moving average
+    data: int = -1  # copies of the parameters; -1: as many as there are devices for
+    fsdp: int = 1  # devices that share one copy of parameters, moments and moving average
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """All of a run."""
+    """The config of a run."""
 
     model: DetCLIPConfig
     init: InitConfig = InitConfig()
-    data_dir: str = "data"  # where the prepared sources lie
+    data_dir: str = "data"  # directory of the prepared sources
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -57,5 +57,5 @@ class RunConfig:
 
 
 def parse(values: Mapping[str, Any]) -> RunConfig:
-    """The run that nested dicts describe; UserError names a field that is unknown or mistyped."""
+    """Return the config that nested dicts describe; `UserError` names a field that is wrong."""
     return config_dict.from_dict(RunConfig, values, "config")

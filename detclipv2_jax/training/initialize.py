@@ -1,4 +1,4 @@
-"""Pretrained weights and earlier runs as the start of a new run."""
+"""Initialization of a run from pretrained weights or from an earlier run."""
 
 import collections
 import dataclasses
@@ -17,19 +17,19 @@ from detclipv2_jax.weights.convert import OURS, Report, convert, unnumbered
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """Files that parameters start from, read before the first step; "" leaves them as drawn."""
+    """Files with initial parameters; "" keeps the random initialization."""
 
-    model: str = ""  # all of a model: a run's workdir, or what `export --format=safetensors` wrote
-    backbone: str = ""  # Swin: the official code's, timm's, Hugging Face's or MMDetection's
-    text: str = ""  # CLIP's text tower: OpenAI's, open_clip's or Hugging Face's
+    model: str = ""  # a whole model: a run's workdir, or a file of `export --format=safetensors`
+    backbone: str = ""  # Swin: a file of the official code, timm, Hugging Face or MMDetection
+    text: str = ""  # CLIP's text tower: a file of OpenAI, open_clip or Hugging Face
 
 
 def initialize(params: PyTree, config: InitConfig) -> tuple[PyTree, list[Report]]:
-    """Parameters with the config's files in their place; those without a file are left alone.
+    """Return the parameters with those that the config's files contain, and a report per file.
 
     Raises:
-        UserError: a file cannot be read, is of another architecture, lacks a tensor or has one of
-            an unexpected shape; names it.
+        UserError: a file cannot be read, is of another architecture, lacks a tensor, or has a
+            tensor of an unexpected shape; the message names it.
     """
     reports = []
     for part, path, layouts in (
@@ -48,15 +48,15 @@ def initialize(params: PyTree, config: InitConfig) -> tuple[PyTree, list[Report]
 
 
 def _of_run(workdir: str) -> dict[str, np.ndarray]:
-    """The averaged parameters of a run's newest checkpoint, by the names of `OURS`."""
-    from detclipv2_jax.inference.checkpoint import load_model  # orbax, which no other file needs
+    """Return the averaged parameters of a run's newest checkpoint, under the names of `OURS`."""
+    from detclipv2_jax.inference.checkpoint import load_model  # imports orbax
 
     params = parameter_paths(load_model(workdir).params)
     return {name.replace("/", "."): np.asarray(value) for name, value in params.items()}
 
 
 def table(reports: Sequence[Report]) -> str:
-    """Lines for people: what was loaded, resized, left as initialized and not used."""
+    """Return a table of the tensors that were loaded, resized, left as initialized and unused."""
     lines = []
     for r in reports:
         lines.append(f"{r.part or 'model'} from {r.path} ({r.publisher})")
@@ -73,7 +73,7 @@ def table(reports: Sequence[Report]) -> str:
 
 
 def _briefly(names: Sequence[str]) -> str:
-    """'layers.*.attn_mask (12), head.bias': names that differ only in their numbers are counted."""
+    """Return such as 'layers.*.attn_mask (12), head.bias': names that differ in numbers, counted."""
     counts = collections.Counter(unnumbered(name) for name in names)
     shown = [name if count == 1 else f"{name} ({count})" for name, count in counts.items()]
     return ", ".join(shown[:6]) + (", …" if len(shown) > 6 else "")

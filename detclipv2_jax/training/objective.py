@@ -1,9 +1,13 @@
-"""What a step minimizes: the losses of a global batch of each kind (paper §3)."""
+"""The loss of a global batch of each kind: detection, grounding, image-text (Yao et al. 2023, §3).
+
+Detection and grounding compare every anchor with every concept of the step (`dense_loss`).
+Image-text pairs contrast captions with the best regions of each image (`image_text_loss`).
+"""
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +22,27 @@ from detclipv2_jax.ops import contrastive, losses, nms
 from detclipv2_jax.ops.assign import atss_assign
 from detclipv2_jax.ops.contrastive import ContrastiveConfig
 
-Losses = dict[str, Float[Array, ""]]
+Scalars = dict[str, Float[Array, ""]]  # by their names in metrics.jsonl
+
+
+class Loss(NamedTuple):
+    """The loss of a batch."""
+
+    total: Float[Array, ""]  # the value that is minimized
+    terms: Scalars  # its unweighted terms, and the number of positives
 
 
 @dataclasses.dataclass(frozen=True)
 class ProposalConfig:
-    """Which regions of a captioned image its concepts may choose from (paper §3.3)."""
+    """Which regions of a captioned image its concepts are compared with (paper §3.3)."""
 
     RENAMED = {"pre_nms": "pre_nms_top_k"}
 
     score: contrastive.ProposalScore = "batch"
-    group: int = 192  # images whose concepts score a region together: the paper's batch a device
-    pre_nms_top_k: int = 1000  # best regions a pyramid level that enter NMS [ours]
+    group: int = 192  # images whose concepts score a region together: the paper's batch per device
+    pre_nms_top_k: int = 1000  # best regions per pyramid level that enter NMS [ours]
     nms_iou: float = 0.6  # [ours]
-    k: int = 100  # regions an image
+    k: int = 100  # regions per image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +52,71 @@ class LossConfig:
     box: float = 2.0  # α
     centerness: float = 1.0  # β
     contrastive: float = 0.1  # λ
-    candidates: int = 9  # anchors a level that ATSS considers for a box
+    candidates: int = 9  # anchors per level that ATSS considers for a box
     grounding_boxes: bool = False  # L_box and L_ctr on grounding data too; its boxes are loose
     word_region: ContrastiveConfig = ContrastiveConfig()
     proposals: ProposalConfig = ProposalConfig()
 
 
+def loss_function(kind: Literal["detection", "grounding", "image_text"]) -> Callable[..., Loss]:
+    """Return the loss function of a kind of data."""
+    return image_text_loss if kind == "image_text" else dense_loss
+
+
+def dense_loss(
+    model: DetCLIP,
+    batch: Batch,
+    config: LossConfig,
+    key: PRNGKeyArray | None,
+    replicated: NamedSharding | None = None,
+) -> Loss:
+    """Return the loss of a detection or grounding batch.
+
+    L = L_align + α L_box + β L_ctr, and L_align alone for grounding (paper eq. 6). As in ATSS, sums
+    are divided by the number of positives of the global batch, and GIoU is weighted by the
+    centerness target.
+
+    Args:
+      model: the detector.
+      batch: the global batch; every anchor is compared with every concept of its table.
+      config: weights of the terms.
+      key: random key of the drop path; None for none.
+      replicated: sharding of an array that every device holds; None on one device.
+    """
+    drop_path_factors = model.backbone.draw_drop_path(key, len(batch.images))
+    regions = model.encode_image(batch.images, drop_path_factors)
+    scaled_concepts = model.scale() * encode_concepts(model, batch.tokens, replicated)
+    canvas, with_boxes = batch.images.shape[1:3], has_box_losses(batch.kind, config)
+    assign = functools.partial(
+        assign_targets, canvas=canvas, grid=model.cfg.anchors, candidates=config.candidates
+    )
+    if replicated is not None:
+        # Each device assigns its own images. Without shard_map the compiler gathers the input of
+        # ATSS's top-k: gigabytes of distances.
+        split = PartitionSpec(replicated.mesh.axis_names)
+        assign = jax.shard_map(assign, mesh=replicated.mesh, in_specs=split, out_specs=split)
+    targets = assign(batch.sizes, batch.boxes, batch.labels)
+    divisors = normalizers(targets)
+    total, terms = loss_of_targets(
+        model, regions, scaled_concepts, batch.token_mask, targets, divisors, canvas, config,
+        with_boxes,
+    )  # fmt: skip
+    return Loss(total, terms | {"positives": divisors.positives})
+
+
+def has_box_losses(kind: str, config: LossConfig) -> bool:
+    """Return whether a kind of data has the terms L_box and L_ctr."""
+    return kind == "detection" or config.grounding_boxes
+
+
+@jax.named_scope("encode_concepts")
 def encode_concepts(
     model: DetCLIP, tokens: Int[Array, "M L"], replicated: NamedSharding | None
 ) -> Float[Array, "M D"]:
-    """The step's concepts, each encoded once by one device and then held by all (`replicated`)."""
+    """Return the features of the step's concepts.
+
+    Each concept is encoded once, by one device, and then gathered on all devices (`replicated`).
+    """
     features = model.encode_text(tokens)
     return (
         features if replicated is None else jax.lax.with_sharding_constraint(features, replicated)
@@ -60,16 +126,17 @@ def encode_concepts(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """What detection and grounding ask of every anchor."""
+    """What each anchor of a detection or grounding batch should predict."""
 
-    positive: Bool[Array, "B K"]  # it is matched with a box
-    label: Int[Array, "B K"]  # row of the step's table; -1: no concept
-    scored: Bool[Array, "B K"]  # its logits count
-    box: Float[Array, "B K 4"]  # its own where nothing is matched: finite values with zero weight
+    positive: Bool[Array, "B K"]  # matched with a box
+    label: Int[Array, "B K"]  # the concept's row of the step's table; -1: none
+    scored: Bool[Array, "B K"]  # takes part in the alignment loss
+    box: Float[Array, "B K 4"]  # the anchor itself if not positive: finite, with zero weight
     centerness: Float[Array, "B K"]
 
 
-def dense_targets(
+@jax.named_scope("assignment")
+def assign_targets(
     sizes: Int[Array, "B 2"],
     boxes: Float[Array, "B N 4"],
     labels: Int[Array, "B N"],
@@ -77,10 +144,20 @@ def dense_targets(
     grid: box_ops.AnchorConfig,
     candidates: int,
 ) -> Targets:
-    """ATSS's assignment, on a canvas of (height, width); no parameter takes part in it."""
+    """Assign boxes to anchors by ATSS. No parameter of the model takes part.
+
+    Args:
+      sizes: height and width of each image on the canvas, pixels.
+      boxes: xyxy, pixels; a box without width is padding.
+      labels: rows of the step's table; -1: the concept is not in the table.
+      canvas: padded image size (height, width), pixels.
+      grid: the anchors.
+      candidates: anchors per level that ATSS considers for a box.
+    """
     anchors = jnp.asarray(box_ops.anchor_grid(*canvas, grid))
     anchor_mask = box_ops.anchors_inside(anchors, sizes)
-    # A box whose concept found no row in the step's table is neither object nor background.
+    # A box whose concept is not in the step's table is neither object nor background: its anchors
+    # are matched with it, but not scored.
     real = boxes[..., 2] > boxes[..., 0]
     assign = functools.partial(atss_assign, topk=candidates)
     matched = jax.vmap(assign, in_axes=(None, 0, None, 0, 0))(
@@ -98,146 +175,123 @@ def dense_targets(
     )
 
 
-def normalizers(targets: Targets) -> Losses:
-    """What the global batch's losses are divided by, as in ATSS."""
-    return {
-        "positives": jnp.maximum(targets.positive.sum(), 1).astype(jnp.float32),
-        "centerness": jnp.maximum(targets.centerness.sum(), 1e-6),
-    }
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Normalizers:
+    """What the sums of a global batch's losses are divided by, as in ATSS."""
+
+    centerness: Float[Array, ""]  # sum of the centerness targets: for L_box
+    positives: Float[Array, ""]  # number of positive anchors: for L_align and L_ctr
 
 
-def dense_losses(
+def normalizers(targets: Targets) -> Normalizers:
+    """Return the normalizers of a global batch from all of its targets."""
+    return Normalizers(
+        positives=jnp.maximum(targets.positive.sum(), 1).astype(jnp.float32),
+        centerness=jnp.maximum(targets.centerness.sum(), 1e-6),
+    )
+
+
+def loss_of_targets(
+    model: DetCLIP,
+    regions: detclip.RegionOutputs,
+    scaled_concepts: Float[Array, "M D"],
+    token_mask: Bool[Array, " M"],
+    targets: Targets,
+    divisors: Normalizers,
+    canvas: tuple[int, int],
+    config: LossConfig,
+    with_boxes: bool,
+) -> Loss:
+    """Return the dense loss of some images of a global batch.
+
+    The terms of all images of the batch add up to those of the batch.
+
+    Args:
+      model: read for the anchors and the logit bias.
+      regions: outputs for these images.
+      scaled_concepts: the concepts' features times the scale of the similarity.
+      token_mask: False for unused rows of the step's table.
+      targets: of these images.
+      divisors: of the global batch.
+      canvas: padded image size (height, width), pixels.
+      config: weights of the terms.
+      with_boxes: False leaves out L_box and L_ctr.
+    """
+    with jax.named_scope("alignment_loss"):
+        align = losses.alignment_loss(
+            regions.embeddings, scaled_concepts, model.logit_bias[...], targets.label,
+            targets.scored, token_mask,
+        )  # fmt: skip
+        align = align / divisors.positives
+    if not with_boxes:
+        return Loss(align, {"align": align})
+    anchors = jnp.asarray(box_ops.anchor_grid(*canvas, model.cfg.anchors))
+    box = _box_loss(anchors, regions, targets, divisors)
+    centerness = _centerness_loss(regions, targets, divisors)
+    total = align + config.box * box + config.centerness * centerness
+    return Loss(total, {"align": align, "box": box, "centerness": centerness})
+
+
+@jax.named_scope("box_loss")
+def _box_loss(
+    anchors: Float[Array, "K 4"],
+    regions: detclip.RegionOutputs,
+    targets: Targets,
+    divisors: Normalizers,
+) -> Float[Array, ""]:
+    predicted = box_ops.decode_deltas(anchors, regions.deltas)
+    giou = (losses.giou_loss(predicted, targets.box) * targets.centerness).sum()
+    return giou / divisors.centerness
+
+
+@jax.named_scope("centerness_loss")
+def _centerness_loss(
+    regions: detclip.RegionOutputs, targets: Targets, divisors: Normalizers
+) -> Float[Array, ""]:
+    bce = losses.binary_cross_entropy(regions.centerness, targets.centerness)
+    return jnp.where(targets.positive, bce, 0.0).sum() / divisors.positives
+
+
+def image_text_loss(
     model: DetCLIP,
     batch: Batch,
     config: LossConfig,
     key: PRNGKeyArray | None,
     replicated: NamedSharding | None = None,
-) -> tuple[Array, Losses]:
-    """Detection and grounding: every anchor against every concept of the global batch.
+) -> Loss:
+    """Return the loss λ L_cts of a batch of image-text pairs (paper eq. 3-5).
 
-    L = L_align + α L_box + β L_ctr, and L_align alone for grounding (paper eq. 6). Normalized as in
-    ATSS by the positives of the global batch; GIoU is weighted by the centerness target.
+    It contrasts the concepts of the captions with selected regions of the images. The arguments are
+    those of `dense_loss`.
     """
     drop_path_factors = model.backbone.draw_drop_path(key, len(batch.images))
     regions = model.encode_image(batch.images, drop_path_factors)
-    texts = model.scale() * encode_concepts(model, batch.tokens, replicated)
-    canvas, with_boxes = batch.images.shape[1:3], has_box_losses(batch.kind, config)
-    assign = functools.partial(
-        dense_targets, canvas=canvas, grid=model.cfg.anchors, candidates=config.candidates
+    concepts = encode_concepts(model, batch.tokens, replicated)
+    pools = concept_pools(batch, config)
+    selection = select_regions(
+        model, regions, concepts, pools, batch.sizes, batch.images.shape[1:3], config.proposals
     )
-    if replicated is not None:
-        # Said image by image: the compiler would gather what a top-k reads, gigabytes of distances.
-        split = PartitionSpec(replicated.mesh.axis_names)
-        assign = jax.shard_map(assign, mesh=replicated.mesh, in_specs=split, out_specs=split)
-    targets = assign(batch.sizes, batch.boxes, batch.labels)
-    divisors = normalizers(targets)
-    total, parts = matched_losses(
-        model, regions, texts, batch.token_mask, targets, divisors, canvas, config, with_boxes
-    )
-    return total, parts | {"positives": divisors["positives"]}
+    features = selected_embeddings(regions, selection)
+    return contrastive_loss(model.scale(), features, selection, concepts, batch.texts, config)
 
 
-def has_box_losses(kind: str, config: LossConfig) -> bool:
-    """Do this kind's boxes teach L_box and L_ctr?"""
-    return kind == "detection" or config.grounding_boxes
-
-
-def matched_losses(
-    model: DetCLIP,
-    regions: detclip.RegionOutputs,
-    texts: Float[Array, "M D"],
-    token_mask: Bool[Array, " M"],
-    targets: Targets,
-    divisors: Losses,
-    canvas: tuple[int, int],
-    config: LossConfig,
-    with_boxes: bool,
-) -> tuple[Array, Losses]:
-    """The dense losses of some of a global batch's images: sums over `normalizers` of all of it.
-
-    `texts` come multiplied by the similarity's scale.
-    """
-    align = losses.alignment_loss(
-        regions.embeddings, texts, model.logit_bias[...], targets.label, targets.scored, token_mask
-    )
-    parts = {"align": align / divisors["positives"]}
-    if not with_boxes:
-        return parts["align"], parts
-    anchors = jnp.asarray(box_ops.anchor_grid(*canvas, model.cfg.anchors))
-    parts |= _box_losses(anchors, regions, targets, divisors)
-    total = parts["align"] + config.box * parts["box"] + config.centerness * parts["centerness"]
-    return total, parts
-
-
-def _box_losses(
-    anchors: Float[Array, "K 4"],
-    regions: detclip.RegionOutputs,
-    targets: Targets,
-    divisors: Losses,
-) -> Losses:
-    predicted = box_ops.decode_deltas(anchors, regions.deltas)
-    giou = (losses.giou_loss(predicted, targets.box) * targets.centerness).sum()
-    bce = losses.binary_cross_entropy(regions.centerness, targets.centerness)
-    return {
-        "box": giou / divisors["centerness"],
-        "centerness": jnp.where(targets.positive, bce, 0.0).sum() / divisors["positives"],
-    }
+def concept_pools(batch: Batch, config: LossConfig) -> Int[Array, "G N"]:
+    """Return, for each group of images, the concepts that score their regions; -1 pads."""
+    return contrastive.concept_pools(batch.texts, config.proposals.score, config.proposals.group)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """The k regions of each image that take part in the contrast."""
+    """The k regions of each image that take part in the contrastive loss."""
 
     indices: Int[Array, "B P"]  # of their anchors
-    mask: Bool[Array, "B P"]  # False: the image has no more
+    mask: Bool[Array, "B P"]  # False: padding, the image has fewer regions
     areas: Float[Array, "B P"]  # of their boxes, square pixels
 
 
-def image_text_losses(
-    model: DetCLIP,
-    batch: Batch,
-    config: LossConfig,
-    key: PRNGKeyArray | None,
-    replicated: NamedSharding | None = None,
-) -> tuple[Array, Losses]:
-    """Image-text pairs: λ L_cts between the captions' concepts and chosen regions (eq. 3–5)."""
-    drop_path_factors = model.backbone.draw_drop_path(key, len(batch.images))
-    regions = model.encode_image(batch.images, drop_path_factors)
-    concepts = encode_concepts(model, batch.tokens, replicated)
-    pools = concept_pools(batch, config)
-    chosen = select_regions(
-        model, regions, concepts, pools, batch.sizes, batch.images.shape[1:3], config.proposals
-    )
-    features = gather_regions(regions, chosen)
-    return contrast(model.scale(), features, chosen, concepts, batch.texts, config)
-
-
-def concept_pools(batch: Batch, config: LossConfig) -> Int[Array, "G N"]:
-    """The concepts from which each group of images is scored."""
-    return contrastive.concept_pools(batch.texts, config.proposals.score, config.proposals.group)
-
-
-def contrast(
-    scale: Float[Array, ""],
-    features: Float[Array, "B P D"],
-    chosen: Selection,
-    concepts: Float[Array, "M D"],
-    texts: Int[Array, "B C"],
-    config: LossConfig,
-) -> tuple[Array, Losses]:
-    """λ L_cts of a whole global batch, from its chosen regions' features."""
-    loss = contrastive.word_region_contrastive(
-        features, chosen.mask, chosen.areas, concepts, texts, scale, config.word_region
-    )
-    return config.contrastive * loss, {"contrastive": loss}
-
-
-def gather_regions(regions: detclip.RegionOutputs, chosen: Selection) -> Float[Array, "B P D"]:
-    """The embeddings of the chosen regions."""
-    return jnp.take_along_axis(regions.embeddings, chosen.indices[..., None], axis=1)
-
-
+@jax.named_scope("select_regions")
 def select_regions(
     model: DetCLIP,
     regions: detclip.RegionOutputs,
@@ -247,39 +301,68 @@ def select_regions(
     canvas: tuple[int, int],
     config: ProposalConfig,
 ) -> Selection:
-    """The k regions of each image that the concepts of its pool like best.
+    """Select the k regions of each image with the highest proposal scores, after NMS.
 
-    NMS comes before the cut. The choice carries no gradient (paper §3.3); the features do.
+    The selection has no gradient (paper §3.3); the features of the selected regions have one.
+
+    Args:
+      model: read for the anchors, the scale and the bias.
+      regions: outputs for the images.
+      concepts: features of the step's concepts.
+      pools: the concepts that score each group of images (`concept_pools`).
+      sizes: height and width of each image on the canvas, pixels.
+      canvas: padded image size (height, width), pixels.
+      config: score, NMS and number of regions.
     """
     grid = model.cfg.anchors
     anchors = jnp.asarray(box_ops.anchor_grid(*canvas, grid))
     levels = box_ops.level_sizes(*canvas, grid)
     fixed = jax.lax.stop_gradient(regions)
-    objectness = contrastive.proposal_scores(
-        fixed.embeddings,
-        jax.lax.stop_gradient(concepts),
-        pools,
-        fixed.centerness,
-        score=config.score,
-        scale=model.scale(),
-        bias=model.logit_bias[...],
-    )
+    with jax.named_scope("proposal_scores"):
+        scores = contrastive.proposal_scores(
+            fixed.embeddings,
+            jax.lax.stop_gradient(concepts),
+            pools,
+            fixed.centerness,
+            score=config.score,
+            scale=model.scale(),
+            bias=model.logit_bias[...],
+        )
     boxes = box_ops.decode_deltas(anchors, fixed.deltas)
     inside = box_ops.anchors_inside(anchors, sizes)
 
-    def select(box: Float[Array, "K 4"], score: Float[Array, " K"], mask: Bool[Array, " K"]) -> Any:
+    def select(
+        box: Float[Array, "K 4"], score: Float[Array, " K"], mask: Bool[Array, " K"]
+    ) -> tuple[Int[Array, " P"], Bool[Array, " P"]]:
         return nms.select_proposals(
             box, score, mask, levels,
             pre_nms_per_level=config.pre_nms_top_k, iou_threshold=config.nms_iou, k=config.k,
         )  # fmt: skip
 
-    indices, mask = jax.vmap(select)(boxes, objectness, inside)
+    with jax.named_scope("nms"):
+        indices, mask = jax.vmap(select)(boxes, scores, inside)
     areas = box_ops.area(jnp.take_along_axis(boxes, indices[..., None], axis=1))
     return Selection(indices, mask, areas)
 
 
-def losses_of(
-    kind: Literal["detection", "grounding", "image_text"],
-) -> Callable[..., tuple[Array, Losses]]:
-    """The loss of a kind of data."""
-    return image_text_losses if kind == "image_text" else dense_losses
+def selected_embeddings(
+    regions: detclip.RegionOutputs, selection: Selection
+) -> Float[Array, "B P D"]:
+    """Return the embeddings of the selected regions."""
+    return jnp.take_along_axis(regions.embeddings, selection.indices[..., None], axis=1)
+
+
+@jax.named_scope("contrastive_loss")
+def contrastive_loss(
+    scale: Float[Array, ""],
+    features: Float[Array, "B P D"],
+    selection: Selection,
+    concepts: Float[Array, "M D"],
+    texts: Int[Array, "B C"],
+    config: LossConfig,
+) -> Loss:
+    """Return λ L_cts of a global batch from the features of its selected regions."""
+    loss = contrastive.word_region_contrastive(
+        features, selection.mask, selection.areas, concepts, texts, scale, config.word_region
+    )
+    return Loss(config.contrastive * loss, {"contrastive": loss})

@@ -114,7 +114,7 @@ def report(
     """
     if workdir is not None:
         with write_errors_are_warnings():
-            plots.loss_curves(workdir / "metrics.jsonl", workdir / "losses.png")
+            plots.plot_losses(workdir / "metrics.jsonl", workdir / "losses.png")
     if results is not None:
         print(report_lib.results_table(results))
         if validation.ZERO_SHOT in results:

@@ -1,4 +1,4 @@
-"""The device mesh, and where every array of a run lies on it."""
+"""The device mesh, and the sharding of every array of a run."""
 
 from collections.abc import Sequence
 
@@ -12,46 +12,52 @@ from detclipv2_jax.data.batch import Batch
 from detclipv2_jax.models.parameters import match_rules
 from detclipv2_jax.training.state import TrainState
 
-# (regular expression on a parameter's path, the axis that is split over `fsdp`; None: held whole).
-# What is large is split along what it gives out: an even number in every model. The rest is small.
-# Optimizer and moving average follow their parameter.
+# (regular expression on a parameter's path, the axis that is split over `fsdp`; None: replicated).
+# Large parameters are split along their output axis, which is even in every model. The moments and
+# the moving average are sharded like their parameter.
 PARAMETER_RULES: tuple[tuple[str, int | None], ...] = (
     (r".*/kernel|text/(token_embedding|text_projection)", -1),
     (r".*", None),
 )
 
 
-BATCH = ("data", "fsdp")  # the axes over which a batch is split: all of them
+BATCH = ("data", "fsdp")  # the mesh axes over which a batch is split: all of them
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of `data` × `fsdp` devices; -1 takes all that are left.
+    """Return a mesh of `data` × `fsdp` devices.
 
-    The batch is split over both axes. Parameters are split over `fsdp` and held by each of `data`.
+    The batch is split over both axes. Parameters are split over `fsdp` and replicated over `data`.
+
+    Args:
+      data: copies of the parameters; -1 for as many as there are devices for.
+      fsdp: devices that share a copy of the parameters.
+      devices: all devices of JAX if None.
 
     Raises:
-      UserError: there are not so many devices, or `fsdp` does not divide them.
+      UserError: there are not enough devices, or their number is not a multiple of `fsdp`.
     """
     devices = list(jax.devices() if devices is None else devices)
     if fsdp < 1 or (data == -1 and len(devices) % fsdp):
         raise UserError(
-            f"config.mesh.fsdp is {fsdp}, which does not divide {len(devices)} devices: use a "
-            "divisor, 1 to hold all parameters on each device."
+            f"config.mesh.fsdp is {fsdp}, which does not divide the number of devices, "
+            f"{len(devices)}. Use a divisor, or 1 for a copy of the parameters on each device."
         )
     data = len(devices) // fsdp if data == -1 else data
     if not 1 <= data * fsdp <= len(devices):
         raise UserError(
-            f"config.mesh.data × config.mesh.fsdp is {data} × {fsdp}, the devices are "
-            f"{len(devices)}: use as many at most, or data -1."
+            f"config.mesh.data × config.mesh.fsdp is {data} × {fsdp}, but the number of devices is "
+            f"{len(devices)}. Set data to -1 to use all."
         )
     grid = np.array(devices[: data * fsdp]).reshape(data, fsdp)
     return Mesh(grid, BATCH, axis_types=(AxisType.Auto,) * 2)
 
 
 def parameter_shardings(mesh: Mesh, params: PyTree) -> PyTree:
-    """A sharding for every parameter, by the rules above.
+    """Return the sharding of every parameter, by `PARAMETER_RULES`.
 
-    An axis that `fsdp` does not divide is not split: a head of 27 channels costs nothing.
+    A parameter whose axis is not divisible by `fsdp` is replicated; those are small, such as the 27
+    channels of the deformable convolution's offsets.
     """
     axes = match_rules(PARAMETER_RULES, params, "sharding")
 
@@ -66,20 +72,20 @@ def parameter_shardings(mesh: Mesh, params: PyTree) -> PyTree:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Held whole by every device."""
+    """Return the sharding of an array that every device holds."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split(mesh: Mesh) -> NamedSharding:
-    """Split over all devices along its first axis."""
+    """Return the sharding of an array that is split over all devices along its first axis."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def batch_shardings(mesh: Mesh, batch: Batch) -> Batch:
-    """Images and what belongs to them split over all devices; so is the table of concepts.
+    """Return the shardings of a batch: images, their annotations and the concept table are split.
 
-    Each device encodes its share of the concepts; the step gathers the embeddings. A table whose
-    rows the devices do not divide is encoded by each of them.
+    Each device encodes its share of the concepts, and the step gathers the features. If the number
+    of rows is not divisible by the number of devices, every device encodes the whole table.
     """
     images, whole = split(mesh), replicated(mesh)
     tokens = whole if len(batch.tokens) % mesh.size else images
@@ -90,7 +96,10 @@ def batch_shardings(mesh: Mesh, batch: Batch) -> Batch:
 
 
 def state_shardings(mesh: jax.sharding.Mesh, state: TrainState) -> TrainState:
-    """Parameters by their rules, moments and average like their parameter, counters everywhere."""
+    """Return the shardings of a state.
+
+    Moments and moving average are sharded like their parameter; the counters are replicated.
+    """
     like_params = parameter_shardings(mesh, state.params)
     whole, structure = replicated(mesh), jax.tree.structure(state.params)
 

@@ -1,4 +1,4 @@
-"""Steps whose gradient is far above the usual, told from what each kind of data has shown."""
+"""Detection of spikes: steps whose gradient norm is far above the usual norm of their kind."""
 
 import dataclasses
 import math
@@ -10,38 +10,38 @@ from jaxtyping import Array, Bool, Float, Int
 from detclipv2_jax.data.index import KINDS, Kind
 from detclipv2_jax.training.optimizer import OptimizerConfig
 
-IN_ROW = 5  # spikes of a kind in a row, after which the next such norm counts as its new level
+MAX_IN_ROW = 5  # after so many spikes of a kind in a row, the next such norm is its new usual norm
 _MEMORY = 100  # steps of a kind over which its norm is averaged
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class UsualNorms:
-    """Each kind's usual gradient norm, in the order of `KINDS`."""
+    """The usual gradient norm of each kind, in the order of `KINDS`."""
 
-    log_norm: Float[Array, " kinds"]  # mean of the logarithm
-    seen: Int[Array, " kinds"]  # finite steps in that mean
-    spiked_in_row: Int[Array, " kinds"]
+    log_norm: Float[Array, " kinds"]  # running mean of the norm's logarithm
+    seen: Int[Array, " kinds"]  # steps in that mean; those that were not finite do not count
+    spiked_in_row: Int[Array, " kinds"]  # spikes since the last step that was none
 
 
 def create() -> UsualNorms:
-    """Before the first step."""
+    """Return the norms before the first step."""
     count = (len(KINDS),)
     return UsualNorms(
         jnp.zeros(count, jnp.float32), jnp.zeros(count, jnp.int32), jnp.zeros(count, jnp.int32)
     )
 
 
-def judge(
+def detect(
     norms: UsualNorms, kind: Kind, norm: Float[Array, ""], config: OptimizerConfig
 ) -> tuple[Bool[Array, ""], UsualNorms]:
-    """Is this norm a spike for its kind? And the norms with it taken in.
+    """Return whether a gradient norm is a spike for its kind, and the usual norms after it.
 
-    A spike is above `spike_factor` times the usual norm, once `spike_after` steps of the kind have
-    been seen. It goes into the mean as a norm of just that factor would, so one spike hardly moves
-    it (3 % at a factor of 20) and many do. A change that lasts blocks at most `IN_ROW` = 5 steps of
-    its kind in a row, however large it is: the norm after them is no spike, and the mean starts
-    anew from it. A norm that is not finite is no spike and changes nothing.
+    A spike is above `spike_factor` times the usual norm, after `spike_after` steps of the kind. It
+    enters the mean as a norm of exactly that factor, so that one spike hardly moves the mean (3 %
+    at a factor of 20), and many spikes do. A lasting change of the norm blocks at most `MAX_IN_ROW`
+    steps of its kind in a row, whatever its size: the norm after them is not a spike, and the mean
+    restarts from it. A norm that is not finite is not a spike and changes nothing.
     """
     place, finite = KINDS.index(kind), jnp.isfinite(norm)
     mean, seen, in_row = norms.log_norm[place], norms.seen[place], norms.spiked_in_row[place]
@@ -49,12 +49,12 @@ def judge(
 
     limit = math.log(config.spike_factor) if config.spike_factor > 0 else jnp.inf
     high = finite & (seen >= config.spike_after) & (log_norm > mean + limit)
-    spiked, anew = high & (in_row < IN_ROW), high & (in_row >= IN_ROW)
+    spiked, restarts = high & (in_row < MAX_IN_ROW), high & (in_row >= MAX_IN_ROW)
 
     reach = jnp.where(seen >= config.spike_after, limit, jnp.inf)
     change = jnp.clip(log_norm - mean, -reach, reach) / jnp.minimum(seen + 1, _MEMORY)
-    mean = jnp.where(anew, log_norm, mean + change)
-    seen = jnp.where(anew, 1, seen + 1)
+    mean = jnp.where(restarts, log_norm, mean + change)
+    seen = jnp.where(restarts, 1, seen + 1)
     in_row = jnp.where(spiked, in_row + 1, 0)
 
     def put(array: Array, value: Array) -> Array:

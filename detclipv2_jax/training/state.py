@@ -1,4 +1,4 @@
-"""What a run carries from step to step."""
+"""The training state: everything that a step reads and changes."""
 
 import dataclasses
 
@@ -14,25 +14,28 @@ from detclipv2_jax.training.spikes import UsualNorms
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything a step reads and writes; with the data plan's (seed, step) it is the whole run."""
+    """What a checkpoint stores of a run.
 
-    step: Int[Array, ""]  # steps done
+    The data needs nothing stored: it is a function of the config's seed and `step`.
+    """
+
+    step: Int[Array, ""]  # completed steps
     params: PyTree
-    ema: PyTree  # moving average of the parameters, the ones that are evaluated and shipped
+    ema: PyTree  # moving average of the parameters; this is evaluated and exported
     moments: Moments
-    skipped: Int[Array, ""]  # updates left out: a loss or gradient not finite, or a spike
+    skipped: Int[Array, ""]  # skipped updates: loss or gradient not finite, or a spike
     skipped_in_row: Int[Array, ""]
-    spiked: Int[Array, ""]  # those of them that were spikes
-    norms: UsualNorms  # of each kind's gradient: what a spike is measured by
+    spiked: Int[Array, ""]  # those of `skipped` that were spikes
+    norms: UsualNorms  # usual gradient norm of each kind, which spikes are compared with
 
 
 def create(params: PyTree, optimizer: AdamW) -> TrainState:
-    """The state before the first step."""
+    """Return the state before the first step."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
         params=params,
-        ema=jax.tree.map(jnp.array, params),  # a copy of its own: the step donates both
+        ema=jax.tree.map(jnp.array, params),  # a copy: the step donates the buffers of both
         moments=optimizer.init(params),
         skipped=jnp.array(zero),
         skipped_in_row=jnp.array(zero),

@@ -1,4 +1,4 @@
-"""One training step: loss, gradient, update (paper §3)."""
+"""One training step: loss, gradient, update."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from detclipv2_jax.data.batch import Batch
 from detclipv2_jax.training import accumulate, spikes
-from detclipv2_jax.training.objective import LossConfig, Losses
+from detclipv2_jax.training.objective import LossConfig, Scalars
 from detclipv2_jax.training.optimizer import AdamW
 from detclipv2_jax.training.state import TrainState
 
@@ -25,50 +25,59 @@ def train_step(
     seed: int,
     micro_batches: Mapping[str, int],
     replicated: NamedSharding | None = None,
-) -> tuple[TrainState, Losses]:
-    """One update on one global batch of one kind.
+) -> tuple[TrainState, Scalars]:
+    """Update the state with one global batch of one kind.
 
-    `micro_batches` says for each kind into how many micro-batches each device's images are cut, to
-    be forwarded one after another; the update is that of the whole batch. `replicated` is how all
-    devices hold an array whole; None on one device.
+    If the loss or gradient is not finite, or the gradient is a spike (`spikes.detect`), the update
+    is skipped: only the counters and the usual norms change.
 
-    A step whose loss or gradient is not finite, or whose gradient is a spike (`spikes.judge`),
-    changes nothing but the counters and the usual norms.
+    Args:
+      state: the state before the step.
+      batch: the global batch.
+      graphdef: of the model.
+      optimizer: the update rule.
+      config: of the losses.
+      seed: of the run; with the step's number it determines the drop path.
+      micro_batches: kind -> into how many micro-batches each device splits its images. They are
+        computed one after another; the update is that of the whole batch.
+      replicated: sharding of an array that every device holds; None on one device.
 
     Returns:
-      The new state, and scalars: the total `loss`, its parts, the global norm of the gradient, the
-      similarity's scale, `skipped`, `skipped_in_row` and `spiked`.
+      The new state, and scalars for the log: `loss`, its terms, `gradient_norm`, `scale` of the
+      similarity, `skipped`, `skipped_in_row` and `spiked`.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-    (loss, figures), gradients = accumulate.loss_and_gradient(
-        state.params, batch, key, graphdef, config, micro_batches.get(batch.kind, 1), replicated
-    )
-    norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    spiked, norms = spikes.judge(
-        state.norms, batch.kind, jnp.where(finite, norm, jnp.nan), optimizer.config
-    )
+    with jax.named_scope("loss_and_gradient"):
+        loss, gradient = accumulate.loss_and_gradient(
+            state.params, batch, key, graphdef, config, micro_batches.get(batch.kind, 1), replicated
+        )
+    with jax.named_scope("gradient_norm"):
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(loss.total) & jnp.isfinite(norm)
+        spiked, norms = spikes.detect(
+            state.norms, batch.kind, jnp.where(finite, norm, jnp.nan), optimizer.config
+        )
     good = finite & ~spiked
-    params, ema, moments = optimizer.update(
-        state.params, state.ema, state.moments, gradients, norm, state.step, good
+    updated = optimizer.update(
+        state.params, state.ema, state.moments, gradient, norm, state.step, good
     )
     bad = (~good).astype(jnp.int32)
     state = TrainState(
         step=state.step + 1,
-        params=params,
-        ema=ema,
-        moments=moments,
+        params=updated.params,
+        ema=updated.ema,
+        moments=updated.moments,
         skipped=state.skipped + bad,
         skipped_in_row=(state.skipped_in_row + bad) * bad,
         spiked=state.spiked + spiked,
         norms=norms,
     )
     metrics = {
-        "loss": loss,
-        **figures,
+        "loss": loss.total,
+        **loss.terms,
         "gradient_norm": norm,
-        "scale": jnp.exp(params["logit_scale"]),
+        "scale": jnp.exp(updated.params["logit_scale"]),
         "skipped": state.skipped,
         "skipped_in_row": state.skipped_in_row,
         "spiked": state.spiked,

@@ -34,7 +34,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from detclipv2_jax.common.atomic import write_json
+from detclipv2_jax.common.atomic import replacing, write_json
 from detclipv2_jax.evaluation import (
     coco,
     lvis,
@@ -119,7 +119,7 @@ def detections(truth: coco.GroundTruth, count: int, seed: int = 1) -> Iterator[t
     rng = np.random.default_rng(seed)
     ids = np.asarray([category.id for category in truth.categories])
     for image in truth.images:
-        rows = truth.rows[image.id]
+        rows = truth.boxes_of_image[image.id]
         near = np.repeat(rows, 2)[:count]
         boxes = truth.boxes[near] + rng.normal(0, 0.06, (len(near), 4)) * np.tile(
             truth.boxes[near, 2:] - truth.boxes[near, :2], 2
@@ -239,7 +239,7 @@ def _as_coco(sets, evaluator, made: dict, count: int, spent: dict) -> dict:
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-    return dict(zip(coco.FIGURES, map(float, evaluation.stats)))
+    return dict(zip(coco.METRICS, map(float, evaluation.stats)))
 
 
 CONTESTANTS = {
@@ -326,7 +326,8 @@ def picture(rows: list[dict], path: pathlib.Path) -> None:
         panel.axvline(LVIS_VAL.images, color="0.8", zorder=0)
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def main() -> None:

@@ -328,15 +328,15 @@ def _encoders(model: DetCLIPConfig, batch: Batch, bytes_of: Least) -> dict[str, 
 
     if model.head.deformable:
         sample, dcn = _module(lambda: whole().head.dcn)
-        canvas = PackedLevels(tuple(x.shape[1:3] for x in levels))
-        place = lambda width: array((images, *canvas.shape, width), dtype)
+        packed = PackedLevels(tuple(x.shape[1:3] for x in levels))
+        map_of = lambda width: array((images, *packed.shape, width), dtype)
 
         def deform(learned, _):
             module, x, regression = sample(learned[0]), *learned[1:]
-            return module(x, module.offset(regression), canvas)
+            return module(x, module.offset(regression), packed)
 
         found["deformable sampling"] = _learning(
-            deform, (dcn, place(model.neck_channels), place(model.head.channels)), batch,
+            deform, (dcn, map_of(model.neck_channels), map_of(model.head.channels)), batch,
             least_bytes=bytes_of.deformable(),
         )  # fmt: skip
 
@@ -381,7 +381,7 @@ def _dense(
     """Assignment and losses of detection and grounding."""
     canvas, with_boxes = batch.images.shape[1:3], objective.has_box_losses(kind, loss)
     assign = functools.partial(
-        objective.dense_targets, canvas=canvas, grid=model.anchors, candidates=loss.candidates
+        objective.assign_targets, canvas=canvas, grid=model.anchors, candidates=loss.candidates
     )
 
     def truth(batch: Batch) -> dict[str, Any]:
@@ -394,7 +394,7 @@ def _dense(
 
     def losses(learned, fixed):
         stand_in = _stand_in(model, learned)
-        total, _ = objective.matched_losses(
+        total, _ = objective.loss_of_targets(
             stand_in, learned["regions"], stand_in.scale() * learned["concepts"],
             fixed["token_mask"], fixed["targets"], fixed["divisors"], canvas, loss, with_boxes,
         )  # fmt: skip
@@ -430,8 +430,8 @@ def _image_text(
         )  # fmt: skip
 
     def contrast(learned, fixed):
-        features = objective.gather_regions(learned["regions"], fixed["chosen"])
-        total, _ = objective.contrast(
+        features = objective.selected_embeddings(learned["regions"], fixed["chosen"])
+        total, _ = objective.contrastive_loss(
             jnp.exp(learned["scale"]), features, fixed["chosen"], learned["concepts"],
             fixed["texts"], loss,
         )  # fmt: skip

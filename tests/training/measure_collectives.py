@@ -1,9 +1,9 @@
-"""What travels between 8 devices in a tiny step of each kind, as JSON.
+"""Writes the collectives between 8 devices in a tiny step of each kind, as JSON.
 
     PYTHONPATH=tests:scripts python tests/training/measure_collectives.py \\
         tests/training/collectives.json
 
-test_collectives.py compares the code with that file. Write it again after a change on purpose.
+test_collectives.py compares the code with that file. Update it after an intended change.
 """
 
 import sys
@@ -20,7 +20,7 @@ from detclipv2_jax.training.config import MeshConfig, RunConfig
 from detclipv2_jax.training.objective import LossConfig, ProposalConfig
 
 CANVAS = (64, 64)
-# (kind, data, fsdp, parts a device): grounding is detection without the box losses.
+# (kind, data, fsdp, micro-batches); grounding is detection without the box losses.
 PROGRAMS = (
     ("detection", 8, 1, 1),
     ("grounding", 8, 1, 1),
@@ -30,9 +30,10 @@ PROGRAMS = (
 )
 
 
-def tiny_config(fsdp, parts):
+def tiny_config(fsdp, micro_batches):
     kind = {"sources": ("none",), "batch_size": 16, "shapes": (CANVAS,), "table_size": 32}
-    boxes, texts = {"max_boxes": 4}, {"max_boxes": 0, "texts_per_image": 4, "micro_batches": parts}
+    boxes = {"max_boxes": 4}
+    texts = {"max_boxes": 0, "texts_per_image": 4, "micro_batches": micro_batches}
     kinds = {k: KindConfig(**kind, **(texts if k == "image_text" else boxes)) for k in KINDS}
     return RunConfig(
         model=tiny_model.CONFIG,
@@ -42,19 +43,20 @@ def tiny_config(fsdp, parts):
     )
 
 
-def measure(devices, kind, data, fsdp, parts):
-    # Without LLVM's optimization: it takes longest, and what travels is settled before it.
+def measure(devices, kind, data, fsdp, micro_batches):
+    # Without LLVM optimization: it takes longest, and the collectives are chosen before it.
     options = {"xla_backend_optimization_level": 0}
     mesh = sharding.make_mesh(data, fsdp, devices)
     program = (kind, CANVAS)
-    return compile_ahead.measure(tiny_config(fsdp, parts), program, mesh, options)["collectives"]
+    config = tiny_config(fsdp, micro_batches)
+    return compile_ahead.measure(config, program, mesh, options)["collectives"]
 
 
 def main(path):
     devices = compile_ahead.devices("cpu:8")
     with ThreadPoolExecutor(max_workers=2) as pool:
         found = list(pool.map(lambda program: measure(devices, *program), PROGRAMS))
-    names = [f"{k}, data {d} × fsdp {f}, {n} part(s)" for k, d, f, n in PROGRAMS]
+    names = [f"{k}, data {d} × fsdp {f}, {n} micro-batch(es)" for k, d, f, n in PROGRAMS]
     write_json(path, dict(zip(names, found)))
 
 

@@ -1,4 +1,4 @@
-"""A step in parts is the step of the whole batch, in less memory."""
+"""Micro-batches give the loss and gradient of the whole batch, in less memory."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ VARIANT = LossConfig(
 
 @functools.cache
 def model():
-    """With a drop path, and away from the zeros at which some gradients vanish."""
+    """With a drop path, and moved away from the zeros where some gradients vanish."""
     swin = dataclasses.replace(tiny_model.CONFIG.swin, drop_path=0.5)
     graphdef, params = detclip.create(dataclasses.replace(tiny_model.CONFIG, swin=swin), 0)
     return graphdef, jax.tree.map(lambda p: p + 0.01, params)
@@ -38,7 +38,7 @@ def model():
 def batch_of(kind, images=IMAGES):
     batch = make_batch(kind, images)
     sizes = np.array(batch.sizes)
-    sizes[5], sizes[-1] = (40, 56), 0  # a smaller picture, and a slot without one
+    sizes[5], sizes[-1] = (40, 56), 0  # a smaller image, and an empty slot
     empty = {"boxes": 0, "labels": -1, "texts": -1}
     arrays = {name: np.array(getattr(batch, name)) for name in empty}
     for name, value in empty.items():
@@ -59,54 +59,60 @@ def result(kind, count, mesh=(1, 1), loss=LOSS, images=IMAGES, seed=3):
             params, batch, key, graphdef, loss, count, whole
         ),
         in_shardings=(shardings, layout),
-        out_shardings=(whole, shardings),
+        out_shardings=accumulate.LossAndGradient(whole, shardings),
     )
     return run(jax.device_put(params, shardings), inputs_lib.put_batch(batch, layout))
 
 
 def assert_same(found, expected):
-    ((loss, parts), gradient), ((loss0, parts0), gradient0) = found, expected
-    assert parts.keys() == parts0.keys()
-    np.testing.assert_allclose(loss, loss0, rtol=2e-6)
-    for name in parts:
-        np.testing.assert_allclose(parts[name], parts0[name], rtol=2e-6, err_msg=name)
-    paths, expected = map(parameters.parameter_paths, (gradient, gradient0))
-    for path, slope in paths.items():
-        largest = float(jnp.abs(expected[path]).max())
+    terms, expected_terms = found.loss.terms, expected.loss.terms
+    assert terms.keys() == expected_terms.keys()
+    np.testing.assert_allclose(found.loss.total, expected.loss.total, rtol=2e-6)
+    for name in terms:
+        np.testing.assert_allclose(terms[name], expected_terms[name], rtol=2e-6, err_msg=name)
+    gradients, expected_gradients = map(
+        parameters.parameter_paths, (found.gradient, expected.gradient)
+    )
+    for path, gradient in gradients.items():
+        largest = float(jnp.abs(expected_gradients[path]).max())
         np.testing.assert_allclose(
-            slope, expected[path], rtol=2e-4, atol=2e-5 * largest + 1e-9, err_msg=path
+            gradient,
+            expected_gradients[path],
+            rtol=2e-4,
+            atol=2e-5 * largest + 1e-9,
+            err_msg=path,
         )
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_parts_add_up_to_the_whole_on_one_device(kind, count):
+def test_micro_batches_add_up_to_the_batch_on_one_device(kind, count):
     assert_same(result(kind, count), result(kind, 1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_parts_add_up_to_the_whole_on_four_devices(kind):
+def test_micro_batches_add_up_to_the_batch_on_four_devices(kind):
     assert_same(result(kind, 2, (2, 2)), result(kind, 1))
 
 
 @pytest.mark.parametrize("kind", ["grounding", "image_text"])
-def test_parts_add_up_with_other_losses_and_a_part_that_ends_within_a_group(kind):
-    """12 images in 2 parts: the second group of 4 that share a pool lies in both."""
+def test_a_micro_batch_may_end_within_a_group_that_shares_a_pool(kind):
+    """12 images in 2 micro-batches: both contain images of the second group of 4."""
     rest = {"mesh": (1, 1), "loss": VARIANT, "images": 12}
     assert_same(result(kind, 2, **rest), result(kind, 1, **rest))
 
 
 @pytest.mark.slow
-def test_drop_path_is_drawn_and_left_out_as_for_the_whole_batch():
+def test_drop_path_is_that_of_the_whole_batch():
     seeds = [3, 4, None]
-    losses = [float(result("detection", 2, seed=seed)[0][0]) for seed in seeds]
+    losses = [float(result("detection", 2, seed=seed).loss.total) for seed in seeds]
     assert len(set(losses)) == 3
-    expected = [float(result("detection", 1, seed=seed)[0][0]) for seed in seeds]
+    expected = [float(result("detection", 1, seed=seed).loss.total) for seed in seeds]
     np.testing.assert_allclose(losses, expected, rtol=2e-6)
 
 
 @pytest.mark.parametrize("kind", ["detection", "image_text"])
-def test_four_parts_take_a_quarter_of_the_memory(kind):
+def test_four_micro_batches_take_a_quarter_of_the_memory(kind):
     graphdef, params = tiny_model.parts()
     batch = dataclasses.replace(make_batch(kind, 16), images=np.zeros((16, 128, 128, 3), np.uint8))
 
@@ -123,14 +129,16 @@ def test_four_parts_take_a_quarter_of_the_memory(kind):
 @pytest.mark.parametrize(
     ("batch_size", "devices", "count"), [(16, 1, 3), (16, 4, 8), (16, 3, 1), (16, 1, 0), (8, 8, -1)]
 )
-def test_a_batch_that_cannot_be_cut_is_told(batch_size, devices, count):
+def test_a_batch_that_cannot_be_split_is_refused(batch_size, devices, count):
     accumulate.check(16, 4, 4, "grounding")
-    with pytest.raises(UserError, match=r"grounding.batch_size is .*config.data.grounding.accumul"):
+    with pytest.raises(
+        UserError, match=r"grounding.batch_size is .*config.data.grounding.micro_batches"
+    ):
         accumulate.check(batch_size, devices, count, "grounding")
 
 
-def test_a_run_is_told_before_it_starts():
+def test_a_run_that_cannot_be_split_is_refused_before_it_starts():
     kinds = {"image_text": types.SimpleNamespace(batch_size=6, micro_batches=4)}
     config = types.SimpleNamespace(data=types.SimpleNamespace(kinds=lambda: kinds))
-    with pytest.raises(UserError, match=r"6, which 1 device.*micro_batches 4 do not divide"):
+    with pytest.raises(UserError, match=r"6, which is not a multiple of 1 device.*micro_batches 4"):
         programs.step_function(config, None, None, sharding.make_mesh(1, 1))

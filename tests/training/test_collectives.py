@@ -1,4 +1,4 @@
-"""What travels between devices in a step is what collectives.json says: no more, no less."""
+"""The collectives of a step equal those of collectives.json: operations, counts and bytes."""
 
 import json
 import subprocess
@@ -12,14 +12,14 @@ from measure_collectives import compile_ahead
 
 TESTS = Path(__file__).parent
 STORED = TESTS / "collectives.json"
-ANEW = (
+UPDATE = (
     "PYTHONPATH=tests:scripts python tests/training/measure_collectives.py "
     "tests/training/collectives.json"
 )
 
 
 def differences(stored, found):
-    """One line for each collective of each program that changed."""
+    """Return one line for each collective of each program that changed."""
     return [
         f"{program}: {name} was {stored.get(program, {}).get(name)}, is {now.get(name)}"
         for program, now in found.items()
@@ -28,9 +28,9 @@ def differences(stored, found):
     ]
 
 
-@pytest.mark.skipif(jax.__version__ != "0.10.2", reason="another compiler may cut it otherwise")
-def test_nothing_new_travels(tmp_path):
-    """The counts, and the bytes of results on a device, of the steps' compiled programs."""
+@pytest.mark.skipif(jax.__version__ != "0.10.2", reason="other compilers may differ")
+def test_collectives_have_not_changed(tmp_path):
+    """Count of each collective, and bytes of its results per device, in the compiled steps."""
     environment = {k: v for k, v in tiny_run.environment().items() if k != "XLA_FLAGS"}
     command = [sys.executable, str(TESTS / "measure_collectives.py"), str(tmp_path / "now.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -38,11 +38,11 @@ def test_nothing_new_travels(tmp_path):
     stored, found = (json.loads(path.read_text()) for path in (STORED, tmp_path / "now.json"))
     assert stored.keys() == found.keys()
     changed = differences(stored, found)
-    assert not changed, "\n".join([*changed, f"If that is meant, write the file anew: {ANEW}"])
+    assert not changed, "\n".join([*changed, f"If that is intended, update the file: {UPDATE}"])
 
 
 def test_collectives_of_a_program():
-    """A loop's count with its turns, an asynchronous one by its result, a channel once."""
+    """Loops count with their trips, asynchronous collectives by their result, a channel once."""
     text = """
 %body (p: (f32[8], s32[])) -> (f32[8], s32[]) {
   %reduced = f32[8]{0} all-reduce(%x), channel_id=1, to_apply=%add

@@ -1,4 +1,4 @@
-"""Who holds which parameter, which rows of a batch, on meshes of one to four devices."""
+"""Which device holds which parameters, on meshes of one to four devices."""
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ def test_meshes(data, fsdp, shape):
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(0, 1), (5, 1), (3, 2), (-1, 3), (-1, 0), (-1, 8)])
-def test_a_mesh_that_the_devices_do_not_make(data, fsdp):
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(data, fsdp):
     with pytest.raises(UserError, match=r"config\.mesh\.(data|fsdp).*devices"):
         sharding.make_mesh(data, fsdp)
 
@@ -39,7 +39,7 @@ def test_most_of_every_model_is_split(size):
     assert all(layout.is_fully_replicated for layout in jax.tree.leaves(alone))
 
 
-def test_what_fsdp_does_not_divide_is_held_whole():
+def test_what_fsdp_does_not_divide_is_replicated():
     _, params = tiny_model.parts()
     paths = parameters.parameter_paths(params)
     layouts = parameters.parameter_paths(

@@ -1,3 +1,5 @@
+"""The losses of each kind, against hand-made values and each other."""
+
 import dataclasses
 import functools
 
@@ -23,30 +25,32 @@ def loss_fn(config=LOSS, model=tiny_model.CONFIG):
 
     @jax.jit
     def run(params, batch):
-        return objective.losses_of(batch.kind)(detclip.build(graphdef, params), batch, config, None)
+        return objective.loss_function(batch.kind)(
+            detclip.build(graphdef, params), batch, config, None
+        )
 
     return run
 
 
 def loss(batch, **kwargs):
-    total, parts = loss_fn(**kwargs)(tiny_model.parts()[1], batch)
-    return float(total), {name: float(value) for name, value in parts.items()}
+    total, terms = loss_fn(**kwargs)(tiny_model.parts()[1], batch)
+    return float(total), {name: float(value) for name, value in terms.items()}
 
 
 def test_kinds_add_up_as_in_equation_6():
-    total, parts = loss(make_batch("detection"))
-    assert parts["positives"] > 1
-    expected = parts["align"] + 2 * parts["box"] + parts["centerness"]
+    total, terms = loss(make_batch("detection"))
+    assert terms["positives"] > 1
+    expected = terms["align"] + 2 * terms["box"] + terms["centerness"]
     np.testing.assert_allclose(total, expected, rtol=1e-6)
-    total, parts = loss(make_batch("grounding"))
-    assert set(parts) == {"align", "positives"}
-    np.testing.assert_allclose(total, parts["align"])
-    total, parts = loss(make_batch("image_text"))
-    np.testing.assert_allclose(total, 0.1 * parts["contrastive"], rtol=1e-6)
+    total, terms = loss(make_batch("grounding"))
+    assert set(terms) == {"align", "positives"}
+    np.testing.assert_allclose(total, terms["align"])
+    total, terms = loss(make_batch("image_text"))
+    np.testing.assert_allclose(total, 0.1 * terms["contrastive"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["detection", "image_text"])
-def test_an_empty_slot_and_unused_concepts_change_nothing(kind):
+def test_an_empty_slot_and_unused_concepts_do_not_matter(kind):
     batch = make_batch(kind)
     before = loss(batch)
 
@@ -63,22 +67,22 @@ def test_an_empty_slot_and_unused_concepts_change_nothing(kind):
     a = loss(dataclasses.replace(batch, **empty), config=config)
     b = loss(dataclasses.replace(batch, **three), config=config)
     np.testing.assert_allclose(a[0], b[0], rtol=2e-5)
-    # Rows of the table that are masked may hold anything.
+    # Masked rows of the table do not matter.
     other = np.array(batch.tokens)
     other[6:] = tokenize(["zebra", "a very different thing"])
     after = loss(dataclasses.replace(batch, tokens=other))
     np.testing.assert_allclose(after[0], before[0], rtol=1e-6)
 
 
-def test_a_box_without_a_row_is_neither_object_nor_background():
+def test_a_box_without_a_concept_in_the_table_is_neither_object_nor_background():
     batch = make_batch("detection")
     labels = np.array(batch.labels)
     labels[0, 0] = -1
     dropped = dataclasses.replace(batch, labels=labels)
     model = detclip.build(*tiny_model.parts())
-    parts = [loss(b)[1] for b in (batch, dropped)]
-    assert parts[0]["positives"] == parts[1]["positives"]
-    # By hand: all logits of the anchors that belong to this box leave the sum.
+    terms = [loss(b)[1] for b in (batch, dropped)]
+    assert terms[0]["positives"] == terms[1]["positives"]
+    # The difference by hand: the logits of the anchors matched with this box.
     anchors = jnp.asarray(boxes.anchor_grid(64, 64, model.cfg.anchors))
     inside = boxes.anchors_inside(anchors, batch.sizes)
     levels = boxes.level_sizes(64, 64, model.cfg.anchors)
@@ -90,11 +94,11 @@ def test_a_box_without_a_row_is_neither_object_nor_background():
     )
     logits = model.logits(regions.embeddings[0], model.encode_text(batch.tokens))[:, :6]
     targets = np.arange(6) == batch.labels[0, 0]
-    missing = losses.sigmoid_focal(logits, jnp.asarray(targets))[own].sum() / parts[0]["positives"]
-    np.testing.assert_allclose(parts[0]["align"] - parts[1]["align"], missing, rtol=1e-3)
+    missing = losses.sigmoid_focal(logits, jnp.asarray(targets))[own].sum() / terms[0]["positives"]
+    np.testing.assert_allclose(terms[0]["align"] - terms[1]["align"], missing, rtol=1e-3)
 
 
-def test_candidates_decide_how_many_anchors_learn_a_box():
+def test_candidates_set_how_many_anchors_a_box_is_assigned():
     batch = make_batch("detection")
     positives = [
         float(loss(batch, config=LossConfig(candidates=n))[1]["positives"]) for n in (1, 9)
@@ -115,7 +119,7 @@ def _positives(batch, topk):
 
 
 def test_every_image_is_scored_against_the_concepts_of_all():
-    """A concept that only another image has is a negative here: more concepts, more loss."""
+    """A concept of another image is a negative here: more concepts, more loss."""
     batch = make_batch("detection")
     fewer = dataclasses.replace(batch, token_mask=np.isin(np.arange(8), batch.labels[:3]))
     assert fewer.token_mask.sum() < 6
@@ -124,15 +128,15 @@ def test_every_image_is_scored_against_the_concepts_of_all():
 
 @pytest.mark.parametrize("deformable", [True, False])
 def test_captions_reach_the_regression_branch_through_the_deformable_conv(deformable):
-    """The one change over DetCLIP v1 (paper §3.3): without it these gradients are zero."""
+    """The change over DetCLIP v1's head (paper §3.3): without it these gradients are zero."""
     model = dataclasses.replace(
         tiny_model.CONFIG, head=dataclasses.replace(tiny_model.CONFIG.head, deformable=deformable)
     )
     graphdef, params = detclip.create(model, 0)
     batch = make_batch("image_text")
-    # The offsets start at zero weights; a step away from there the gradient passes through them.
+    # The weights of the offsets start at zero, where no gradient passes.
     params = jax.tree.map(lambda p: p + 0.01, params)
-    run = lambda p: objective.image_text_losses(detclip.build(graphdef, p), batch, LOSS, None)[0]
+    run = lambda p: objective.image_text_loss(detclip.build(graphdef, p), batch, LOSS, None)[0]
     gradients = parameters.parameter_paths(jax.jit(jax.grad(run))(params))
     branch = [np.abs(g).max() for path, g in gradients.items() if path.startswith("head/reg")]
     assert branch
@@ -157,7 +161,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_papers_alternatives_are_config_values(name):
+def test_the_ablations_of_the_paper_are_config_values(name):
     batch = make_batch("image_text")
     seen = {round(loss(batch, config=LOSS)[0], 6)}
     for variant in VARIANTS[name]:

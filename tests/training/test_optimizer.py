@@ -1,3 +1,5 @@
+"""The update rule against optax, its schedules and its rules."""
+
 import collections
 import dataclasses
 import functools
@@ -47,7 +49,7 @@ def test_update_equals_the_same_chain_of_optax_transformations():
     update = jax.jit(rule.update)
     rng = np.random.default_rng(1)
     for step in range(8):
-        # Some gradients are clipped (norm over 1) and some are not.
+        # Some gradients are clipped (norm above 1), others are not.
         size = 10.0 ** (step % 3 - 2)
         grads = jax.tree.map(lambda p, s=size: jnp.float32(rng.normal(size=p.shape) * s), params)
         before = ours
@@ -61,7 +63,7 @@ def test_update_equals_the_same_chain_of_optax_transformations():
         jax.tree.map(close, ours, theirs)
 
 
-def test_a_refused_update_changes_nothing():
+def test_a_skipped_update_changes_nothing():
     params = _params()
     rule = optimizer.create(CONFIG, params, 20)
     grads = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
@@ -71,7 +73,7 @@ def test_a_refused_update_changes_nothing():
     jax.tree.map(np.testing.assert_array_equal, new, old)
 
 
-def test_average_follows_its_formula():
+def test_moving_average_follows_its_formula():
     params = {"x": jnp.zeros(())}
     config = dataclasses.replace(CONFIG, ema_decay=0.6)
     rule = optimizer.create(config, params, 100)
@@ -98,12 +100,12 @@ def test_schedule_warms_up_and_follows_half_a_cosine(step, expected):
     ("step", "expected"),
     [(0, 0.0), (5, 0.5), (10, 1.0), (59, 1.0), (60, 0.1), (84, 0.1), (85, 0.01)],
 )
-def test_schedule_falls_tenfold_at_set_shares_of_the_run(step, expected):
+def test_schedule_falls_tenfold_at_the_given_shares_of_the_run(step, expected):
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, drops=(0.6, 0.85))
     np.testing.assert_allclose(optimizer.learning_rate(config, 100)(step), expected, atol=1e-6)
     at_once = OptimizerConfig(learning_rate=1.0, warmup_steps=0, drops=(0.5,))
     assert float(optimizer.learning_rate(at_once, 100)(0)) == 1.0
-    with pytest.raises(UserError, match="drops.*must be shares"):
+    with pytest.raises(UserError, match="drops.*must be a share"):
         OptimizerConfig(drops=(1.0,))
 
 
@@ -113,7 +115,7 @@ def test_schedule_of_a_run_shorter_than_its_warm_up_stays_finite(total):
     assert np.isfinite([float(schedule(step)) for step in range(total + 1)]).all()
 
 
-def test_rules_cover_the_model_and_split_it_as_the_paper_says():
+def test_rules_cover_the_model_as_in_the_paper():
     _, params = detclip.abstract(sizes.NANO)
     rule = optimizer.create(OptimizerConfig(), params, 10)
     rates, decays = (parameters.parameter_paths(tree) for tree in (rule.factors, rule.decays))
@@ -127,7 +129,7 @@ def test_rules_cover_the_model_and_split_it_as_the_paper_says():
 
 
 def _table(config):
-    """A line for parameters whose paths differ only in numbers: their rate, decay and sharding."""
+    """Learning rate, decay and sharding of the parameters, numbers in paths replaced by *."""
     _, params = detclip.abstract(config.model)
     rule = optimizer.create(config.optimizer, params, 10)
     specs = parameters.match_rules(sharding.PARAMETER_RULES, params, "sharding")
@@ -148,8 +150,8 @@ def _table(config):
     return "\n".join([head.replace("  rate", "     rate"), *lines]) + "\n"
 
 
-def test_every_parameter_of_swin_t_is_updated_as_the_stored_table_says():
-    """If a rule was meant to change, put what this prints into parameter_rules.txt."""
+def test_every_parameter_of_swin_t_has_the_rules_of_the_stored_table():
+    """After an intended change of a rule, store the printed table in parameter_rules.txt."""
     table = _table(config_lib.parse(load("pretrain").get_config("swin_t").to_dict()))
     print(table)
     assert table == (Path(__file__).parent / "parameter_rules.txt").read_text()

@@ -1,4 +1,4 @@
-"""Batches reach the devices whole, in order, ahead of the step that takes them."""
+"""Prefetched batches arrive complete, in order, ahead of the step that uses them."""
 
 import jax
 import numpy as np
@@ -43,17 +43,17 @@ def assert_on_device(found, number, mesh):
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
 @pytest.mark.parametrize("size", [0, 2])
-def test_prefetched_batches_are_the_feed_s(count, size):
+def test_prefetched_batches_equal_those_of_the_feed(count, size):
     mesh, taken, numbers = sharding.make_mesh(), [], []
     for number, found in prefetch.prefetch(feed(count, taken), mesh, size):
-        assert len(taken) == min(number + 1 + size, count)  # so many are under way, no more
+        assert len(taken) == min(number + 1 + size, count)  # no more are in flight
         assert_on_device(found, number, mesh)
         numbers.append(number)
     assert numbers == list(range(count))
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_an_error_comes_after_the_batches_before_it(count):
+def test_an_error_is_raised_after_the_batches_before_it(count):
     ahead, numbers = prefetch.prefetch(feed(count, [], fail=True), sharding.make_mesh()), []
     with pytest.raises(UserError, match="on fire"):
         for number, _ in ahead:
@@ -61,7 +61,7 @@ def test_an_error_comes_after_the_batches_before_it(count):
     assert numbers == list(range(count))
 
 
-def test_a_prefetcher_left_early_ends():
+def test_a_closed_prefetcher_ends():
     ahead = prefetch.prefetch(feed(5, []), sharding.make_mesh())
     next(ahead)
     ahead.close()

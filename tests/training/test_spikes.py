@@ -1,4 +1,4 @@
-"""Which gradient norms are spikes, of made-up ones."""
+"""Spike detection on synthetic gradient norms."""
 
 import dataclasses
 import functools
@@ -16,11 +16,11 @@ CONFIG = OptimizerConfig(spike_factor=20.0, spike_after=100)
 
 @functools.cache
 def rule(kind, config):
-    return jax.jit(functools.partial(spikes.judge, kind=kind, config=config))
+    return jax.jit(functools.partial(spikes.detect, kind=kind, config=config))
 
 
 def follow(values, norms=None, kind="detection", config=CONFIG):
-    """(which were spikes, the norms after them)."""
+    """Return (which values are spikes, the norms after them)."""
     norms, found = norms or spikes.create(), []
     for value in values:
         spiked, norms = rule(kind, config)(norms, norm=jnp.float32(value))
@@ -34,7 +34,7 @@ def usual(norms, kind="detection"):
 
 @functools.cache
 def settled():
-    """After 100 steps around a norm of 2, as training gives them."""
+    """The norms after 100 steps around a norm of 2, distributed as in training."""
     values = 2 * np.exp(np.random.default_rng(0).normal(0, 0.5, 100))
     found, norms = follow(values)
     assert not any(found)
@@ -42,7 +42,7 @@ def settled():
     return norms
 
 
-def test_one_spike_is_told_and_hardly_moves_what_is_usual():
+def test_one_spike_is_detected_and_hardly_moves_the_usual_norm():
     before = usual(settled())
     found, norms = follow([1e6, 2.0, 15 * before, 25 * before], settled())
     assert found == [True, False, False, True]
@@ -50,13 +50,13 @@ def test_one_spike_is_told_and_hardly_moves_what_is_usual():
     np.testing.assert_allclose(usual(norms), before * 20**0.01, rtol=1e-5)
 
 
-def test_nothing_is_a_spike_before_the_usual_is_known_or_without_a_factor():
+def test_nothing_is_a_spike_before_the_usual_norm_is_known_or_without_a_factor():
     assert not any(follow([1e-3] * 99 + [1e3])[0])
     assert follow([1e-3] * 100 + [1e3])[0][-1]
     assert not any(follow([1e3], settled(), config=OptimizerConfig(spike_factor=0.0))[0])
 
 
-def test_each_kind_has_its_own_usual():
+def test_each_kind_has_its_own_usual_norm():
     found, norms = follow([200.0] * 5, settled(), kind="image_text")
     assert not any(found)
     assert follow([200.0], norms)[0] == [True]
@@ -66,14 +66,14 @@ def test_each_kind_has_its_own_usual():
 @pytest.mark.parametrize("level", [50.0, 1e4, 1e30])
 def test_a_lasting_change_of_level_is_accepted_after_five_steps(level):
     found, norms = follow([level] * 200, settled())
-    assert found == [True] * spikes.IN_ROW + [False] * (200 - spikes.IN_ROW)
-    assert spikes.IN_ROW == 5
+    assert found == [True] * spikes.MAX_IN_ROW + [False] * (200 - spikes.MAX_IN_ROW)
+    assert spikes.MAX_IN_ROW == 5
     assert usual(norms) == pytest.approx(level, rel=1e-4)
     assert follow([level / 1e3, 30 * level], norms)[0] == [False, True]
 
 
-def test_spikes_that_come_often_become_usual():
-    """Four of five far above: never five in a row, and yet not skipped for ever."""
+def test_frequent_spikes_raise_the_usual_norm():
+    """Four of five norms are far above: never five in a row, but not skipped for ever."""
     found, _ = follow(([2.0] + [300.0] * 4) * 100, settled())
     assert sum(found[:10]) == 8 and not any(found[-100:])
 
@@ -83,12 +83,12 @@ def test_a_norm_that_is_not_finite_changes_nothing(value):
     found, norms = follow([value] * 3, settled())
     assert not any(found)
     jax.tree.map(np.testing.assert_array_equal, norms, settled())
-    # Nor does it end a row of spikes.
+    # It does not end a row of spikes either.
     found, norms = follow([1e3] * 3 + [value] + [1e3] * 3, settled())
     assert found == [True] * 3 + [False] + [True] * 2 + [False]
 
 
-def test_a_norm_of_zero_does_no_harm():
+def test_a_norm_of_zero_keeps_everything_finite():
     found, norms = follow([0.0] * 3 + [2.0] * 300, settled())
     assert not any(found) and usual(norms) == pytest.approx(2, rel=0.1)
     assert all(np.isfinite(getattr(norms, f.name)).all() for f in dataclasses.fields(norms))

@@ -1,3 +1,5 @@
+"""A training step: skipped updates, and several devices."""
+
 import dataclasses
 import functools
 
@@ -45,8 +47,8 @@ def test_a_spike_is_skipped_and_counted():
         return dataclasses.replace(start, norms=norms)
 
     after, metrics = fn(known(norm - np.log(21)), batch)
-    for part in ("params", "ema", "moments"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(start, part))
+    for field in ("params", "ema", "moments"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, field), getattr(start, field))
     assert (int(after.step), int(after.skipped_in_row)) == (1, 1)
     assert (int(metrics["skipped"]), int(metrics["spiked"])) == (1, 1)
     after, metrics = fn(known(norm - np.log(19)), batch)
@@ -59,8 +61,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
     batch = make_batch("detection")
     broken = dataclasses.replace(start, params=start.params | {"logit_bias": jnp.asarray(jnp.nan)})
     after, metrics = fn(broken, batch)
-    for part in ("params", "ema", "moments"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(broken, part))
+    for field in ("params", "ema", "moments"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, field), getattr(broken, field))
     assert (int(after.step), int(after.skipped), int(after.skipped_in_row)) == (1, 1, 1)
     after, _ = fn(after, batch)
     assert (int(after.skipped), int(after.skipped_in_row), int(after.spiked)) == (2, 2, 0)
@@ -96,7 +98,7 @@ def test_four_devices_compute_what_one_computes(kind, mesh):
     (one, a), (four, b) = results
     for name in a:
         np.testing.assert_allclose(a[name], b[name], rtol=2e-5, err_msg=name)
-    # Adam's first step is ±rate whatever the gradient's size: compare what it was fed, the mean.
+    # Adam's first step has size `rate` for any gradient, so the gradient's mean is compared.
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6)
     jax.tree.map(close, one.moments.mean, four.moments.mean)
     split = {leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(four.ema)}
