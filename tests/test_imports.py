@@ -1,4 +1,4 @@
-"""Who may import whom: a room imports only rooms above it in one table."""
+"""A room imports only rooms above it in one table, and other rules for imports."""
 
 import ast
 import re
@@ -12,8 +12,8 @@ import tiny_run
 PACKAGE = tiny_run.ROOT / "detclipv2_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Each room imports itself and what it lists (always rooms further up), and no package of EXTERNAL
-# unless it is listed too. `data/` never imports `data/prepare/`.
+# Each room may import itself and what it lists: rooms further up, and packages of EXTERNAL. `data/`
+# never imports `data/prepare/`.
 ROOMS = {
     "common": [],
     "text": ["common"],
@@ -29,7 +29,7 @@ ROOMS = {
 }
 DOORS = {"main", "evaluate", "detect", "export", "page", "prepare", "__main__", "__init__"}
 EXTERNAL = {"tensorflow"}
-# Rooms that must work where these packages are missing, as on many GPU machines.
+# Modules that must work without TensorFlow, which many GPU machines lack.
 WITHOUT_TENSORFLOW = [
     "detect", "evaluate", "page", "inference.detector", "evaluation.job", "training.step",
     "training.checkpointer", "training.sharding",
@@ -37,7 +37,7 @@ WITHOUT_TENSORFLOW = [
 
 
 def room_of(module: str) -> str | None:
-    """The room of a dotted module path without `detclipv2_jax.`; None for a door."""
+    """Return the room of a dotted module path without `detclipv2_jax.`; None for a door."""
     parts = module.split(".")
     if parts[0] in DOORS or not parts[0]:
         return None
@@ -45,7 +45,7 @@ def room_of(module: str) -> str | None:
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """(imported module, whether the import is at the top of the file) of every import."""
+    """Return (imported module, whether at the top level of the file) for every import."""
     tree, found = ast.parse(path.read_text()), []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -86,7 +86,7 @@ def test_a_room_imports_only_rooms_above_it(path):
 
 
 def test_no_circle_of_modules():
-    """Import statements at the top of files form no circle."""
+    """Import statements at the top level of files form no circle."""
     graph = {}
     for path in FILES:
         module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
@@ -120,10 +120,10 @@ import detclipv2_jax.{module}
     subprocess.run([sys.executable, "-c", program], check=True, env=tiny_run.environment())
 
 
-def test_the_data_thread_replaces_no_imports_of_other_threads():
-    """TensorFlow Datasets patches __import__ while it is imported: it comes first, in one thread.
+def test_tensorflow_datasets_is_imported_before_threads_start():
+    """It patches __import__ while it is imported.
 
-    Otherwise a step that was traced at that moment did not find JAX's own modules.
+    If that happens in the data thread, a step that is traced meanwhile cannot import JAX's modules.
     """
     program = """
 import sys

@@ -1,4 +1,4 @@
-"""A checkpoint of an earlier commit answers as it did and continues as that run did."""
+"""A checkpoint of an earlier commit gives the same detections, and its run resumes as then."""
 
 import json
 import tarfile
@@ -28,18 +28,18 @@ def test_it_loads_with_its_config_and_names(workdir):
     assert loaded.definitions == {}
 
 
-def test_it_answers_as_it_did(workdir):
+def test_its_detections_have_not_changed(workdir):
     expected = json.loads((FIXTURE / "answers.json").read_text())
     detector = Detector(workdir, score_threshold=0.0, max_detections=20, cache="")
     (found,) = detector([FIXTURE / "scene.jpg"], expected["names"])
     np.testing.assert_allclose(found.scores, expected["scores"], rtol=1e-4)
-    # Among scores that differ by less than that, order is chance: boxes are compared as a set.
+    # Scores may swap places within this tolerance, so boxes are compared as a set.
     boxes = np.array(sorted(found.boxes.round(1).tolist()))
     np.testing.assert_allclose(boxes, sorted(np.round(expected["boxes"], 1).tolist()), atol=0.2)
 
 
-def test_its_run_continues_as_it_did(workdir, tmp_path):
-    """Losses of steps 17 to 24. On the machine that made the fixture they were equal to the bit."""
+def test_its_run_resumes_with_the_same_losses(workdir, tmp_path):
+    """Losses of steps 17 to 24. On the machine that made the fixture they are equal to the bit."""
     tiny_run.prepare(tmp_path / "data")
     process = tiny_run.run(tmp_path / "data", workdir, **MODEL)
     assert process.returncode == 0, process.stderr[-3000:]
