@@ -8,7 +8,6 @@ their texts, so it means the same wherever it lies. The layout of the directory 
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from jaxtyping import Float32, Int32
 from tensorflow_datasets.proto import tf_example_generated_pb2 as example_pb2
 from tensorflow_datasets.proto import tf_feature_generated_pb2 as feature_pb2
 
+from detclipv2_jax.common.atomic import replacing
 from detclipv2_jax.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -128,38 +128,41 @@ def features() -> "tfds.features.FeaturesDict":
 
 
 class ShardWriter:
-    """Writes records to a file, which appears whole or not at all. Use as a context manager."""
+    """Writes records to a file, which appears complete or not at all. Use as a context manager.
+
+    Without any record, no file is written.
+    """
 
     def __init__(self, path: Path):
         self._path = path
-        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         self._writer = None
+        self._open = contextlib.ExitStack()  # the temporary file and its writer
 
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, kind, *_) -> None:
-        try:
-            if self._writer is not None:  # a file without records is no file
-                with self._explained():
-                    self._writer.close()
-                if kind is None:
-                    os.replace(self._temporary, self._path)
-        except UserError:
-            if kind is None:  # or the first error is the one to tell
-                raise
-        finally:
-            self._temporary.unlink(missing_ok=True)
+    def __exit__(self, *error) -> None:
+        self._open.__exit__(*error)
 
     def write(self, record: Record) -> None:
-        """Append a record; `UserError` where the disk refuses it."""
+        """Append a record; `UserError` if the disk is full."""
         data = encode(record)
         with self._explained():
             if self._writer is None:
+                temporary = self._open.enter_context(replacing(self._path))
                 self._writer = array_record_module.ArrayRecordWriter(
-                    str(self._temporary), _WRITER_OPTIONS
+                    str(temporary), _WRITER_OPTIONS
                 )
+                self._open.push(self._close)
             self._writer.write(data)
+
+    def _close(self, kind, *_) -> None:
+        try:
+            with self._explained():
+                self._writer.close()
+        except UserError:
+            if kind is None:  # otherwise the first error is the one to report
+                raise
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -163,14 +163,14 @@ def test_a_rest_of_a_killed_run_is_no_obstacle_and_the_old_source_gives_way(tmp_
 
 def test_writer_never_replaces_a_directory_of_something_else(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="no prepared source"):
+    with pytest.raises(UserError, match="not a prepared source"):
         RecordWriter(tmp_path, name="n", kind="detection")
     assert (tmp_path / "thesis.txt").exists()
 
 
 def test_a_full_disk_is_told(tmp_path):
     path = tmp_path / "0.array_record"
-    (tmp_path / f"0.array_record.{os.getpid()}.tmp").symlink_to("/dev/full")
+    (tmp_path / f".0.array_record.{os.getpid()}.partial").symlink_to("/dev/full")
     told = pytest.raises(UserError, match="No space left on device; make room")
     with told, ShardWriter(path) as writer:
         for _ in range(2000):
