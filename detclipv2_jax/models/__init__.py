@@ -1,1 +1,1 @@
-"""Flax modules: the detector, part by part."""
+"""The model as Flax modules: backbone, neck, head, text tower, and what describes them."""

@@ -16,21 +16,27 @@ from detclipv2_jax.models.fpn import conv3x3
 from detclipv2_jax.models.initializers import Draws, normal
 from detclipv2_jax.models.norms import GroupNorm
 from detclipv2_jax.models.packed_levels import PackedLevels
-from detclipv2_jax.models.remat import Remat, block_of
+from detclipv2_jax.models.remat import Remat, rematerialize
 from detclipv2_jax.ops import conv
 from detclipv2_jax.ops.kernels import deform, packed_conv, place
 from detclipv2_jax.ops.kernels.place import Kernels
 
-_OUTPUT_STD = 0.01  # ATSS's, of the kernels that end the branches
+_OUTPUT_STD = 0.01  # of the initial kernels that end the branches (ATSS)
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
     """Sizes of the head.
 
-    convs: convolutions of each branch; groups: GroupNorm's.
-    branch_std: of the initial kernels inside the branches: ATSS's 0.01. A GroupNorm undoes their
-        scale, so it only sets how fast they turn: by rate / std a step.
+    Attributes:
+        channels: of each branch.
+        convs: convolutions per branch.
+        groups: of each GroupNorm.
+        embed_dim: size of a region embedding.
+        deformable: whether a deformable convolution starts the classification branch.
+        branch_std: standard deviation of the initial kernels inside the branches; ATSS uses 0.01.
+            GroupNorm cancels their scale, so it only sets how fast their direction changes: by
+            learning rate / branch_std per step.
     """
 
     channels: int = 256
@@ -42,13 +48,16 @@ class HeadConfig:
 
     def __post_init__(self):
         if self.channels % self.groups:
-            raise UserError(f"head.groups {self.groups} must divide head.channels {self.channels}")
+            raise UserError(
+                f"config.model.head: groups {self.groups} must divide channels {self.channels}. "
+                "Change one of them."
+            )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RegionOutputs:
-    """What the head says of each of the K anchors, in the order of `anchor_grid`, in float32."""
+    """Outputs of the head for each of the K anchors in the order of `anchor_grid`, in float32."""
 
     embeddings: Float[Array, "B K D"]
     deltas: Float[Array, "B K 4"]  # normalized by the coder's stds; see ops/boxes.py
@@ -56,7 +65,7 @@ class RegionOutputs:
 
 
 class ConvNormRelu(nnx.Module):
-    """3×3 convolution, GroupNorm, ReLU."""
+    """3×3 convolution, GroupNorm and ReLU of a packed map."""
 
     def __init__(self, width: int, cfg: HeadConfig, *, dtype, rngs: Draws):
         self.conv = conv3x3(
@@ -64,20 +73,21 @@ class ConvNormRelu(nnx.Module):
         )
         self.norm = GroupNorm(cfg.channels, cfg.groups)
 
-    def __call__(self, x: Float[Array, "B H W C"], canvas: PackedLevels) -> Float[Array, "B H W D"]:
-        """Same canvas, zeros in its gaps."""
-        x = jax.nn.relu(self.norm(self.conv(x), canvas))
-        return jnp.where(canvas.mask, x, jnp.zeros((), x.dtype))  # jax2onnx reads 0 as float64
+    def __call__(self, x: Float[Array, "B H W C"], packed: PackedLevels) -> Float[Array, "B H W D"]:
+        """Return the packed map of the layer's output, with zeros in the gaps."""
+        x = jax.nn.relu(self.norm(self.conv(x), packed))
+        return jnp.where(packed.mask, x, jnp.zeros((), x.dtype))  # jax2onnx reads 0 as float64
 
 
 class DeformConv(nnx.Module):
-    """The deformable convolution at the start of the classification branch.
+    """Deformable convolution that starts the classification branch.
 
-    It samples the FPN's feature at places that the regression branch's feature chooses, which is
-    how the contrastive gradient of box-free pairs reaches that branch. Offsets start at zero and
-    the modulation at a half: their convolution starts as zeros, as DCNv2's does.
+    It samples the FPN's features at places that the regression branch's features choose. This is
+    how the contrastive loss of image-text pairs, which have no boxes, trains the regression branch.
+    The kernel that predicts offsets and modulation starts at zero, as in DCNv2: offsets start at 0
+    and the modulation at 0.5.
 
-    `remat` and `kernels` are the head's.
+    `remat` and `kernels` are those of `ATSSHead`.
     """
 
     def __init__(
@@ -90,44 +100,54 @@ class DeformConv(nnx.Module):
         )
         self.kernel = nnx.Param(normal(cfg.branch_std)(rngs, (3, 3, width, cfg.channels)))
 
+    @jax.named_scope("deformable_convolution")
     def __call__(
-        self, x: Float[Array, "B H W C"], where: Float[Array, "B H W 27"], canvas: PackedLevels
+        self, x: Float[Array, "B H W C"], sampling: Float[Array, "B H W 27"], packed: PackedLevels
     ) -> Float[Array, "B H W D"]:
-        """Convolve the canvas `x`, level by level, where `offset` of the other branch says."""
-        if self.has_kernels(x.shape):  # keeps nothing of its inside
-            offsets, mask = self._points(where)
-            return deform_conv_by_kernel(x, canvas, offsets, mask, self.kernel[...])
-        run = block_of(lambda module, *arrays: module._by_levels(*arrays, canvas), self.remat)
-        return run(self, x, where)
+        """Return the convolution of a packed map, with zeros in the gaps.
+
+        Args:
+            x: packed map of the FPN's features.
+            sampling: packed map of 18 offsets and 9 modulation logits per pixel: the convolution
+                `offset` of the regression branch's features.
+            packed: where the levels are.
+        """
+        if self.has_kernels(x.shape):  # their backward pass stores only their inputs
+            offsets, mask = _offsets_and_mask(sampling)
+            return deform_conv_by_kernel(x, packed, offsets, mask, self.kernel[...])
+        run = lambda module, *arrays: module._by_levels(*arrays, packed)
+        return rematerialize(run, self.remat)(self, x, sampling)
 
     def has_kernels(self, shape: tuple[int, ...]) -> bool:
-        """Whether a kernel samples a canvas of this shape, on the device that is traced for."""
-        wanted = deform.fast_memory(shape, self.kernel.shape[3])
-        return self.fused and place.room() >= wanted
+        """Whether the TPU kernel handles a packed map of this shape on the current device."""
+        needed = deform.vmem_bytes(shape, self.kernel.shape[3])
+        return self.fused and place.vmem_budget() >= needed
 
-    def _points(self, where):
-        """Offsets and weights of the taps."""
-        where = where.astype(jnp.float32)
-        return where[..., :18], jax.nn.sigmoid(where[..., 18:])
-
-    def _by_levels(self, x, where, canvas):
-        offsets, mask = self._points(canvas.flatten(where))
+    def _by_levels(self, x, sampling, packed):
+        offsets, mask = _offsets_and_mask(packed.flatten(sampling))
         by_tap = self.remat != "none"
-        out = deform_conv_levels(x, canvas, offsets, mask, self.kernel[...], by_tap=by_tap)
-        return canvas.unflatten(out)
+        out = deform_conv_levels(x, packed, offsets, mask, self.kernel[...], by_tap=by_tap)
+        return packed.unflatten(out)
+
+
+def _offsets_and_mask(
+    sampling: Float[Array, "... 27"],
+) -> tuple[Float[Array, "... 18"], Float[Array, "... 9"]]:
+    sampling = sampling.astype(jnp.float32)
+    return sampling[..., :18], jax.nn.sigmoid(sampling[..., 18:])
 
 
 class ATSSHead(nnx.Module):
-    """Two branches shared by all levels: a region embedding, a box and a centerness an anchor.
+    """Two branches, shared by all levels, that predict an embedding, box and centerness per anchor.
 
     Args:
         width: channels of the incoming levels.
-        levels: how many there are; each has its own learned factor on the box deltas.
-        cfg: its sizes.
-        dtype: of the activations; parameters and norms' statistics are float32.
-        remat: all but "none" keep nothing of the inside of the deformable convolution, and go
-            through its nine taps one after another.
-        kernels: "auto" convolves by kernels where there are TPUs and they can do it; "xla" never.
+        levels: number of levels; each has its own learned factor on the box deltas.
+        cfg: sizes of the head.
+        dtype: of the activations; parameters and statistics of the norms are float32.
+        remat: any policy but "none" recomputes the inside of the deformable convolution and
+            processes its nine taps one after another.
+        kernels: "auto" uses TPU kernels where they apply, "xla" never does.
         rngs: initializes the parameters.
     """
 
@@ -156,24 +176,29 @@ class ATSSHead(nnx.Module):
             setattr(self, name, conv)
         self.scales = nnx.Param(jnp.ones((levels,), jnp.float32))
 
+    @jax.named_scope("head")
     def __call__(self, levels: Sequence[Float[Array, "B H W C"]]) -> RegionOutputs:
-        """Outputs of all anchors of all levels, fine to coarse, each level row by row."""
-        canvas = PackedLevels(tuple(x.shape[1:3] for x in levels))
-        x = canvas.place(levels)
+        """Return the outputs for all anchors: levels fine to coarse, each level row by row."""
+        packed = PackedLevels(tuple(x.shape[1:3] for x in levels))
+        x = packed.pack(levels)
         branch = self._branch_by_kernels if self.has_kernels(x.shape) else self._branch
-        by_regression = [self.box, self.centerness]
-        if self.dcn is None:
-            region = x
-            box, centerness = branch(self.reg_convs, by_regression, x, canvas)
-        else:
-            by_regression.append(self.dcn.offset)
-            box, centerness, where = branch(self.reg_convs, by_regression, x, canvas)
-            region = self.dcn(x, where, canvas)
-        (embeddings,) = branch(self.cls_convs, [self.embed], region, canvas)
+        outputs = [self.box, self.centerness]
+        if self.dcn is not None:
+            outputs.append(self.dcn.offset)
+        with jax.named_scope("regression_branch"):
+            box, centerness, *sampling = branch(self.reg_convs, outputs, x, packed)
+        region = x if self.dcn is None else self.dcn(x, *sampling, packed)
+        with jax.named_scope("classification_branch"):
+            (embeddings,) = branch(self.cls_convs, [self.embed], region, packed)
+        with jax.named_scope("outputs"):
+            return self._outputs(embeddings, box, centerness, packed)
+
+    def _outputs(self, embeddings, box, centerness, packed) -> RegionOutputs:
+        """Return packed maps as float32 values in anchor order, deltas with their level's scale."""
         embeddings, deltas, centerness = (
-            canvas.flatten(output).astype(jnp.float32) for output in (embeddings, box, centerness)
+            packed.flatten(output).astype(jnp.float32) for output in (embeddings, box, centerness)
         )
-        pixels = [height * width for height, width in canvas.sizes]
+        pixels = [height * width for height, width in packed.sizes]
         scales = jnp.repeat(self.scales[...], np.asarray(pixels), total_repeat_length=sum(pixels))
         return RegionOutputs(
             embeddings=embeddings,
@@ -182,41 +207,49 @@ class ATSSHead(nnx.Module):
         )
 
     def has_kernels(self, shape: tuple[int, ...]) -> bool:
-        """Whether a canvas of this shape goes through kernels, on the device traced for."""
+        """Whether TPU kernels handle a packed map of this shape on the current device."""
         if not self.fused:
             return False
         kernels = [layer.conv.kernel for layer in (*self.reg_convs, *self.cls_convs)]
         kernels.append(self.embed.kernel)
         inputs, outputs = (max(kernel.shape[axis] for kernel in kernels) for axis in (2, 3))
-        return place.room() >= packed_conv.fast_memory((*shape[:3], inputs), outputs)
+        return place.vmem_budget() >= packed_conv.vmem_bytes((*shape[:3], inputs), outputs)
 
-    def _branch(self, convs, outputs, x, canvas):
-        """The convolutions one after another, then all of `outputs`, which are one convolution."""
+    def _branch(self, convs, outputs, x, packed) -> list[Array]:
+        """Return the maps of `outputs` after `convs`; `outputs` run as one joint convolution."""
         for layer in convs:
-            x = layer(x, canvas)
-        return _split(conv.conv3x3(x, _joint(outputs).astype(x.dtype)), outputs)
+            x = layer(x, packed)
+        with jax.named_scope("outputs"):
+            return _split(conv.conv3x3(x, _joint_kernel(outputs).astype(x.dtype)), outputs)
 
-    def _branch_by_kernels(self, convs, outputs, x, canvas):
-        """The same by kernels; each normalizes and activates what the one before it convolved."""
+    def _branch_by_kernels(self, convs, outputs, x, packed) -> list[Array]:
+        """Compute `_branch` by TPU kernels.
+
+        Each kernel normalizes and activates its input, which is the convolution before it, and
+        returns the statistics of its own convolution.
+        """
         convolve = lambda images, kernel: packed_conv.packed_conv(
-            *images, kernel, canvas.rectangles
+            *images, kernel, packed.rectangles
         )
         norm = None
         for layer in convs:
             kernel = layer.conv.kernel[...]
             x, statistics = place.on_each_device(convolve, (x, norm), kernel)
-            norm = packed_conv.Norm(*layer.norm.factors(statistics.mean, statistics.variance))
-        x, _ = place.on_each_device(convolve, (x, norm), _joint(outputs))
-        return _split(x, outputs)
+            norm = packed_conv.Norm(
+                *layer.norm.scale_and_offset(statistics.mean, statistics.variance)
+            )
+        with jax.named_scope("outputs"):
+            x, _ = place.on_each_device(convolve, (x, norm), _joint_kernel(outputs))
+            return _split(x, outputs)
 
 
-def _joint(outputs: Sequence[nnx.Conv]) -> Float[Array, "3 3 C O"]:
-    """The kernels of convolutions of one map, side by side."""
+def _joint_kernel(outputs: Sequence[nnx.Conv]) -> Float[Array, "3 3 C O"]:
+    """Return the kernel of one convolution that computes several convolutions of the same map."""
     return jnp.concatenate([output.kernel[...] for output in outputs], axis=-1)
 
 
 def _split(x: Float[Array, "B H W O"], outputs: Sequence[nnx.Conv]) -> list[Array]:
-    """What `_joint` convolved, apart again, each with its bias."""
+    """Split the result of the joint convolution into its maps, and add each one's bias."""
     ends = np.cumsum([output.kernel.shape[-1] for output in outputs])[:-1]
-    parts = jnp.split(x, ends, axis=-1)
-    return [part + out.bias[...].astype(x.dtype) for part, out in zip(parts, outputs)]
+    maps = jnp.split(x, ends, axis=-1)
+    return [map_ + output.bias[...].astype(x.dtype) for map_, output in zip(maps, outputs)]

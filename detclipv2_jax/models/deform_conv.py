@@ -1,8 +1,11 @@
 """Modulated deformable convolution (DCNv2, Zhu et al. 2019), 3×3, stride 1, padding 1.
 
-A gather reads the four bilinear neighbors of a point as a single wide row, because gathers are
-what accelerators are worst at; one gather and one matmul serve all levels of a pyramid. On TPUs
-`ops/kernels/deform.py` does without a gather.
+Each of the nine taps of a pixel samples the map at a learned offset from its regular place, and has
+a learned weight (the mask). A sample is bilinear, and zero outside the map.
+
+All levels of a pyramid share one gather and one matrix product. Accelerators are slow at gathers,
+so the four bilinear neighbors of a sample are read as a single wide row. On TPUs the kernel in
+`ops/kernels/deform.py` needs no gather.
 """
 
 import jax
@@ -17,47 +20,38 @@ from detclipv2_jax.ops.kernels import deform, place
 TAPS = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1], indexing="ij"), -1).reshape(9, 2)
 
 
-def deform_conv2d(
-    x: Float[Array, "B H W C"],
-    offsets: Float[Array, "B H W 18"],
-    mask: Float[Array, "B H W 9"],
-    kernel: Float[Array, "3 3 C O"],
-) -> Float[Array, "B H W O"]:
-    """Sample nine moved, weighted points around every pixel and project them.
-
-    Args:
-        x: the map that is sampled; zero outside its borders.
-        offsets: (dy, dx) of each tap, taps row by row, in pixels of the map.
-        mask: weight of each tap (already through its sigmoid).
-        kernel: of the projection. Accumulates in float32, returns x's dtype.
-    """
-    batch, height, width, _ = x.shape
-    canvas = PackedLevels(((height, width),))
-    offsets, mask = offsets.reshape(batch, -1, 18), mask.reshape(batch, -1, 9)
-    return deform_conv_levels(x, canvas, offsets, mask, kernel).reshape(batch, height, width, -1)
-
-
 def deform_conv_levels(
     x: Float[Array, "B H W C"],
-    canvas: PackedLevels,
+    packed: PackedLevels,
     offsets: Float[Array, "B K 18"],
     mask: Float[Array, "B K 9"],
     kernel: Float[Array, "3 3 C O"],
     *,
     by_tap: bool = False,
 ) -> Float[Array, "B K O"]:
-    """`deform_conv2d` of each of the levels that lie on `x`, for their K pixels in anchor order.
+    """Convolve each level of a packed map; a sample never reads another level.
 
-    `by_tap` reads the nine taps one after another, forward and backward: all they read together is
-    the largest array of a training step, 36 times the size of `x`.
+    Args:
+        x: the packed map; zeros in its gaps.
+        packed: where the levels are; they have K pixels together.
+        offsets: (dy, dx) of each tap for each pixel in anchor order, taps row by row, in pixels of
+            the level.
+        mask: weight of each tap, after the sigmoid.
+        kernel: projects the samples. Products accumulate in float32.
+        by_tap: process the nine taps one after another, forward and backward, with far less
+            memory: all samples together are the largest array of a training step, 36 times the
+            size of `x`.
+
+    Returns:
+        The convolved pixels in anchor order, in x's dtype.
     """
     batch, _, _, channels = x.shape
-    index, weights = sampling_points(offsets, canvas)
+    index, weights = _sampling_points(offsets, packed)
     weights = (weights * mask.reshape(batch, -1, 1).astype(jnp.float32)).astype(x.dtype)
-    packed, kernel = pack_neighbors(x), kernel.astype(x.dtype).reshape(9, channels, -1)
+    neighbors, kernel = _stack_neighbors(x), kernel.astype(x.dtype).reshape(9, channels, -1)
 
     def sample(index: Int[Array, "B P"], weights: Float[Array, "B P 4"]) -> Float[Array, "B P C"]:
-        rows = jnp.take_along_axis(packed, index[..., None], axis=1, mode="clip")
+        rows = jnp.take_along_axis(neighbors, index[..., None], axis=1, mode="clip")
         return jnp.einsum("bpn,bpnc->bpc", weights, rows.reshape(*index.shape, 4, channels))
 
     if not by_tap:
@@ -80,89 +74,112 @@ def deform_conv_levels(
 
 def deform_conv_by_kernel(
     x: Float[Array, "B H W C"],
-    canvas: PackedLevels,
+    packed: PackedLevels,
     offsets: Float[Array, "B H W 18"],
     mask: Float[Array, "B H W 9"],
     kernel: Float[Array, "3 3 C O"],
 ) -> Float[Array, "B H W O"]:
-    """`deform_conv_levels` of a whole canvas by a TPU's kernel, which keeps but its inputs.
+    """Convolve a packed map as `deform_conv_levels` does, by a TPU kernel.
 
-    Zeros in the gaps, whose offsets and mask do not count, whatever they are.
+    The backward pass needs only the inputs. `offsets` and `mask` are packed maps too; their values
+    in the gaps do not matter, and the result is zero there.
     """
     batch = x.shape[0]
-    outputs = jnp.concatenate([offsets, mask], axis=-1).astype(jnp.float32)
-    pixel, size, start = jnp.split(deform.in_blocks(jnp.asarray(_grid(canvas)[None])), 3, axis=2)
-    real = size[:, :, :1] > 0
-    blocks = jnp.where(real, deform.in_blocks(outputs), 0.0)  # (B, blocks, 27, 128)
-    offsets = blocks[:, :, :18].reshape(*blocks.shape[:2], 9, 2, -1)
+    learned = jnp.concatenate([offsets, mask], axis=-1).astype(jnp.float32)
+    # The kernel takes blocks of 128 pixels, which are the last axis from here on.
+    pixel, size, start = jnp.split(
+        deform.in_blocks(jnp.asarray(_pixel_table(packed)[None])), 3, axis=2
+    )
+    is_in_level = size[:, :, :1] > 0
+    learned = jnp.where(is_in_level, deform.in_blocks(learned), 0.0)  # (B, blocks, 27, 128)
+    offsets = learned[:, :, :18].reshape(*learned.shape[:2], 9, 2, -1)
     point = pixel[:, :, None] + TAPS.astype(np.float32)[..., None] + offsets
-    corner, beyond = _corner(point, size[:, :, None])
-    corner = jnp.where(real[:, :, None], corner + start[:, :, None], -2.0).astype(jnp.int32)
-    factors = jnp.concatenate([beyond, blocks[:, :, 18:, None]], axis=3)
-    by_sample = lambda x: jnp.swapaxes(x, 2, 3).reshape(batch, x.shape[1], x.shape[3], -1)
+    corner, fraction = _upper_left(point, size[:, :, None])
+    # Corners below -1 mark pixels without samples.
+    corner = jnp.where(is_in_level[:, :, None], corner + start[:, :, None], -2.0).astype(jnp.int32)
+    factors = jnp.concatenate([fraction, learned[:, :, 18:, None]], axis=3)
+
+    def by_sample(values):  # (B, blocks, taps, N, pixels) -> (B, blocks, N, taps · pixels)
+        return jnp.swapaxes(values, 2, 3).reshape(batch, values.shape[1], values.shape[3], -1)
+
+    def convolve(images, kernel):
+        return deform.deform_conv(*images, kernel)
+
     kernel = kernel.reshape(9, x.shape[-1], -1)
-    convolve = lambda images, kernel: deform.deform_conv(*images, kernel)
     return place.on_each_device(convolve, (x, by_sample(corner), by_sample(factors)), kernel)
 
 
-def pack_neighbors(x: Float[Array, "B H W C"]) -> Float[Array, "B Q C4"]:
-    """Beside every pixel its right, lower and lower-right neighbors: what a bilinear sample needs.
+def _stack_neighbors(x: Float[Array, "B H W C"]) -> Float[Array, "B Q C4"]:
+    """Return each pixel with its right, lower and lower-right neighbors: what one sample reads.
 
-    From pixel (-1, -1) on, row by row, W + 1 a row; zeros outside the map.
+    The first row is pixel (-1, -1); each row of pixels has W + 1 entries. Zeros outside the map.
     """
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    packed = [x[:, :-1, :-1], x[:, :-1, 1:], x[:, 1:, :-1], x[:, 1:, 1:]]
-    packed = jnp.concatenate(packed, axis=-1)
-    return packed.reshape(x.shape[0], -1, packed.shape[-1])
+    neighbors = [x[:, :-1, :-1], x[:, :-1, 1:], x[:, 1:, :-1], x[:, 1:, 1:]]
+    neighbors = jnp.concatenate(neighbors, axis=-1)
+    return neighbors.reshape(x.shape[0], -1, neighbors.shape[-1])
 
 
-def sampling_points(
-    offsets: Float[Array, "B K 18"], canvas: PackedLevels
+def _sampling_points(
+    offsets: Float[Array, "B K 18"], packed: PackedLevels
 ) -> tuple[Int[Array, "B P"], Float[Array, "B P 4"]]:
-    """Which packed row each of the P = 9K taps reads, and the weights of the four pixels there."""
+    """Return where each of the P = 9K taps samples the map.
+
+    Returns:
+        The row of `_stack_neighbors` that the tap reads, and the bilinear weights of the four
+        pixels in it.
+    """
     batch = offsets.shape[0]
-    corner, high = _corners(offsets, canvas)
+    corner, high = _corners(offsets, packed)
     low = 1.0 - high
     pairs = [(low, low), (low, high), (high, low), (high, high)]
     weights = jnp.stack([down[..., 0] * right[..., 1] for down, right in pairs], axis=-1)
-    place = corner + 1  # the packed map starts at pixel (-1, -1)
-    index = place[..., 0] * (canvas.shape[1] + 1) + place[..., 1]
+    pixel = corner + 1  # the neighbors' first row is pixel (-1, -1)
+    index = pixel[..., 0] * (packed.shape[1] + 1) + pixel[..., 1]
     return index.reshape(batch, -1), weights.reshape(batch, -1, 4)
 
 
 def _corners(
-    offsets: Float[Array, "B K 18"], canvas: PackedLevels
+    offsets: Float[Array, "B K 18"], packed: PackedLevels
 ) -> tuple[Int[Array, "B K 9 2"], Float[Array, "B K 9 2"]]:
-    """Each tap's upper left neighbor on the canvas, and how far beyond it the tap lies, 0 to 1.
+    """Return the pixel to the upper left of each sample, and the sample's distance from it.
 
-    Coordinates are float32 whatever the activations are: bfloat16 has no odd pixels past 256.
+    Pixels are (row, column) on the packed map; distances are 0 to 1. Coordinates are always
+    float32: bfloat16 cannot represent odd numbers above 256.
     """
-    levels = [level.reshape(-1, 1, 6) for level in canvas.cut(_grid(canvas)[None])]
+    table = packed.unpack(_pixel_table(packed)[None])
+    levels = [level.reshape(-1, 1, 6) for level in table]
     pixel, size, start = np.split(np.concatenate(levels), 3, axis=-1)  # (K, 1, 2)
     offsets = offsets.astype(jnp.float32).reshape(*offsets.shape[:2], 9, 2)
-    corner, beyond = _corner(pixel + TAPS.astype(np.float32) + offsets, size)
-    return (corner + start).astype(jnp.int32), beyond
+    corner, fraction = _upper_left(pixel + TAPS.astype(np.float32) + offsets, size)
+    return (corner + start).astype(jnp.int32), fraction
 
 
-def _grid(canvas: PackedLevels) -> Float[np.ndarray, "H W 6"]:
-    """(row, column) of each pixel of the canvas in its level, that level's size and its place.
+def _pixel_table(packed: PackedLevels) -> Float[np.ndarray, "H W 6"]:
+    """Return for each pixel of the packed map its place in its level, and the level's.
 
-    In the gaps zeros.
+    The six values are (row, column) in the level, (height, width) of the level, and (top, left) of
+    the level; zeros in the gaps.
     """
-    grid = np.zeros((1, *canvas.shape, 6), np.float32)
-    for level, start in zip(canvas.cut(grid), canvas.corners):
+    table = np.zeros((1, *packed.shape, 6), np.float32)
+    for level, start in zip(packed.unpack(table), packed.corners):
         size = level.shape[1:3]
         level[0, ..., :2] = np.moveaxis(np.indices(size), 0, -1)
         level[0, ..., 2:] = (*size, *start)
-    return grid[0]
+    return table[0]
 
 
-def _corner(
+def _upper_left(
     point: Float[Array, "*P"], size: Float[Array, "*P"]
 ) -> tuple[Float[Array, "*P"], Float[Array, "*P"]]:
-    """A point's upper left neighbor on its level, and how far beyond that it lies, 0 to 1."""
-    # A pixel outside its level nothing is left to sample: stopping there keeps every index valid.
+    """Return the pixel to the upper left of each point, and the point's distance from it (0 to 1).
+
+    Args:
+        point: coordinates (row or column) on a level.
+        size: size of the level along the same axis.
+    """
+    # More than one pixel outside the level every sample is zero. Clipping keeps indices valid.
     point = jnp.clip(point, -1.0, size)
     corner = jnp.clip(jnp.floor(point), -1.0, size - 1.0)
-    # The rest is 1 only at the far border, where the sample is zero.
+    # The distance is 1 only at the far border, where the sample is zero.
     return corner, point - corner

@@ -1,4 +1,4 @@
-"""DetCLIPv2: a dense detector and a text tower that meet in one dot product."""
+"""DetCLIPv2 (Yao et al. 2023): a dense detector and a text tower, compared by a dot product."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from detclipv2_jax.models.text import TextConfig, TextTower
 from detclipv2_jax.ops.boxes import AnchorConfig
 from detclipv2_jax.ops.kernels.place import Kernels
 
-# ImageNet's, of RGB in 0..255: what published Swin weights were trained with.
+# Of ImageNet, for RGB in 0..255. Published Swin weights were trained with them.
 IMAGE_MEAN = (123.675, 116.28, 103.53)
 IMAGE_STD = (58.395, 57.12, 57.375)
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -32,26 +32,34 @@ _SIMILARITIES = ("cosine", "dot")
 
 @dataclasses.dataclass(frozen=True)
 class DetCLIPConfig:
-    """The whole model's sizes.
+    """Sizes and options of the whole model.
 
-    neck_coarse_gain: on the initial laterals of the FPN's two coarser maps. 1 is FPN's own, right
-        for a backbone that is pretrained. From noise, what comes from above tells fine positions
-        nothing of themselves and drowns what the finest map tells: start it small.
-    similarity: how regions and texts are compared: 'cosine' (both L2-normalized) or 'dot' (raw).
-    initial_scale: what cosines are multiplied by at the start: 1/0.07, CLIP's. With D = 256 the
-        cosines of unrelated features spread by 1/16, so logits of negatives start within ±2 of the
-        bias, and a cosine of 0.5 is already a confident yes: 0.5/0.07 - 4.6 = 2.5. Raw dot products
-        start unscaled.
-    prior: the probability that an untrained model gives any concept anywhere (RetinaNet's 0.01);
-        the bias starts at log(prior / (1 - prior)).
-    dtype: of the activations; parameters, norms' statistics and softmax are float32.
-    remat: what is kept of each Swin and text block for the backward pass, which computes the rest
-        again: 'none' is computed again, 'dots' keeps the outputs of the dense layers, 'blocks' the
-        input alone.
-    loop: run the equal blocks of a stage, and of the text tower, as a loop over their stacked
-        parameters. The same values; a deep model compiles in a fraction of the time and memory.
-    kernels: 'auto' runs the towers' blocks and the head in bfloat16 by fused kernels (ops/kernels/)
-        on TPUs, 'xla' leaves all to the compiler, as on other devices.
+    Attributes:
+        swin: the backbone.
+        neck_channels: channels of the FPN's levels.
+        neck_coarse_gain: factor on the initial laterals of the FPN's two coarser maps. 1 is the
+            FPN's own, right for a pretrained backbone. When the backbone trains from scratch, use a
+            small value: at first the coarser maps do not help to tell fine positions apart, and
+            they drown the finest map.
+        head: the head.
+        text: the text tower.
+        anchors: the anchors of all levels.
+        similarity: how regions and texts are compared: "cosine" (both are L2-normalized) or "dot".
+        initial_scale: initial factor on cosines; 1/0.07 is CLIP's. For D = 256, the cosines of
+            unrelated features have a standard deviation of 1/16. So the logits of negatives start
+            within ±2 of the bias, and a cosine of 0.5 is already a confident match:
+            0.5/0.07 - 4.6 = 2.5. Dot products always start at scale 1.
+        prior: probability that an untrained model predicts for every concept at every anchor
+            (RetinaNet uses 0.01). The bias starts at log(prior / (1 - prior)).
+        dtype: of the activations; parameters, statistics of the norms and softmax are float32.
+        remat: which activations of each Swin and text block are stored for the backward pass:
+            "none": all; "dots": the outputs of dense layers; "blocks": only the block's input. The
+            backward pass recomputes the rest.
+        loop: run the equal blocks of a stage and of the text tower as a loop over their stacked
+            parameters. The values are the same. A deep model compiles in a fraction of the time and
+            memory.
+        kernels: "auto" runs the blocks of both towers and the head in bfloat16 by fused kernels
+            (ops/kernels/) on TPUs. "xla" never does.
     """
 
     swin: SwinConfig = SwinConfig()
@@ -69,66 +77,68 @@ class DetCLIPConfig:
     kernels: Kernels = "auto"
 
     def __post_init__(self):
-        if self.dtype not in _DTYPES:
-            raise UserError(f"dtype is {self.dtype!r}; choose one of {', '.join(_DTYPES)}")
-        if self.remat not in get_args(Remat):
-            raise UserError(f"remat is {self.remat!r}; choose one of {', '.join(get_args(Remat))}")
-        if self.kernels not in get_args(Kernels):
-            raise UserError(
-                f"kernels is {self.kernels!r}; choose one of {', '.join(get_args(Kernels))}"
-            )
-        if self.similarity not in _SIMILARITIES:
-            raise UserError(
-                f"similarity is {self.similarity!r}; choose one of {', '.join(_SIMILARITIES)}"
-            )
+        for name, choices in (
+            ("dtype", _DTYPES),
+            ("remat", get_args(Remat)),
+            ("kernels", get_args(Kernels)),
+            ("similarity", _SIMILARITIES),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(
+                    f"config.model.{name} is {value!r}. Choose one of {', '.join(choices)}."
+                )
         if self.head.embed_dim != self.text.embed_dim:
             raise UserError(
-                f"head.embed_dim {self.head.embed_dim} and text.embed_dim {self.text.embed_dim}"
-                " must be equal: regions and texts meet in one dot product"
+                f"config.model: head.embed_dim {self.head.embed_dim} and text.embed_dim "
+                f"{self.text.embed_dim} must be equal, because regions and texts are compared by a "
+                "dot product. Change one of them."
             )
         strides = tuple(self.swin.patch_size * 2**level for level in range(1, 6))
         if tuple(self.anchors.strides) != strides:
             raise UserError(
-                f"anchors.strides {tuple(self.anchors.strides)} must be {strides}, those of the"
-                f" five levels that patches of {self.swin.patch_size} pixels lead to"
+                f"config.model: anchors.strides is {tuple(self.anchors.strides)}, but with "
+                f"swin.patch_size {self.swin.patch_size} the levels have strides {strides}. Change "
+                "one of them."
             )
-        if not 0 < self.prior < 1 or self.initial_scale <= 0:
+        if not 0 < self.prior < 1:
+            raise UserError(f"config.model.prior is {self.prior}. Choose a probability in (0, 1).")
+        if self.initial_scale <= 0:
             raise UserError(
-                f"prior {self.prior} must lie within (0, 1) and initial_scale {self.initial_scale}"
-                " must be positive"
+                f"config.model.initial_scale is {self.initial_scale}. Choose a positive number."
             )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DetCLIPConfig":
-        """From nested plain dicts, as `to_dict` makes; what is left out keeps its default.
+        """Return the config of nested dicts as `to_dict` returns them; absent fields are defaults.
 
         Raises:
-            UserError: a key that no field has, or a value of another type, named with its path.
+            UserError: a key is unknown or a value has a wrong type; the message names its path.
         """
         return config_dict.from_dict(cls, values, "model")
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain dicts, which JSON can hold."""
+        """Return the config as nested dicts that JSON can store."""
         return config_dict.to_dict(self)
 
 
 def normalize_images(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-    """Pixels 0..255 to zero mean and unit variance a channel (ImageNet's), float32."""
+    """Scale RGB pixels 0..255 to mean 0 and variance 1 per channel (of ImageNet), in float32."""
     mean, std = np.asarray(IMAGE_MEAN, np.float32), np.asarray(IMAGE_STD, np.float32)
     return (images.astype(jnp.float32) - mean) / std
 
 
 def l2_normalize(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """Unit vectors; zeros stay zeros, with a finite gradient."""
+    """Scale vectors to length 1; a zero vector stays zero, with a finite gradient."""
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
 
 
 class DetCLIP(nnx.Module):
-    """Backbone, neck, head and text tower, and the learned scale and bias of their similarity.
+    """Backbone, neck, head and text tower, with a learned scale and bias of the similarity.
 
     Args:
-        cfg: its sizes.
+        cfg: sizes and options.
         rngs: initializes the parameters.
     """
 
@@ -153,32 +163,39 @@ class DetCLIP(nnx.Module):
         images: UInt8[Array, "B H W 3"],
         drop_path_factors: Float[Array, "N 2 B"] | None = None,
     ) -> RegionOutputs:
-        """Embedding, box and centerness of every anchor of `anchor_grid(H, W, cfg.anchors)`.
+        """Return embedding, box and centerness of every anchor of `anchor_grid(H, W, cfg.anchors)`.
 
         Args:
-            images: RGB, 0..255, any size; normalized here.
-            drop_path_factors: drop path factors (`backbone.draw_drop_path`); None is inference.
+            images: RGB, 0..255, any size.
+            drop_path_factors: drop path factors of the backbone's N blocks
+                (`backbone.draw_drop_path`); None at inference.
 
         Returns:
-            float32 outputs; the embeddings are unit vectors when `similarity` is 'cosine'.
+            float32 outputs. The embeddings are unit vectors if `similarity` is "cosine".
         """
-        outputs = self.head(self.neck(self.backbone(normalize_images(images), drop_path_factors)))
+        maps = self.backbone(normalize_images(images), drop_path_factors)
+        outputs = self.head(self.neck(maps))
         return dataclasses.replace(outputs, embeddings=self._comparable(outputs.embeddings))
 
     def encode_text(self, tokens: Int[Array, "M L"]) -> Float[Array, "M D"]:
-        """Features of M concepts in float32, unit vectors when `similarity` is 'cosine'."""
+        """Return the features of M concepts, in float32; unit vectors if `similarity` is "cosine".
+
+        Args:
+            tokens: see `TextTower.__call__`.
+        """
         return self._comparable(self.text(tokens))
 
     def scale(self) -> Float[Array, ""]:
-        """exp(a), what every similarity is multiplied by."""
+        """Return exp(a), the factor on all similarities, where a is the learned `logit_scale`."""
         return jnp.exp(self.logit_scale[...])
 
     def logits(
         self, regions: Float[Array, "... K D"], texts: Float[Array, "M D"]
     ) -> Float[Array, "... K M"]:
-        """Detection logits s + b, where s = exp(a) · regions · textsᵀ, accumulated in float32.
+        """Return the logits exp(a) · regions · textsᵀ + b of every region for every text.
 
-        The scale goes on the texts, the smallest array of the three.
+        Products accumulate in float32. The scale multiplies the texts, which are the smallest array
+        of the three.
         """
         products = jnp.matmul(regions, (self.scale() * texts).T, preferred_element_type=jnp.float32)
         return products + self.logit_bias[...]
@@ -188,15 +205,15 @@ class DetCLIP(nnx.Module):
 
 
 def abstract(cfg: DetCLIPConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """As `create`, with `jax.ShapeDtypeStruct`s for arrays: no memory, no compiling."""
+    """Return `create`'s results with `jax.ShapeDtypeStruct`s as arrays; allocates no memory."""
     return jax.eval_shape(lambda: _split(DetCLIP(cfg, rngs=Draws())))
 
 
 def create(cfg: DetCLIPConfig, seed: int) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """A fresh model: its static graph and its parameters, nested dicts of float32 arrays.
+    """Return a new model as its static graph and its parameters.
 
-    Every key is a string, so a parameter's path is its keys joined by '/'. The same seed gives the
-    same parameters on any number of devices.
+    Parameters are nested dicts of float32 arrays with strings as keys. The path of a parameter is
+    its keys joined by '/'. The same seed gives the same parameters on any number of devices.
     """
     return _initializer(cfg)(jax.random.key(seed))
 
@@ -204,19 +221,19 @@ def create(cfg: DetCLIPConfig, seed: int) -> tuple[nnx.GraphDef, dict[str, Any]]
 @functools.cache
 def _initializer(cfg: DetCLIPConfig):
     _, shapes = abstract(cfg)
-    enough = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
     @jax.jit
     def initialize(key):
-        # The barrier keeps the compiler from repeating the draw for every piece of it.
-        draw = jax.lax.optimization_barrier(jax.random.normal(key, (enough,)))
+        # Without the barrier XLA repeats the draw for every slice of it.
+        draw = jax.lax.optimization_barrier(jax.random.normal(key, (size,)))
         return _split(DetCLIP(cfg, rngs=Draws(draw)))
 
     return initialize
 
 
 def build(graphdef: nnx.GraphDef, params: Mapping[str, Any]) -> DetCLIP:
-    """The model of a graph and parameters; the inverse of `create`, also inside `jit`."""
+    """Return the model of a graph and parameters, the inverse of `create`; also inside `jit`."""
     to_index = lambda key: int(key) if key.isdigit() else key
     return nnx.merge(graphdef, nnx.State(_map_keys(params, to_index)))
 

@@ -1,9 +1,10 @@
-"""What a step's arithmetic comes to, counted from the sizes: the yardstick of every utilization.
+"""Floating-point operations of a training step, computed from its sizes; the basis of MFU.
 
-A multiplication with its addition counts as two. Only matrix products, convolutions and bilinear
-samples are counted, each once and on real pixels: padding to windows, gaps of the head's canvas and
-recomputation are the program's affair, and a compiler's own count would reward them. So is the
-second forward pass of image-text data in parts: a step has the same FLOPs in any number of parts.
+A multiply-add counts as two operations. Only matrix products, convolutions and bilinear samples are
+counted, once each and for real pixels. Padding to windows, gaps of the head's packed map and
+recomputation do not count, because they depend on the implementation; XLA's own count includes
+them. The second forward pass over image-text data in micro-batches does not count either, so a step
+has the same FLOPs for any number of micro-batches.
 """
 
 import math
@@ -12,11 +13,11 @@ from detclipv2_jax.models.detclip import DetCLIPConfig
 from detclipv2_jax.models.swin import SwinConfig
 from detclipv2_jax.models.text import TextConfig
 
-BACKWARD = 2.0  # a product's gradient is two products of its size
+BACKWARD = 2.0  # over forward: the gradient of a product is two products of the same size
 
 
 def backbone(cfg: SwinConfig, height: int, width: int) -> float:
-    """Forward of one image."""
+    """Return the FLOPs of the backbone's forward pass of one image."""
     total, rows, columns = 0.0, _up(height, cfg.patch_size), _up(width, cfg.patch_size)
     total += 2 * rows * columns * 3 * cfg.patch_size**2 * cfg.embed_dim
     for stage, (channels, depth) in enumerate(zip(cfg.widths, cfg.depths)):
@@ -30,7 +31,16 @@ def backbone(cfg: SwinConfig, height: int, width: int) -> float:
 
 
 def dense_parts(cfg: DetCLIPConfig, height: int, width: int) -> dict[str, float]:
-    """Forward of neck, head and the deformable convolution, of one image."""
+    """Return the FLOPs of the forward pass of one image after the backbone.
+
+    Args:
+        cfg: the model.
+        height: of the canvas, in pixels.
+        width: of the canvas, in pixels.
+
+    Returns:
+        FLOPs of "neck", "head" and, if the head has one, the "deformable" convolution.
+    """
     pixels = [_up(height, s) * _up(width, s) for s in cfg.anchors.strides]
     inside, out = cfg.neck_channels, cfg.head.channels
     taps = 9 * inside
@@ -48,7 +58,7 @@ def dense_parts(cfg: DetCLIPConfig, height: int, width: int) -> dict[str, float]
 
 
 def text(cfg: TextConfig) -> float:
-    """Forward of one concept."""
+    """Return the FLOPs of the text tower's forward pass of one concept."""
     layer = 12 * cfg.width**2 + 2 * cfg.context * cfg.width
     return 2.0 * cfg.context * cfg.layers * layer + 2 * cfg.width * cfg.embed_dim
 
@@ -63,16 +73,20 @@ def step(
     proposals: int = 100,
     group: int = 192,
 ) -> dict[str, float]:
-    """FLOPs by part of one training step, forward and backward, for the whole global batch.
+    """Return the FLOPs of each part of a training step, forward and backward.
 
     Args:
         cfg: the model.
-        kind: of the step; image_text has the contrastive loss and its choice of regions.
-        shape: of the canvas, pixels.
+        kind: of the step. An "image_text" step has the contrastive loss and its choice of regions,
+            the others the alignment loss.
+        shape: (height, width) of the canvas, in pixels.
         images: of the global batch.
-        concepts: rows of the step's table.
-        proposals: regions an image in the contrastive loss.
+        concepts: rows of the step's concept table.
+        proposals: regions per image in the contrastive loss.
         group: images whose concepts score a region together.
+
+    Returns:
+        FLOPs of the whole global batch by name of the part.
     """
     height, width = shape
     per_image = {"backbone": backbone(cfg.swin, height, width), **dense_parts(cfg, height, width)}

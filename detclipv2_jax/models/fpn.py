@@ -12,10 +12,10 @@ from detclipv2_jax.ops import conv
 def conv3x3(
     width: int, out: int, dtype, rngs: Draws, *, stride=1, use_bias=True, kernel_init
 ) -> nnx.Conv:
-    """3×3 convolution with one pixel of zeros on every side.
+    """Return a 3×3 convolution layer that pads one pixel of zeros on every side.
 
-    The padding is explicit because 'SAME' pads a strided convolution at the bottom and right only,
-    which is another layer than the references'.
+    The padding is explicit because 'SAME' pads a strided convolution only at the bottom and the
+    right, unlike the reference implementations.
     """
     return nnx.Conv(
         width,
@@ -32,17 +32,17 @@ def conv3x3(
 
 
 def _convolve(x, kernel, *_, **__):
-    """What flax passes besides is the stride and the padding that `conv.conv3x3` has."""
+    """Call `ops.conv.conv3x3`, whose stride and padding equal those that Flax passes."""
     return conv.conv3x3(x, kernel)
 
 
 def upsample_to(
     coarse: Float[Array, "B H W C"], fine: Float[Array, "B H2 W2 C"]
 ) -> Float[Array, "B H2 W2 C"]:
-    """Nearest-neighbor upsampling to exactly the size of `fine`.
+    """Upsample to exactly the size of `fine` by nearest-neighbor interpolation.
 
-    A stride-2 stage makes ⌈n/2⌉ of n, so `fine` is 2m or 2m - 1 wide; then repeating every pixel
-    twice and cropping is what nearest interpolation to that size gives.
+    A stride-2 stage turns n pixels into m = ⌈n/2⌉, so `fine` has 2m or 2m - 1 pixels per side.
+    Nearest interpolation to that size repeats every pixel twice and crops.
     """
     batch, height, width, channels = coarse.shape
     shape = (batch, height, 2, width, 2, channels)
@@ -52,16 +52,16 @@ def upsample_to(
 
 
 class FPN(nnx.Module):
-    """Lin et al. 2017 with two extra levels by stride-2 convolutions on the last output.
+    """FPN (Lin et al. 2017) with two extra levels by stride-2 convolutions, as in ATSS.
 
-    These follow ATSS's defaults: P6 from P5's *output*, P7 from P6, no activation between.
+    P6 is computed from P5's output and P7 from P6, with no activation in between.
 
     Args:
-        in_channels: widths of the incoming maps, fine to coarse.
-        channels: width of every outgoing map.
-        coarse_gain: on the initial laterals of all but the finest map.
+        in_channels: channels of the incoming maps, fine to coarse.
+        channels: channels of every outgoing map.
+        coarse_gain: factor on the initial laterals of all maps but the finest.
         dtype: of the activations.
-        rngs: initializes the parameters (Xavier, as the reference's).
+        rngs: initializes the parameters (Xavier, like the reference implementation).
     """
 
     def __init__(
@@ -86,10 +86,11 @@ class FPN(nnx.Module):
             for _ in range(2)
         )
 
+    @jax.named_scope("neck")
     def __call__(
         self, maps: tuple[Float[Array, "B H W C"], ...]
     ) -> tuple[Float[Array, "B H2 W2 D"], ...]:
-        """P3..P7 of the maps at strides 8, 16 and 32: strides 8, 16, 32, 64 and 128."""
+        """Return P3 to P7 (strides 8 to 128) from the backbone's maps of strides 8, 16 and 32."""
         merged = [lateral(x) for lateral, x in zip(self.lateral, maps, strict=True)]
         for level in reversed(range(len(merged) - 1)):
             merged[level] += upsample_to(merged[level + 1], merged[level])

@@ -1,5 +1,6 @@
-"""Equal blocks one after another as a loop, which compiles as one of them does."""
+"""Run equal blocks one after another, as written-out code or as a loop that compiles faster."""
 
+import operator
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,38 +13,55 @@ def run_blocks(
     run: Callable[[nnx.Module, Array, PyTree], Array],
     blocks: Sequence[nnx.Module],
     x: Array,
-    options: PyTree,
+    inputs: PyTree,
     *,
     loop: bool,
     period: int = 1,
 ) -> Array:
-    """x = run(block, x, option) for each block.
+    """Return x after `x = run(block, x, input)` for each block.
+
+    A loop needs at least two iterations of `period` blocks each; otherwise the blocks are written
+    out. In profiles a block is named "block3" where it is written out. In a loop all iterations
+    share one program, so a block is named by its place in the iteration: "loop/block1".
 
     Args:
-      run: of a block, its input and its option, gives its output, of the input's shape.
-      options: arrays with an entry a block on their first axis, or None for all.
-      loop: whether to loop over the blocks' stacked parameters instead of writing each block out.
-      period: every `period`-th block is alike but for its parameters; so many are a turn.
-    """
-    turns = len(blocks) // period
-    if not loop or turns < 2 or len(blocks) % period:
-        for number, block in enumerate(blocks):
-            x = run(block, x, _entry(options, number))
-        return x
+        run: computes a block from its module, its activations and its input. The activations keep
+            their shape.
+        blocks: modules with equal parameters' shapes; block i and block i + period have the same
+            static attributes.
+        x: activations.
+        inputs: arrays whose first axis has one entry per block, or None.
+        loop: whether to loop over the blocks' stacked parameters. The values are the same, and the
+            compiler sees one iteration instead of all blocks.
+        period: blocks per iteration of the loop.
 
-    groups = [nnx.List(blocks[turn * period : (turn + 1) * period]) for turn in range(turns)]
+    Returns:
+        The activations after the last block.
+    """
+    iterations = len(blocks) // period
+    if not loop or iterations < 2 or len(blocks) % period:
+        return _run_in_turn(run, blocks, x, inputs)
+
+    groups = [nnx.List(blocks[i * period : (i + 1) * period]) for i in range(iterations)]
     graphs, states = zip(*map(nnx.split, groups))
 
-    def turn(x: Array, inputs: PyTree) -> tuple[Array, None]:
-        state, options = inputs
-        for number, block in enumerate(nnx.merge(graphs[0], state)):
-            x = run(block, x, _entry(options, number))
-        return x, None
+    def iterate(x: Array, scanned: PyTree) -> tuple[Array, None]:
+        state, inputs = scanned
+        return _run_in_turn(run, nnx.merge(graphs[0], state), x, inputs), None
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    options = jax.tree.map(lambda o: o.reshape(turns, period, *o.shape[1:]), options)
-    return jax.lax.scan(turn, x, (stacked, options))[0]
+    inputs = jax.tree.map(lambda a: a.reshape(iterations, period, *a.shape[1:]), inputs)
+    with jax.named_scope("loop"):
+        return jax.lax.scan(iterate, x, (stacked, inputs))[0]
 
 
-def _entry(options: PyTree, number: int) -> PyTree:
-    return jax.tree.map(lambda option: option[number], options)
+def _run_in_turn(
+    run: Callable[[nnx.Module, Array, PyTree], Array],
+    blocks: Sequence[nnx.Module],
+    x: Array,
+    inputs: PyTree,
+) -> Array:
+    for number, block in enumerate(blocks):
+        with jax.named_scope(f"block{number}"):
+            x = run(block, x, jax.tree.map(operator.itemgetter(number), inputs))
+    return x

@@ -1,7 +1,7 @@
-"""Layer and group normalization with float32, two-pass statistics and a closed-form gradient.
+"""Layer and group normalization with float32 two-pass statistics and a closed-form gradient.
 
-The gradient is written out because what autodiff makes of it is several times as many loops, each
-of which takes memory traffic to run and time to compile.
+The gradient is written out because automatic differentiation produces several times as many loops.
+Each loop costs memory traffic at run time, and compile time.
 """
 
 import functools
@@ -18,15 +18,19 @@ EPS = 1e-5
 
 @jax.custom_vjp
 def standardize(x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-    """Zero mean and unit variance of each position's channels: in float32, given in x's dtype."""
+    """Scale the channels of each position to mean 0 and variance 1.
+
+    Computed in float32; the result has x's dtype.
+    """
     return _forward(_channel_average, x)[0]
 
 
 @jax.custom_vjp
 def standardize_patches(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """The same of the channels of each 2×2 patch together; the sides are even.
+    """Scale the channels of each 2×2 patch together to mean 0 and variance 1.
 
-    As `standardize` of patches that are laid side by side, but nothing is moved in float32.
+    Equals `standardize` of the 4C channels of each patch, but moves no pixels in float32. Both
+    sides of the map must be even.
     """
     return _forward(_patch_average, x)[0]
 
@@ -47,7 +51,7 @@ def _backward(average, saved, gradient):
 
 
 def _patches_backward(saved, gradient):
-    # Else the compiler makes the gradient wide first and moves its patches apart then.
+    # Without the barrier XLA converts the gradient to float32 before it rearranges the patches.
     return _backward(_patch_average, saved, jax.lax.optimization_barrier(gradient))
 
 
@@ -56,7 +60,7 @@ def _channel_average(x: Float[Array, "... C"]) -> Float[Array, "... 1"]:
 
 
 def _patch_average(x: Float[Array, "B H W C"]) -> Float[Array, "B H W 1"]:
-    """Each pixel's patch's mean."""
+    """Return for each pixel the mean over the 2×2 patch that contains it."""
     batch, height, width, _ = x.shape
     means = jnp.mean(x, axis=-1).reshape(batch, height // 2, 2, width // 2, 2)
     means = jnp.broadcast_to(jnp.mean(means, axis=(2, 4), keepdims=True), means.shape)
@@ -71,83 +75,90 @@ standardize_patches.defvjp(functools.partial(_forward, _patch_average), _patches
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def standardize_levels(
-    x: Float[Array, "B H W C"], groups: int, canvas: PackedLevels
+    x: Float[Array, "B H W C"], groups: int, packed: PackedLevels
 ) -> Float[Array, "B H W C"]:
-    """The same of each group of channels of each level of a canvas; the gaps are undefined.
+    """Scale each group of channels of each level of a packed map to mean 0 and variance 1.
 
-    Statistics are taken of levels cut from x before it is made wide: so no map is held in float32.
+    Each level is cut out before its conversion to float32, so no whole map is stored in float32.
+    Values in the gaps are undefined.
     """
-    return _levels_forward(x, groups, canvas)[0]
+    return _levels_forward(x, groups, packed)[0]
 
 
-def _levels_forward(x, groups, canvas):
+def _levels_forward(x, groups, packed):
     means, inverses = [], []
-    for level in canvas.cut(x):
+    for level in packed.unpack(x):
         means.append(_average(level.astype(jnp.float32), groups))
         centered = level.astype(jnp.float32) - means[-1]
         inverses.append(jax.lax.rsqrt(_average(jnp.square(centered), groups) + EPS))
-    centered = x.astype(jnp.float32) - _spread(means, canvas)
-    y = (centered * _spread(inverses, canvas)).astype(x.dtype)
+    centered = x.astype(jnp.float32) - _spread(means, packed)
+    y = (centered * _spread(inverses, packed)).astype(x.dtype)
     return y, (y, inverses)
 
 
-def _levels_backward(groups, canvas, saved, gradient):
+def _levels_backward(groups, packed, saved, gradient):
     y, inverses = saved
-    plain, along = [], []
-    for level, slope in zip(canvas.cut(y), canvas.cut(gradient)):
+    gradient_means, product_means = [], []
+    for level, slope in zip(packed.unpack(y), packed.unpack(gradient)):
         slope = slope.astype(jnp.float32)
-        plain.append(_average(slope, groups))
-        along.append(_average(slope * level.astype(jnp.float32), groups))
-    wide = gradient.astype(jnp.float32) - _spread(plain, canvas)
-    wide = wide - y.astype(jnp.float32) * _spread(along, canvas)
-    return ((wide * _spread(inverses, canvas)).astype(gradient.dtype),)
+        gradient_means.append(_average(slope, groups))
+        product_means.append(_average(slope * level.astype(jnp.float32), groups))
+    wide = gradient.astype(jnp.float32) - _spread(gradient_means, packed)
+    wide = wide - y.astype(jnp.float32) * _spread(product_means, packed)
+    return ((wide * _spread(inverses, packed)).astype(gradient.dtype),)
 
 
 standardize_levels.defvjp(_levels_forward, _levels_backward)
 
 
 def _average(level: Float[Array, "B H W C"], groups: int) -> Float[Array, "B 1 1 C"]:
-    """Each channel's group's mean. Pixels first: groups of 8 channels would be padded to 128."""
+    """Return for each channel the mean over its group and all pixels.
+
+    Pixels are averaged first: a reshape to groups of 8 channels would be padded to 128 on TPUs.
+    """
     return _group_average(jnp.mean(level, axis=(1, 2)), groups)[:, None, None]
 
 
 def _group_average(values: Float[Array, "... C"], groups: int) -> Float[Array, "... C"]:
-    """Each channel's group's mean."""
+    """Return for each channel the mean over its group."""
     *rest, channels = values.shape  # the batch may be a symbol, in an exported program
     grouped = values.reshape(*rest, groups, channels // groups)
     grouped = jnp.broadcast_to(jnp.mean(grouped, axis=-1, keepdims=True), grouped.shape)
     return grouped.reshape(values.shape)
 
 
-def _spread(values: list[Float[Array, "B 1 1 C"]], canvas: PackedLevels) -> Float[Array, "B H W C"]:
-    """Each pixel's level's. Selects instead of a gather: they melt into what reads the result."""
+def _spread(values: list[Float[Array, "B 1 1 C"]], packed: PackedLevels) -> Float[Array, "B H W C"]:
+    """Return a packed map on which every pixel has its level's value.
+
+    Selects instead of a gather, because XLA fuses them into the operation that reads the result.
+    """
     return functools.reduce(
-        lambda rest, entry: jnp.where(canvas.member(entry[0]), entry[1], rest),
+        lambda rest, entry: jnp.where(packed.level_mask(entry[0]), entry[1], rest),
         enumerate(values),
         jnp.zeros((), values[0].dtype),
     )
 
 
 class LayerNorm(nnx.Module):
-    """Normalization of each position's channels, then a learned scale and bias."""
+    """Normalization of each position's channels, with a learned scale and bias."""
 
     def __init__(self, width: int):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        """Same shape and dtype."""
-        return self.finish(standardize(x))
+        """Return the normalized x, in the same dtype."""
+        return self.scale_and_shift(standardize(x))
 
-    def finish(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        """Scale and bias of what is standardized already."""
+    def scale_and_shift(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        """Apply the learned scale and bias to values that are already standardized."""
         return x * self.scale[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
 
 
 class GroupNorm(nnx.Module):
-    """Normalization of groups of channels over each level of a canvas, then a scale and a bias.
+    """Normalization of groups of channels over each level of a packed map (Wu & He 2018).
 
-    Wu & He 2018. The levels share scale and bias, not statistics.
+    The levels share the learned scale and bias, but not the statistics.
     """
 
     def __init__(self, width: int, groups: int):
@@ -155,18 +166,21 @@ class GroupNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
 
-    def __call__(self, x: Float[Array, "B H W C"], canvas: PackedLevels) -> Float[Array, "B H W C"]:
-        """Same shape and dtype; what stands in the gaps afterwards is undefined."""
+    def __call__(self, x: Float[Array, "B H W C"], packed: PackedLevels) -> Float[Array, "B H W C"]:
+        """Return the normalized packed map, in the same dtype; values in the gaps are undefined."""
         scale, bias = self.scale[...].astype(x.dtype), self.bias[...].astype(x.dtype)
-        return standardize_levels(x, self.groups, canvas) * scale + bias
+        return standardize_levels(x, self.groups, packed) * scale + bias
 
-    def factors(
+    def scale_and_offset(
         self,
         mean: Float[Array, "B levels C"],
         variance: Float[Array, "B levels C"],
     ) -> tuple[Float[Array, "B levels C"], Float[Array, "B levels C"]]:
-        """What to multiply a map by and what to add then, from its channels' statistics."""
+        """Return the (scale, offset) that normalize a map with these statistics per channel.
+
+        The normalized map is `x * scale + offset`.
+        """
         middle = _group_average(mean, self.groups)
         variance = _group_average(variance + jnp.square(mean - middle), self.groups)
-        factor = self.scale[...] * jax.lax.rsqrt(variance + EPS)
-        return factor, self.bias[...] - middle * factor
+        scale = self.scale[...] * jax.lax.rsqrt(variance + EPS)
+        return scale, self.bias[...] - middle * scale

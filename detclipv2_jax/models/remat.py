@@ -1,4 +1,4 @@
-"""What the backward pass computes again instead of keeping it, by the name of a policy."""
+"""Rematerialization: which activations the backward pass recomputes (Chen et al. 2016)."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -7,26 +7,23 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-# Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016. Of each block,
-# "none": everything is kept; "dots": the outputs of its dense layers; "blocks": its input alone.
+# What is stored of each block: "none": every activation; "dots": the outputs of its dense layers
+# and convolutions; "blocks": only its input. The rest is recomputed.
 Remat = Literal["none", "dots", "blocks"]
 
-_PRODUCT = "product"
+_DENSE_OUTPUT = "product"
 
 
-def product(x: jax.Array) -> jax.Array:
-    """Marks the output of a dense layer or a convolution: what "dots" keeps."""
-    return checkpoint_name(x, _PRODUCT)
+def mark_dense_output(x: jax.Array) -> jax.Array:
+    """Mark the output of a dense layer or a convolution: an activation that "dots" stores."""
+    return checkpoint_name(x, _DENSE_OUTPUT)
 
 
-def block_of(function: Callable, remat: Remat, static: int | tuple[int, ...] = ()) -> Callable:
-    """`function` of a module and arrays, with only what the policy keeps of its inside.
-
-    `static`: positions of the arguments that are no arrays.
-    """
+def rematerialize(function: Callable, remat: Remat) -> Callable:
+    """Wrap a function of a module and arrays so that it stores only what the policy allows."""
     if remat == "none":
         return function
     policy = None
     if remat == "dots":
-        policy = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
-    return nnx.remat(function, static_argnums=static, policy=policy)
+        policy = jax.checkpoint_policies.save_only_these_names(_DENSE_OUTPUT)
+    return nnx.remat(function, policy=policy)

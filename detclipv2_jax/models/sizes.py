@@ -1,12 +1,12 @@
-"""The sizes the project is made for. Configs start from these and may change any field."""
+"""The models that the shipped configs use. A config may change any field."""
 
 from detclipv2_jax.models.atss_head import HeadConfig
 from detclipv2_jax.models.detclip import DetCLIPConfig
 from detclipv2_jax.models.swin import SwinConfig
 from detclipv2_jax.models.text import TextConfig
 
-# Paper §4.1: Swin with window 7 (T) and 12 (L), drop path 0.2; FPN and head of 256
-# channels; CLIP ViT-B's text tower.
+# Yao et al. 2023, §4.1: Swin with window 7 (T) or 12 (L) and drop path 0.2, FPN and head of 256
+# channels, the text tower of CLIP ViT-B.
 SWIN_T = DetCLIPConfig(
     swin=SwinConfig(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window=7),
     dtype="bfloat16",
@@ -18,8 +18,8 @@ SWIN_L = DetCLIPConfig(
     remat="blocks",
     loop=True,
 )
-# The same parts for two CPU cores [ours]. It starts from noise where the paper's towers are
-# pretrained, so it starts differently: docs/paper_vs_ours.md says what each of these is for.
+# The same parts, small enough for two CPU cores [ours]. The paper's towers are pretrained; this one
+# trains from scratch and needs other initial values: docs/paper_vs_ours.md explains each of them.
 NANO = DetCLIPConfig(
     swin=SwinConfig(
         embed_dim=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window=4, drop_path=0.0

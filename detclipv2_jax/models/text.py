@@ -1,7 +1,7 @@
-"""Text tower: CLIP's causal transformer over short concepts, one feature each.
+"""Text tower: CLIP's causal transformer, which returns one feature per concept.
 
-Radford et al. 2021 (architecture and initialization); DetCLIPv2 encodes each concept as its own
-sentence of at most 16 tokens.
+Architecture and initialization follow Radford et al. 2021. DetCLIPv2 encodes each concept as a
+sentence of its own with at most 16 tokens.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.models.initializers import Draws, normal
 from detclipv2_jax.models.loop import run_blocks
 from detclipv2_jax.models.norms import LayerNorm
-from detclipv2_jax.models.remat import Remat, block_of, product
+from detclipv2_jax.models.remat import Remat, mark_dense_output, rematerialize
 from detclipv2_jax.models.swin import linear
 from detclipv2_jax.ops.kernels import causal, mlp, place
 from detclipv2_jax.ops.kernels.place import Kernels
@@ -25,9 +25,16 @@ from detclipv2_jax.ops.kernels.place import Kernels
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Sizes of the text tower. `context` is the number of tokens a concept may have.
+    """Sizes of the text tower.
 
-    projection_gain: on the initial projection; CLIP's is 1.
+    Attributes:
+        width: channels.
+        layers: transformer blocks.
+        heads: attention heads.
+        vocab: token ids of the tokenizer.
+        context: maximum number of tokens of a concept.
+        embed_dim: size of a feature.
+        projection_gain: factor on the initial projection; CLIP uses 1.
     """
 
     width: int = 512
@@ -40,11 +47,14 @@ class TextConfig:
 
     def __post_init__(self):
         if self.width % self.heads:
-            raise UserError(f"text.heads {self.heads} must divide text.width {self.width}")
+            raise UserError(
+                f"config.model.text: heads {self.heads} must divide width {self.width}. Change one "
+                "of them."
+            )
 
 
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """x·sigmoid(1.702x), the approximation that CLIP was trained with."""
+    """Return x·sigmoid(1.702x), the approximation of GELU that CLIP was trained with."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -58,23 +68,25 @@ class TextAttention(nnx.Module):
         self.out_proj = linear(cfg.width, cfg.width, dtype, rngs, std=std * depth_scale)
 
     def __call__(self, x: Float[Array, "M L C"]) -> Float[Array, "M L C"]:
-        """Each position sees itself and those before it; softmax in float32.
+        """Attend from each position to itself and the positions before it; softmax in float32.
 
-        No padding mask: pads come after [EOS], and only [EOS] is read.
+        Padding needs no mask: it follows [EOS], and only the feature at [EOS] is used.
         """
         batch, length, width = x.shape
-        qkv = product(self.in_proj(x)).reshape(batch, length, 3 * self.heads, width // self.heads)
+        qkv = mark_dense_output(self.in_proj(x)).reshape(
+            batch, length, 3 * self.heads, width // self.heads
+        )
         query, key, value = jnp.split(qkv, 3, axis=2)
         query = query * (width // self.heads) ** -0.5
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
         causal = np.tril(np.ones((length, length), bool))
         weights = jax.nn.softmax(jnp.where(causal, scores, -1e9), axis=-1).astype(x.dtype)
         out = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-        return product(self.out_proj(out.reshape(batch, length, width)))
+        return mark_dense_output(self.out_proj(out.reshape(batch, length, width)))
 
 
 class TextMlp(nnx.Module):
-    """Two layers with a QuickGELU between them."""
+    """Two linear layers with a QuickGELU in between."""
 
     def __init__(self, cfg: TextConfig, *, dtype, rngs: Draws):
         width = cfg.width
@@ -83,12 +95,12 @@ class TextMlp(nnx.Module):
         self.c_proj = linear(4 * width, width, dtype, rngs, std=out_std)
 
     def __call__(self, x: Float[Array, "M L C"]) -> Float[Array, "M L C"]:
-        """Position by position."""
-        return product(self.c_proj(quick_gelu(product(self.c_fc(x)))))
+        """Apply the layers to each position."""
+        return mark_dense_output(self.c_proj(quick_gelu(mark_dense_output(self.c_fc(x)))))
 
 
 class TextBlock(nnx.Module):
-    """Pre-norm attention and MLP, each a residual branch."""
+    """Pre-norm causal attention and MLP, each a residual branch."""
 
     def __init__(self, cfg: TextConfig, *, dtype, kernels: Kernels = "auto", rngs: Draws):
         self.fused = kernels == "auto" and dtype == jnp.bfloat16
@@ -98,27 +110,31 @@ class TextBlock(nnx.Module):
         self.mlp = TextMlp(cfg, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "M L C"]) -> Float[Array, "M L C"]:
-        """One block."""
+        """Return the block's output."""
         if self.has_kernels(x.shape):
             return self._by_kernels(x)
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        with jax.named_scope("attention"):
+            x = x + self.attn(self.ln_1(x))
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.ln_2(x))
 
     def has_kernels(self, shape: tuple[int, ...]) -> bool:
-        """Whether sequences of this shape go through kernels, on the device that is traced for."""
+        """Whether TPU kernels handle sequences of this shape on the current device."""
         _, length, width = shape
         if not self.fused or not causal.supports(width, self.attn.heads, length):
             return False
-        tokens = (1, 16, causal.UNIT, width)  # more are no more at a time
-        expand = mlp.fast_memory(tokens, self.mlp.c_fc.kernel.shape[1])
-        return place.room() >= max(causal.fast_memory(width), expand)
+        tokens = (1, 16, causal.UNIT, width)  # more rows do not need more memory
+        expand = mlp.vmem_bytes(tokens, self.mlp.c_fc.kernel.shape[1])
+        return place.vmem_budget() >= max(causal.vmem_bytes(width), expand)
 
     def _by_kernels(self, x):
-        """The same by the kernels, which keep nothing but their input for the backward pass."""
+        """Compute the block by TPU kernels, whose backward pass stores only their inputs."""
         heads = self.attn.heads
         attend = lambda x, weights: causal.attention_branch(x, weights, heads=heads)
-        x = place.on_each_device(attend, x, self._attention_weights())
-        return place.on_each_device(_expand, x, self._mlp_weights())
+        with jax.named_scope("attention"):
+            x = place.on_each_device(attend, x, self._attention_weights())
+        with jax.named_scope("mlp"):
+            return place.on_each_device(_mlp_branch, x, self._mlp_weights())
 
     def _attention_weights(self) -> causal.Weights:
         attn, width = self.attn, self.ln_1.scale.shape[0]
@@ -142,22 +158,22 @@ class TextBlock(nnx.Module):
         )
 
 
-def _expand(x: Float[Array, "M L C"], weights: mlp.Weights) -> Float[Array, "M L C"]:
-    """The MLP branch by its kernel, which takes maps: here of rows of several sequences."""
+def _mlp_branch(x: Float[Array, "M L C"], weights: mlp.Weights) -> Float[Array, "M L C"]:
+    """Compute the MLP branch by the kernel for maps; each row of the map is several sequences."""
     tokens, width = x.shape[0] * x.shape[1], x.shape[2]
     rows = x.reshape(1, -1, math.gcd(tokens, causal.UNIT), width)
     return mlp.mlp_branch(rows, jnp.ones(1), weights, "quick_gelu").reshape(x.shape)
 
 
 class TextTower(nnx.Module):
-    """The text tower; parameters are named as CLIP's, so that its weights are easily mapped.
+    """The text tower. Parameters have CLIP's names, which makes published weights easy to load.
 
     Args:
-        cfg: its sizes.
-        dtype: of the activations; parameters, norms' statistics and softmax are float32.
-        remat: what of a block is kept for the backward pass.
-        loop: whether the blocks are a loop.
-        kernels: "auto" runs blocks by kernels where there are TPUs and they can do it; "xla" never.
+        cfg: sizes of the tower.
+        dtype: of the activations; parameters, statistics of the norms and softmax are float32.
+        remat: which activations of a block are stored for the backward pass.
+        loop: whether the blocks run as a loop.
+        kernels: "auto" uses TPU kernels where they apply, "xla" never does.
         rngs: initializes the parameters.
     """
 
@@ -183,32 +199,35 @@ class TextTower(nnx.Module):
         std = cfg.projection_gain * cfg.width**-0.5
         self.text_projection = nnx.Param(normal(std)(rngs, (cfg.width, cfg.embed_dim)))
 
+    @jax.named_scope("text")
     def __call__(self, tokens: Int[Array, "M L"]) -> Float[Array, "M D"]:
-        """Features of M concepts, not normalized, float32.
+        """Return the features of M concepts, not normalized, in float32.
 
         Args:
-            tokens: [SOT] … [EOS] then pads, L <= context. [EOS] has the largest id of the
-                vocabulary: the feature is read where the row's largest id first stands.
+            tokens: [SOT] … [EOS], then padding; L <= context. The feature is read at [EOS], which
+                has the largest id of the vocabulary: at the first position of the row's largest id.
         """
         length = tokens.shape[1]
-        # Gathered in float32, so that the gradient of a token that occurs often sums in float32.
-        x = self.token_embedding[...][tokens] + self.positional_embedding[...][:length]
-        x = self._run_blocks(x.astype(self.dtype))
-        end = jnp.argmax(tokens, axis=1)
-        # The norm is position by position: only the one that is read needs it.
-        feature = self.ln_final(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])
-        projection = self.text_projection[...].astype(self.dtype)
-        return jnp.matmul(feature, projection, preferred_element_type=jnp.float32)
+        with jax.named_scope("embedding"):
+            # The gather is float32, so that the gradients of a frequent token add up in float32.
+            x = self.token_embedding[...][tokens] + self.positional_embedding[...][:length]
+            x = x.astype(self.dtype)
+        x = self._run_blocks(x)
+        with jax.named_scope("projection"):
+            end = jnp.argmax(tokens, axis=1)
+            # The norm works on each position by itself, so only the position at [EOS] needs it.
+            feature = self.ln_final(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])
+            projection = self.text_projection[...].astype(self.dtype)
+            return jnp.matmul(feature, projection, preferred_element_type=jnp.float32)
 
-    def _run_blocks(self, x):
-        run_all = lambda x, remat: run_blocks(
-            lambda block, x, _: block_of(TextBlock.__call__, remat)(block, x),
-            self.resblocks, x, None, loop=self.loop,
-        )  # fmt: skip
+    def _run_blocks(self, x: Float[Array, "M L C"]) -> Float[Array, "M L C"]:
         concepts, length, _ = x.shape
-        if not self.resblocks[0].has_kernels(x.shape):
-            return run_all(x, self.remat)
-        # A whole number of units for each device. They compute again what they need by themselves.
-        multiple = place.devices() * (causal.UNIT // length)
-        x = jnp.pad(x, ((0, -concepts % multiple), (0, 0), (0, 0)))
-        return run_all(x, "none")[:concepts]
+        by_kernels = self.resblocks[0].has_kernels(x.shape)
+        if by_kernels:
+            # Each device needs a whole number of the kernel's units.
+            multiple = place.devices() * (causal.UNIT // length)
+            x = jnp.pad(x, ((0, -concepts % multiple), (0, 0), (0, 0)))
+        # The backward pass of the kernels recomputes what it needs.
+        run = rematerialize(TextBlock.__call__, "none" if by_kernels else self.remat)
+        x = run_blocks(lambda block, x, _: run(block, x), self.resblocks, x, None, loop=self.loop)
+        return x[:concepts] if by_kernels else x

@@ -102,5 +102,5 @@ def test_bfloat16_answers_in_float32():
 
 
 def test_groups_must_divide_channels():
-    with pytest.raises(UserError, match="head.groups 5 must divide head.channels 8"):
+    with pytest.raises(UserError, match="head: groups 5 must divide channels 8"):
         HeadConfig(channels=8, groups=5)

@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from deform_conv2d import deform_conv2d
 
-from detclipv2_jax.models.deform_conv import deform_conv2d, deform_conv_levels
+from detclipv2_jax.models.deform_conv import deform_conv_levels
 from detclipv2_jax.models.packed_levels import PackedLevels
 
 RNG = np.random.default_rng(0)
@@ -70,14 +71,14 @@ def test_gradients_equal_finite_differences():
 
 def test_tap_by_tap_is_the_same():
     """Values and gradients by map, offsets, mask and kernel, on two levels."""
-    canvas = PackedLevels(((4, 5), (2, 3)))
+    packed = PackedLevels(((4, 5), (2, 3)))
     pixels = 4 * 5 + 2 * 3
     levels = single((RNG.normal(size=(2, 4, 5, 3)), RNG.normal(size=(2, 2, 3, 3))))
     offsets, mask = RNG.normal(size=(2, pixels, 18)), RNG.uniform(size=(2, pixels, 9))
-    arrays = single((canvas.place(levels), offsets, mask, RNG.normal(size=(3, 3, 3, 2))))
+    arrays = single((packed.pack(levels), offsets, mask, RNG.normal(size=(3, 3, 3, 2))))
 
     def loss(x, offsets, mask, kernel, by_tap):
-        out = deform_conv_levels(x, canvas, offsets, mask, kernel, by_tap=by_tap)
+        out = deform_conv_levels(x, packed, offsets, mask, kernel, by_tap=by_tap)
         return jnp.sum(jnp.sin(out)), out
 
     run = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True), static_argnames=("by_tap",))
@@ -96,17 +97,17 @@ def test_without_offsets_it_is_a_convolution():
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
-def test_levels_of_a_canvas_do_not_see_each_other():
+def test_levels_do_not_sample_each_other():
     sizes = ((6, 8), (3, 4), (2, 2), (1, 1))
-    canvas = PackedLevels(sizes)
+    packed = PackedLevels(sizes)
     kernel = jnp.asarray(RNG.normal(size=(3, 3, 3, 2)), jnp.float32)
     levels = [single(case(height=h, width=w)[:3]) for h, w in sizes]
     flat = lambda which: jnp.concatenate(
         [level[which].reshape(2, -1, level[which].shape[-1]) for level in levels], axis=1
     )
-    x = canvas.place([level[0] for level in levels])
+    x = packed.pack([level[0] for level in levels])
     run = jax.jit(deform_conv_levels, static_argnums=1)
-    out = run(x, canvas, flat(1), flat(2), kernel)
+    out = run(x, packed, flat(1), flat(2), kernel)
     expected = [naive(*map(np.float64, level), np.float64(kernel)) for level in levels]
     expected = np.concatenate([e.reshape(2, -1, 2) for e in expected], axis=1)
     np.testing.assert_allclose(out, expected, atol=1e-4)

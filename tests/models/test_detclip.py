@@ -195,7 +195,7 @@ def test_rematerialization_keeps_as_little_as_it_says():
 
 
 def test_a_policy_that_nobody_knows():
-    with pytest.raises(UserError, match="remat is 'all'; choose one of none, dots, blocks"):
+    with pytest.raises(UserError, match="remat is 'all'. Choose one of none, dots, blocks"):
         dataclasses.replace(CONFIG, remat="all")
 
 

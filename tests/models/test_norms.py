@@ -8,7 +8,7 @@ from detclipv2_jax.models.norms import GroupNorm, LayerNorm
 from detclipv2_jax.models.packed_levels import PackedLevels
 
 RNG = np.random.default_rng(0)
-CANVAS = PackedLevels(((5, 7), (3, 4), (2, 2), (1, 1)))
+PACKED = PackedLevels(((5, 7), (3, 4), (2, 2), (1, 1)))
 
 
 def normalize(x, axes):
@@ -21,9 +21,9 @@ def naive_layer_norm(x, scale, bias):
 
 
 def naive_group_norm(x, scale, bias, groups=2):
-    """On the anchors-first layout (B, K, C) of a canvas's levels; jax or numpy."""
+    """On the anchors-first layout (B, K, C) of the levels; JAX or NumPy."""
     levels, start = [], 0
-    for height, width in CANVAS.sizes:
+    for height, width in PACKED.sizes:
         level = x[:, start : start + height * width]
         start += height * width
         grouped = level.reshape(*level.shape[:2], groups, -1)
@@ -55,9 +55,9 @@ def test_group_norm_takes_each_level_by_itself():
 
     @jax.jit
     def run(pixels):
-        x = CANVAS.unflatten(pixels)
-        x = jnp.where(CANVAS.mask, x, 1e4)  # what stands in the gaps must not matter
-        return CANVAS.flatten(norm(x, CANVAS))
+        x = PACKED.unflatten(pixels)
+        x = jnp.where(PACKED.mask, x, 1e4)  # what stands in the gaps must not matter
+        return PACKED.flatten(norm(x, PACKED))
 
     np.testing.assert_allclose(run(pixels), expected, atol=1e-5)
 
@@ -68,11 +68,11 @@ def test_gradients_are_those_of_autodiff():
     nnx.update(group, nnx.state(layer))
     pixels = jnp.asarray(RNG.normal(size=(2, 52, 6)), jnp.float32)
     weights = jnp.asarray(RNG.normal(size=(2, 52, 6)), jnp.float32)
-    on_canvas = lambda x: CANVAS.flatten(group(CANVAS.unflatten(x), CANVAS))
+    on_levels = lambda x: PACKED.flatten(group(PACKED.unflatten(x), PACKED))
     scale, bias = scale.astype(np.float32), bias.astype(np.float32)
     pairs = [
         (layer, lambda x: naive_layer_norm(x, scale, bias)),
-        (on_canvas, lambda x: naive_group_norm(x, scale, bias)),
+        (on_levels, lambda x: naive_group_norm(x, scale, bias)),
     ]
     for ours, plain in pairs:
         got, expected = (

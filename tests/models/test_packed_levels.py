@@ -24,22 +24,22 @@ SIZES = [
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_levels_come_back_in_anchor_order(sizes):
-    canvas = PackedLevels(sizes)
+    packed = PackedLevels(sizes)
     levels = [jnp.asarray(RNG.normal(size=(2, *size, 3)), jnp.float32) for size in sizes]
-    placed = jax.jit(canvas.place)(levels)
-    assert placed.shape == (2, *canvas.shape, 3)
-    for a, b in zip(jax.jit(canvas.cut)(placed), levels, strict=True):
+    result = jax.jit(packed.pack)(levels)
+    assert result.shape == (2, *packed.shape, 3)
+    for a, b in zip(jax.jit(packed.unpack)(result), levels, strict=True):
         np.testing.assert_array_equal(a, b)
     flat = np.concatenate([np.asarray(x).reshape(2, -1, 3) for x in levels], axis=1)
-    np.testing.assert_array_equal(jax.jit(canvas.flatten)(placed), flat)
-    np.testing.assert_array_equal(jax.jit(canvas.unflatten)(flat), placed)
-    assert canvas.mask.sum() == sum(h * w for h, w in sizes)  # no two levels overlap
-    assert (np.asarray(placed)[:, ~canvas.mask[..., 0]] == 0).all()
+    np.testing.assert_array_equal(jax.jit(packed.flatten)(result), flat)
+    np.testing.assert_array_equal(jax.jit(packed.unflatten)(flat), result)
+    assert packed.mask.sum() == sum(h * w for h, w in sizes)  # no two levels overlap
+    assert (np.asarray(result)[:, ~packed.mask[..., 0]] == 0).all()
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_one_convolution_is_that_of_every_level(sizes):
-    canvas = PackedLevels(sizes)
+    packed = PackedLevels(sizes)
     levels = [jnp.asarray(RNG.normal(size=(1, *size, 2)), jnp.float32) for size in sizes]
     kernel = jnp.asarray(RNG.normal(size=(3, 3, 2, 4)), jnp.float32)
 
@@ -49,12 +49,14 @@ def test_one_convolution_is_that_of_every_level(sizes):
             x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=numbers
         )
 
-    run = lambda levels: (canvas.cut(convolve(canvas.place(levels))), [convolve(x) for x in levels])
+    def run(levels):
+        return packed.unpack(convolve(packed.pack(levels))), [convolve(x) for x in levels]
+
     for a, b in zip(*jax.jit(run)(levels), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_the_canvas_of_a_large_picture_wastes_little():
+def test_a_large_image_wastes_few_pixels():
     for size in ((800, 1344), (1344, 800), (1088, 1088)):
         sizes = pyramid(*size)
         assert np.prod(PackedLevels(sizes).shape) < 1.15 * sum(h * w for h, w in sizes)

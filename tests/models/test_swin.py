@@ -147,7 +147,7 @@ def test_without_a_rate_a_key_changes_nothing(randomized):
 
 def test_dropped_paths_are_per_sample_and_keep_the_mean():
     rates = np.asarray([0.0, 0.25, 0.5])
-    factors = swin.drop_path_factors(jax.random.key(0), rates, 20000)
+    factors = swin.draw_drop_path_factors(jax.random.key(0), rates, 20000)
     assert factors.shape == (3, 2, 20000)
     assert (factors[0] == 1).all()
     for block, rate in enumerate(rates):
@@ -173,5 +173,5 @@ def test_a_dropped_block_is_the_identity_for_that_sample_only():
     ],
 )
 def test_impossible_sizes_are_refused_by_name(change, field):
-    with pytest.raises(UserError, match=f"swin.{field}"):
+    with pytest.raises(UserError, match=f"config.model.swin.*{field}"):
         swin.SwinConfig(**change)

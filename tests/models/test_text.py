@@ -89,5 +89,5 @@ def test_options_give_the_same_features(tower, options):
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(UserError, match="text.heads 3 must divide text.width 16"):
+    with pytest.raises(UserError, match="text: heads 3 must divide width 16"):
         TextConfig(width=16, heads=3)

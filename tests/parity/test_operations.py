@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from comparing import compare
+from deform_conv2d import deform_conv2d
 from deformable import their_deform_conv
 from torch.nn import functional
 
-from detclipv2_jax.models.deform_conv import deform_conv2d
 from detclipv2_jax.ops import nms
 from detclipv2_jax.ops.contrastive import ContrastiveConfig, word_region_contrastive
 

@@ -21,34 +21,34 @@ WIDE = ((12, 38), (6, 19), (3, 3), (2, 2), (1, 1))  # blocks of two levels and o
 
 
 def arguments(sizes, images, channels, outputs, spread=2.0, dtype=jnp.float32):
-    canvas, random = PackedLevels(sizes), np.random.default_rng(0)
+    packed, random = PackedLevels(sizes), np.random.default_rng(0)
     noise = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
-    x, slope = noise(images, *canvas.shape, channels), noise(images, *canvas.shape, outputs)
+    x, slope = noise(images, *packed.shape, channels), noise(images, *packed.shape, outputs)
     given = (
-        jnp.where(canvas.mask, x, 0).astype(dtype),
-        spread * noise(images, *canvas.shape, 18),
-        jax.nn.sigmoid(noise(images, *canvas.shape, 9)),
+        jnp.where(packed.mask, x, 0).astype(dtype),
+        spread * noise(images, *packed.shape, 18),
+        jax.nn.sigmoid(noise(images, *packed.shape, 9)),
         noise(3, 3, channels, outputs),
     )
-    return canvas, given, slope.astype(dtype)
+    return packed, given, slope.astype(dtype)
 
 
-def plain(x, canvas, offsets, mask, kernel):
-    flat = canvas.flatten(offsets), canvas.flatten(mask)
-    return canvas.unflatten(deform_conv.deform_conv_levels(x, canvas, *flat, kernel))
+def plain(x, packed, offsets, mask, kernel):
+    flat = packed.flatten(offsets), packed.flatten(mask)
+    return packed.unflatten(deform_conv.deform_conv_levels(x, packed, *flat, kernel))
 
 
-def everything(function, canvas, given, slope):
+def everything(function, packed, given, slope):
     def run(x, *rest):
-        value, back = jax.vjp(lambda x, *rest: function(x, canvas, *rest), x, *rest)
+        value, back = jax.vjp(lambda x, *rest: function(x, packed, *rest), x, *rest)
         return value, back(slope)
 
     return jax.jit(run)(*given)
 
 
-def by_kernel(canvas, given, slope):
+def by_kernel(packed, given, slope):
     with pltpu.force_tpu_interpret_mode():
-        return everything(deform_conv.deform_conv_by_kernel, canvas, given, slope)
+        return everything(deform_conv.deform_conv_by_kernel, packed, given, slope)
 
 
 @pytest.mark.parametrize(
@@ -62,9 +62,9 @@ def by_kernel(canvas, given, slope):
     ],
 )
 def test_value_and_all_gradients_are_the_plain_ones(sizes, images, channels, spread):
-    canvas, given, slope = arguments(sizes, images, *channels, spread)
-    expected = everything(plain, canvas, given, slope)
-    found = by_kernel(canvas, given, slope)
+    packed, given, slope = arguments(sizes, images, *channels, spread)
+    expected = everything(plain, packed, given, slope)
+    found = by_kernel(packed, given, slope)
     leaves = zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True)
     for (path, a), b in leaves:
         a, b = (np.asarray(v, np.float64) for v in (a, b))
@@ -88,11 +88,11 @@ def test_what_the_kernel_cannot_do_is_left_to_the_compiler(monkeypatch):
     )  # fmt: skip
     shape = (4, 100, 253, 256)
     assert not made().has_kernels(shape)  # no TPU here
-    monkeypatch.setattr(place, "room", lambda: 0.95 * 2**26)  # v5p
+    monkeypatch.setattr(place, "vmem_budget", lambda: 0.95 * 2**26)  # v5p
     assert made().has_kernels(shape)
     assert made().has_kernels((4, 136, 205, 256))  # the largest of the recipe's canvases
     assert not made(kernels="xla").has_kernels(shape)
     assert not made(dtype=jnp.float32).has_kernels(shape)
     assert not made().has_kernels((4, 200, 253, 256))
-    monkeypatch.setattr(place, "room", lambda: 0.95 * 2**24)  # v4
+    monkeypatch.setattr(place, "vmem_budget", lambda: 0.95 * 2**24)  # v4
     assert not made().has_kernels(shape)

@@ -1,4 +1,4 @@
-"""The convolution of a canvas by a kernel is the compiler's, on a simulated TPU, and so is a head.
+"""A convolution of a packed map by the TPU kernel equals XLA's, in simulation; so does a head.
 
 The simulation fills memory that nobody wrote with NaN and raises at a read beyond an array.
 """
@@ -21,26 +21,26 @@ SLOW = pytest.mark.slow
 PYRAMID = ((6, 5), (3, 3), (2, 2), (1, 1), (1, 1))
 
 
-def plain(x, norm, kernel, canvas):
+def plain(x, norm, kernel, packed):
     """The same in plain JAX: zeros in the gaps of the map, statistics of every level."""
     if norm is not None:
         spread = lambda values: sum(
-            jnp.where(canvas.member(level), values[:, level, None, None], 0)
-            for level in range(len(canvas.sizes))
+            jnp.where(packed.level_mask(level), values[:, level, None, None], 0)
+            for level in range(len(packed.sizes))
         )
         x = jax.nn.relu(x * spread(norm.factor) + spread(norm.offset))
-    x = jnp.where(canvas.mask, x, 0)
+    x = jnp.where(packed.mask, x, 0)
     numbers = ("NHWC", "HWIO", "NHWC")
     y = jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=numbers)
-    levels = canvas.cut(y)
+    levels = packed.unpack(y)
     mean = jnp.stack([jnp.mean(level, axis=(1, 2)) for level in levels], axis=1)
     variance = jnp.stack([jnp.var(level, axis=(1, 2)) for level in levels], axis=1)
-    return jnp.where(canvas.mask, y, 0), mean, variance
+    return jnp.where(packed.mask, y, 0), mean, variance
 
 
-def by_kernel(x, norm, kernel, canvas):
-    y, statistics = packed_conv.packed_conv(x, norm, kernel, canvas.rectangles)
-    return jnp.where(canvas.mask, y, 0), statistics.mean, statistics.variance
+def by_kernel(x, norm, kernel, packed):
+    y, statistics = packed_conv.packed_conv(x, norm, kernel, packed.rectangles)
+    return jnp.where(packed.mask, y, 0), statistics.mean, statistics.variance
 
 
 def check_close(expected, found, tolerance=2e-6):
@@ -66,20 +66,20 @@ def test_map_statistics_and_all_gradients_are_the_plain_ones(
 ):
     monkeypatch.setattr(packed_conv, "_TOKENS", tokens)
     monkeypatch.setattr(packed_conv, "_PIECE", 32)
-    canvas, random = PackedLevels(sizes), np.random.default_rng(0)
+    packed, random = PackedLevels(sizes), np.random.default_rng(0)
     noise = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
     (inputs, outputs), levels = channels, len(sizes)
-    x, kernel = noise(images, *canvas.shape, inputs), noise(3, 3, inputs, outputs)
+    x, kernel = noise(images, *packed.shape, inputs), noise(3, 3, inputs, outputs)
     pair = lambda width: [noise(images, levels, width) for _ in range(2)]
     norm = packed_conv.Norm(*pair(inputs)) if normed else None
-    slopes = noise(images, *canvas.shape, outputs), *pair(outputs)
+    slopes = noise(images, *packed.shape, outputs), *pair(outputs)
 
     def everything(function, gaps):
         def run(x, norm, kernel):
-            x = jnp.where(canvas.mask, x, gaps)
-            value, back = jax.vjp(lambda *args: function(*args, canvas), x, norm, kernel)
+            x = jnp.where(packed.mask, x, gaps)
+            value, back = jax.vjp(lambda *args: function(*args, packed), x, norm, kernel)
             by_x, by_norm, by_kernel = back(slopes)
-            return value, jnp.where(canvas.mask, by_x, 0), by_norm, by_kernel
+            return value, jnp.where(packed.mask, by_x, 0), by_norm, by_kernel
 
         return jax.jit(run)(x, norm, kernel)
 
@@ -169,11 +169,11 @@ def test_what_the_kernels_cannot_do_is_left_to_the_compiler(monkeypatch):
     )
     shape = (4, 100, 253, 256)
     assert not made().has_kernels(shape)  # no TPU here
-    monkeypatch.setattr(place, "room", lambda: 0.95 * 2**26)
+    monkeypatch.setattr(place, "vmem_budget", lambda: 0.95 * 2**26)
     assert made().has_kernels(shape)
     assert not made(kernels="xla").has_kernels(shape)
     assert not made(dtype=jnp.float32).has_kernels(shape)
-    monkeypatch.setattr(place, "room", lambda: 0.95 * 2**24)  # v4
+    monkeypatch.setattr(place, "vmem_budget", lambda: 0.95 * 2**24)  # v4
     assert not made().has_kernels(shape)
 
 
