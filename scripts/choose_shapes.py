@@ -45,12 +45,13 @@ def main(argv: list[str]) -> None:
 
     config = config_lib.parse(_CONFIG.value.to_dict())
     plan, sources, _ = inputs.open_data(config)
-    for kind, cut in plan.kinds.items():
-        height, width = cut.shapes[0]
+    for kind, found in plan.kinds.items():
+        height, width = found.shapes[0]
         area = parse_area(_AREA.value) if _AREA.value else height * width
-        print(f"\n{kind}: {', '.join(cut.sources)}\n")
-        print(canvas_table([sources[name] for name in cut.sources], area, counts, cut.shapes))
-        print("\n" + concept_table(wanted_concepts(plan, kind, _STEPS.value), cut.table_size))
+        print(f"\n{kind}: {', '.join(found.all_sources)}\n")
+        opened = [sources[name] for name in found.all_sources]
+        print(canvas_table(opened, area, counts, found.shapes))
+        print("\n" + concept_table(wanted_concepts(plan, kind, _STEPS.value), found.table_size))
 
 
 def canvas_table(

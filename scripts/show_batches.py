@@ -54,29 +54,25 @@ class Shown:
 def main(argv: list[str]) -> None:
     """Writes the page of the steps that the flags name."""
     from detclipv2_jax.data import pipeline
-    from detclipv2_jax.data.transforms import TransformConfig
     from detclipv2_jax.training import config as config_lib
     from detclipv2_jax.training import inputs
 
     config = config_lib.parse(_CONFIG.value.to_dict())
     plan, sources, _ = inputs.open_data(config)
-    kinds = {kind: config.data.kinds()[kind] for kind in plan.kinds}
-    if _KIND.value is not None and _KIND.value not in kinds:
-        raise UserError(f"--kind={_KIND.value}: there is no such data, only {', '.join(kinds)}.")
+    if _KIND.value is not None and _KIND.value not in plan.kinds:
+        names = ", ".join(plan.kinds)
+        raise UserError(f"--kind={_KIND.value}: there is no such data, only {names}.")
     if _SOURCE.value is not None and _SOURCE.value not in sources:
         raise UserError(
             f"--source={_SOURCE.value}: there is no such source, only {', '.join(sources)}."
         )
-    transforms = {
-        k: TransformConfig(flip=c.flip, scales=c.scales, crop=c.crop) for k, c in kinds.items()
-    }
     sections = []
     for step in itertools.islice(_wanted(plan), _STEPS.value):
         once = dict(start=step, stop=step + 1, max_broken_share=1.0)  # what is broken is logged
-        planned, batch = next(pipeline.batches(plan, sources, transforms, **once))
+        planned, batch = next(pipeline.batches(plan, sources, **once))
         names = plan.vocabulary.names(planned.concepts)
         folder = f"step-{step:06d}-{planned.kind}"
-        drawn = draw(batch, planned, plan.kinds[planned.kind].sources, names, folder)
+        drawn = draw(batch, planned, plan.kinds[planned.kind].all_sources, names, folder)
         sections.append(
             {
                 "title": f"Step {step}: {planned.kind}",
@@ -99,7 +95,7 @@ def _wanted(plan) -> Iterator[int]:
             continue
         if _SOURCE.value is not None:
             planned = plan.plan(step)
-            names = plan.kinds[planned.kind].sources
+            names = plan.kinds[planned.kind].all_sources
             here = planned.sources[planned.records >= 0]
             if _SOURCE.value not in {names[number] for number in here}:
                 continue
@@ -135,7 +131,7 @@ def draw(
         texts = [names[row] for row in batch.texts[slot] if row >= 0]
         picture = drawing.draw_boxes(batch.images[slot], batch.boxes[slot][boxed], labels, side=480)
         file = f"{folder}/slot-{slot:04d}.png"
-        drawing.save(picture, Path(_OUTPUT.value) / file)
+        drawing.save_png(picture, Path(_OUTPUT.value) / file)
         size = tuple(int(n) for n in batch.sizes[slot])
         shown = texts or list(dict.fromkeys(labels))
         yield Shown(file, source, int(planned.records[slot]), size, shown)

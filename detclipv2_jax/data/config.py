@@ -1,42 +1,46 @@
-"""The schema of a run's data: what each kind takes from the prepared sources."""
+"""The data section of a run's config: what each kind of data takes from the prepared sources."""
 
 import dataclasses
 
-from detclipv2_jax.data.index import KINDS
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.data.index import KINDS, Kind
 from detclipv2_jax.text.tokenizer import TEMPLATE, check_template
 
 
 @dataclasses.dataclass(frozen=True)
 class KindConfig:
-    """One kind of data: its prepared sources, its batch, how its pictures are brought to size."""
+    """One kind of data: its sources, its batches, and how its images are augmented."""
 
     RENAMED = {"accumulate": "micro_batches", "negatives": "concepts_per_image"}
 
     sources: tuple[str, ...] = ()  # directories of prepared sources, relative to data_dir; () = off
-    # Prepared sources of the pre-training that fine-tuning rehearses, so as not to forget [ours].
+    # Prepared sources of the pre-training, repeated in part so that fine-tuning does not forget
+    # them [ours].
     rehearsal: tuple[str, ...] = ()
-    rehearsal_share: float = 0.25  # their records an epoch, for each record of all kinds' `sources`
-    batch_size: int = 128  # images a global step
-    micro_batches: int = (
-        1  # parts that each device's images are cut into: less memory, the same step
-    )
-    shapes: tuple[tuple[int, int], ...] = (
-        (800, 1344),
-        (1344, 800),
-        (1088, 1088),
-    )  # (height, width)
+    rehearsal_share: float = 0.25  # their records per epoch, per record of all kinds' `sources`
+    batch_size: int = 128  # images per global step
+    micro_batches: int = 1  # pieces of each device's images in a step: less memory, the same step
+    # Canvases (height, width) in pixels; each record goes to the one of nearest aspect.
+    shapes: tuple[tuple[int, int], ...] = ((800, 1344), (1344, 800), (1088, 1088))
     table_size: int = 512  # rows of the step's concept table
-    concepts_per_image: int = (
-        150  # concepts an image asks for, its own included (paper §4.1: 150, 100)
-    )
-    max_boxes: int = 100  # boxes an image; more are dropped, counted
-    texts_per_image: int = 0  # image_text: concepts an image, caption first (ours: 8)
-    flip: float = 0.5  # chance of a horizontal flip
-    scales: tuple[float, float] = (0.6, 1.0)  # size of the picture relative to fitting its canvas
-    crop: bool = False  # may a picture exceed its canvas and be cropped at random?
-    mosaic: float = 0.0  # share of canvases with four pictures (not image_text); raise max_boxes
+    # Concepts an image is scored on, its own included, the rest drawn at random (paper §4.1:
+    # detection 150, grounding 100); 0 draws none.
+    concepts_per_image: int = 150
+    max_boxes: int = 100  # boxes per canvas, the largest first; the others are dropped and counted
+    texts_per_image: int = 0  # image_text: concepts per image, the caption first (ours: 8)
+    flip: float = 0.5  # probability of a horizontal flip
+    # Range of random image sizes, relative to the size that just fits the canvas: on an 800 x 1344
+    # canvas (0.6, 1.0) is the multi-scale training with short sides 480 to 800.
+    scales: tuple[float, float] = (0.6, 1.0)
+    crop: bool = False  # True: an image larger than its canvas is cropped at random; False: shrunk
+    mosaic: float = 0.0  # share of canvases with four images (not image_text); raise max_boxes
     begin: float = 0.0  # share of the first epoch's other batches before this kind's (paper: 0)
-    definitions: bool = False  # with a dictionary: are names joined with their definitions?
+    definitions: bool = False  # join names with their definitions; needs a dictionary
+
+    @property
+    def all_sources(self) -> tuple[str, ...]:
+        """Every source of the kind: `sources`, then `rehearsal`."""
+        return self.sources + self.rehearsal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +49,58 @@ class DataConfig:
 
     RENAMED = {"concepts": "dictionary"}
 
-    prepare: str = ""  # the command that would make the data, shown where it is missing
-    skip_missing: bool = False  # train without the kinds whose sources are not there
+    prepare: str = ""  # the command that prepares the data, shown where the data is missing
+    skip_missing: bool = False  # train without the kinds whose sources are missing
     dictionary: str = ""  # directory of the prepared dictionary, relative to data_dir; "" = none
     template: str = TEMPLATE  # of a name with its definition; cut to 16 tokens at a word's end
     detection: KindConfig = KindConfig(definitions=True)
     grounding: KindConfig = KindConfig()
     image_text: KindConfig = KindConfig()
-    max_broken_share: float = 0.05  # a run stops once more of its records than this are unreadable
+    max_broken_share: float = 0.05  # share of a source's records that may be unreadable
 
     def __post_init__(self):
         check_template(self.template, "config.data.template")
+        for kind, config in self.kinds().items():
+            check_kind(kind, config)
 
-    def kinds(self) -> dict[str, KindConfig]:
+    def kinds(self) -> dict[Kind, KindConfig]:
         """The kinds that have a source, by name."""
         every = {kind: getattr(self, kind) for kind in KINDS}
-        return {kind: c for kind, c in every.items() if c.sources or c.rehearsal}
+        return {kind: config for kind, config in every.items() if config.all_sources}
+
+
+_LEAST = {
+    "rehearsal_share": 0,
+    "batch_size": 1,
+    "table_size": 1,
+    "concepts_per_image": 0,
+    "max_boxes": 0,
+    "texts_per_image": 0,
+}
+
+
+def check_kind(kind: Kind, config: KindConfig) -> None:
+    """Check the values of `config.data.KIND`.
+
+    Raises:
+        UserError: a value is out of its range; names the field.
+    """
+
+    def check(field: str, is_valid: bool, rule: str) -> None:
+        if not is_valid:
+            value = getattr(config, field)
+            raise UserError(f"config.data.{kind}.{field} is {value!r}. It must be {rule}.")
+
+    for field, least in _LEAST.items():
+        check(field, getattr(config, field) >= least, f"at least {least}")
+    is_canvas = bool(config.shapes) and min(map(min, config.shapes)) >= 1
+    check("shapes", is_canvas, "a list of (height, width) of at least 1 pixel")
+    check("flip", 0 <= config.flip <= 1, "a probability, from 0 to 1")
+    is_range = len(config.scales) == 2 and 0 < config.scales[0] <= config.scales[1]
+    check("scales", is_range, "(low, high) with 0 < low <= high")
+    check("begin", 0 <= config.begin < 1, "at least 0 and below 1")
+    if kind == "image_text":
+        check("mosaic", config.mosaic == 0, "0: image_text data has no mosaics")
+    check("mosaic", 0 <= config.mosaic <= 1, "from 0 to 1")
+    is_disjoint = not set(config.rehearsal) & set(config.sources)
+    check("rehearsal", is_disjoint, "without the names that are in `sources`")

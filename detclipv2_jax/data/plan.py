@@ -1,9 +1,9 @@
 """What every step of a run sees, as a pure function of (seed, step).
 
-Numpy only, from the sources' offline indexes: the kind of data and the canvas of a step, the
-records of its global batch, and the concepts that the global batch is scored against. Every process
-computes the same plan and reads its slice of it, so a run resumes anywhere without a word about
-data in its checkpoint, and sees the same batches on any number of processes.
+Given the sources' offline indexes, a plan says for every step: the kind of data, the canvas, the
+records of the global batch, and the concepts that the global batch is scored on. Every process
+computes the same plan and reads its slice of it. So a run resumes anywhere with nothing about data
+in its checkpoint, and sees the same batches on any number of processes. Numpy only.
 """
 
 import dataclasses
@@ -11,167 +11,146 @@ import itertools
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.data import concept_table
+from detclipv2_jax.data.concept_table import Positives, Table
+from detclipv2_jax.data.config import KindConfig
 from detclipv2_jax.data.index import KINDS, Kind, Source
 from detclipv2_jax.data.vocabulary import Vocabulary
 
-# What a random stream is for: streams of one seed that differ here are independent.
+# Purposes of random streams: streams of one seed with different purposes are independent.
 _SEQUENCE, _ORDER, _CONCEPTS, _MOSAIC = range(4)
-
-
-@dataclasses.dataclass(frozen=True)
-class KindPlan:
-    """How one kind of data is cut into steps.
-
-    The numbers of the paper, section 4: detection 150 and grounding 100 concepts an image.
-    """
-
-    kind: Kind
-    sources: tuple[str, ...]
-    batch_size: int  # of the global batch
-    shapes: tuple[
-        tuple[int, int], ...
-    ]  # canvases (height, width); a record goes to the one of nearest aspect
-    table_size: int  # rows M of the step's concept table
-    concepts_per_image: int = (
-        0  # concepts an image is filled up to with random ones of the kind's vocabulary
-    )
-    max_boxes: int = 0  # box slots N an image
-    texts_per_image: int = 0  # image_text: concepts C an image, its caption first
-    begin: float = 0.0  # share of the first epoch's other batches that come before this kind's
-    mosaic: float = 0.0  # share of the canvases that show four records, a quarter each
-    # Those of `sources` that are only rehearsed: an epoch takes so many of their records at random.
-    rehearsal: tuple[str, ...] = ()
-    rehearsal_records: int = 0
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise UserError(f"kind {self.kind!r} is unknown: choose one of {', '.join(KINDS)}")
-        if not self.sources:
-            raise UserError(f"{self.kind}: `sources` is empty, name at least one prepared source")
-        if not self.shapes or min(min(shape) for shape in self.shapes) < 1:
-            raise UserError(
-                f"{self.kind}: `shapes` {self.shapes} must name canvases (height, width)"
-            )
-        if not 0 <= self.mosaic <= 1 or (self.mosaic and self.kind == "image_text"):
-            raise UserError(
-                f"{self.kind}: `mosaic` is {self.mosaic}, must lie in [0, 1]; image_text has none"
-            )
-        if not 0 <= self.begin < 1:
-            raise UserError(f"{self.kind}: `begin` is {self.begin}, must lie in [0, 1)")
-        for field in ("batch_size", "table_size"):
-            if getattr(self, field) < 1:
-                raise UserError(
-                    f"{self.kind}: `{field}` is {getattr(self, field)}, must be at least 1"
-                )
-        if strange := set(self.rehearsal) - set(self.sources):
-            raise UserError(
-                f"{self.kind}: {', '.join(sorted(strange))} cannot be rehearsed, being no source"
-            )
-        for field in ("concepts_per_image", "max_boxes", "texts_per_image", "rehearsal_records"):
-            if getattr(self, field) < 0:
-                raise UserError(
-                    f"{self.kind}: `{field}` is {getattr(self, field)}, must not be negative"
-                )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepPlan:
-    """The global batch of one step, before a byte of a picture is read."""
+    """The global batch of one step, before any image is read."""
 
     step: int
     epoch: int
     kind: Kind
     shape: tuple[int, int]  # canvas (height, width) in pixels
-    sources: Int[np.ndarray, " B"]  # index into the kind's sources
+    sources: Int[np.ndarray, " B"]  # index into `all_sources` of the kind
     records: Int[np.ndarray, " B"]  # record number in its source; -1: an empty slot
-    # The three more records of a mosaic's canvas, drawn at random beside the epoch's own; -1: none.
+    # Three more records for each canvas with a mosaic, drawn at random; -1: none.
     extra_sources: Int[np.ndarray, "B 3"]
     extra_records: Int[np.ndarray, "B 3"]
-    texts: Int[
-        np.ndarray, "B C"
-    ]  # image_text: rows of `concepts` of each image, caption first; -1 pads
+    # image_text: rows of `concepts` of each image, caption first; -1 pads
+    texts: Int[np.ndarray, "B C"]
     concepts: Int[np.ndarray, " M"]  # global ids: positives ascending, negatives ascending, -1 pads
     positives: int  # how many of `concepts` belong to a record of the batch
-    dropped: int  # positives of the batch that the table had no row for
+    dropped: int  # positives of the batch that the table has no row for
 
     def rows(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """Row of the concept table for each global id, int32; -1 for ids that the table lacks."""
-        return rows_of(self.concepts, ids)
+        """Return the row of the concept table for each global id, int32; -1 where it has none."""
+        return concept_table.rows_of(self.concepts, ids)
+
+
+class _Records(NamedTuple):
+    """Records of one kind: the index of the source and the number in it; -1: none."""
+
+    sources: Int[np.ndarray, "..."]
+    records: Int[np.ndarray, "..."]
+
+    @classmethod
+    def empty(cls, *shape: int) -> "_Records":
+        return cls(np.zeros(shape, np.int16), np.full(shape, -1, np.int64))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Bucket:
     """The records of one kind that share a canvas, numbered through all sources of the kind.
 
-    What is rehearsed has buckets of its own: its images are not asked for names that nobody looked
-    for when they were annotated, nor the others for its names.
+    Records of sources that are only rehearsed have buckets of their own: their images must not be
+    scored on names that nobody looked for when they were annotated, and the other way round.
     """
 
     kind: Kind
     shape_index: int
     rehearsed: bool
     members: Int[np.ndarray, " n"]
-    records: int  # of the members, an epoch
-    batches: int
+    records: int  # of the members, per epoch
+    batches: int  # per epoch
+
+
+class _Position(NamedTuple):
+    """The batch that a step is."""
+
+    epoch: int
+    bucket: int  # index of the bucket
+    batch: int  # number of the batch in its bucket
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Epoch:
+    """The shuffled batches of one epoch."""
+
+    buckets: Int[np.ndarray, " S"]  # bucket of each step
+    batches: Int[np.ndarray, " S"]  # its batch in the bucket
+    orders: dict[int, Int[np.ndarray, " n"]]  # bucket → its records in the order of this epoch
 
 
 class Plan:
     """Every step of a run.
 
-    An epoch is each record of each kind exactly once, and of what is only rehearsed as many records
-    as planned, drawn anew without repetition. Its batches are those of all (kind, canvas)
-    buckets in one shuffled sequence, so a kind is drawn in proportion to its batches left (paper
-    section 4); in the first epoch a kind may `begin` late. The last batch of a bucket is filled up
-    with empty slots.
+    An epoch holds each record of every kind's `sources` exactly once, and of the sources in
+    `rehearsal` some records, drawn at random in each epoch. All batches of all (kind, canvas)
+    buckets form one shuffled sequence, so a kind is drawn in proportion to its batches left (paper
+    §4). In the first epoch a kind may `begin` late. Empty slots fill the last batch of a bucket.
 
     Args:
         sources: the prepared sources by name, at least those that `kinds` name.
         vocabulary: the concepts of those sources under global ids.
-        kinds: one entry a kind.
-        seed: a non-negative integer; another seed is another order and other negatives.
+        kinds: the config of each kind to train on; checked already, as `DataConfig` does.
+        seed: another seed gives another order and other negatives.
 
     Raises:
-        UserError: no kind is planned, or one twice; a source is missing, of another kind, or empty.
+        UserError: no kind is given, a source is missing or of another kind, a kind has no records,
+            or the seed is negative.
     """
 
     def __init__(
         self,
         sources: Mapping[str, Source],
         vocabulary: Vocabulary,
-        kinds: Sequence[KindPlan],
+        kinds: Mapping[Kind, KindConfig],
         seed: int,
     ):
         if seed < 0:
-            raise UserError(f"seed is {seed}, must not be negative")
-        _check(sources, kinds)
-        self.kinds: dict[Kind, KindPlan] = {plan.kind: plan for plan in kinds}
+            raise UserError(f"config.seed is {seed}. It must be at least 0.")
+        _check_sources(sources, kinds)
+        self.kinds = dict(kinds)
         self.seed = seed
         self.vocabulary = vocabulary
-        self._sources = {plan.kind: [sources[name] for name in plan.sources] for plan in kinds}
-        self._first = {
+        self._sources = {
+            kind: [sources[name] for name in config.all_sources] for kind, config in kinds.items()
+        }
+        # Records are numbered through all sources of a kind; the number of each source's first one.
+        self._starts = {
             kind: np.cumsum([0] + [len(source) for source in group])
             for kind, group in self._sources.items()
         }
-        self._buckets = [bucket for plan in kinds for bucket in self._cut(plan)]
+        own = sum(len(sources[name]) for config in kinds.values() for name in config.sources)
+        self._buckets = [bucket for kind in kinds for bucket in self._make_buckets(kind, own)]
         self.steps_per_epoch = sum(bucket.batches for bucket in self._buckets)
+        #: (kind, whether rehearsed) → global ids that negatives are drawn from
         self._pools = {
-            (plan.kind, rehearsed): vocabulary.pool(plan.kind, names)
-            if plan.concepts_per_image
-            else None
-            for plan in kinds
-            for rehearsed, names in _parts(plan).items()
+            (kind, rehearsed): vocabulary.pool(kind, names)
+            for kind, config in kinds.items()
+            for rehearsed, names in ((False, config.sources), (True, config.rehearsal))
+            if config.concepts_per_image
         }
         self._lock = threading.Lock()
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]] = {}
+        self._epochs: dict[int, _Epoch] = {}
 
     @property
     def batches(self) -> dict[Kind, int]:
-        """Batches an epoch of each kind."""
+        """Batches of each kind per epoch."""
         return {
             kind: sum(bucket.batches for bucket in self._buckets if bucket.kind == kind)
             for kind in self.kinds
@@ -180,124 +159,158 @@ class Plan:
     @property
     def programs(self) -> list[tuple[Kind, tuple[int, int]]]:
         """The (kind, canvas) pairs that occur: one compiled step each."""
-        pairs = [(b.kind, self.kinds[b.kind].shapes[b.shape_index]) for b in self._buckets]
-        return list(dict.fromkeys(pairs))
+        return list(dict.fromkeys(map(self._program, self._buckets)))
 
     @property
     def rehearsal_batches(self) -> int:
-        """Of all batches of an epoch, those of what is only rehearsed."""
+        """Batches of rehearsed records per epoch."""
         return sum(bucket.batches for bucket in self._buckets if bucket.rehearsed)
 
     def program(self, step: int) -> tuple[Kind, tuple[int, int]]:
-        """The (kind, canvas) of a step, without the rest of its plan."""
-        bucket = self._buckets[self._slot(step)[1]]
-        return bucket.kind, self.kinds[bucket.kind].shapes[bucket.shape_index]
+        """Return the (kind, canvas) of a step, without the rest of its plan."""
+        return self._program(self._buckets[self._position(step).bucket])
 
     def plan(self, step: int) -> StepPlan:
-        """The plan of one step, counted from 0 over all epochs."""
-        epoch, number, batch = self._slot(step)
-        bucket = self._buckets[number]
-        kind = self.kinds[bucket.kind]
-        flat = self._order(epoch, number)[batch * kind.batch_size : (batch + 1) * kind.batch_size]
-        sources = np.zeros(kind.batch_size, np.int16)
-        records = np.full(kind.batch_size, -1, np.int64)
-        sources[: len(flat)], records[: len(flat)] = self._located(bucket.kind, flat)
-        extra_sources, extra_records = self._extras(kind, step, bucket, len(flat))
-        every = [np.concatenate([a, b.reshape(-1)]) for a, b in (
-            (sources, extra_sources), (records, extra_records),
-        )]  # fmt: skip
-        ids, images, ranks = self._positives(kind, *every)
-        images = np.where(images < len(records), images, (images - len(records)) // 3)
-        pool = self._pools[kind.kind, bucket.rehearsed]
-        concepts, positives, dropped = self._concepts(kind, pool, step, ids, ranks, images, records)
-        texts = np.full((kind.batch_size, kind.texts_per_image), -1, np.int32)
+        """Return the plan of one step, counted from 0 over all epochs."""
+        position = self._position(step)
+        bucket = self._buckets[position.bucket]
+        config = self.kinds[bucket.kind]
+        own = self._own_records(position)
+        extra = self._extra_records(step, bucket, own)
+        positives = self._positives(bucket.kind, own, extra)
+        table = self._table(step, bucket, own, positives)
+        texts = np.full((config.batch_size, config.texts_per_image), -1, np.int32)
         if bucket.kind == "image_text":
-            texts[images, ranks] = rows_of(concepts, ids)
+            texts[positives.slots, positives.ranks] = table.rows(positives.ids)
         return StepPlan(
             step=step,
-            epoch=epoch,
+            epoch=position.epoch,
             kind=bucket.kind,
-            shape=kind.shapes[bucket.shape_index],
-            sources=sources,
-            records=records,
-            extra_sources=extra_sources,
-            extra_records=extra_records,
+            shape=config.shapes[bucket.shape_index],
+            sources=own.sources,
+            records=own.records,
+            extra_sources=extra.sources,
+            extra_records=extra.records,
             texts=texts,
-            concepts=concepts,
-            positives=positives,
-            dropped=dropped,
+            concepts=table.concepts,
+            positives=table.positives,
+            dropped=table.dropped,
         )
 
-    def _located(self, kind: Kind, flat):
-        """Sources and records of numbers that run through all sources of a kind."""
-        first = self._first[kind]
-        sources = np.searchsorted(first, flat, side="right") - 1
-        return sources, flat - first[sources]
+    def _own_records(self, position: _Position) -> _Records:
+        """Return the epoch's own record of each slot of a batch (B)."""
+        bucket = self._buckets[position.bucket]
+        size = self.kinds[bucket.kind].batch_size
+        order = self._order(position.epoch, position.bucket)
+        numbers = order[position.batch * size : (position.batch + 1) * size]
+        own, filled = _Records.empty(size), len(numbers)
+        own.sources[:filled], own.records[:filled] = self._located(bucket.kind, numbers)
+        return own
 
-    def _extras(self, kind: KindPlan, step: int, bucket: _Bucket, filled: int):
-        """Three more records of the bucket for each slot that is a mosaic, -1 for the others."""
-        sources = np.zeros((kind.batch_size, 3), np.int16)
-        records = np.full((kind.batch_size, 3), -1, np.int64)
-        if kind.mosaic:
+    def _extra_records(self, step: int, bucket: _Bucket, own: _Records) -> _Records:
+        """Return three more records of the bucket for each slot that is a mosaic (B, 3)."""
+        config = self.kinds[bucket.kind]
+        extra = _Records.empty(config.batch_size, 3)
+        if config.mosaic:
             generator = self._generator(_MOSAIC, step)
-            chosen = np.flatnonzero(generator.random(filled) < kind.mosaic)
-            drawn = generator.integers(len(bucket.members), size=(len(chosen), 3))
-            sources[chosen], records[chosen] = self._located(kind.kind, bucket.members[drawn])
-        return sources, records
+            filled = np.count_nonzero(own.records >= 0)
+            slots = np.flatnonzero(generator.random(filled) < config.mosaic)
+            drawn = generator.integers(len(bucket.members), size=(len(slots), 3))
+            found = self._located(bucket.kind, bucket.members[drawn])
+            extra.sources[slots], extra.records[slots] = found
+        return extra
 
-    def _cut(self, plan: KindPlan) -> list[_Bucket]:
-        group = self._sources[plan.kind]
+    def _positives(self, kind: Kind, own: _Records, extra: _Records) -> Positives:
+        """Return the positives of every record of a batch, for image_text the first few of each."""
+        config, slots = self.kinds[kind], np.arange(len(own.records))
+        slots = np.concatenate([slots, np.repeat(slots, 3)])
+        sources = np.concatenate([own.sources, extra.sources.reshape(-1)])
+        records = np.concatenate([own.records, extra.records.reshape(-1)])
+        parts = []
+        for index, name in enumerate(config.all_sources):
+            mine = np.flatnonzero((sources == index) & (records >= 0))
+            source, to_global = self._sources[kind][index], self.vocabulary.local_to_global[name]
+            parts.append(Positives.of_source(source, to_global, records[mine], slots[mine]))
+        positives = Positives.joined(parts)
+        return positives.first(config.texts_per_image) if kind == "image_text" else positives
+
+    def _table(self, step: int, bucket: _Bucket, own: _Records, positives: Positives) -> Table:
+        """Return the concept table of a step: positives, then negatives in the rows left."""
+        config = self.kinds[bucket.kind]
+        generator = self._generator(_CONCEPTS, step)
+        wanted = concept_table.wanted_concepts(positives)
+        kept = concept_table.keep_positives(
+            generator, wanted, config.table_size, captions_first=bucket.kind == "image_text"
+        )
+        room = config.table_size - kept.size
+        negatives = np.zeros(0, np.int32)
+        if room and config.concepts_per_image:
+            counts = np.bincount(positives.slots, minlength=config.batch_size)[own.records >= 0]
+            missing = np.maximum(config.concepts_per_image - counts, 0)
+            pool = self._pools[bucket.kind, bucket.rehearsed]
+            excluded = self.vocabulary.with_synonyms(wanted.ids, pool)
+            negatives = concept_table.draw_negatives(generator, pool, excluded, missing, room)
+        dropped = int(wanted.ids.size - kept.size)
+        return concept_table.make_table(config.table_size, kept, negatives, dropped)
+
+    def _located(self, kind: Kind, numbers: Int[np.ndarray, "..."]) -> _Records:
+        """Return the source and the record of numbers that run through all sources of a kind."""
+        starts = self._starts[kind]
+        sources = np.searchsorted(starts, numbers, side="right") - 1
+        return _Records(sources, numbers - starts[sources])
+
+    def _make_buckets(self, kind: Kind, own_records: int) -> list[_Bucket]:
+        """Return the buckets of a kind; `own_records`: the records in all kinds' `sources`."""
+        config, group = self.kinds[kind], self._sources[kind]
         heights = np.concatenate([source.height for source in group])
         widths = np.concatenate([source.width for source in group])
-        nearest = nearest_shape(heights, widths, plan.shapes)
+        nearest = nearest_shape(heights, widths, config.shapes)
         dtype = np.int32 if len(heights) < 2**31 else np.int64
-        only = [name in plan.rehearsal for name in plan.sources]
-        rehearsed = np.repeat(only, [len(source) for source in group])
-        share = min(1.0, plan.rehearsal_records / max(rehearsed.sum(), 1))
+        rehearsed = np.arange(len(heights)) >= self._starts[kind][len(config.sources)]
+        wanted = round(config.rehearsal_share * own_records)
+        share = min(1.0, wanted / max(rehearsed.sum(), 1))
         buckets = []
-        for flag, index in itertools.product((False, True), range(len(plan.shapes))):
+        for flag, index in itertools.product((False, True), range(len(config.shapes))):
             members = np.flatnonzero((nearest == index) & (rehearsed == flag)).astype(dtype)
             records = round(share * members.size) if flag else members.size
             if records:
-                batches = math.ceil(records / plan.batch_size)
-                buckets.append(_Bucket(plan.kind, index, flag, members, records, batches))
+                batches = math.ceil(records / config.batch_size)
+                buckets.append(_Bucket(kind, index, flag, members, records, batches))
         return buckets
 
-    def _generator(self, *key: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, *key))))
+    def _program(self, bucket: _Bucket) -> tuple[Kind, tuple[int, int]]:
+        return bucket.kind, self.kinds[bucket.kind].shapes[bucket.shape_index]
 
-    def _epoch(self, epoch: int):
-        """The sequence of an epoch, a store for its orders. Two are kept, as readers run ahead."""
+    def _position(self, step: int) -> _Position:
+        if step < 0:
+            raise ValueError(f"step is {step}, must not be negative")
+        number, place = divmod(step, self.steps_per_epoch)
+        epoch = self._epoch(number)
+        return _Position(number, int(epoch.buckets[place]), int(epoch.batches[place]))
+
+    def _epoch(self, number: int) -> _Epoch:
+        """Return an epoch's batches. Two epochs are kept, because readers run ahead."""
         with self._lock:
-            if epoch not in self._epochs:
-                numbers = np.repeat(
-                    np.arange(len(self._buckets), dtype=np.int16),
-                    [b.batches for b in self._buckets],
-                )
-                batch = np.concatenate(
-                    [np.arange(b.batches, dtype=np.int32) for b in self._buckets]
-                )
-                # Batches in the order of their moments, uniform in [begin, 1).
-                begins = [self.kinds[b.kind].begin * (epoch == 0) for b in self._buckets]
-                begin = np.asarray(begins)[numbers]
-                moments = self._generator(_SEQUENCE, epoch).random(len(numbers))
-                shuffled = np.argsort(begin + (1 - begin) * moments, kind="stable")
+            if number not in self._epochs:
                 while len(self._epochs) >= 2:
                     self._epochs.pop(next(iter(self._epochs)))
-                self._epochs[epoch] = (numbers[shuffled], batch[shuffled], {})
-            return self._epochs[epoch]
+                self._epochs[number] = self._shuffled(number)
+            return self._epochs[number]
 
-    def _slot(self, step: int) -> tuple[int, int, int]:
-        """Epoch, bucket and batch of the bucket that a step is."""
-        if step < 0:
-            raise ValueError(f"step {step} is negative")
-        epoch, place = divmod(step, self.steps_per_epoch)
-        numbers, batch, _ = self._epoch(epoch)
-        return epoch, int(numbers[place]), int(batch[place])
+    def _shuffled(self, number: int) -> _Epoch:
+        """Return the batches of an epoch in the order of their moments, uniform in [begin, 1)."""
+        counts = [bucket.batches for bucket in self._buckets]
+        buckets = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
+        batches = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
+        begins = [self.kinds[bucket.kind].begin * (number == 0) for bucket in self._buckets]
+        begin = np.asarray(begins)[buckets]
+        moments = self._generator(_SEQUENCE, number).random(len(buckets))
+        order = np.argsort(begin + (1 - begin) * moments, kind="stable")
+        return _Epoch(buckets[order], batches[order], orders={})
 
     def _order(self, epoch: int, number: int) -> Int[np.ndarray, " n"]:
-        """The records of a bucket in the order of an epoch; made when a step first asks for it."""
-        orders = self._epoch(epoch)[2]
+        """Return the records of a bucket in the order of an epoch; made on first use."""
+        orders = self._epoch(epoch).orders
         with self._lock:
             if number not in orders:
                 bucket = self._buckets[number]
@@ -306,74 +319,8 @@ class Plan:
                 orders[number] = generator.permutation(bucket.members)[: bucket.records]
             return orders[number]
 
-    def _concepts(self, kind: KindPlan, pool, step: int, ids, ranks, images, records):
-        """The concept table of a step: its rows, how many are positives, how many found no room."""
-        generator = self._generator(_CONCEPTS, step)
-        wanted, lowest_rank = _unique_with_lowest(ids, ranks)
-        table = wanted
-        if wanted.size > kind.table_size:
-            # A caption outlives the phrases taken out of it; otherwise chance decides, so that no
-            # concept is left out at every step.
-            priority = lowest_rank if kind.kind == "image_text" else np.zeros_like(lowest_rank)
-            chosen = np.lexsort((generator.random(wanted.size), priority))[: kind.table_size]
-            table = np.sort(wanted[chosen])
-        concepts = np.full(kind.table_size, -1, np.int32)
-        concepts[: table.size] = table
-        room = kind.table_size - table.size
-        if room and kind.concepts_per_image:
-            owned = np.bincount(images, minlength=kind.batch_size)[records >= 0]
-            missing = np.maximum(kind.concepts_per_image - owned, 0)
-            taken = self._with_synonyms(wanted, pool)
-            drawn = _draw(generator, pool, taken, missing, room)
-            concepts[table.size : table.size + drawn.size] = drawn
-        return concepts, int(table.size), int(wanted.size - table.size)
-
-    def _with_synonyms(self, ids, pool):
-        """Ids, ascending, and those of the pool that the prepared dictionary calls the same."""
-        if self.vocabulary.meanings is None:
-            return ids
-        groups = self.vocabulary.meanings.groups
-        present = np.unique(groups[ids])
-        return np.union1d(ids, pool[np.isin(groups[pool], present[present >= 0])])
-
-    def _positives(self, kind: KindPlan, sources, records):
-        """Every positive of every record: global id, image of the batch, rank in its record."""
-        ids, images, ranks = [], [], []
-        for index, name in enumerate(kind.sources):
-            slots = np.flatnonzero((sources == index) & (records >= 0))
-            source = self._sources[kind.kind][index]
-            starts = source.positives_offsets[records[slots]]
-            counts = source.positives_offsets[records[slots] + 1] - starts
-            before = np.cumsum(counts) - counts
-            rank = np.arange(counts.sum()) - np.repeat(before, counts)
-            local = source.positives[np.repeat(starts, counts) + rank]
-            ids.append(self.vocabulary.local_to_global[name][local])
-            images.append(np.repeat(slots, counts))
-            ranks.append(rank)
-        ids, images, ranks = (np.concatenate(parts) for parts in (ids, images, ranks))
-        if kind.kind == "image_text":
-            kept = ranks < kind.texts_per_image
-            ids, images, ranks = ids[kept], images[kept], ranks[kept]
-        return ids, images, ranks
-
-
-def _parts(plan: KindPlan) -> dict[bool, list[str]]:
-    """Whether only rehearsed → the sources of which that is so."""
-    parts: dict[bool, list[str]] = {False: [], True: []}
-    for name in plan.sources:
-        parts[name in plan.rehearsal].append(name)
-    return parts
-
-
-def rows_of(concepts: Int[np.ndarray, " M"], ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """Row of a concept table (unique ids, -1 pads) for each id, int32; -1 for ids that it lacks."""
-    used = np.flatnonzero(concepts >= 0)
-    if not used.size:
-        return np.full(len(ids), -1, np.int32)
-    rows = used[np.argsort(concepts[used])]
-    ascending = concepts[rows]
-    at = np.minimum(np.searchsorted(ascending, ids), len(rows) - 1)
-    return np.where(ascending[at] == ids, rows[at], -1).astype(np.int32)
+    def _generator(self, *key: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, *key))))
 
 
 def nearest_shape(
@@ -381,7 +328,10 @@ def nearest_shape(
     widths: Int[np.ndarray, " n"],
     shapes: Sequence[tuple[int, int]],
 ) -> Int[np.ndarray, " n"]:
-    """Index of the canvas of nearest log aspect for each picture, int8; the first of equals."""
+    """Return the index of the canvas of nearest log aspect for each image, int8.
+
+    Of canvases equally near, the first.
+    """
     aspects = np.log(np.maximum(heights, 1).astype(np.float32) / np.maximum(widths, 1))
     best = np.zeros(len(aspects), np.int8)
     distance = np.full(len(aspects), np.inf, np.float32)
@@ -392,63 +342,28 @@ def nearest_shape(
     return best
 
 
-def _unique_with_lowest(ids, ranks):
-    """The unique ids, ascending, and the lowest rank of each."""
-    order = np.lexsort((ranks, ids))
-    ids, ranks = ids[order], ranks[order]
-    first = np.ones(len(ids), bool)
-    first[1:] = ids[1:] != ids[:-1]
-    return ids[first].astype(np.int32), ranks[first]
-
-
-def _draw(
-    generator: np.random.Generator,
-    pool: Int[np.ndarray, " P"],
-    positives: Int[np.ndarray, " p"],
-    missing: Int[np.ndarray, " b"],
-    room: int,
-) -> Int[np.ndarray, " n"]:
-    """Negatives for a batch: each image draws `missing` different ones; `room` of their union.
-
-    `pool` and `positives`, their synonyms among them, are ascending and unique. A positive of *any*
-    image of the batch is drawn for none. Instead of filtering the pool, which may be large, a
-    number is drawn among the ids that are left and shifted past the excluded ones before it.
-    """
-    at = np.searchsorted(pool, positives)
-    excluded = (
-        at[(at < len(pool)) & (pool[np.minimum(at, len(pool) - 1)] == positives)]
-        if len(pool)
-        else at[:0]
-    )
-    left = len(pool) - len(excluded)
-    draws = [
-        generator.choice(left, min(int(n), left), replace=False, shuffle=False) for n in missing
-    ]
-    union = np.unique(np.concatenate(draws)) if draws else np.zeros(0, np.int64)
-    if union.size > room:
-        union = np.sort(generator.choice(union, room, replace=False, shuffle=False))
-    shift = np.searchsorted(excluded - np.arange(len(excluded)), union, side="right")
-    return pool[(union + shift).astype(np.int64)]
-
-
-def _check(sources: Mapping[str, Source], kinds: Sequence[KindPlan]) -> None:
+def _check_sources(sources: Mapping[str, Source], kinds: Mapping[Kind, KindConfig]) -> None:
+    """Raise `UserError` unless every kind has sources of its kind, with records."""
     if not kinds:
         raise UserError(
-            "no kind of data is planned: name sources for at least one of " + ", ".join(KINDS)
+            f"config.data: no kind of data has sources. Set `sources` of one of {', '.join(KINDS)}."
         )
-    planned = [plan.kind for plan in kinds]
-    for plan in kinds:
-        if planned.count(plan.kind) > 1:
-            raise UserError(f"{plan.kind} is planned twice: give all its sources to one entry")
-        for name in plan.sources:
+    for kind, config in kinds.items():
+        for name in config.all_sources:
+            field = "sources" if name in config.sources else "rehearsal"
             if name not in sources:
                 raise UserError(
-                    f"{plan.kind}: source {name!r} is not among the opened: {', '.join(sources)}"
+                    f"config.data.{kind}.{field}: source {name!r} is not open. Open it, or choose "
+                    f"among {', '.join(sources)}."
                 )
-            if sources[name].kind != plan.kind:
+            if (found := sources[name].kind) != kind:
                 raise UserError(
-                    f"{plan.kind}: source {name!r} was prepared as {sources[name].kind}, "
-                    f"list it under {sources[name].kind}"
+                    f"config.data.{kind}.{field}: source {name!r} was prepared as {found}. List it "
+                    f"in config.data.{found}.{field}."
                 )
-        if not sum(len(sources[name]) for name in plan.sources):
-            raise UserError(f"{plan.kind}: its sources {', '.join(plan.sources)} hold no record")
+        if not sum(len(sources[name]) for name in config.all_sources):
+            names = ", ".join(config.all_sources) or "none are named"
+            raise UserError(
+                f"config.data.{kind}: its sources ({names}) have no records. Prepare them again or "
+                "name others."
+            )

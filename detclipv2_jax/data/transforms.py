@@ -1,63 +1,43 @@
-"""From a stored picture to its place on the canvas: geometry in numpy, pixels in TensorFlow.
+"""Augmentation: from a stored image to its place on the canvas.
 
-What happens to a picture is decided before it is read, from its size in the index and a seed made
-of (seed, epoch, source, record): `place`. `draw` only executes it, in the graph of tf.data, and
-`move_boxes` applies the same numbers to the boxes. So augmentation depends on no thread, process or
-order of reading.
+`place` decides, in numpy, what happens to an image before the image is read, from its size in the
+index and a seed made of (seed, epoch, source, record). `decode_and_place` executes the decision in
+the graph of tf.data, and `move_boxes` applies it to the boxes. So augmentation does not depend on
+threads, processes or the order of reading.
 
-TensorFlow is imported inside the function that needs it: it takes ten seconds, which the pipeline's
-thread spends while the first step compiles.
+TensorFlow is imported inside the function that needs it: the import takes ten seconds, which the
+pipeline's thread spends while the first step compiles.
 """
 
 import dataclasses
 import zlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int32, UInt64
 
-from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.data.config import KindConfig
 
-_RATIOS = np.array([1, 2, 4, 8])  # what a JPEG decoder can divide the size by while decoding
-_LEAST_SIDE = 1.0  # pixels of the canvas that a box must keep a side,
-_LEAST_SHARE = 0.3  # and the share of its area
+if TYPE_CHECKING:
+    import tensorflow as tf
 
-
-@dataclasses.dataclass(frozen=True)
-class TransformConfig:
-    """Augmentation of one kind of data.
-
-    `scales` is a range to draw from, relative to the scale at which a picture just fits its canvas:
-    on an 800 x 1344 canvas (0.6, 1.0) is the multi-scale training with short sides 480 to 800. A
-    picture scaled past its canvas is cropped at random if `crop`, else it is scaled to fit.
-    """
-
-    flip: float = 0.0  # probability of a horizontal flip
-    scales: tuple[float, float] = (1.0, 1.0)
-    crop: bool = False
-
-    def __post_init__(self):
-        if not 0 <= self.flip <= 1:
-            raise UserError(f"transform: `flip` is {self.flip}, must be a probability")
-        if len(self.scales) != 2 or not 0 < self.scales[0] <= self.scales[1]:
-            raise UserError(
-                f"transform: `scales` is {self.scales}, must be (low, high), 0 < low <= high"
-            )
+_RATIOS = np.array([1, 2, 4, 8])  # a JPEG decoder can divide the size by these while decoding
+_LEAST_SIDE = 1.0  # pixels of the canvas that each side of a box must keep
+_LEAST_SHARE = 0.3  # share of its area that a box must keep
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placement:
-    """What is done to each of n pictures, in this order."""
+    """What is done to each of n images, in this order."""
 
     ratio: Int32[np.ndarray, " n"]  # the decoder divides the size by this, rounding up
-    crop: Int32[np.ndarray, "n 4"]  # window (y, x, height, width) in pixels of the decoded picture
-    size: Int32[
-        np.ndarray, "n 2"
-    ]  # (height, width) the window is resized to: its place on the canvas
+    crop: Int32[np.ndarray, "n 4"]  # window (y, x, height, width) in pixels of the decoded image
+    size: Int32[np.ndarray, "n 2"]  # (height, width) that the window is resized to, in pixels
     flip: Bool[np.ndarray, " n"]
 
     def frames(self) -> Int32[np.ndarray, "n 8"]:
-        """The same as rows of numbers, for `draw`."""
-        fits = (self.crop[:, 2:] == self.size).all(axis=1)  # nothing is left to resize
+        """Return the same as rows of numbers, for `decode_and_place`."""
+        fits = (self.crop[:, 2:] == self.size).all(axis=1)  # no resizing is needed
         columns = np.log2(self.ratio), *self.crop.T, *self.size.T, 2 * fits + self.flip
         return np.stack(columns, axis=1).astype(np.int32)
 
@@ -65,7 +45,7 @@ class Placement:
 def seeds(
     seed: int, epoch: int, source: str, records: Int[np.ndarray, " n"]
 ) -> UInt64[np.ndarray, " n"]:
-    """One seed a record: the same wherever and whenever that record is read in that epoch."""
+    """Return one seed per record, the same on any process and at any step of the epoch."""
     state = np.zeros(1, np.uint64)
     for part in (seed, epoch, zlib.crc32(source.encode())):
         state = _mix(state + np.uint64(part))
@@ -73,21 +53,27 @@ def seeds(
 
 
 def uniforms(seeds: UInt64[np.ndarray, " n"], count: int) -> Float[np.ndarray, "n {count}"]:
-    """`count` independent numbers in [0, 1) for each seed."""
+    """Return `count` independent numbers in [0, 1) for each seed."""
     steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return (_mix(seeds[:, None] + steps) >> np.uint64(11)) * 2.0**-53
 
 
 def place(
-    config: TransformConfig,
+    config: KindConfig,
     shape: tuple[int, int] | Int[np.ndarray, "n 2"],
     heights: Int[np.ndarray, " n"],
     widths: Int[np.ndarray, " n"],
     seeds: UInt64[np.ndarray, " n"],
 ) -> Placement:
-    """Decide how pictures of given sizes (pixels) come onto a canvas of `shape` (height, width).
+    """Decide where images go on their canvas, and how large.
 
-    `shape` may be one for all, or one a picture: of a mosaic each has a quarter of the canvas.
+    Args:
+        config: `flip`, `scales` and `crop` are used.
+        shape: (height, width) in pixels of the room for all images, or for each: in a mosaic an
+            image has a quarter of its canvas.
+        heights: of the stored images, in pixels.
+        widths: of the stored images, in pixels.
+        seeds: of the images, from `seeds`.
     """
     stored = np.stack([heights, widths], axis=1).astype(np.float64)
     canvas = np.asarray(shape, np.int64)
@@ -98,8 +84,9 @@ def place(
     if not config.crop:
         scale = np.minimum(scale, fit)
     scaled = np.maximum(np.rint(stored * scale[:, None]), 1).astype(np.int64)
-    # The decoder divides as often as it can; a bilinear down-scale of less than two is left, and
-    # sampling two pixels a side then misses none. `images.place` does the same for evaluation.
+    # The decoder divides as often as possible. That leaves a bilinear downscale of less than two,
+    # for which sampling two pixels per side misses none. Evaluation does the same in
+    # `inference/images.py: fit_to_canvas`.
     possible = (stored[:, None] >= _RATIOS[:, None] * scaled[:, None]).all(axis=-1)
     ratio = _RATIOS[np.maximum(possible.sum(axis=1) - 1, 0)]
     decoded = np.ceil(stored / ratio[:, None]).astype(np.int64)
@@ -117,10 +104,17 @@ def place(
 def move_boxes(
     placement: Placement, boxes: Float[np.ndarray, "n N 4"]
 ) -> tuple[Float32[np.ndarray, "n N 4"], Bool[np.ndarray, "n N"]]:
-    """Boxes of the stored pictures (xyxy, pixels) on the canvas, and which of them are kept.
+    """Return the boxes in pixels of the placed images, and which of them are kept.
 
-    Boxes are clipped to what is left of the picture. One that keeps less than a pixel of a side or
-    less than 30 % of its area no longer shows its object and is dropped (its row is zeros) [ours].
+    Boxes are clipped to the visible part of the image. A box that keeps less than a pixel of a side
+    or less than 30 % of its area no longer shows its object: it is dropped [ours].
+
+    Args:
+        placement: of the n images.
+        boxes: (x_min, y_min, x_max, y_max) in pixels of the stored images.
+
+    Returns:
+        The boxes, zeros where dropped, and the mask of those kept.
     """
     corner = placement.crop[:, None, [1, 0]]  # (x, y)
     window = placement.crop[:, None, [3, 2]]  # (width, height)
@@ -138,12 +132,22 @@ def move_boxes(
     return np.where(kept[..., None], moved, 0).astype(np.float32), kept
 
 
-def draw(jpeg, frame):
-    """Execute one row of `Placement.frames` in a TensorFlow graph: uint8, (height, width, 3).
+def decode_and_place(jpeg: "tf.Tensor", frame: "tf.Tensor") -> "tf.Tensor":
+    """Decode, crop, resize and flip one image in a TensorFlow graph.
 
-    Raises the graph's `InvalidArgumentError` where the bytes are no whole JPEG, or one too small
-    for the window. The accurate integer DCT and bilinear sampling without antialiasing are OpenCV's
-    too, to within one grey level, so that evaluation may use either.
+    The accurate integer DCT and bilinear sampling without antialiasing agree with OpenCV's to
+    within one gray level, so evaluation may use either.
+
+    Args:
+        jpeg: the encoded image, a string scalar.
+        frame: one row of `Placement.frames`.
+
+    Returns:
+        uint8, (height, width, 3).
+
+    Raises:
+        tf.errors.InvalidArgumentError: the bytes are not a whole JPEG, or the image is too small
+            for the window.
     """
     import tensorflow as tf
 
@@ -159,8 +163,7 @@ def draw(jpeg, frame):
         return tf.cast(tf.squeeze(floats, 0) + 0.5, tf.uint8)
 
     image = tf.switch_case(frame[0], [decoder(ratio) for ratio in _RATIOS.tolist()])
-    # Reversed along its axis or not at all: a slice with step -1, and a reversal along no axis,
-    # are slower than they look.
+    # Four branches, because a slice with step -1 and a reversal along no axis are both slow.
     return tf.switch_case(
         frame[7],
         [
@@ -173,7 +176,7 @@ def draw(jpeg, frame):
 
 
 def _mix(state: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014): neighbors become unrelated numbers."""
+    """Return SplitMix64's finalizer (Steele, Lea, Flood 2014): it makes neighbors unrelated."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))

@@ -1,7 +1,7 @@
-"""The concepts of several prepared sources merged under global ids, without their strings."""
+"""The concepts of all prepared sources of a run, under one set of ids, without their strings."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32
@@ -16,9 +16,15 @@ if TYPE_CHECKING:
 class Vocabulary:
     """The concepts of several sources, each once, under global ids 0 … len - 1.
 
-    Ids depend on the set of texts alone (they follow the order of the keys), so every process,
-    and every order of the sources, gives the same. Only arrays are made: 15 million concepts take
-    seconds. The concepts of a prepared dictionary, where there is one, have ids as well.
+    Ids depend on the set of texts alone (they follow the order of the keys), so every process gets
+    the same ids, in whatever order the sources are given. Only arrays are made: 15 million concepts
+    take seconds. The concepts of the prepared dictionary, if there is one, have ids too.
+
+    Attributes:
+        sources: the sources by name.
+        keys: the key of each concept, ascending.
+        local_to_global: for each source its concepts' global ids, by local id.
+        meanings: synonyms and definitions of the concepts; None without a dictionary.
     """
 
     def __init__(
@@ -29,64 +35,66 @@ class Vocabulary:
         defined: Collection[str] = (),
         template: str = TEMPLATE,
     ):
-        """Merge the concepts of `sources` (name → opened source) and of `dictionary`.
+        """Merge the concepts of all sources and of the dictionary.
 
-        `defined`: the kinds whose names are encoded with their definitions, as `template` says; it
-        takes a dictionary.
+        Args:
+            sources: the open sources by name.
+            dictionary: the prepared dictionary.
+            defined: kinds whose names are encoded with their definitions; needs a dictionary.
+            template: how a name and its definition are joined.
         """
         self.sources = dict(sources)
-        self._lexicon = dictionary
+        self._dictionary = dictionary
         tables = [*self.sources.values(), *([] if dictionary is None else [dictionary])]
         everything = np.concatenate([s.keys for s in tables] or [np.zeros(0, np.uint64)])
         self.keys, first, inverse = np.unique(everything, return_index=True, return_inverse=True)
         starts = np.cumsum([0] + [len(s.keys) for s in tables])
-        #: local id → global id, an int32 array a source
         self.local_to_global: dict[str, Int32[np.ndarray, " n"]] = {
             name: inverse[start : start + len(source.keys)].astype(np.int32)
             for start, (name, source) in zip(starts, self.sources.items())
         }
-        # Where each concept is found first: tokens and names stay in the sources' files.
+        # Where each concept occurs first: tokens and names stay in the sources' files.
         self._tables = tables
-        self._source = (np.searchsorted(starts, first, side="right") - 1).astype(np.int32)
-        self._local = (first - starts[self._source]).astype(np.int64)
-        #: synonyms and definitions of the concepts; None without a dictionary
+        self._table_of = (np.searchsorted(starts, first, side="right") - 1).astype(np.int32)
+        self._local_of = (first - starts[self._table_of]).astype(np.int64)
         self.meanings = None if dictionary is None else dictionary.meanings(self, defined, template)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def definitions(self, kind: str) -> Mapping[str, str]:
-        """Name → definition, where names of a kind are encoded with theirs; else nothing."""
+        """Return name → definition for a kind whose names are encoded with them; else nothing."""
         used = self.meanings is not None and kind in self.meanings.kinds
         return self.meanings.definitions if used else {}
 
     def tokens(
         self, ids: Int[np.ndarray, " m"], kind: str | None = None
     ) -> Int32[np.ndarray, "m 16"]:
-        """Token ids of concepts; a row of zeros where the id is -1 (padding).
+        """Return the token ids of concepts, zeros where the id is -1 (padding).
 
-        With their definitions, where a kind is named that is encoded so.
+        If `kind` is one whose names are encoded with their definitions, the tokens are those of
+        name and definition.
         """
         ids = np.asarray(ids)
         rows = np.zeros((len(ids), CONTEXT), np.int32)
-        for source, locals_, where in self._located(ids):
-            rows[where] = source.tokens[locals_]
+        for found in self._located(ids):
+            rows[found.mask] = found.table.tokens[found.local]
         if self.meanings is not None and kind in self.meanings.kinds:
             known, places = self.meanings.places(ids)
             rows[known] = self.meanings.tokens[places]
         return rows
 
     def names(self, ids: Int[np.ndarray, " m"]) -> list[str]:
-        """The concepts' texts, for people, from `concepts.jsonl`; "" where the id is -1."""
+        """Return the concepts' texts, read from `concepts.jsonl`; "" where the id is -1."""
         ids = np.asarray(ids)
         result = [""] * len(ids)
-        for source, locals_, where in self._located(ids):
-            for i, local in zip(np.flatnonzero(where), locals_):
-                result[i] = source.concepts[local]["name"]
+        for found in self._located(ids):
+            for i, local in zip(np.flatnonzero(found.mask), found.local):
+                result[i] = found.table.concepts[local]["name"]
         return result
 
     def lookup(self, names: Sequence[str]) -> Int32[np.ndarray, " n"]:
-        """Global ids of names; -1 for those that no source has."""
+        """Return the global ids of names; -1 for names that are not in the vocabulary."""
         wanted = keys(names)
         if not len(self):
             return np.full(len(names), -1, np.int32)
@@ -94,13 +102,17 @@ class Vocabulary:
         return np.where(self.keys[at] == wanted, at, -1).astype(np.int32)
 
     def pool(self, kind: str, names: Collection[str] | None = None) -> Int32[np.ndarray, " p"]:
-        """Sorted global ids that may be drawn as negatives for a kind, or for its sources `names`.
+        """Return the global ids that may be drawn as negatives, ascending.
 
-        These are the names and phrases of its sources, not their captions; grounding, whose
-        phrases are anything, draws from the prepared dictionary where there is one.
+        These are the names and phrases of the kind's sources, not their captions. Grounding, whose
+        phrases may be anything, draws from the prepared dictionary if there is one.
+
+        Args:
+            kind: the kind of data.
+            names: only these sources of the kind; None for all.
         """
-        if kind == "grounding" and self._lexicon is not None:
-            return np.unique(self.lookup(self._lexicon.names))
+        if kind == "grounding" and self._dictionary is not None:
+            return np.unique(self.lookup(self._dictionary.names))
         chosen = [
             self.local_to_global[name][source.vocabulary]
             for name, source in self.sources.items()
@@ -108,16 +120,35 @@ class Vocabulary:
         ]
         return np.unique(np.concatenate(chosen or [np.zeros(0, np.int32)]))
 
-    def _located(
-        self, ids: Int[np.ndarray, " m"]
-    ) -> Iterable[tuple["Source | Dictionary", Int[np.ndarray, " k"], Bool[np.ndarray, " m"]]]:
-        """For each source of some of `ids`: it, their local ids, which of `ids` they are."""
+    def with_synonyms(
+        self, ids: Int[np.ndarray, " n"], pool: Int[np.ndarray, " p"]
+    ) -> Int[np.ndarray, " m"]:
+        """Return `ids` and their synonyms among `pool`; all three ascending and unique.
+
+        Synonyms are known from the prepared dictionary; without one the result is `ids`.
+        """
+        if self.meanings is None:
+            return ids
+        groups = self.meanings.groups
+        present = np.unique(groups[ids])
+        return np.union1d(ids, pool[np.isin(groups[pool], present[present >= 0])])
+
+    def _located(self, ids: Int[np.ndarray, " m"]) -> Iterator["_Located"]:
+        """Yield the concepts of `ids` table by table; tables without any are left out."""
         if ids.size and (ids.min() < -1 or ids.max() >= len(self)):
-            raise IndexError(f"concept id out of range: ids lie in -1 … {len(self) - 1}")
+            raise IndexError(f"a concept id is out of range: ids must be in -1 … {len(self) - 1}")
         present = ids >= 0
         owner = np.full(len(ids), -1)
-        owner[present] = self._source[ids[present]]
-        for number, source in enumerate(self._tables):
-            where = owner == number
-            if where.any():
-                yield source, self._local[ids[where]], where
+        owner[present] = self._table_of[ids[present]]
+        for number, table in enumerate(self._tables):
+            mask = owner == number
+            if mask.any():
+                yield _Located(table, self._local_of[ids[mask]], mask)
+
+
+class _Located(NamedTuple):
+    """Some of m concepts, found in one table: a source or the dictionary."""
+
+    table: "Source | Dictionary"
+    local: Int[np.ndarray, " k"]  # their local ids there
+    mask: Bool[np.ndarray, " m"]  # which of the m they are

@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from detclipv2_jax.data import dictionary as dictionary_lib
+from detclipv2_jax.data.config import KindConfig
 from detclipv2_jax.data.index import Source
-from detclipv2_jax.data.plan import KindPlan, Plan
+from detclipv2_jax.data.plan import Plan
 from detclipv2_jax.data.vocabulary import Vocabulary
 from detclipv2_jax.text import phrases
 from detclipv2_jax.text.tokenizer import keys, pack_tokens, tokenize, tokenizer
@@ -74,13 +75,19 @@ def time_dictionary(folder: Path) -> None:
         return Vocabulary({"grounding": source}, dictionary, defined=["grounding"])
 
     print(f"read, tokens of all with definitions{seconds(opened):9.2f} s")
-    dictionary = opened()
-    kind = KindPlan("grounding", ("grounding",), BATCH, ((800, 1344),), TABLE, NEGATIVES, 100)
-    plan = Plan({"grounding": source}, dictionary, [kind], 0)
+    vocabulary = opened()
+    config = KindConfig(
+        sources=("grounding",),
+        batch_size=BATCH,
+        shapes=((800, 1344),),
+        table_size=TABLE,
+        concepts_per_image=NEGATIVES,
+    )
+    plan = Plan({"grounding": source}, vocabulary, {"grounding": config}, 0)
     step = plan.plan(0)
     told = f"a step of {BATCH} × {NEGATIVES} concepts: plan"
     print(f"{told:<39}{1e3 * seconds(lambda: plan.plan(0), 30):6.1f} ms")
-    tokens = seconds(lambda: dictionary.tokens(step.concepts, "grounding"), 30)
+    tokens = seconds(lambda: vocabulary.tokens(step.concepts, "grounding"), 30)
     print(f"its table of {TABLE} rows of tokens{1e3 * tokens:15.1f} ms")
 
 

@@ -18,6 +18,7 @@ DIR/benchmark_data.json; the records made for it stay in DIR.
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import importlib.util
 import io
@@ -40,6 +41,7 @@ from detclipv2_jax.common.atomic import write_json
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import index
 from detclipv2_jax.data import transforms as transforms_lib
+from detclipv2_jax.data.config import KindConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -295,37 +297,40 @@ def _contestant(pipe: Any, name: str, kind: str, source: str, paths: list[str], 
     feed.close()
 
 
-def _recipe(kind: str) -> tuple[tuple[int, int], transforms_lib.TransformConfig]:
-    """PackedLevels and augmentation of the paper's recipe; of three canvases the first."""
+def _recipe(kind: str) -> KindConfig:
+    """The paper's recipe for a kind of data."""
     from detclipv2_jax.training import config as config_lib
     from detclipv2_jax.training import recipes
 
-    found = config_lib.parse(recipes.load("pretrain").swin_t().to_dict()).data.kinds()[kind]
-    config = transforms_lib.TransformConfig(flip=found.flip, scales=found.scales, crop=found.crop)
-    return found.shapes[0], config
+    return config_lib.parse(recipes.load("pretrain").swin_t().to_dict()).data.kinds()[kind]
 
 
 def _placements(kind: str, source: index.Source) -> transforms_lib.Placement:
     """What the first epoch does to each picture, for all contestants alike."""
-    shape, config = _recipe(kind)
+    config = _recipe(kind)
     chance = transforms_lib.seeds(0, 0, source.name, np.arange(len(source)))
-    return transforms_lib.place(config, shape, source.height, source.width, chance)
+    return transforms_lib.place(config, config.shapes[0], source.height, source.width, chance)
 
 
 def _pipeline(kind: str, path: Path, paths: list[str], size: int) -> Iterator[int]:
     """Images of each batch of ours."""
     from detclipv2_jax.data import pipeline, plan, vocabulary
 
-    shape, config = _recipe(kind)
-    source = index.Source.open(path)
+    source, recipe = index.Source.open(path), _recipe(kind)
     sources = {source.name: source}
-    texts = 8 if kind == "image_text" else 0
-    boxes = 100 if kind == "detection" else 0
-    cut = plan.KindPlan(
-        kind, (source.name,), size, (shape,), 512, texts_per_image=texts, max_boxes=boxes
+    config = dataclasses.replace(
+        recipe,
+        sources=(source.name,),
+        rehearsal=(),
+        batch_size=size,
+        shapes=recipe.shapes[:1],
+        table_size=512,
+        concepts_per_image=0,
+        texts_per_image=8 if kind == "image_text" else 0,
+        max_boxes=100 if kind == "detection" else 0,
     )
-    planned = plan.Plan(sources, vocabulary.Vocabulary(sources), [cut], 0)
-    feed = pipeline.batches(planned, sources, {kind: config}, start=0, stop=10**9)
+    planned = plan.Plan(sources, vocabulary.Vocabulary(sources), {kind: config}, 0)
+    feed = pipeline.batches(planned, sources, start=0, stop=10**9)
     try:
         for _, batch in feed:
             yield int((batch.sizes[:, 0] > 0).sum())
@@ -337,9 +342,9 @@ def _decoding(kind: str, path: Path, paths: list[str], size: int) -> Iterator[in
     """Images of each `size` decoded, at the reduction that the pipeline would choose."""
     import tensorflow as tf
 
-    from detclipv2_jax.data import pipeline
+    from detclipv2_jax.data import decoding
 
-    pipeline._keep_freed_memory()  # the same conditions for both
+    decoding.keep_freed_memory()  # the same conditions for both
     ratios = np.log2(_placements(kind, index.Source.open(path)).ratio).astype(np.int32)
 
     def decoder(jpeg: Any, ratio: int) -> Callable[[], Any]:
@@ -361,7 +366,7 @@ class _Files:
     """The same work in OpenCV; a map-style data set for PyTorch."""
 
     def __init__(self, kind: str, path: Path, paths: list[str]):
-        self._paths, self._shape = paths, _recipe(kind)[0]
+        self._paths, self._shape = paths, _recipe(kind).shapes[0]
         self._placement = _placements(kind, index.Source.open(path))
 
     def __len__(self) -> int:

@@ -8,7 +8,8 @@ import pytest
 from concept_sources import source
 
 from detclipv2_jax.data import dictionary as dictionary_lib
-from detclipv2_jax.data.plan import KindPlan, Plan
+from detclipv2_jax.data.config import KindConfig
+from detclipv2_jax.data.plan import Plan
 from detclipv2_jax.data.vocabulary import Vocabulary
 from detclipv2_jax.text.wordnet import wordnet
 
@@ -42,64 +43,64 @@ def with_records(one, positives):
 def planned(
     tmp_path, kind, names, positives, *, batch_size=1, seed=0, words=(), only_words=False, **fields
 ):
-    """(plan, dictionary): one source of a kind, and a dictionary of its names and `words`."""
+    """(plan, vocabulary): one source of a kind, and a dictionary of its names and `words`."""
     one = source(tmp_path / kind, kind, dict.fromkeys(names, 9))
     one = with_records(one, positives)
     known = [*(() if only_words else names), *words]
     opened = dictionary_lib.build(tmp_path / "to", list(dict.fromkeys(known)), {})
-    dictionary = Vocabulary({kind: one}, opened)
+    vocabulary = Vocabulary({kind: one}, opened)
     fields = {"table_size": 64, "concepts_per_image": 64} | fields
-    plans = [KindPlan(kind, (kind,), batch_size, ((8, 8),), **fields)]
-    return Plan({kind: one}, dictionary, plans, seed), dictionary
+    config = KindConfig(sources=(kind,), batch_size=batch_size, shapes=((8, 8),), **fields)
+    return Plan({kind: one}, vocabulary, {kind: config}, seed), vocabulary
 
 
-def names_of(dictionary, step):
+def names_of(vocabulary, step):
     """(positives, negatives) of a step by name."""
-    used = dictionary.names(step.concepts[step.concepts >= 0])
+    used = vocabulary.names(step.concepts[step.concepts >= 0])
     return used[: step.positives], used[step.positives :]
 
 
 @pytest.mark.parametrize("kind", ["detection", "grounding"])
 def test_synonyms_of_a_positive_are_never_negatives(tmp_path, kind):
-    plan, dictionary = planned(tmp_path, kind, FURNITURE, [[0], [6], [3]])
+    plan, vocabulary = planned(tmp_path, kind, FURNITURE, [[0], [6], [3]])
     for number in range(3 * plan.steps_per_epoch):
-        (own,), negatives = names_of(dictionary, plan.plan(number))
+        (own,), negatives = names_of(vocabulary, plan.plan(number))
         same = SPELT.get(own, {own})
         assert sorted(negatives) == sorted(set(FURNITURE) - same)
 
 
 def test_of_any_image_of_the_batch(tmp_path):
-    plan, dictionary = planned(tmp_path, "detection", FURNITURE, [[0], [6]], batch_size=2)
-    own, negatives = names_of(dictionary, plan.plan(0))
+    plan, vocabulary = planned(tmp_path, "detection", FURNITURE, [[0], [6]], batch_size=2)
+    own, negatives = names_of(vocabulary, plan.plan(0))
     assert set(own) == {"sofa", "hoverboard"}
     assert set(negatives) == {"chair", "lamp", "rug", "t-shirt"}
 
 
 def test_two_synonyms_may_both_be_positives(tmp_path):
-    plan, dictionary = planned(tmp_path, "detection", FURNITURE, [[0, 1]])
-    own, negatives = names_of(dictionary, plan.plan(0))
+    plan, vocabulary = planned(tmp_path, "detection", FURNITURE, [[0, 1]])
+    own, negatives = names_of(vocabulary, plan.plan(0))
     assert set(own) == {"sofa", "couch"} and "sofas" not in negatives
 
 
 def test_grounding_draws_from_the_dictionary(tmp_path):
     words = ["tree", "bus", "motorbus", "lounge", "t shirt", "🙂"]
-    plan, dictionary = planned(tmp_path, "grounding", FURNITURE[:3], [[1]], words=words)
-    _, negatives = names_of(dictionary, plan.plan(0))
+    plan, vocabulary = planned(tmp_path, "grounding", FURNITURE[:3], [[1]], words=words)
+    _, negatives = names_of(vocabulary, plan.plan(0))
     assert set(negatives) == {"tree", "bus", "motorbus", "t shirt", "🙂"}
 
 
 def test_names_that_the_dictionary_lacks_are_not_one_thing(tmp_path):
     options = dict(words=["tree", "couch"], only_words=True)
-    plan, dictionary = planned(tmp_path, "detection", FURNITURE, [[3], [0]], **options)
-    for own, negatives in (names_of(dictionary, plan.plan(number)) for number in range(2)):
+    plan, vocabulary = planned(tmp_path, "detection", FURNITURE, [[3], [0]], **options)
+    for own, negatives in (names_of(vocabulary, plan.plan(number)) for number in range(2)):
         # "couch" is known, and so are "sofa" and "sofas" beside it.
         same = SPELT["sofa"] if own == ["sofa"] else {"chair"}
         assert set(negatives) == set(FURNITURE) - same
 
 
 def test_a_pool_of_nothing_but_synonyms(tmp_path):
-    plan, dictionary = planned(tmp_path, "detection", ["sofa", "couch", "sofas"], [[0], [], [2]])
-    found = [names_of(dictionary, plan.plan(number)) for number in range(3)]
+    plan, vocabulary = planned(tmp_path, "detection", ["sofa", "couch", "sofas"], [[0], [], [2]])
+    found = [names_of(vocabulary, plan.plan(number)) for number in range(3)]
     for own, negatives in found:
         assert sorted(negatives) == ([] if own else ["couch", "sofa", "sofas"])
     assert sorted(own for own, _ in found) == [[], ["sofa"], ["sofas"]]
@@ -129,10 +130,10 @@ def test_a_step_depends_on_seed_and_step_alone(tmp_path):
 
 
 def test_what_may_be_drawn_is_drawn_equally_often(tmp_path):
-    plan, dictionary = planned(tmp_path, "detection", FURNITURE, [[0]] * 600, concepts_per_image=4)
+    plan, vocabulary = planned(tmp_path, "detection", FURNITURE, [[0]] * 600, concepts_per_image=4)
     counts = dict.fromkeys(FURNITURE, 0)
     for number in range(600):
-        for name in names_of(dictionary, plan.plan(number))[1]:
+        for name in names_of(vocabulary, plan.plan(number))[1]:
             counts[name] += 1
     allowed = sorted(set(FURNITURE) - SPELT["sofa"])
     assert [counts[name] for name in sorted(SPELT["sofa"])] == [0, 0, 0]

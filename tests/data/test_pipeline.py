@@ -19,20 +19,20 @@ from array_record.python import array_record_module
 from PIL import Image
 
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.data import dictionary, pipeline, records
+from detclipv2_jax.data import dictionary, pipeline, reader, records
 from detclipv2_jax.data import transforms as transforms_lib
+from detclipv2_jax.data.config import KindConfig
 from detclipv2_jax.data.index import Source
-from detclipv2_jax.data.plan import KindPlan, Plan
+from detclipv2_jax.data.plan import Plan
 from detclipv2_jax.data.prepare import record_writer
-from detclipv2_jax.data.transforms import TransformConfig
 from detclipv2_jax.data.vocabulary import Vocabulary
 from detclipv2_jax.text.tokenizer import fitted, tokenize
 
 NAMES = [f"thing number {i}" for i in range(30)]
-TRANSFORMS = {
-    "detection": TransformConfig(flip=0.5, scales=(0.6, 1.5), crop=True),
-    "grounding": TransformConfig(scales=(0.5, 1.0)),
-    "image_text": TransformConfig(flip=0.5),
+AUGMENTATION = {
+    "detection": dict(flip=0.5, scales=(0.6, 1.5), crop=True),
+    "grounding": dict(flip=0.0, scales=(0.5, 1.0)),
+    "image_text": dict(flip=0.5, scales=(1.0, 1.0)),
 }
 
 
@@ -94,15 +94,14 @@ def make_plan(sources, **changes):
     }
     kinds["detection"] |= dict(table_size=30, concepts_per_image=10, max_boxes=3)
     kinds["grounding"] |= dict(table_size=24, concepts_per_image=5)
-    kinds["image_text"] |= dict(table_size=48, texts_per_image=4)
-    kinds = {kind: fields | changes.get(kind, {}) for kind, fields in kinds.items()}
-    kinds = {k: f for k, f in kinds.items() if set(f["sources"]) <= set(sources)}
-    plans = [KindPlan(kind=kind, **fields) for kind, fields in kinds.items()]
-    return Plan(sources, Vocabulary(sources), plans, seed=3)
+    kinds["image_text"] |= dict(table_size=48, texts_per_image=4, concepts_per_image=0, max_boxes=0)
+    kinds = {k: f | AUGMENTATION[k] | changes.get(k, {}) for k, f in kinds.items()}
+    kinds = {k: KindConfig(**f) for k, f in kinds.items() if set(f["sources"]) <= set(sources)}
+    return Plan(sources, Vocabulary(sources), kinds, seed=3)
 
 
 def collect(plan, sources, start, stop, **options):
-    feed = pipeline.batches(plan, sources, TRANSFORMS, start=start, stop=stop, **options)
+    feed = pipeline.batches(plan, sources, start=start, stop=stop, **options)
     return list(feed), feed
 
 
@@ -168,7 +167,7 @@ def test_batches_hold_what_the_records_say(run, sources):
             stored = records.decode(reader.read([int(number - source.shard_starts[shard])])[0])
             seeds = transforms_lib.seeds(plan.seed, planned.epoch, name, np.array([number]))
             placement = transforms_lib.place(
-                TRANSFORMS[planned.kind],
+                kind,
                 planned.shape,
                 np.array([stored.height]),
                 np.array([stored.width]),
@@ -235,9 +234,9 @@ def test_a_mosaic_shows_four_records_a_quarter_each(mosaics, sources):
             else:
                 np.testing.assert_array_equal(batch.images[slot], alone.images[slot])
                 np.testing.assert_array_equal(batch.sizes[slot], alone.sizes[slot])
-    assert min(seen.values()) > 5 and not any(feed.broken.values())
+    assert min(seen.values()) > 5 and not any(counts(feed, "unreadable").values())
     counted = [(p.records >= 0).sum() + (p.extra_records >= 0).sum() for p, _ in steps]
-    assert sum(feed.read.values()) == sum(counted)
+    assert sum(counts(feed, "read").values()) == sum(counted)
 
 
 def check_mosaic(plan, planned, batch, slot, sources):
@@ -255,8 +254,7 @@ def check_mosaic(plan, planned, batch, slot, sources):
             plan.seed, planned.epoch, kind.sources[which], np.array([number])
         )
         size = np.array([stored.height]), np.array([stored.width])
-        config = TRANSFORMS[planned.kind]
-        placement = transforms_lib.place(config, (height, width), *size, seeds)
+        placement = transforms_lib.place(kind, (height, width), *size, seeds)
         y, x = (quarter // 2) * height, (quarter % 2) * width
         assert_picture(batch.images[slot, y:, x:][:height, :width], stored, placement)
         moved, kept = transforms_lib.move_boxes(placement, stored.boxes[None])
@@ -282,12 +280,6 @@ def test_processes_share_the_same_mosaics(mosaics, sources, count):
             np.testing.assert_array_equal(joined, getattr(whole, field))
 
 
-def test_a_mosaic_of_captions_is_refused(sources):
-    for kind, share in (("image_text", 0.5), ("detection", 1.5), ("detection", -0.1)):
-        with pytest.raises(UserError, match=f"{kind}: `mosaic`"):
-            make_plan(sources, **{kind: {"mosaic": share}})
-
-
 def test_boxes_of_concepts_that_found_no_room_keep_their_place_without_a_name(run, sources):
     plan, steps, _ = run
     small = make_plan(sources, detection=dict(table_size=4, max_boxes=20))
@@ -295,7 +287,7 @@ def test_boxes_of_concepts_that_found_no_room_keep_their_place_without_a_name(ru
     stop = plan.steps_per_epoch
     tight, feed = collect(small, sources, 0, stop)
     roomy, _ = collect(large, sources, 0, stop)
-    assert feed.dropped_concepts > 0
+    assert feed.counters()["dropped_concepts"] > 0
     lost = 0
     for (planned, batch), (_, full) in zip(tight, roomy):
         if planned.kind != "detection":
@@ -319,14 +311,45 @@ def named_boxes(batch, slot):
     }
 
 
-def test_nothing_is_broken_and_what_is_cut_is_counted(run, sources):
+def counts(feed, name):
+    """The counts of each source under one name."""
+    found = (key.partition("/") + (count,) for key, count in feed.counters().items())
+    return {source: count for first, _, source, count in found if source and first == name}
+
+
+def test_everything_left_out_is_counted(run, sources):
     plan, steps, feed = run
-    assert feed.broken == dict.fromkeys(sources, 0)
-    assert feed.read == {name: 2 * len(source) for name, source in sources.items()}
-    assert feed.cut_boxes > 0
-    assert feed.dropped_concepts == sum(planned.dropped for planned, _ in steps)
-    assert feed.counts["cut_boxes"] == feed.cut_boxes
-    assert feed.counts["broken/pairs"] == 0
+    assert counts(feed, "unreadable") == dict.fromkeys(sources, 0)
+    assert counts(feed, "read") == {name: 2 * len(source) for name, source in sources.items()}
+    counters = feed.counters()
+    assert counters["cut_boxes"] > 0
+    assert counters["dropped_concepts"] == sum(planned.dropped for planned, _ in steps)
+    # Every box is in a batch, or was cut or cropped away.
+    whole = make_plan(sources, detection=dict(table_size=100), grounding=dict(table_size=100))
+    steps, feed = collect(whole, sources, 0, plan.steps_per_epoch)
+    kept = sum(int((batch.labels >= 0).sum()) for _, batch in steps)
+    stored = sum(stored_boxes(source) for source in sources.values())
+    counters = feed.counters()
+    assert counters["cropped_boxes"] > 0
+    assert kept + counters["cropped_boxes"] + counters["cut_boxes"] == stored
+
+
+def stored_boxes(source):
+    readers = map(array_record_module.ArrayRecordReader, source.shard_paths)
+    return sum(len(records.decode(data).boxes) for r in readers for data in r.read_all())
+
+
+def test_counts_of_the_processes_add_up_to_the_run_s(sources):
+    small = dict(detection=dict(table_size=4))
+    whole = collect(make_plan(sources, **small), sources, 0, 12)[1].counters()
+    parts = [
+        collect(make_plan(sources, **small), sources, 0, 12, process_index=i, process_count=2)[
+            1
+        ].counters()
+        for i in range(2)
+    ]
+    assert {name: sum(part[name] for part in parts) for name in whole} == whole
+    assert whole["dropped_concepts"] > 0
 
 
 def test_a_second_epoch_augments_differently(run):
@@ -402,7 +425,7 @@ from detclipv2_jax.training import prefetch, sharding
 
 sources = {name: Source.open(path) for name, path in arguments["sources"].items()}
 feed = pipeline.batches(
-    test_pipeline.make_plan(sources), sources, test_pipeline.TRANSFORMS,
+    test_pipeline.make_plan(sources), sources,
     start=arguments["start"], stop=arguments["stop"],
     process_index=jax.process_index(), process_count=jax.process_count(),
 )
@@ -464,7 +487,7 @@ def test_any_step_can_be_the_first(run, sources, start):
 def test_threads_do_not_matter(run, sources, cores, monkeypatch):
     plan, steps, _ = run
     monkeypatch.setattr(pipeline, "_cores", lambda: cores)
-    monkeypatch.setattr(pipeline, "_READ_THREADS", cores)
+    monkeypatch.setattr(reader, "_THREADS", cores)
     again, _ = collect(make_plan(sources), sources, 0, plan.steps_per_epoch, prefetch=cores)
     for (_, batch), (_, expected) in zip(again, steps):
         assert_same(batch, expected)
@@ -481,7 +504,7 @@ def test_no_steps_and_a_step_of_empty_slots_only(sources):
         assert not batch.sizes.any()
         assert not batch.images.any()
         assert batch.token_mask.any()
-    assert feed.read == {"more": 0}
+    assert counts(feed, "read") == {"more": 0}
 
 
 @pytest.fixture(scope="module")
@@ -492,20 +515,20 @@ def damaged(tmp_path_factory):
 
 def spoilt_plan(source, **fields):
     fields = dict(batch_size=4, shapes=((48, 64),), table_size=30, max_boxes=6) | fields
-    kind = KindPlan("detection", ("spoilt",), **fields)
+    fields |= dict(sources=("spoilt",), concepts_per_image=0) | AUGMENTATION["detection"]
     sources = {"spoilt": source}
-    return Plan(sources, Vocabulary(sources), [kind], 0), sources
+    return Plan(sources, Vocabulary(sources), {"detection": KindConfig(**fields)}, 0), sources
 
 
 def test_an_undecodable_picture_is_an_empty_slot_counted_and_told_once(damaged, caplog):
     plan, sources = spoilt_plan(damaged)
     with caplog.at_level(logging.WARNING):
         steps, feed = collect(plan, sources, 0, 2 * plan.steps_per_epoch, max_broken_share=0.2)
-    assert feed.broken == {"spoilt": 4}
-    assert feed.read == {"spoilt": 80}
+    assert counts(feed, "unreadable") == {"spoilt": 4}
+    assert counts(feed, "read") == {"spoilt": 80}
     messages = [r.getMessage() for r in caplog.records if r.name == pipeline.__name__]
     assert len(messages) == 2
-    assert any("record 17 of source 'spoilt': image 'detection-17'" in m for m in messages)
+    assert any("source 'spoilt', record 17 is skipped: image 'detection-17'" in m for m in messages)
     for planned, batch in steps:
         for slot, number in enumerate(planned.records):
             empty = number in (3, 17)
@@ -527,7 +550,7 @@ def test_a_broken_picture_of_a_mosaic_leaves_its_quarter_empty(damaged):
             np.testing.assert_array_equal(quarters, ~bad)
             assert batch.sizes[slot].tolist() == [48, 64]
             broken += bad.sum()
-    assert feed.broken["spoilt"] == broken > 2
+    assert counts(feed, "unreadable")["spoilt"] == broken > 2
 
 
 def test_batches_of_nothing_but_broken_pictures(damaged):
@@ -539,9 +562,10 @@ def test_batches_of_nothing_but_broken_pictures(damaged):
 def test_too_many_broken_records_end_the_run(damaged):
     plan, sources = spoilt_plan(damaged)
     feed = pipeline.batches(
-        plan, sources, TRANSFORMS, start=0, stop=plan.steps_per_epoch, max_broken_share=0.04
+        plan, sources, start=0, stop=plan.steps_per_epoch, max_broken_share=0.04
     )
-    with pytest.raises(UserError, match="source 'spoilt': 2 of .* broken.*image 'detection-") as e:
+    message = "source 'spoilt': 2 of .* unreadable.*image 'detection-"
+    with pytest.raises(UserError, match=message) as e:
         list(feed)
     assert "max_broken_share" in str(e.value)
     assert next(feed, None) is None
@@ -559,9 +583,9 @@ def test_a_damaged_file_costs_only_the_records_it_holds_there(tmp_path):
     plan, sources = spoilt_plan(Source.open(source.directory))
     steps, feed = collect(plan, sources, 0, plan.steps_per_epoch, max_broken_share=0.5)
     assert len(steps) == plan.steps_per_epoch
-    assert 1 <= feed.broken["spoilt"] <= 2
+    assert 1 <= counts(feed, "unreadable")["spoilt"] <= 2
     empty = sum(int((batch.sizes[:, 0] == 0).sum()) for _, batch in steps)
-    assert empty == feed.broken["spoilt"] + 4 * plan.steps_per_epoch - 40
+    assert empty == counts(feed, "unreadable")["spoilt"] + 4 * plan.steps_per_epoch - 40
 
 
 def test_a_file_that_is_no_record_file_is_told(tmp_path):
@@ -570,29 +594,6 @@ def test_a_file_that_is_no_record_file_is_told(tmp_path):
     plan, sources = spoilt_plan(source)
     with pytest.raises(UserError, match="spoilt-train.*00000.*cannot be opened"):
         collect(plan, sources, 0, 1)
-
-
-def test_contradictory_records_are_left_out():
-    rng = np.random.default_rng(0)
-    good = records.encode(record(0, "detection", rng))
-    whole = records.decode(good)
-    count = len(whole.concepts)
-    frame = [0, 0, 0, whole.height, whole.width, 20, 20, 0]
-    element = {
-        "slot": np.arange(5, dtype=np.int32),
-        "record": np.array([good, good, good[:40], b"", good], object),
-        # The index has another number of concepts for the second, a larger picture for the last.
-        "concepts": np.array([count, count - 1, count, count, count], np.int32),
-        "frame": np.array([frame] * 4 + [[0, 0, 0, 400, 400, 20, 20, 0]], np.int32),
-        "canvas": np.array([20, 20], np.int32),
-    }
-    drawn = list(pipeline._dataset(lambda: iter([element]), 2).as_numpy_iterator())
-    assert len(whole.labels)
-    assert [out["slot"].tolist() for out in drawn] == [[0]]
-    assert drawn[0]["image"].shape == (1, 20, 20, 3)
-    assert "does not fit" in pipeline._explain(good)
-    assert "no valid record" in pipeline._explain(b"\x00nonsense")
-    assert "damaged" in pipeline._explain(None)
 
 
 def test_errors_of_the_reading_thread_reach_the_caller(sources, monkeypatch):
@@ -605,19 +606,16 @@ def test_errors_of_the_reading_thread_reach_the_caller(sources, monkeypatch):
         return real(self, step)
 
     monkeypatch.setattr(Plan, "plan", failing)
-    feed = pipeline.batches(plan, sources, TRANSFORMS, start=0, stop=9)
+    feed = pipeline.batches(plan, sources, start=0, stop=9)
     assert next(feed)[0].step == 0
     assert next(feed)[0].step == 1
     with pytest.raises(UserError, match="the disk is on fire"):
         next(feed)
 
 
-def test_bad_arguments_are_told_at_once(sources):
-    plan = make_plan(sources)
-    with pytest.raises(UserError, match="grounding: `batch_size` 4 .* 8 processes"):
-        pipeline.batches(plan, sources, TRANSFORMS, start=0, stop=1, process_count=8)
-    with pytest.raises(UserError, match="detection: no transform"):
-        pipeline.batches(plan, sources, {}, start=0, stop=1)
+def test_a_batch_that_processes_cannot_share_is_refused_at_once(sources):
+    with pytest.raises(UserError, match="grounding.batch_size is 4, .* 8 processes"):
+        pipeline.batches(make_plan(sources), sources, start=0, stop=1, process_count=8)
 
 
 def running():
@@ -626,7 +624,7 @@ def running():
 
 @pytest.mark.parametrize("way", ["close", "drop"])
 def test_an_iterator_left_early_ends_its_thread(sources, way):
-    feed = pipeline.batches(make_plan(sources), sources, TRANSFORMS, start=0, stop=10**6)
+    feed = pipeline.batches(make_plan(sources), sources, start=0, stop=10**6)
     next(feed)
     assert len(running()) == 1
     if way == "close":
@@ -643,13 +641,12 @@ def test_tensorflow_waits_for_the_thread_and_ends_with_the_interpreter(sources):
     """The module loads without TensorFlow, and a process that just ends does so in peace."""
     script = f"""
 import sys
-from detclipv2_jax.data import index, pipeline, plan, transforms, vocabulary
+from detclipv2_jax.data import config, index, pipeline, plan, vocabulary
 assert "tensorflow" not in sys.modules
 sources = {{"more": index.Source.open({str(sources["more"].directory)!r})}}
-kind = plan.KindPlan("detection", ("more",), 4, ((48, 64),), 30)
-planned = plan.Plan(sources, vocabulary.Vocabulary(sources), [kind], 0)
-config = transforms.TransformConfig()
-feed = pipeline.batches(planned, sources, {{"detection": config}}, start=0, stop=1000)
+kind = config.KindConfig(("more",), batch_size=4, shapes=((48, 64),), table_size=30)
+planned = plan.Plan(sources, vocabulary.Vocabulary(sources), {{"detection": kind}}, 0)
+feed = pipeline.batches(planned, sources, start=0, stop=1000)
 print(next(feed)[1].images.shape)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -661,8 +658,7 @@ print(next(feed)[1].images.shape)
 def test_a_kind_sees_definitions_if_it_is_to(sources, tmp_path):
     opened = dictionary.build(tmp_path, NAMES[:20], {}, synsets=dict.fromkeys(NAMES, "sofa.n.01"))
     plan = make_plan(sources)
-    kinds = list(plan.kinds.values())
-    plan = Plan(sources, Vocabulary(sources, opened, defined=["detection"]), kinds, seed=3)
+    plan = Plan(sources, Vocabulary(sources, opened, defined=["detection"]), plan.kinds, seed=3)
     seen = set()
     for planned, batch in collect(plan, sources, 0, plan.steps_per_epoch)[0]:
         names = plan.vocabulary.names(planned.concepts[planned.concepts >= 0])

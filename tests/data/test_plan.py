@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.data import plan as plan_lib
+from detclipv2_jax.data import concept_table
+from detclipv2_jax.data.config import KindConfig
 from detclipv2_jax.data.index import Source
-from detclipv2_jax.data.plan import KindPlan, Plan
+from detclipv2_jax.data.plan import Plan
 from detclipv2_jax.data.vocabulary import Vocabulary
 
 
@@ -59,11 +60,18 @@ def three_kinds(seed=0, **changes):
     }
     kinds["detection"] |= dict(concepts_per_image=12, max_boxes=4)
     kinds["grounding"] |= dict(concepts_per_image=9, max_boxes=4)
-    kinds["image_text"] |= dict(texts_per_image=4)
+    kinds["image_text"] |= dict(texts_per_image=4, concepts_per_image=0)
     for name, change in changes.items():
         kinds[name] |= change
-    plans = [KindPlan(kind=kind, **fields) for kind, fields in kinds.items()]
-    return Plan(sources, Vocabulary(sources), plans, seed), sources
+    configs = {kind: KindConfig(**fields) for kind, fields in kinds.items()}
+    return Plan(sources, Vocabulary(sources), configs, seed), sources
+
+
+def one_kind(sources, kind="detection", seed=0, **fields):
+    """The plan of sources that are all of one kind."""
+    fields = dict(shapes=((8, 8),), concepts_per_image=0) | fields
+    config = KindConfig(sources=tuple(sources), **fields)
+    return Plan(sources, Vocabulary(sources), {kind: config}, seed)
 
 
 def positives_of(plan, sources, step):
@@ -262,8 +270,7 @@ def test_one_image_sees_exactly_as_many_concepts_as_asked():
 
 def test_every_negative_is_drawn_equally_often():
     sources = {"s": source("s", "detection", [[0]] * 400, 41)}
-    kind = KindPlan("detection", ("s",), 1, ((8, 8),), 64, concepts_per_image=11)
-    plan = Plan(sources, Vocabulary(sources), [kind], 0)
+    plan = one_kind(sources, batch_size=1, table_size=64, concepts_per_image=11)
     count = np.zeros(41)
     for step in range(400):
         concepts = plan.plan(step).concepts
@@ -277,11 +284,11 @@ def test_every_negative_is_drawn_equally_often():
 
 def test_a_small_pool_gives_all_it_has():
     sources = {"s": source("s", "detection", [[0], [1]], 6, captions=2)}
-    kind = KindPlan("detection", ("s",), 2, ((8, 8),), 32, concepts_per_image=30)
-    step = Plan(sources, Vocabulary(sources), [kind], 0).plan(0)
-    dictionary = Vocabulary(sources)
+    plan = one_kind(sources, batch_size=2, table_size=32, concepts_per_image=30)
+    step = plan.plan(0)
     # Two positives, two more names; whole captions are never drawn.
-    assert set(step.concepts[:4].tolist()) == set(dictionary.local_to_global["s"][:4].tolist())
+    names = plan.vocabulary.local_to_global["s"][:4]
+    assert set(step.concepts[:4].tolist()) == set(names.tolist())
     assert (step.concepts[4:] == -1).all()
 
 
@@ -343,15 +350,14 @@ def test_texts_are_rows_of_the_table_caption_first(limit):
 def test_rows_of_finds_what_is_there():
     concepts = np.array([4, 9, 30, 2, 7, -1, -1], np.int32)
     ids = np.array([2, 4, 5, 30, -1, 31, 7, 0])
-    assert plan_lib.rows_of(concepts, ids).tolist() == [3, 0, -1, 2, -1, -1, 4, -1]
-    assert plan_lib.rows_of(np.full(3, -1, np.int32), ids).tolist() == [-1] * 8
-    assert plan_lib.rows_of(concepts, ids[:0]).shape == (0,)
+    assert concept_table.rows_of(concepts, ids).tolist() == [3, 0, -1, 2, -1, -1, 4, -1]
+    assert concept_table.rows_of(np.full(3, -1, np.int32), ids).tolist() == [-1] * 8
+    assert concept_table.rows_of(concepts, ids[:0]).shape == (0,)
 
 
 def test_a_source_without_a_single_concept():
     sources = {"s": source("s", "detection", [[], [], []], 0)}
-    kind = KindPlan("detection", ("s",), 2, ((8, 8),), 4, concepts_per_image=3)
-    plan = Plan(sources, Vocabulary(sources), [kind], 0)
+    plan = one_kind(sources, batch_size=2, table_size=4, concepts_per_image=3)
     assert plan.steps_per_epoch == 2
     assert (plan.plan(0).concepts == -1).all()
     assert plan.plan(1).records.tolist()[1] == -1
@@ -368,59 +374,42 @@ def test_large_sources_are_planned_in_seconds():
         positives=np.zeros(records, np.int32),
     )
     many = Source(**{**many.__dict__, **fields, "info": {"records": records}})
-    kind = KindPlan("image_text", ("s",), 6144, ((320, 320),), 64, texts_per_image=8)
-    plan = Plan({"s": many}, Vocabulary({"s": many}), [kind], 0)
+    fields = dict(batch_size=6144, shapes=((320, 320),), table_size=64, texts_per_image=8)
+    plan = one_kind({"s": many}, "image_text", **fields)
     first = plan.plan(3 * plan.steps_per_epoch)
     assert len(np.unique(first.records)) == 6144
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (dict(kind="boxes"), "kind 'boxes' is unknown"),
-        (dict(sources=()), "`sources` is empty"),
-        (dict(shapes=()), "`shapes`"),
-        (dict(shapes=((0, 8),)), "`shapes`"),
-        (dict(batch_size=0), "`batch_size` is 0"),
-        (dict(table_size=0), "`table_size` is 0"),
-        (dict(concepts_per_image=-1), "`concepts_per_image` is -1"),
-        (dict(begin=1.0), "`begin` is 1.0"),
-    ],
-)
-def test_a_bad_kind_is_told(change, words):
-    good = dict(kind="detection", sources=("s",), batch_size=2, shapes=((8, 8),), table_size=4)
-    with pytest.raises(UserError, match=words):
-        KindPlan(**{**good, **change})
-
-
-def test_bad_plans_are_told():
+def test_plans_that_their_sources_do_not_allow():
     sources = {
         "s": source("s", "detection", [[0]], 2),
         "t": source("t", "grounding", [[0]], 2),
         "none": source("none", "detection", [], 2),
     }
-    dictionary = Vocabulary(sources)
-    kind = lambda *names: KindPlan("detection", names, 2, ((8, 8),), 4)
+    vocabulary = Vocabulary(sources)
+    config = lambda *names, **fields: KindConfig(sources=names, shapes=((8, 8),), **fields)
     with pytest.raises(UserError, match="no kind"):
-        Plan(sources, dictionary, [], 0)
-    with pytest.raises(UserError, match="planned twice"):
-        Plan(sources, dictionary, [kind("s"), kind("s")], 0)
-    with pytest.raises(UserError, match="'absent' is not among"):
-        Plan(sources, dictionary, [kind("s", "absent")], 0)
-    with pytest.raises(UserError, match="prepared as grounding"):
-        Plan(sources, dictionary, [kind("t")], 0)
-    with pytest.raises(UserError, match="no record"):
-        Plan(sources, dictionary, [kind("none")], 0)
-    with pytest.raises(UserError, match="seed"):
-        Plan(sources, dictionary, [kind("s")], -1)
-    assert Plan(sources, dictionary, [kind("s", "none")], 0).steps_per_epoch == 1
+        Plan(sources, vocabulary, {}, 0)
+    for kind, wrong, message in (
+        ("detection", config("s", "absent"), "detection.sources: source 'absent' is not open"),
+        ("detection", config("t"), "detection.sources: source 't' was prepared as grounding"),
+        ("detection", config("s", rehearsal=("t",)), "detection.rehearsal: source 't'"),
+        ("boxes", config("s"), "prepared as detection"),
+        ("detection", config("none"), "no records"),
+        ("detection", config(), "no records"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Plan(sources, vocabulary, {kind: wrong}, 0)
+    with pytest.raises(UserError, match="config.seed is -1"):
+        Plan(sources, vocabulary, {"detection": config("s")}, -1)
+    assert Plan(sources, vocabulary, {"detection": config("s", "none")}, 0).steps_per_epoch == 1
 
 
-def rehearsing(records, seed=0, **detection):
+def rehearsing(records):
+    """Two sources of 20 and 37 records; `records` of one and 7 of another are rehearsed."""
     return three_kinds(
-        seed,
-        detection=dict(rehearsal=("boxes",), rehearsal_records=records, **detection),
-        grounding=dict(rehearsal=("phrases",), rehearsal_records=7),
+        detection=dict(sources=("more",), rehearsal=("boxes",), rehearsal_share=records / 57),
+        grounding=dict(sources=(), rehearsal=("phrases",), rehearsal_share=7 / 57),
     )
 
 
@@ -430,7 +419,8 @@ def test_an_epoch_holds_the_target_once_and_a_part_of_what_is_rehearsed(records)
     seen = [collections.Counter(), collections.Counter()]
     for step in range(2 * plan.steps_per_epoch):
         planned = plan.plan(step)
-        names = {plan.kinds[planned.kind].sources[i] for i in planned.sources[planned.records >= 0]}
+        names = plan.kinds[planned.kind].all_sources
+        names = {names[i] for i in planned.sources[planned.records >= 0]}
         assert len(names) == 1, "no step holds both"
         for record in planned.records[planned.records >= 0]:
             seen[planned.epoch][names.copy().pop(), int(record)] += 1
@@ -456,7 +446,7 @@ def test_what_is_rehearsed_takes_its_negatives_from_its_own_names():
     for step in range(plan.steps_per_epoch):
         planned = plan.plan(step)
         if planned.kind == "detection":
-            name = plan.kinds["detection"].sources[planned.sources[0]]
+            name = plan.kinds["detection"].all_sources[planned.sources[0]]
             concepts = set(planned.concepts[planned.concepts >= 0].tolist())
             assert concepts <= own[name]
             kinds[name] += len(concepts) > planned.positives
@@ -465,19 +455,7 @@ def test_what_is_rehearsed_takes_its_negatives_from_its_own_names():
 
 def test_a_plan_without_rehearsal_is_what_it_was_before_there_was_any():
     plan, _ = three_kinds()
-    again, _ = three_kinds(detection=dict(rehearsal=(), rehearsal_records=5))
+    again, _ = three_kinds(detection=dict(rehearsal=(), rehearsal_share=5.0))
     assert plan.rehearsal_batches == again.rehearsal_batches == 0
     for step in range(plan.steps_per_epoch):
         assert steps_equal(plan.plan(step), again.plan(step))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(rehearsal=("others",)), "others cannot be rehearsed, being no source"),
-        (dict(rehearsal_records=-1), "`rehearsal_records` is -1, must not be negative"),
-    ],
-)
-def test_a_rehearsal_that_cannot_be_is_named(change, message):
-    with pytest.raises(UserError, match=message):
-        three_kinds(detection=change)

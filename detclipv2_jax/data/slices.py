@@ -1,0 +1,289 @@
+"""One process's slice of a step: its records read, and the batch made of them.
+
+A slot of the batch is one canvas. A *tile* is where one image goes: a whole canvas, or a quarter of
+a mosaic. Below, b is the number of slots in the slice, p >= b the number of tiles, N the number of
+boxes.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8, UInt64
+
+from detclipv2_jax.data import decoding
+from detclipv2_jax.data import transforms as transforms_lib
+from detclipv2_jax.data.batch import Batch
+from detclipv2_jax.data.index import Source
+from detclipv2_jax.data.plan import Plan, StepPlan
+from detclipv2_jax.data.reader import RecordFiles
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tiles:
+    """Where the images of a slice go. The first b tiles are those of slots 0 … b - 1, in order."""
+
+    slot: Int[np.ndarray, " p"]  # the slot that each tile is on
+    quarter: Int[np.ndarray, " p"]  # 0 … 3, row by row; 0 for a tile that is the whole canvas
+    source: Int[np.ndarray, " p"]  # index into `all_sources` of the kind
+    record: Int[np.ndarray, " p"]  # -1: an empty slot
+    mosaic: Bool[np.ndarray, " b"]  # which slots are mosaics
+
+    @classmethod
+    def of(cls, plan: StepPlan, slots: slice) -> "Tiles":
+        """Return the tiles of some slots of a step."""
+        extra = plan.extra_records[slots]
+        size = len(extra)
+        owners, numbers = np.nonzero(extra >= 0)
+        extra_sources = plan.extra_sources[slots][owners, numbers]
+        return cls(
+            slot=np.concatenate([np.arange(size), owners]),
+            quarter=np.concatenate([np.zeros(size, np.int64), numbers + 1]),
+            source=np.concatenate([plan.sources[slots], extra_sources]),
+            record=np.concatenate([plan.records[slots], extra[owners, numbers]]),
+            mosaic=(extra >= 0).any(axis=1),
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Stored:
+    """The record of each tile as it is stored, with what its index says about it."""
+
+    serialized: list[bytes | None]  # None: an empty slot or unreadable
+    heights: Int[np.ndarray, " p"]  # pixels
+    widths: Int[np.ndarray, " p"]
+    concepts: Int[np.ndarray, " p"]  # how many concepts the record has
+    seeds: UInt64[np.ndarray, " p"]  # of its augmentation
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Slice:
+    """The records of this process's slots of a step, and what is done to their images."""
+
+    plan: StepPlan
+    texts: Int[np.ndarray, "b C"]
+    tiles: Tiles
+    corners: Int[np.ndarray, "p 2"]  # (y, x) of each tile on its canvas, pixels
+    serialized: list[bytes | None]  # as in `_Stored`
+    concepts: Int[np.ndarray, " p"]
+    placement: transforms_lib.Placement
+
+    def undecoded(self) -> dict[str, np.ndarray]:
+        """Return the readable records as `decoding.decoded_steps` wants them."""
+        tiles = [tile for tile, record in enumerate(self.serialized) if record is not None]
+        return {
+            "tile": np.array(tiles, np.int32),
+            "record": np.array([self.serialized[tile] for tile in tiles], object),
+            "frame": self.placement.frames()[tiles],
+            "concepts": self.concepts[tiles],
+            "canvas": np.array(self.plan.shape, np.int32),
+        }
+
+
+class Decoded(NamedTuple):
+    """What `decoding.decoded_steps` gives for a step: r <= p decoded records."""
+
+    tile: Int[np.ndarray, " r"]
+    image: UInt8[np.ndarray, "r H W 3"]
+    boxes: Float[np.ndarray, "r N 4"]  # pixels of the stored image
+    labels: Int[np.ndarray, "r N"]  # places among the record's concepts
+
+
+class Unreadable(NamedTuple):
+    """A record that became an empty slot."""
+
+    source: str
+    record: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReadyBatch:
+    """A batch with its plan, and counts of what happened to its data."""
+
+    plan: StepPlan
+    batch: Batch
+    read: Mapping[str, int]  # records by source, the unreadable ones included
+    unreadable: tuple[Unreadable, ...]
+    cropped_boxes: int  # boxes of which augmentation left too little
+    cut_boxes: int  # boxes beyond `max_boxes`
+
+
+class _Boxes(NamedTuple):
+    """Boxes on canvases, N for each of n tiles or slots."""
+
+    boxes: Float[np.ndarray, "n N 4"]  # (x_min, y_min, x_max, y_max), pixels of the canvas
+    labels: Int[np.ndarray, "n N"]  # row of the step's concept table; -1: it has no row
+    kept: Bool[np.ndarray, "n N"]  # False: padding, or no box any more
+
+
+class SliceReader:
+    """Reads one process's slice of every step and makes batches of the decoded records."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        sources: Mapping[str, Source],
+        *,
+        seed: int,
+        process_index: int,
+        process_count: int,
+    ):
+        self._kinds = plan.kinds
+        self._vocabulary = plan.vocabulary
+        self._sources = sources
+        self._seed = seed
+        self._process_index = process_index
+        self._process_count = process_count
+        self._files = RecordFiles(sources)
+
+    def read(self, plan: StepPlan) -> Slice:
+        """Read this process's records of a step and decide what is done to their images."""
+        config = self._kinds[plan.kind]
+        size = config.batch_size // self._process_count
+        slots = slice(self._process_index * size, (self._process_index + 1) * size)
+        tiles = Tiles.of(plan, slots)
+        stored = self._stored(plan, tiles)
+        half = np.array(plan.shape) // 2
+        room = np.where(tiles.mosaic[tiles.slot, None], half, plan.shape)
+        return Slice(
+            plan=plan,
+            texts=plan.texts[slots],
+            tiles=tiles,
+            corners=np.stack(np.divmod(tiles.quarter, 2), axis=1) * half,
+            serialized=stored.serialized,
+            concepts=stored.concepts,
+            placement=transforms_lib.place(
+                config, room, stored.heights, stored.widths, stored.seeds
+            ),
+        )
+
+    def _stored(self, plan: StepPlan, tiles: Tiles) -> _Stored:
+        """Read the records of all tiles, source by source."""
+        count = len(tiles.record)
+        serialized: list[bytes | None] = [None] * count
+        heights, widths, concepts = np.ones((3, count), np.int32)
+        seeds = np.zeros(count, np.uint64)
+        for number, name in enumerate(self._kinds[plan.kind].all_sources):
+            mine = np.flatnonzero((tiles.source == number) & (tiles.record >= 0))
+            source, records = self._sources[name], tiles.record[mine]
+            heights[mine], widths[mine] = source.height[records], source.width[records]
+            offsets = source.positives_offsets
+            concepts[mine] = offsets[records + 1] - offsets[records]
+            seeds[mine] = transforms_lib.seeds(self._seed, plan.epoch, name, records)
+            for tile, content in zip(mine, self._files.read(name, records)):
+                serialized[tile] = content
+        return _Stored(serialized, heights, widths, concepts, seeds)
+
+    def assemble(self, part: Slice, decoded: Decoded) -> ReadyBatch:
+        """Put decoded images into their slots, and boxes and labels into the step's terms."""
+        plan, tiles, config = part.plan, part.tiles, self._kinds[part.plan.kind]
+        is_decoded = np.zeros(len(tiles.record), bool)
+        is_decoded[decoded.tile] = True
+        is_filled = np.bincount(tiles.slot[is_decoded], minlength=len(tiles.mosaic)) > 0
+        whole = part.placement.size[: len(tiles.mosaic)]
+        sizes = np.where(tiles.mosaic[:, None], plan.shape, whole)
+        named = self._named_boxes(part, decoded, is_decoded)
+        placed = _by_slot(tiles, _on_canvas(part, named))
+        largest = _largest(placed, config.max_boxes)
+        batch = Batch(
+            images=_images(part, decoded),
+            sizes=np.where(is_filled[:, None], sizes, 0).astype(np.int32),
+            boxes=largest.boxes,
+            labels=largest.labels,
+            texts=np.where(is_filled[:, None], part.texts, -1),
+            tokens=self._vocabulary.tokens(plan.concepts, plan.kind),
+            token_mask=plan.concepts >= 0,
+            kind=plan.kind,
+        )
+        names = np.array(config.all_sources, object)[tiles.source]
+        unreadable = np.flatnonzero(~is_decoded & (tiles.record >= 0))
+        return ReadyBatch(
+            plan=plan,
+            batch=batch,
+            read=collections.Counter(names[tiles.record >= 0].tolist()),
+            unreadable=tuple(
+                Unreadable(names[i], int(tiles.record[i]), decoding.explain(part.serialized[i]))
+                for i in unreadable
+            ),
+            cropped_boxes=int(named.kept.sum() - placed.kept.sum()),
+            cut_boxes=int(placed.kept.sum() - largest.kept.sum()),
+        )
+
+    def _named_boxes(
+        self, part: Slice, decoded: Decoded, is_decoded: Bool[np.ndarray, " p"]
+    ) -> _Boxes:
+        """Return the stored boxes of each tile, labelled with rows of the step's concept table."""
+        tiles, config = part.tiles, self._kinds[part.plan.kind]
+        ids = np.full((len(is_decoded), decoded.labels.shape[1]), -1, np.int32)
+        boxes = np.zeros((*ids.shape, 4), np.float32)
+        ids[decoded.tile], boxes[decoded.tile] = decoded.labels, decoded.boxes
+        for number, name in enumerate(config.all_sources):
+            mine = np.flatnonzero(is_decoded & (tiles.source == number))
+            source, to_global = self._sources[name], self._vocabulary.local_to_global[name]
+            rows, places = np.nonzero(ids[mine] >= 0)
+            rows = mine[rows]
+            # A label is a place among its record's concepts, which the index lists in that order.
+            starts = source.positives_offsets[tiles.record[rows]]
+            ids[rows, places] = to_global[source.positives[starts + ids[rows, places]]]
+        labels = part.plan.rows(ids.reshape(-1)).reshape(ids.shape)
+        return _Boxes(boxes, labels, ids >= 0)
+
+
+def _on_canvas(part: Slice, stored: _Boxes) -> _Boxes:
+    """Move boxes from pixels of their stored images to pixels of their canvases."""
+    boxes, kept = transforms_lib.move_boxes(part.placement, stored.boxes)
+    kept &= stored.kept
+    boxes += np.tile(part.corners[:, None, ::-1], 2) * kept[..., None]
+    return _Boxes(boxes, stored.labels, kept)
+
+
+def _by_slot(tiles: Tiles, boxes: _Boxes) -> _Boxes:
+    """Turn N boxes per tile into 4 N per slot; into N where no slot is a mosaic."""
+    if not tiles.mosaic.any():
+        return boxes
+
+    def gathered(array: np.ndarray) -> np.ndarray:
+        result = np.zeros((len(tiles.mosaic), 4, *array.shape[1:]), array.dtype)
+        result[tiles.slot, tiles.quarter] = array
+        return result.reshape(len(result), -1, *array.shape[2:])
+
+    return _Boxes(*map(gathered, boxes))
+
+
+def _largest(placed: _Boxes, count: int) -> _Boxes:
+    """Return the `count` largest boxes of each slot, largest first, padded with zeros and -1.
+
+    A box whose concept has no row stays, with label -1: the loss must know that an object is there.
+    """
+    sides = placed.boxes[..., 2:] - placed.boxes[..., :2]
+    area = np.where(placed.kept, sides.prod(-1), -1)
+    order = np.argsort(-area, axis=1, kind="stable")[:, :count]
+    kept = np.take_along_axis(placed.kept, order, axis=1)
+    boxes = np.take_along_axis(placed.boxes, order[..., None], axis=1)
+    labels = np.take_along_axis(placed.labels, order, axis=1)
+    padding = (0, 0), (0, count - order.shape[1])
+    return _Boxes(
+        boxes=np.pad(np.where(kept[..., None], boxes, 0), (*padding, (0, 0))),
+        labels=np.pad(np.where(kept, labels, -1), padding, constant_values=-1),
+        kept=np.pad(kept, padding),
+    )
+
+
+def _images(part: Slice, decoded: Decoded) -> UInt8[np.ndarray, "b H W 3"]:
+    """Return the canvases with the decoded images on them, each in the corner of its tile."""
+    tiles = part.tiles
+    if len(decoded.tile) == len(tiles.record) and not tiles.mosaic.any():
+        return decoded.image
+    images = np.zeros((len(tiles.mosaic), *part.plan.shape, 3), np.uint8)
+    is_shared = tiles.mosaic[tiles.slot[decoded.tile]]
+    images[tiles.slot[decoded.tile[~is_shared]]] = decoded.image[~is_shared]
+    height, width = np.array(part.plan.shape) // 2
+    for row in np.flatnonzero(is_shared):
+        tile = decoded.tile[row]
+        y, x = part.corners[tile]
+        place = images[tiles.slot[tile], y : y + height, x : x + width]
+        place[:] = decoded.image[row, :height, :width]
+    return images
