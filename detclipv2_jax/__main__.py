@@ -1,20 +1,20 @@
-"""The command `detclip`: one subcommand per door of the package.
+"""The command `detclip`, with one subcommand per task.
 
     detclip train|evaluate|detect|export|page|prepare [options]
 
-`python -m detclipv2_jax` is the same. Each subcommand has its own `--help`.
+`python -m detclipv2_jax` is the same command. Each subcommand has its own `--help`.
 """
 
 import importlib
 import sys
 
-# Subcommand: (module, what it does). Modules are imported on use: each needs other packages.
+# Subcommand: (module, what it does). A module is imported on use: each needs other packages.
 COMMANDS = {
     "prepare": ("prepare", "turn annotated images into records that training reads"),
     "train": ("main", "pre-train or fine-tune a detector"),
-    "evaluate": ("evaluate", "measure a checkpoint on LVIS and COCO-format sets"),
-    "detect": ("detect", "find named things in images, folders and videos"),
-    "export": ("export", "write a checkpoint as a file for other programs"),
+    "evaluate": ("evaluate", "measure a checkpoint on LVIS and on datasets in COCO's format"),
+    "detect": ("detect", "find named things in images, folders of images and videos"),
+    "export": ("export", "write a checkpoint's model as files for other programs"),
     "page": ("page", "open a local web page to try a checkpoint"),
 }
 

@@ -1,14 +1,9 @@
-"""A checkpoint as files for other programs.
+"""The command `detclip export`: write a checkpoint's model as files for other programs.
 
     python -m detclipv2_jax.export --checkpoint=DIR --format=NAME --output=DIR
 
-`stablehlo`, `savedmodel` and `onnx` are detectors that run without this package: pictures in,
-boxes, scores and names out, suppression included. With `--names` the vocabulary is inside; without,
-it is an input, and the text encoder and its tokenizer lie beside. `safetensors` are the averaged
-parameters by name; `--config.init.model=FILE` starts a run from them.
-
-Beside each lie a model card (`README.md`), `manifest.json` and, for the detectors, `example.py`,
-which runs them on an image. docs/export.md tells of each.
+The formats `stablehlo`, `savedmodel` and `onnx` are complete detectors, which run without this
+package. `safetensors` holds the parameters alone. docs/export.md describes all of them.
 """
 
 import argparse
@@ -19,58 +14,109 @@ from detclipv2_jax.common.cli import exit_status, refuse_renamed
 from detclipv2_jax.exporters.export import DETECTORS, run
 from detclipv2_jax.inference.config import DEFINITIONS
 
+_DESCRIPTION = """\
+Write a checkpoint's model as files for other programs.
+
+  safetensors  the averaged parameters by name, for fine-tuning and sharing
+  stablehlo    a detector for JAX on CPU, CUDA and TPU
+  savedmodel   a detector for TensorFlow
+  onnx         a detector for ONNX Runtime
+
+A detector takes images and returns boxes, scores and labels. It includes
+normalization and suppression and runs without this package. The output
+directory also gets a model card (README.md), manifest.json and, for a detector,
+example.py, which runs it on an image."""
+
+_EXAMPLES = """\
+examples:
+  detclip export --checkpoint=runs/quickstart --output=exported
+  detclip export --checkpoint=runs/quickstart --format=onnx \\
+      --names="cat, traffic light" --output=exported
+  python exported/example.py street.jpg
+
+`python -m detclipv2_jax.export` is the same command. docs/export.md describes the
+formats and what each needs."""
+
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of this module."""
+    """Return the parser of the command line."""
     result = argparse.ArgumentParser(
-        prog="python -m detclipv2_jax.export",
-        description="Writes a checkpoint's model as a file for other programs.",
+        prog="detclip export",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = result.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="the workdir of a training run")
-    add(
-        "--format",
-        choices=("safetensors", *DETECTORS),
-        default="safetensors",
-        help="safetensors: the averaged parameters, float32, by name; the others: a detector for "
-        "JAX, TensorFlow or ONNX (default: %(default)s)",
-    )
-    add("--output", required=True, metavar="DIR", help="where to write")
-    add("--step", type=int, help="which of the run's checkpoints (default: the newest)")
-    names = result.add_mutually_exclusive_group()
-    names.add_argument("--names", help='what a detector looks for, "cat, dog" (default: an input)')
-    names.add_argument("--names_file", metavar="FILE", help="the same, a file, a name on each line")
-    add("--canvas", metavar="HxW", help="a detector's pictures, 800x1344 (default: as evaluated)")
-    add(
-        "--score_threshold",
-        type=float,
-        default=0.05,
-        help="a detector answers what scores more than this (default: %(default)s)",
-    )
-    add(
-        "--max_detections",
-        type=int,
-        default=300,
-        help="at most so many boxes an image (default: %(default)s)",
-    )
-    add(
-        "--rows",
-        type=int,
-        default=256,
-        help="stablehlo with names as an input: how many it has room for (default: %(default)s)",
-    )
-    add(
-        "--definitions",
-        choices=DEFINITIONS,
-        help="ask for names with their definitions (default: as in the training run)",
-    )
-    add("--license", help="what the model card says of it, for example apache-2.0")
+    _add_files(result)
+    _add_detector(result)
     refuse_renamed(result, {"--keep": "--max_detections", "--licence": "--license"})
     return result
 
 
+def _add_files(result: argparse.ArgumentParser) -> None:
+    add = result.add_argument_group("model and output").add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="workdir of a training run")
+    add(
+        "--step",
+        type=int,
+        metavar="N",
+        help="training step of the checkpoint (default: the newest)",
+    )
+    add(
+        "--format",
+        choices=("safetensors", *DETECTORS),
+        default="safetensors",
+        help="what to write, see above (default: %(default)s)",
+    )
+    add("--output", required=True, metavar="DIR", help="directory for the files")
+    add("--license", metavar="NAME", help="for the model card, for example apache-2.0")
+
+
+def _add_detector(result: argparse.ArgumentParser) -> None:
+    group = result.add_argument_group("options of a detector (not of safetensors)")
+    names = group.add_mutually_exclusive_group()
+    names.add_argument(
+        "--names",
+        help='names that it detects, separated by commas: "cat, traffic light" (default: names '
+        "are an input, and the text encoder is exported too)",
+    )
+    names.add_argument("--names_file", metavar="FILE", help="text file with one name per line")
+    group.add_argument(
+        "--definitions",
+        choices=DEFINITIONS,
+        help="whether to ask for each name with its definition (default: as the config of the "
+        "training run says)",
+    )
+    group.add_argument(
+        "--canvas",
+        metavar="HxW",
+        help="height and width in pixels that images are scaled into, for example 800x1344 "
+        "(default: as the config of the training run says)",
+    )
+    group.add_argument(
+        "--score_threshold",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="only return boxes with a score above this, 0 to 1 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max_detections",
+        type=int,
+        default=300,
+        metavar="N",
+        help="at most this many boxes per image (default: %(default)s)",
+    )
+    group.add_argument(
+        "--rows",
+        type=int,
+        default=256,
+        metavar="N",
+        help="stablehlo with names as an input: the largest number of names (default: %(default)s)",
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; 2 if something that the user can mend went wrong, one sentence each."""
+    """Run the command; return 0, or 2 after printing an error that the user can fix."""
     return exit_status(run, parser().parse_args(arguments))
 
 

@@ -1,1 +1,1 @@
-"""A checkpoint's model as files for other programs: one module a format."""
+"""A checkpoint's model as files for other programs: one module per format."""

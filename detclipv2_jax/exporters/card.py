@@ -1,4 +1,4 @@
-"""The model card, `README.md`: what an export is, for people and for model hubs."""
+"""The model card, `README.md`, which describes an export to people and to model hubs."""
 
 import pathlib
 from collections.abc import Mapping
@@ -11,24 +11,30 @@ from detclipv2_jax.models.parameters import parameter_paths
 if TYPE_CHECKING:
     from detclipv2_jax.inference.checkpoint import LoadedModel
 
-_LIBRARIES = {"savedmodel": "tensorflow", "onnx": "onnx"}
-_NEEDS = {"stablehlo": "jax", "savedmodel": "tensorflow-cpu", "onnx": "onnxruntime"}
+_LIBRARIES = {"savedmodel": "tensorflow", "onnx": "onnx"}  # Hugging Face's `library_name`
+_RUNTIMES = {"stablehlo": "jax", "savedmodel": "tensorflow-cpu", "onnx": "onnxruntime"}
 
 
-def card(
+def render(
     loaded: "LoadedModel",
     about: Mapping[str, Any],
     results: Mapping[str, Any] | None,
     license: str | None,
 ) -> str:
-    """Markdown with the head that Hugging Face reads.
+    """Return the card as Markdown with the YAML header that Hugging Face reads.
 
-    `about` is the manifest, `results` what an evaluation wrote beside the checkpoint. Standard and
-    fixed AP are two columns, never one.
+    Standard and fixed AP are two columns, because they cannot be compared.
+
+    Args:
+      loaded: the checkpoint.
+      about: content of manifest.json.
+      results: content of the run's results.json, if there is one.
+      license: an identifier such as 'apache-2.0'.
     """
-    folder = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
     environment = jinja2.Environment(
-        loader=folder, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
     )
     results = results or {}
     measures = {
@@ -38,12 +44,14 @@ def card(
     }
     sizes = {path: value.size for path, value in parameter_paths(loaded.params).items()}
     text = sum(size for path, size in sizes.items() if path.startswith("text/"))
-    needs = [_NEEDS.get(about["format"], ""), "numpy", "pillow"]
+    packages = [_RUNTIMES.get(about["format"], ""), "numpy", "pillow"]
+    if not about["names"]:
+        packages.append("tokenizers")
     return environment.get_template("card.md.jinja").render(
         about=about,
         library=_LIBRARIES.get(about["format"], "jax"),
         license=license,
-        needs=" ".join(needs + ([] if about["names"] else ["tokenizers"])),
+        packages=" ".join(packages),
         model=loaded.model.to_dict(),
         parameters={"all": sum(sizes.values()), "text": text},
         results=results,
@@ -55,13 +63,14 @@ def card(
 
 
 def _training(loaded: "LoadedModel") -> dict[str, Any]:
+    """Return what the card says of the training: epochs, data and initial weights."""
     config = loaded.run
     files = {part: path for part, path in config.get("init", {}).items() if path}
     return {
         "epochs": config.get("train", {}).get("epochs"),
         "names": loaded.names,
         "definitions": loaded.definitions,
-        "start": ", ".join(f"`{pathlib.Path(p).name}` ({part})" for part, p in files.items()),
+        "initial": ", ".join(f"`{pathlib.Path(p).name}` ({part})" for part, p in files.items()),
         "sources": {
             kind: section["sources"]
             for kind, section in config.get("data", {}).items()

@@ -1,9 +1,13 @@
-"""Runs an exported detector on one image. Needs the file's own runtime, NumPy and Pillow.
+"""Run an exported detector on one image and print what it finds.
 
-    python example.py IMAGE                        the names that the export was made for
-    python example.py IMAGE cat "traffic light"    an export that takes its names as an input
+    python example.py IMAGE                        if the names were fixed at export
+    python example.py IMAGE cat "traffic light"    if the names are an input
 
-Prints a line for each detection: name, score, x_min, y_min, x_max, y_max in the image's pixels.
+Prints one line per detection, separated by tabs: name, score, and the box as
+"x_min y_min x_max y_max" in pixels of the image.
+
+Needs NumPy, Pillow and the runtime of the export: jax, tensorflow or onnxruntime. With names as an
+input it also needs tokenizers. Use this file as a template for your own program.
 """
 
 import json
@@ -16,8 +20,80 @@ FOLDER = pathlib.Path(__file__).parent
 MANIFEST = json.loads((FOLDER / "manifest.json").read_text(encoding="utf-8"))
 
 
+def main(path, *names):
+    """Detect in the image file `path` and print the detections."""
+    from PIL import Image
+
+    if names and MANIFEST["names"]:
+        sys.exit("The names of this export are fixed. Give only the image.")
+    if not names and not MANIFEST["names"]:
+        sys.exit("Give the names to look for after the image.")
+    image = Image.open(path)
+    pixels, size = scale_to_canvas(image)
+    inputs = [pixels[None], np.array([size], np.int32)]
+    if names:
+        inputs.append(encode(names))
+    detections = load("detector")(*inputs)
+    found = {key: np.asarray(value)[0] for key, value in detections.items()}
+    names = names or MANIFEST["names"]
+    scale = np.tile([image.width / size[1], image.height / size[0]], 2)  # canvas to image
+    for number in np.flatnonzero(found["mask"]):
+        box = " ".join(f"{x:.1f}" for x in found["boxes"][number] * scale)
+        print(f"{names[found['labels'][number]]}\t{found['scores'][number]:.4f}\t{box}")
+
+
+# ---- Inputs: an image and names as arrays.
+
+
+def scale_to_canvas(image):
+    """Return the image in the top-left corner of the canvas, and its (height, width) there."""
+    height, width = MANIFEST["canvas"]
+    scale = min(height / image.height, width / image.width)
+    size = [max(1, round(image.height * scale)), max(1, round(image.width * scale))]
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[: size[0], : size[1]] = np.asarray(image.convert("RGB").resize(size[::-1]))
+    return pixels, size
+
+
+def encode(names):
+    """Return the text embeddings of the names, one row per name.
+
+    If the detector takes a fixed number of rows, rows of zeros fill it up.
+    """
+    texts = np.asarray(load("text_encoder")(tokens(names)))
+    rows = MANIFEST["inputs"]["detector"][2]["shape"][0]
+    if isinstance(rows, int):
+        if len(names) > rows:
+            sys.exit(f"{len(names)} names, but this export takes {rows}. Export with --rows.")
+        texts = np.pad(texts, ((0, rows - len(texts)), (0, 0)))
+    return texts
+
+
+def tokens(names):
+    """Return the token ids (N, 16) of the texts that stand for the names."""
+    from tokenizers import Tokenizer
+
+    texts = [prompt(name) for name in names]
+    encoded = Tokenizer.from_file(str(FOLDER / "tokenizer.json")).encode_batch(texts)
+    return np.array([row.ids for row in encoded], np.int32)
+
+
+def prompt(name):
+    """Return the text that stands for a name: with its definition if the model trained with it."""
+    return MANIFEST["prompts"].get(" ".join(name.lower().split()), name)
+
+
+# ---- The model: 'detector' or 'text_encoder' as a function of arrays.
+
+
+def load(role):
+    """Load the detector or the text encoder from this folder."""
+    loaders = {"stablehlo": load_stablehlo, "savedmodel": load_savedmodel, "onnx": load_onnx}
+    return loaders[MANIFEST["format"]](role)
+
+
 def load_stablehlo(role):
-    """The detector or the text encoder as a function of arrays. Needs jax."""
+    """Load with jax."""
     from jax import export
 
     exported = export.deserialize(bytearray((FOLDER / MANIFEST["files"][role]).read_bytes()))
@@ -25,14 +101,14 @@ def load_stablehlo(role):
 
 
 def load_savedmodel(role):
-    """The same. Needs tensorflow."""
+    """Load with tensorflow."""
     import tensorflow as tf
 
     model = tf.saved_model.load(str(FOLDER / MANIFEST["files"][role]))
     function = model.signatures["serving_default" if role == "detector" else "encode_text"]
     names = [argument["name"] for argument in MANIFEST["inputs"][role]]
 
-    def run(*inputs, model=model):  # the model must live as long as its signature
+    def run(*inputs, model=model):  # the signature does not keep the model alive
         outputs = function(**dict(zip(names, map(tf.constant, inputs))))
         return outputs if role == "detector" else outputs["texts"]
 
@@ -40,7 +116,7 @@ def load_savedmodel(role):
 
 
 def load_onnx(role):
-    """The same. Needs onnxruntime."""
+    """Load with onnxruntime."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(FOLDER / MANIFEST["files"][role]))
@@ -52,64 +128,6 @@ def load_onnx(role):
         return dict(zip(outputs, found)) if role == "detector" else found[0]
 
     return run
-
-
-def load(role):
-    """'detector' or 'text_encoder' of this folder."""
-    loaders = {"stablehlo": load_stablehlo, "savedmodel": load_savedmodel, "onnx": load_onnx}
-    return loaders[MANIFEST["format"]](role)
-
-
-def letterbox(image):
-    """The picture scaled into the canvas, top-left, zeros around it, and its (height, width)."""
-    height, width = MANIFEST["canvas"]
-    scale = min(height / image.height, width / image.width)
-    size = [max(1, round(image.height * scale)), max(1, round(image.width * scale))]
-    canvas = np.zeros((height, width, 3), np.uint8)
-    canvas[: size[0], : size[1]] = np.asarray(image.convert("RGB").resize(size[::-1]))
-    return canvas, size
-
-
-def prompt(name):
-    """The text that stands for a name: with its definition, where it was trained with one."""
-    return MANIFEST["prompts"].get(" ".join(name.lower().split()), name)
-
-
-def tokens(names):
-    """Token ids (N, 16) of the texts that stand for names. Needs tokenizers."""
-    from tokenizers import Tokenizer
-
-    texts = [prompt(name) for name in names]
-    encoded = Tokenizer.from_file(str(FOLDER / "tokenizer.json")).encode_batch(texts)
-    return np.array([row.ids for row in encoded], np.int32)
-
-
-def encode(names):
-    """What the detector takes as texts: a row a name, and rows of zeros up to a fixed number."""
-    texts = np.asarray(load("text_encoder")(tokens(names)))
-    rows = MANIFEST["inputs"]["detector"][2]["shape"][0]
-    if isinstance(rows, int):
-        if len(names) > rows:
-            sys.exit(f"{len(names)} names, but the export has room for {rows}: use --rows.")
-        texts = np.pad(texts, ((0, rows - len(texts)), (0, 0)))
-    return texts
-
-
-def main(path, *names):
-    """Detects and prints."""
-    from PIL import Image
-
-    if bool(names) == bool(MANIFEST["names"]):
-        sys.exit("The names are in the export: name none." if names else "Name what to look for.")
-    image = Image.open(path)
-    canvas, size = letterbox(image)
-    inputs = [canvas[None], np.array([size], np.int32)] + ([encode(names)] if names else [])
-    found = {key: np.asarray(value)[0] for key, value in load("detector")(*inputs).items()}
-    names = names or MANIFEST["names"]
-    scale = np.tile([image.width / size[1], image.height / size[0]], 2)
-    for slot in np.flatnonzero(found["mask"]):
-        box = " ".join(f"{x:.1f}" for x in found["boxes"][slot] * scale)
-        print(f"{names[found['labels'][slot]]}\t{found['scores'][slot]:.4f}\t{box}")
 
 
 if __name__ == "__main__":

@@ -1,102 +1,62 @@
-"""A checkpoint as files for other programs."""
+"""What `detclip export` does: writes a model, its manifest and its model card."""
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import jax
-import numpy as np
-
 from detclipv2_jax.common import config_dict
-from detclipv2_jax.common.atomic import replacing, write_json
+from detclipv2_jax.common.atomic import write_json, write_text
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.exporters import card, manifest, onnx, safetensors, saved_model, stablehlo
-from detclipv2_jax.exporters.served import ServedModel
-from detclipv2_jax.text.tokenizer import normalize
+from detclipv2_jax.exporters.served import served_model
+from detclipv2_jax.inference.names import names_from_flags
 
 if TYPE_CHECKING:
     from detclipv2_jax.inference.checkpoint import LoadedModel
 
-
 DETECTORS = ("stablehlo", "savedmodel", "onnx")
 
 
-def served_model(
-    loaded: "LoadedModel",
-    names: Sequence[str] | None = None,
-    *,
-    canvas: tuple[int, int] | None = None,
-    score_threshold: float = 0.05,
-    max_detections: int = 300,
-    definitions: str | None = None,
-) -> tuple[ServedModel, dict[str, str]]:
-    """What the detectors' formats write, and the text that stands for each name that has another.
-
-    `names` None makes the vocabulary an input; the texts are then those of all names whose
-    definition the run knew. Computes in float32, whatever the run trained in; `canvas` is by
-    default the one that the run was evaluated in.
+def run(args: argparse.Namespace) -> None:
+    """Write the export that the command line asks for, and print the size of each file.
 
     Raises:
-      UserError: an empty name, or one that is given twice.
+      UserError: an option or the checkpoint is not valid, or a package is missing.
     """
-    from detclipv2_jax.inference.detector import Detector
-    from detclipv2_jax.models import detclip
-
-    graphdef, _ = detclip.abstract(
-        dataclasses.replace(loaded.model, dtype="float32", remat="none", loop=False, kernels="xla")
-    )
-    detector = Detector(
-        dataclasses.replace(loaded, graphdef=graphdef),
-        score_threshold=score_threshold,
-        max_detections=max_detections,
-        definitions=definitions,
-    )
-    served = ServedModel(
-        graphdef=graphdef,
-        params=jax.tree.map(np.asarray, loaded.params),
-        canvas=tuple(canvas or loaded.detect.canvas),
-        config=detector.predictor.config,
-    )
-    if names is None:
-        return served, detector.prompts.known()
-    texts = detector.encode(names)
-    embeddings = np.asarray(texts.embeddings)[: len(names)]
-    prompts = {normalize(name): text for name, text in zip(names, texts.prompts)}
-    return dataclasses.replace(served, names=tuple(names), texts=embeddings), prompts
-
-
-def run(args: argparse.Namespace) -> None:
-    """Exports as the command line says."""
     from detclipv2_jax.inference.checkpoint import load_model
 
     names, canvas = _names(args), _canvas(args.canvas)
     if args.rows < 1:
-        raise UserError(f"--rows={args.rows} leaves no room for a name; give 1 or more.")
+        raise UserError(f"--rows={args.rows} leaves no room for names. Give 1 or more.")
+    if args.format == "safetensors" and (names or canvas):
+        raise UserError(
+            "--format=safetensors writes parameters, not a detector. Leave --names, --names_file "
+            "and --canvas out, or choose another --format."
+        )
     loaded = load_model(args.checkpoint, args.step)
     output = pathlib.Path(args.output)
-    about = {"step": loaded.step}
     if args.format == "safetensors":
-        if names or canvas:
-            raise UserError(
-                "--format=safetensors writes all parameters and no detector: leave "
-                "--names, --names_file and --canvas out."
-            )
         files = safetensors.write(loaded, output)
-        settings = config_dict.to_dict(loaded.detect)
-        about |= {"format": args.format, "settings": settings, "names": loaded.names}
-        about |= {"definitions": dict(loaded.definitions)}
+        description = {
+            "format": args.format,
+            "settings": config_dict.to_dict(loaded.detect),
+            "names": loaded.names,
+            "definitions": dict(loaded.definitions),
+        }
     else:
         files, description = _write_detector(args, loaded, names, canvas, output)
-        about |= description
-    about |= {"files": files, "versions": manifest.versions(args.format)}
+    about = {
+        "step": loaded.step,
+        **description,
+        "files": files,
+        "versions": manifest.versions(args.format),
+    }
     write_json(output / "manifest.json", about)
-    text = card.card(loaded, about, _results(args.checkpoint), args.license)
-    with replacing(output / "README.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    text = card.render(loaded, about, _results(args.checkpoint), args.license)
+    write_text(output / "README.md", text)
     for file in dict.fromkeys(files.values()):
         size = sum(f.stat().st_size for f in (output / file, *(output / file).rglob("*")))
         print(f"{output / file}: step {loaded.step}, {size / 1e6:.1f} MB")
@@ -109,8 +69,12 @@ def _write_detector(
     canvas: tuple[int, int] | None,
     output: pathlib.Path,
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    """Writes the files of a detector; returns them by role, and the manifest."""
-    served, prompts = served_model(
+    """Write a detector and example.py.
+
+    Returns:
+      Role ('detector', 'text_encoder') -> file name, and the manifest.
+    """
+    served = served_model(
         loaded,
         names,
         canvas=canvas,
@@ -118,42 +82,43 @@ def _write_detector(
         max_detections=args.max_detections,
         definitions=args.definitions,
     )
+    rows: int | str = "rows"  # any number
     if args.format == "stablehlo":
-        files, rows = stablehlo.write(served, output, args.rows), args.rows
+        rows = args.rows
+        files = stablehlo.write(served, output, rows)
     elif args.format == "savedmodel":
-        files, rows = saved_model.write(served, output), "rows"
+        files = saved_model.write(served, output)
     else:
-        files, rows = onnx.write(served, output), "rows"
+        files = onnx.write(served, output)
     example = pathlib.Path(__file__).parent / "example.py"
-    with replacing(output / "example.py") as temporary:
-        temporary.write_bytes(example.read_bytes())
+    write_text(output / "example.py", example.read_text(encoding="utf-8"))
     if names is None:
         manifest.write_tokenizer(output / "tokenizer.json")
-    return files, manifest.manifest(served, args.format, rows) | {"prompts": prompts}
+    return files, manifest.describe(served, args.format, rows)
 
 
 def _names(args: argparse.Namespace) -> list[str] | None:
-    """None: the vocabulary is an input."""
-    from detclipv2_jax.inference.detect_files import asked_names
-
+    """Return the fixed names; None if names are an input of the detector."""
     if args.names is None and args.names_file is None:
         return None
-    return asked_names(args.names, args.names_file)
+    return names_from_flags(args.names, args.names_file)
 
 
 def _canvas(text: str | None) -> tuple[int, int] | None:
+    """Return (height, width) from a text such as '800x1344'."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if not match or not all(32 <= int(side) <= 8192 for side in match.groups()):
         raise UserError(
-            f"--canvas={text}: give height x width in pixels, each 32 to 8192, as in 800x1344."
+            f"--canvas={text} is not valid. Give height x width in pixels, each from 32 to 8192, "
+            "for example 800x1344."
         )
     return int(match[1]), int(match[2])
 
 
 def _results(checkpoint: str) -> Mapping[str, Any] | None:
-    """What the run's own evaluation wrote, if it is there."""
+    """Return the results.json of the run; None if there is none."""
     root = pathlib.Path(checkpoint)
     for path in (root / "results.json", root.parent / "results.json"):
         try:

@@ -1,4 +1,4 @@
-"""What an export is, for programs: `manifest.json`, and the tokenizer where names are an input."""
+"""`manifest.json`, which describes an export to programs, and `tokenizer.json`."""
 
 import dataclasses
 import importlib.metadata
@@ -8,64 +8,72 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from detclipv2_jax.common.atomic import replacing
+from detclipv2_jax.common.atomic import write_text
 from detclipv2_jax.exporters.served import ServedModel
 from detclipv2_jax.models.detclip import IMAGE_MEAN, IMAGE_STD
 from detclipv2_jax.text.tokenizer import CONTEXT, END, START, tokenizer
 
 
-def manifest(served: ServedModel, form: str, rows: int | str) -> dict[str, Any]:
-    """Inputs and outputs with their shapes, and every setting that makes answers comparable.
+def describe(served: ServedModel, format_name: str, rows: int | str) -> dict[str, Any]:
+    """Return the manifest of a detector: its inputs, outputs and settings.
 
-    A shape's symbols (`batch`, `rows`, `count`) stand for any number; `rows` is the number of names
-    that an input has room for.
+    In shapes, the symbols `batch`, `rows` and `count` stand for any number.
+
+    Args:
+      served: the model.
+      format_name: value of --format.
+      rows: rows of the input `texts`, a number or 'rows'; not used if the names are fixed.
     """
-    height, width = served.canvas
-    max_detections = served.config.max_detections
-    argument = lambda name, shape, dtype, what: {
-        "name": name,
-        "shape": list(shape),
-        "dtype": dtype,
-        "what": what,
-    }
-    detector = [
-        argument("images", ("batch", height, width, 3), "uint8", "RGB, top-left, zeros around"),
-        argument("sizes", ("batch", 2), "int32", "(height, width) of each picture on its canvas"),
-    ]
-    inputs = {"detector": detector}
-    if served.names is None:
-        what = "encoded names; a row of zeros is no name"
-        detector.append(argument("texts", (rows, served.width), "float32", what))
-        what = "ids of tokenizer.json"
-        inputs["text_encoder"] = [argument("tokens", ("count", CONTEXT), "int32", what)]
-    outputs = [
-        argument(
-            "boxes", ("batch", max_detections, 4), "float32", "x_min, y_min, x_max, y_max in pixels"
-        ),
-        argument("scores", ("batch", max_detections), "float32", "0 to 1, best first"),
-        argument("labels", ("batch", max_detections), "int32", "number of the name, from 0"),
-        argument("mask", ("batch", max_detections), "bool", "false: no detection, padding"),
-    ]
     return {
-        "format": form,
-        "canvas": [height, width],
+        "format": format_name,
+        "canvas": list(served.canvas),
         "names": None if served.names is None else list(served.names),
-        "inputs": inputs,
-        "outputs": outputs,
+        "inputs": _inputs(served, rows),
+        "outputs": _outputs(served.config.max_detections),
         "normalization": {"inside": True, "mean": list(IMAGE_MEAN), "std": list(IMAGE_STD)},
         "compute": "float32",
         "settings": dataclasses.asdict(served.config),
+        "prompts": dict(served.prompts),
     }
 
 
-def versions(form: str) -> dict[str, str]:
-    """The packages that wrote the file, as far as they are installed."""
-    wanted = ["jax", "flax", "numpy"]
-    wanted += {"savedmodel": ["tensorflow-cpu", "tensorflow"], "onnx": ["jax2onnx", "onnx"]}.get(
-        form, []
+def _inputs(served: ServedModel, rows: int | str) -> dict[str, list[dict[str, Any]]]:
+    height, width = served.canvas
+    images = _array(
+        "images", ("batch", height, width, 3), "uint8", "RGB, image at the top left, zeros around"
     )
+    sizes = _array("sizes", ("batch", 2), "int32", "(height, width) of each image on its canvas")
+    if served.names is not None:
+        return {"detector": [images, sizes]}
+    texts = _array(
+        "texts",
+        (rows, served.embedding_size),
+        "float32",
+        "text embeddings of the names; a row of zeros is not a name",
+    )
+    tokens = _array("tokens", ("count", CONTEXT), "int32", "token ids from tokenizer.json")
+    return {"detector": [images, sizes, texts], "text_encoder": [tokens]}
+
+
+def _outputs(max_detections: int) -> list[dict[str, Any]]:
+    shape = ("batch", max_detections)
+    return [
+        _array("boxes", (*shape, 4), "float32", "x_min, y_min, x_max, y_max in pixels"),
+        _array("scores", shape, "float32", "0 to 1, best first"),
+        _array("labels", shape, "int32", "index of the name, from 0"),
+        _array("mask", shape, "bool", "false: padding, not a detection"),
+    ]
+
+
+def _array(name: str, shape: tuple[int | str, ...], dtype: str, what: str) -> dict[str, Any]:
+    return {"name": name, "shape": list(shape), "dtype": dtype, "what": what}
+
+
+def versions(format_name: str) -> dict[str, str]:
+    """Return the versions of the installed packages that write a format."""
+    converters = {"savedmodel": ["tensorflow-cpu", "tensorflow"], "onnx": ["jax2onnx", "onnx"]}
     found = {}
-    for name in wanted:
+    for name in ["jax", "flax", "numpy", *converters.get(format_name, [])]:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -74,9 +82,10 @@ def versions(form: str) -> dict[str, str]:
 
 
 def write_tokenizer(path: pathlib.Path) -> None:
-    """CLIP's tokenizer for `tokenizers.Tokenizer.from_file`: start, end and padding included.
+    """Write CLIP's tokenizer for `tokenizers.Tokenizer.from_file`.
 
-    It gives the ids that `tokenize` gives, of texts that need no mending.
+    It adds start, end and padding, and gives the same ids as `tokenize` for texts that `normalize`
+    only lower-cases and strips of extra spaces.
     """
     result = Tokenizer.from_str(tokenizer().to_str())
     result.post_processor = TemplateProcessing(
@@ -85,5 +94,4 @@ def write_tokenizer(path: pathlib.Path) -> None:
     )
     result.enable_truncation(CONTEXT)
     result.enable_padding(length=CONTEXT, pad_id=0)
-    with replacing(path) as temporary:
-        temporary.write_text(result.to_str(), encoding="utf-8")
+    write_text(path, result.to_str())

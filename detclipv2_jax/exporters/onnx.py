@@ -1,7 +1,7 @@
-"""ONNX, through jax2onnx: the network converted, followed by ONNX's own top-k and suppression.
+"""ONNX through jax2onnx: the converted network, followed by ONNX's own top-k and suppression.
 
-jax2onnx is not installed with this package, because it asks for an old orbax; docs/export.md says
-how to have both.
+jax2onnx is not a dependency of this package because it requires an old version of orbax.
+docs/export.md describes how to install both.
 """
 
 import logging
@@ -13,54 +13,66 @@ import jax
 
 from detclipv2_jax.common.atomic import replacing
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.exporters.served import ServedModel, dense
+from detclipv2_jax.exporters.served import ServedModel, boxes_and_scores
 from detclipv2_jax.ops.boxes import level_sizes
 
 OPSET = 21
 
 
 def write(served: ServedModel, output: pathlib.Path) -> dict[str, str]:
-    """Writes the detector and, without a fixed vocabulary, the text encoder.
+    """Write the detector and, if names are an input, the text encoder.
 
-    Returns the files by their role.
+    Args:
+      served: the model.
+      output: directory for the files.
+
+    Returns:
+      Role ('detector', 'text_encoder') -> file name.
 
     Raises:
-      UserError: jax2onnx is not installed.
+      UserError: jax2onnx or onnx is not installed.
     """
-    try:
-        import jax2onnx  # noqa: F401 - only to know
-        import onnx  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--format=onnx needs jax2onnx, and {error.name} is not installed: "
-            "pip install onnx onnx-ir, then pip install --no-deps jax2onnx==0.17.1."
-        ) from None
-
+    _require_packages()
     model = served.model()
-    arguments, names = list(served.image_spec("batch")), ["images", "sizes"]
+    arguments, names = list(served.image_specs("batch")), ["images", "sizes"]
     if served.texts is not None:
-        network = lambda images, sizes: dense(model, served.config, images, sizes, served.texts)
+        network = lambda images, sizes: boxes_and_scores(
+            model, served.config, images, sizes, served.texts
+        )
     else:
-        network = lambda *inputs: dense(model, served.config, *inputs)
+        network = lambda *inputs: boxes_and_scores(model, served.config, *inputs)
         arguments.append(served.text_spec("rows"))
         names.append("texts")
-    converted = _converted(network, arguments, names, ["all_boxes", "all_scores"])
+    converted = _convert(network, arguments, names, ["all_boxes", "all_scores"])
     _save(_with_suppression(converted, served), output / "detector.onnx")
     if served.texts is not None:
         return {"detector": "detector.onnx"}
-    encoder = _converted(served.encode(), [served.token_spec("count")], ["tokens"], ["texts"])
+    tokens = served.token_spec("count")
+    encoder = _convert(served.encode_function(), [tokens], ["tokens"], ["texts"])
     _save(encoder, output / "text_encoder.onnx")
     return {"detector": "detector.onnx", "text_encoder": "text_encoder.onnx"}
 
 
-def _converted(
+def _require_packages() -> None:
+    try:
+        import jax2onnx  # noqa: F401 - only to check
+        import onnx  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--format=onnx needs jax2onnx, and {error.name} is not installed. Run "
+            "`pip install onnx onnx-ir` and `pip install --no-deps jax2onnx==0.17.1`."
+        ) from None
+
+
+def _convert(
     function: Any, arguments: list[jax.ShapeDtypeStruct], inputs: list[str], outputs: list[str]
 ) -> Any:
+    """Return a function of arrays as an ONNX model with named inputs and outputs."""
     import jax2onnx
 
-    # They tell at length of packages that only examples need, and of shapes without a type.
-    for talkative in ("jax2onnx", "onnx_ir"):
-        logging.getLogger(talkative).setLevel(logging.CRITICAL)
+    # They warn at length of packages that only their examples need, and of shapes without a type.
+    for noisy in ("jax2onnx", "onnx_ir"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     return jax2onnx.to_onnx(
         function,
         inputs=arguments,
@@ -71,9 +83,10 @@ def _converted(
     )
 
 
-# `class_nms` in ONNX's text form: the best candidates of each name of each picture, a suppression
-# for each, then the best of a picture. What NonMaxSuppression kept is a list of places, which is
-# scattered back into the table, so that the answer has a fixed size.
+# `ops.nms.class_nms` in ONNX's text format: the best candidates of each name in each image, one
+# suppression for each name and image, then the best boxes of each image. NonMaxSuppression returns
+# a list of indices of any length; they are scattered back into the table of scores, so that the
+# outputs have a fixed size. Words in capitals are replaced by numbers.
 _SUPPRESSION = """
 <ir_version: IR_VERSION, opset_import: ["": OPSET]>
 suppression (float[batch, ANCHORS, 4] all_boxes, float[batch, NAMES, ANCHORS] all_scores)
@@ -116,6 +129,7 @@ suppression (float[batch, ANCHORS, 4] all_boxes, float[batch, NAMES, ANCHORS] al
 
 
 def _with_suppression(network: Any, served: ServedModel) -> Any:
+    """Return the network with suppression behind it, as one ONNX model."""
     import onnx
 
     anchors = sum(level_sizes(*served.canvas, served.model().cfg.anchors))
@@ -131,8 +145,8 @@ def _with_suppression(network: Any, served: ServedModel) -> Any:
     }
     text = re.sub(r"\b[A-Z_]{4,}\b", lambda match: str(values[match[0]]), _SUPPRESSION)
     suppression = onnx.parser.parse_model(text)
-    same = [(name, name) for name in ("all_boxes", "all_scores")]
-    return onnx.compose.merge_models(network, suppression, io_map=same)
+    connections = [(name, name) for name in ("all_boxes", "all_scores")]
+    return onnx.compose.merge_models(network, suppression, io_map=connections)
 
 
 def _save(model: Any, path: pathlib.Path) -> None:

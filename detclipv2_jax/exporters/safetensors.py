@@ -1,4 +1,4 @@
-"""The parameters by name, for whoever has a DetCLIPv2 in code: `model.safetensors`."""
+"""The parameters by name, for fine-tuning, converting and sharing: `model.safetensors`."""
 
 import json
 import pathlib
@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 
 def write(loaded: "LoadedModel", output: pathlib.Path) -> dict[str, str]:
-    """Writes the averaged parameters in float32, and what using them needs as JSON in the metadata.
+    """Write the averaged parameters in float32, with all settings needed to use them.
 
-    That is the model's config, the names and the definitions that its detection data had, and how
-    it is asked (`eval`, the fields of `DetectConfig`). Returns the file by its role.
+    The settings are JSON in the file's metadata: the model's config (`model`), the fields of
+    `DetectConfig` (`eval`), and the names and definitions of the detection data.
+
+    Returns:
+      {'parameters': file name}.
     """
     metadata = {
         "format": "detclipv2_jax",
@@ -36,11 +39,11 @@ def write(loaded: "LoadedModel", output: pathlib.Path) -> dict[str, str]:
 def write_tensors(
     path: pathlib.Path, params: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> None:
-    """Writes parameters (nested dicts) as one file, whole or not at all."""
+    """Write nested dicts of parameters as one file, atomically. Names are paths joined by dots."""
     from safetensors.numpy import save_file
 
     tensors = {
-        name.replace("/", "."): np.array(value, order="C")  # a scalar stays one
+        name.replace("/", "."): np.array(value, order="C")  # unlike asarray, keeps scalars scalar
         for name, value in parameter_paths(params).items()
     }
     with replacing(path) as temporary:

@@ -1,91 +1,101 @@
-"""TensorFlow's SavedModel, through jax2tf.
+"""TensorFlow's SavedModel through jax2tf.
 
-The network is StableHLO inside it. What follows is TensorFlow's own: its top-k, because TensorFlow
-2.21 cannot read JAX's, and its suppression a name.
+The network is StableHLO inside the SavedModel. Top-k and suppression are TensorFlow's own:
+TensorFlow 2.21 cannot read JAX's top-k.
 """
 
 import functools
-import os
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from detclipv2_jax.common.atomic import replacing_directory
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.exporters.served import ServedModel, dense
+from detclipv2_jax.exporters.served import ServedModel, boxes_and_scores
 from detclipv2_jax.exporters.stablehlo import PLATFORMS
 from detclipv2_jax.inference.config import DecodeConfig
 from detclipv2_jax.models.detclip import build
 from detclipv2_jax.text.tokenizer import CONTEXT
 
-_SIGNATURE, _ENCODER = "serving_default", "encode_text"
+_DETECTOR_SIGNATURE, _ENCODER_SIGNATURE = "serving_default", "encode_text"
 
 
 def write(served: ServedModel, output: pathlib.Path) -> dict[str, str]:
-    """Writes the folder `saved_model`, whole or not at all.
+    """Write the directory `saved_model`, atomically.
 
-    Its signature `serving_default` is the detector; without a fixed vocabulary it has a second one,
-    `encode_text`. Returns the folder and the signatures by their role.
+    Its signature `serving_default` is the detector. If names are an input, the signature
+    `encode_text` is the text encoder.
+
+    Args:
+      served: the model.
+      output: parent directory.
+
+    Returns:
+      Role ('detector', 'text_encoder') -> directory name.
 
     Raises:
-      UserError: TensorFlow is not installed, or is too old for this JAX.
+      UserError: TensorFlow is not installed or too old for this JAX, or the directory cannot be
+        written.
     """
     try:
         import tensorflow as tf
     except ModuleNotFoundError:
         raise UserError(
-            "--format=savedmodel needs TensorFlow, which is not installed: pip install "
-            "tensorflow-cpu, or choose --format=stablehlo."
+            "--format=savedmodel needs TensorFlow, which is not installed. Run "
+            "`pip install tensorflow-cpu`, or choose --format=stablehlo."
         ) from None
 
-    _check_that_it_reads(tf)
+    _check_compatibility(tf)
     module = tf.Module()
-    fixed = served.texts is not None
-    params = {k: v for k, v in served.params.items() if not (fixed and k == "text")}
+    is_fixed = served.texts is not None
+    params = {k: v for k, v in served.params.items() if not (is_fixed and k == "text")}
     module.params = jax.tree.map(lambda value: tf.Variable(np.asarray(value)), params)
     module.detect = _detector(tf, served, module.params)
-    signatures = {_SIGNATURE: module.detect}
-    if not fixed:
+    signatures = {_DETECTOR_SIGNATURE: module.detect}
+    if not is_fixed:
         module.encode = _encoder(tf, served, module.params)
-        signatures[_ENCODER] = module.encode
+        signatures[_ENCODER_SIGNATURE] = module.encode
 
     path = output / "saved_model"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        tf.saved_model.save(module, str(temporary), signatures=signatures)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-    except (OSError, tf.errors.OpError) as error:
+        with replacing_directory(path) as temporary:
+            tf.saved_model.save(module, str(temporary), signatures=signatures)
+    except tf.errors.OpError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be written ({reason}).") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return {"detector": path.name} | ({} if fixed else {"text_encoder": path.name})
+    return {"detector": path.name} | ({} if is_fixed else {"text_encoder": path.name})
 
 
-def _check_that_it_reads(tf: Any) -> None:
-    """TensorFlow tells when a file is first run, and at length: better ask it before writing."""
-    gelu = functools.partial(jax.nn.gelu, approximate=False)  # of what the model uses, the newest
-    probe = tf.function(_converted(gelu, ["(batch,)"]), autograph=False)
+def _check_compatibility(tf: Any) -> None:
+    """Raise `UserError` if TensorFlow cannot run what this JAX writes.
+
+    TensorFlow itself reports it only when the file is first run, and at length.
+    """
+    # Of the operations that the model uses, the one that was added to StableHLO last.
+    gelu = functools.partial(jax.nn.gelu, approximate=False)
+    probe = tf.function(_convert(gelu, ["(batch,)"]), autograph=False)
     try:
         probe(tf.zeros(1))
     except tf.errors.OpError:
         raise UserError(
-            f"TensorFlow {tf.__version__} cannot read what jax {jax.__version__} writes: export "
+            f"TensorFlow {tf.__version__} cannot read what jax {jax.__version__} writes. Export "
             "with an older jax (0.10.2, on Python 3.11), or choose --format=stablehlo or onnx."
         ) from None
 
 
 def _detector(tf: Any, served: ServedModel, params: Mapping[str, Any]) -> Any:
+    """Return the detector as a `tf.function`; `params` are variables."""
     height, width = served.canvas
     shapes = [None, f"(batch, {height}, {width}, 3)", "(batch, 2)"]
 
     def network(params, images, sizes, texts):
-        params = served.params | params  # the text tower's are not read where they are left out
-        return dense(build(served.graphdef, params), served.config, images, sizes, texts)
+        # With fixed names, `params` lacks the text tower. It is not used then.
+        params = served.params | params
+        model = build(served.graphdef, params)
+        return boxes_and_scores(model, served.config, images, sizes, texts)
 
     def spec(name, shape, dtype):
         return tf.TensorSpec(shape, dtype, name=name)
@@ -95,24 +105,24 @@ def _detector(tf: Any, served: ServedModel, params: Mapping[str, Any]) -> Any:
         spec("sizes", (None, 2), tf.int32),
     ]
     if served.texts is not None:
-        fixed = served.texts
-        network = functools.partial(network, texts=fixed)
-        converted = _converted(network, shapes)
+        converted = _convert(functools.partial(network, texts=served.texts), shapes)
     else:
-        arguments.append(spec("texts", (None, served.width), tf.float32))
-        converted = _converted(network, [*shapes, f"(rows, {served.width})"])
+        size = served.embedding_size
+        arguments.append(spec("texts", (None, size), tf.float32))
+        converted = _convert(network, [*shapes, f"(rows, {size})"])
 
     @tf.function(input_signature=arguments, autograph=False)
     def detect(*inputs):
         boxes, scores = converted(params, *inputs)
-        return suppressed(tf, served.config, boxes, scores)
+        return suppress(tf, served.config, boxes, scores)
 
     return detect
 
 
 def _encoder(tf: Any, served: ServedModel, params: Mapping[str, Any]) -> Any:
+    """Return the text encoder as a `tf.function`; `params` are variables."""
     encode = lambda params, tokens: build(served.graphdef, params).encode_text(tokens)
-    converted = _converted(encode, [None, f"(count, {CONTEXT})"])
+    converted = _convert(encode, [None, f"(count, {CONTEXT})"])
     spec = tf.TensorSpec((None, CONTEXT), tf.int32, name="tokens")
 
     @tf.function(input_signature=[spec], autograph=False)
@@ -122,7 +132,7 @@ def _encoder(tf: Any, served: ServedModel, params: Mapping[str, Any]) -> Any:
     return encode_text
 
 
-def _converted(function: Any, shapes: list[str | None]) -> Any:
+def _convert(function: Any, shapes: list[str | None]) -> Any:
     from jax.experimental import jax2tf
 
     return jax2tf.convert(
@@ -133,11 +143,18 @@ def _converted(function: Any, shapes: list[str | None]) -> Any:
     )
 
 
-def suppressed(tf: Any, config: DecodeConfig, boxes: Any, scores: Any) -> dict[str, Any]:
-    """What `class_nms` makes of the boxes (B, K, 4) and scores (B, C, K), by TensorFlow."""
+def suppress(tf: Any, config: DecodeConfig, boxes: Any, scores: Any) -> dict[str, Any]:
+    """Return the detections of `ops.nms.class_nms`, computed by TensorFlow.
+
+    Args:
+      tf: the module `tensorflow`.
+      config: suppression and limits.
+      boxes: (B, K, 4), one per anchor.
+      scores: (B, C, K), of each name.
+    """
     count = tf.minimum(config.pre_nms_top_k, tf.shape(scores)[-1])
     values, anchors = tf.math.top_k(scores, count)
-    candidates = tf.gather(boxes, anchors, batch_dims=1)  # (B, C, candidates, 4)
+    candidates = tf.gather(boxes, anchors, batch_dims=1)  # (B, C, count, 4)
     found = tf.image.combined_non_max_suppression(
         tf.transpose(candidates, [0, 2, 1, 3]),
         tf.transpose(values, [0, 2, 1]),

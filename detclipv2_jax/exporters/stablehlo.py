@@ -1,7 +1,7 @@
-"""StableHLO through `jax.export`: one file for CPU, CUDA and TPU, for batches of any size.
+"""StableHLO through `jax.export`: one file for CPU, CUDA and TPU and for batches of any size.
 
-`jax.export.deserialize(file.read_bytes()).call(images, sizes)` needs JAX and nothing of this
-package. JAX promises to read such a file for six months.
+`jax.export.deserialize(bytearray(content)).call(images, sizes)` runs it. That needs JAX, but not
+this package. JAX promises to read such a file for six months.
 """
 
 import pathlib
@@ -16,17 +16,24 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def write(served: ServedModel, output: pathlib.Path, rows: int) -> dict[str, str]:
-    """Writes the detector and, without a fixed vocabulary, the text encoder.
+    """Write the detector and, if names are an input, the text encoder.
 
-    `rows`: the names that the detector's input has room for. Returns the files by their role.
+    Args:
+      served: the model.
+      output: directory for the files.
+      rows: the number of rows of the input `texts`, that is, the largest number of names.
+
+    Returns:
+      Role ('detector', 'text_encoder') -> file name.
     """
     batch, count = (export.symbolic_shape(symbol)[0] for symbol in ("batch", "count"))
-    arguments = served.image_spec(batch)
+    images = served.image_specs(batch)
+    detect, encode = served.detect_function(), served.encode_function()
     if served.texts is not None:
-        _write(output / "detector.stablehlo", served.answer(), *arguments)
+        _write(output / "detector.stablehlo", detect, *images)
         return {"detector": "detector.stablehlo"}
-    _write(output / "detector.stablehlo", served.answer(), *arguments, served.text_spec(rows))
-    _write(output / "text_encoder.stablehlo", served.encode(), served.token_spec(count))
+    _write(output / "detector.stablehlo", detect, *images, served.text_spec(rows))
+    _write(output / "text_encoder.stablehlo", encode, served.token_spec(count))
     return {"detector": "detector.stablehlo", "text_encoder": "text_encoder.stablehlo"}
 
 

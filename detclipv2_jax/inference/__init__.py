@@ -1,1 +1,1 @@
-"""A checkpoint to detections: prompts, prediction, images, video, drawing. No TensorFlow."""
+"""From a checkpoint to detections: prompts, prediction, images, video, drawing. No TensorFlow."""

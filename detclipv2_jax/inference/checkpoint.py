@@ -1,7 +1,9 @@
-"""A checkpoint is the whole run: parameters, average, optimizer, step, config and vocabulary.
+"""Reading checkpoints.
 
-On disk, under `workdir/checkpoints/STEP/`, three items: `model` (the averaged parameters: all that
-evaluation and detection read), `state` (the rest of the training state) and `meta` (JSON).
+A checkpoint is the whole run: parameters, their average, optimizer, step, config and vocabulary. On
+disk, `workdir/checkpoints/STEP/` has three items: `model` (the averaged parameters, all that
+evaluation and detection read), `state` (the rest of the training state) and `meta` (JSON). Training
+writes them (training/checkpointer.py).
 """
 
 import dataclasses
@@ -25,22 +27,38 @@ SUBDIRECTORY = "checkpoints"
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A checkpoint's model, ready to build: `detclip.build(graphdef, params)`."""
+    """A checkpoint's model, ready to build: `detclip.build(graphdef, params)`.
+
+    Attributes:
+      graphdef: structure of the model.
+      params: the averaged parameters (EMA).
+      model: the model's config.
+      detect: how the model is asked and how its output becomes detections.
+      step: training step of the checkpoint.
+      names: the names of the detection data that the model trained on.
+      definitions: name -> definition; empty if the model trained with bare names.
+      template: joins {name} and {definition}.
+      total_steps: steps of the whole run; None for an old checkpoint, which does not store it.
+      run: the config of the run as stored.
+    """
 
     graphdef: Any
     params: PyTree
     model: DetCLIPConfig
     detect: DetectConfig
     step: int
-    names: list[str]  # the names of the detection data that it trained on
-    definitions: dict[str, str]  # name → definition; empty: it trained on bare names
-    template: str = TEMPLATE  # of a name with its definition
-    total_steps: int | None = None  # of the run; None: the checkpoint is too old to know
-    run: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the run's config as stored
+    names: list[str]
+    definitions: dict[str, str]
+    template: str = TEMPLATE
+    total_steps: int | None = None
+    run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+# In all functions `directory` is the workdir of a run or its `checkpoints/`.
 
 
 def steps(directory: Path | str) -> list[int]:
-    """The steps of the complete checkpoints of a run, ascending; none where there is no run yet."""
+    """Return the steps of the complete checkpoints of a run, ascending; [] if there are none."""
     root = _root(directory)
     if not root.is_dir():
         return []
@@ -48,56 +66,67 @@ def steps(directory: Path | str) -> list[int]:
 
 
 def require_steps(directory: Path | str) -> list[int]:
-    """As `steps`, but UserError where there is none."""
+    """Return what `steps` returns; raise `UserError` if there are none."""
     found = steps(directory)
     if not found:
         raise UserError(
-            f"there is no checkpoint in {directory}: give the --workdir of a training run."
+            f"there is no checkpoint in {directory}. Give the --workdir of a training run."
         )
     return found
 
 
 def best_step(directory: Path | str) -> int:
-    """The step whose evaluation in training gave the best figure, of equal ones the last.
+    """Return the step with the best score in training's evaluations; of equal scores the last.
 
     Raises:
-      UserError: none of the checkpoints was evaluated in training, or there is none.
+      UserError: there is no checkpoint, or training evaluated none of them.
     """
     scores = {step: stored_score(directory, step) for step in require_steps(directory)}
-    measured = [step for step, score in scores.items() if score is not None]
-    if not measured:
+    evaluated = [step for step, score in scores.items() if score is not None]
+    if not evaluated:
         raise UserError(
             f"{directory}: training evaluated none of its checkpoints (config.train.eval_every), "
-            "so none is the best; give --step=all, newest or a number."
+            "so the best one is unknown. Give --step=all, --step=newest or a number."
         )
-    return max(measured, key=lambda step: (scores[step], step))
+    return max(evaluated, key=lambda step: (scores[step], step))
+
+
+def stored_score(directory: Path | str, step: int) -> float | None:
+    """Return the score that training measured at `step`; None if it did not evaluate there."""
+    with _open(directory) as manager:
+        return _meta(manager, step).get("score")
 
 
 def is_finished(directory: Path | str) -> bool:
-    """Is the newest checkpoint that of the run's last step? Not known of older ones: no."""
+    """Return whether the newest checkpoint is that of the run's last step.
+
+    False for old checkpoints, which do not store the number of steps.
+    """
     known = steps(directory)
     if not known:
         return False
-    with _reading(directory) as manager:
+    with _open(directory) as manager:
         return _meta(manager, known[-1]).get("total_steps") == known[-1]
 
 
 def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
-    """The model of a run's newest checkpoint, or of `step`; each process reads it for itself.
+    """Load the model of one checkpoint onto the first local device of this process.
 
-    `directory` is the run's workdir or its `checkpoints/`.
+    Args:
+      directory: the workdir of a run or its `checkpoints/`.
+      step: which checkpoint. None: the newest.
 
     Raises:
-      UserError: if there is no checkpoint, not that step, or it does not fit its own config.
+      UserError: there is no such checkpoint, or its parameters do not fit its config.
     """
     known = require_steps(directory)
     if step is not None and step not in known:
         raise UserError(
             f"{_root(directory)} has no checkpoint of step {step}: it has "
-            f"{', '.join(map(str, known))}."
+            f"{', '.join(map(str, known))}. Choose one of these."
         )
     step = known[-1] if step is None else step
-    with _reading(directory) as manager:
+    with _open(directory) as manager:
         meta = _meta(manager, step)
         run = meta["config"]
         model = DetCLIPConfig.from_dict(config_dict.with_current_names(DetCLIPConfig, run["model"]))
@@ -117,7 +146,7 @@ def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
         detect_config(run["eval"]),
         step,
         meta["names"],
-        meta.get("definitions", {}),  # older checkpoints have none
+        meta.get("definitions", {}),  # old checkpoints have none
         run.get("data", {}).get("template", TEMPLATE),
         meta.get("total_steps"),
         run,
@@ -125,11 +154,52 @@ def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
 
 
 def detect_config(section: Mapping[str, Any]) -> DetectConfig:
-    """Return what the section `eval` of a run's config says, stored by this or an older version."""
+    """Return the `DetectConfig` in the section `eval` of a run's config.
+
+    Accepts sections stored by older versions; fields of other configs are ignored.
+    """
     values = config_dict.with_current_names(DetectConfig, section)
     return config_dict.from_dict(
         DetectConfig, config_dict.known_fields(DetectConfig, values), "config.eval"
     )
+
+
+def check_shapes(manager: ocp.CheckpointManager, step: int, target: PyTree, where: Any) -> None:
+    """Raise `UserError` if a checkpoint's parameters have other names or shapes than `target`.
+
+    `where` names the checkpoint in the message.
+    """
+    found = _shapes(manager.item_metadata(step).model)
+    wanted = _shapes(target)
+    for name in sorted(found.keys() | wanted.keys()):
+        stored, expected = (tree.get(name, "absent") for tree in (found, wanted))
+        if stored != expected:
+            raise UserError(
+                f"the checkpoint {where} is of another model: {name} is {stored} in the "
+                f"checkpoint, {expected} in this config. Use the config that made the checkpoint, "
+                "or another --workdir."
+            )
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): tuple(v.shape) for p, v in leaves}
+
+
+def item_handlers(processes: ocp.options.MultiprocessingOptions | None = None) -> dict[str, Any]:
+    """Return Orbax's handler for each item of a checkpoint."""
+    options = {"multiprocessing_options": processes or ocp.options.MultiprocessingOptions()}
+    standard = ocp.StandardCheckpointHandler
+    return {
+        "model": standard(**options),
+        "state": standard(**options),
+        "meta": ocp.JsonCheckpointHandler(**options),
+    }
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _root(directory: Path | str) -> Path:
@@ -137,8 +207,8 @@ def _root(directory: Path | str) -> Path:
     return root / SUBDIRECTORY if (root / SUBDIRECTORY).is_dir() else root
 
 
-def _reading(directory: Path | str) -> ocp.CheckpointManager:
-    """For this process alone: no other one is waited for."""
+def _open(directory: Path | str) -> ocp.CheckpointManager:
+    """Return a read-only manager that does not wait for other processes."""
     index = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
     options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone)
@@ -149,43 +219,3 @@ def _reading(directory: Path | str) -> ocp.CheckpointManager:
 
 def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-
-
-def stored_score(directory: Path | str, step: int) -> float | None:
-    """Return the figure that training measured at `step`; None if it measured none."""
-    with _reading(directory) as manager:
-        return _meta(manager, step).get("score")
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
-
-
-def item_handlers(processes: ocp.options.MultiprocessingOptions | None = None) -> dict[str, Any]:
-    """Return Orbax's handler of each item of a checkpoint."""
-    options = {"multiprocessing_options": processes or ocp.options.MultiprocessingOptions()}
-    standard = ocp.StandardCheckpointHandler
-    return {
-        "model": standard(**options),
-        "state": standard(**options),
-        "meta": ocp.JsonCheckpointHandler(**options),
-    }
-
-
-def check_shapes(manager: ocp.CheckpointManager, step: int, target: PyTree, where: Any) -> None:
-    """One sentence instead of a traceback when a checkpoint holds another model."""
-    found = _shapes(manager.item_metadata(step).model)
-    wanted = _shapes(target)
-    for name in sorted(found.keys() | wanted.keys()):
-        there, here = (tree.get(name, "absent") for tree in (found, wanted))
-        if there != here:
-            raise UserError(
-                f"the checkpoint {where} is of another model: {name} is {there} there, {here} in "
-                "this config; use the config it was made with, or another --workdir."
-            )
-
-
-def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): tuple(v.shape) for p, v in leaves}

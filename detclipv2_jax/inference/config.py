@@ -1,6 +1,6 @@
-"""The schema of a detector: how its output becomes detections, and how it is asked.
+"""Settings of a detector: how model outputs become detections, and how names are asked.
 
-A training run has these fields in its section `eval`; each checkpoint carries them.
+A training run has these fields in its config section `eval`. Every checkpoint stores them.
 """
 
 import dataclasses
@@ -14,15 +14,18 @@ DEFINITIONS: tuple[Definitions, ...] = get_args(Definitions)
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """How the dense output becomes detections. The paper gives none of these values.
+    """How the model's dense output becomes detections. The paper gives none of these values.
 
-    * `score_threshold`: detections score more than this; 0 for measuring AP.
-    * `nms_iou`: ATSS's 0.6. A box suppresses only boxes of its own name.
-    * `pre_nms_top_k`: anchors per name, the best, that enter suppression.
-    * `max_detections`: detections per image, the best, whatever their names. Above 300, so that
-      standard AP sees its 300 and fixed AP, which has no limit per image, sees more.
-    * `score`: 'alignment*centerness' ranks by the product of both probabilities, as ATSS does;
-      'alignment' leaves the centerness out.
+    Attributes:
+      score_threshold: only detections that score above it are returned. 0 for measuring AP.
+      nms_iou: IoU above which non-maximum suppression drops the box with the lower score. A box
+        suppresses only boxes of the same name. The default is ATSS's.
+      pre_nms_top_k: for each name, only the anchors with the best scores enter suppression; this is
+        their number.
+      max_detections: at most this many boxes per image, the best of all names together. The default
+        is above 300 because standard AP uses 300, and fixed AP has no limit per image.
+      score: 'alignment*centerness' ranks by the product of the two probabilities, as ATSS does;
+        'alignment' leaves the centerness out.
     """
 
     score_threshold: float = 0.0
@@ -36,29 +39,32 @@ class DecodeConfig:
     def __post_init__(self):
         if self.score not in ("alignment*centerness", "alignment"):
             raise UserError(
-                f"score is {self.score!r}; choose 'alignment*centerness' or 'alignment'."
+                f"score is {self.score!r}, expected 'alignment*centerness' or 'alignment'."
             )
-        if not 0 <= self.score_threshold < 1 or not 0 < self.nms_iou <= 1:
+        if not 0 <= self.score_threshold < 1:
             raise UserError(
-                f"score_threshold {self.score_threshold} must lie in [0, 1) and nms_iou "
-                f"{self.nms_iou} in (0, 1]."
+                f"score_threshold is {self.score_threshold}. Choose a value from 0 up to, but "
+                "not including, 1."
             )
-        if self.max_detections < 1 or self.pre_nms_top_k < 1:
-            raise UserError(
-                f"max_detections {self.max_detections} and pre_nms_top_k {self.pre_nms_top_k} "
-                "must be at least 1."
-            )
+        if not 0 < self.nms_iou <= 1:
+            raise UserError(f"nms_iou is {self.nms_iou}. Choose a value above 0 and at most 1.")
+        for field in ("max_detections", "pre_nms_top_k"):
+            if getattr(self, field) < 1:
+                raise UserError(f"{field} is {getattr(self, field)}. Choose 1 or more.")
 
 
 @dataclasses.dataclass(frozen=True)
 class DetectConfig(DecodeConfig):
-    """How a detector is asked: picture size, batch, and the text that stands for a name.
+    """`DecodeConfig`, and how images and names are given to the model.
 
-    * `canvas`: (height, width) in pixels that pictures are scaled into.
-    * `definitions`: whether names are asked with their definitions: on, off, or as the detection
-      data of the training had them (paper §1: in training and in testing).
-    * `prompts`: sentences such as 'a photo of a {}.'; the mean of their embeddings stands for the
-      name. () = the name alone.
+    Attributes:
+      canvas: (height, width) in pixels. Images are scaled to fit into it.
+      batch_size: images per call of the compiled program.
+      definitions: whether names are asked with their definitions: 'on', 'off', or 'as_trained'
+        (like the names of the detection data in training; Yao et al. 2023 use definitions both in
+        training and in testing).
+      prompts: sentences such as 'a photo of a {}.'. The mean of their text embeddings stands for
+        the name. Empty: the name itself is the prompt.
     """
 
     canvas: tuple[int, int] = (800, 1344)

@@ -1,4 +1,4 @@
-"""What a detector answers."""
+"""The results of a detector: `Detections` of a batch, `ImageDetections` of one image."""
 
 import dataclasses
 from typing import Any
@@ -13,21 +13,34 @@ from detclipv2_jax.common.errors import UserError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Detections:
-    """What a detector answers for a batch of images, best first, padded to a static length."""
+    """Detections of a batch of images: best first, padded to a fixed length T.
 
-    boxes: Float[Array, "B T 4"]  # pixels of the canvas
-    scores: Float[Array, "B T"]  # probabilities
-    labels: Int[Array, "B T"]  # index into the asked names
-    mask: Bool[Array, "B T"]  # False: padding
+    Attributes:
+      boxes: (x_min, y_min, x_max, y_max) in pixels of the canvas.
+      scores: probabilities.
+      labels: index into the names that were asked.
+      mask: False where there is no detection (padding).
+    """
+
+    boxes: Float[Array, "B T 4"]
+    scores: Float[Array, "B T"]
+    labels: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageDetections:
-    """What was found in one image, best first.
+    """Detections of one image, best first. `len()` is their number n.
 
-    Boxes are xyxy in the image's own pixels, clipped to it; `labels` index the asked names and
-    `names` spells them; `size` is the image's (height, width). The same once more under the names
-    that `supervision.Detections` gives them: xyxy, confidence, class_id, data["class_name"].
+    The properties `xyxy`, `confidence`, `class_id` and `data` give the same values under the names
+    of `supervision.Detections`.
+
+    Attributes:
+      boxes: (x_min, y_min, x_max, y_max) in pixels of the image, clipped to it.
+      scores: between 0 and 1.
+      labels: index into the names that were asked.
+      names: the name of each box.
+      size: (height, width) of the image in pixels.
     """
 
     boxes: Float[np.ndarray, "n 4"]
@@ -41,26 +54,26 @@ class ImageDetections:
 
     @property
     def xyxy(self) -> Float[np.ndarray, "n 4"]:
-        """`boxes`."""
+        """The same as `boxes`."""
         return self.boxes
 
     @property
     def confidence(self) -> Float[np.ndarray, " n"]:
-        """`scores`."""
+        """The same as `scores`."""
         return self.scores
 
     @property
     def class_id(self) -> Int[np.ndarray, " n"]:
-        """`labels`."""
+        """The same as `labels`."""
         return self.labels
 
     @property
     def data(self) -> dict[str, np.ndarray]:
-        """{"class_name": `names` as an array}."""
+        """A dict with `names` as an array of strings under the key "class_name"."""
         return {"class_name": np.array(self.names, dtype=str)}
 
     def best(self, count: int) -> "ImageDetections":
-        """The first `count` of them."""
+        """Return the `count` detections with the highest scores."""
         return dataclasses.replace(
             self,
             boxes=self.boxes[:count],
@@ -70,7 +83,7 @@ class ImageDetections:
         )
 
     def to_supervision(self) -> Any:
-        """As `supervision.Detections`, for its annotators, trackers and zones.
+        """Return a `supervision.Detections`, for that package's annotators, trackers and zones.
 
         Raises:
           UserError: the package `supervision` is not installed.
@@ -78,7 +91,9 @@ class ImageDetections:
         try:
             import supervision
         except ImportError:
-            raise UserError("to_supervision needs `pip install supervision`.") from None
+            raise UserError(
+                "to_supervision() needs the package supervision. Run `pip install supervision`."
+            ) from None
         return supervision.Detections(
             xyxy=self.xyxy, confidence=self.confidence, class_id=self.class_id, data=self.data
         )

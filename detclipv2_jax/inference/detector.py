@@ -1,4 +1,4 @@
-"""`Detector`: images and free names in, boxes with names and scores out."""
+"""`Detector`: images and names in; boxes, names and scores out. Start here to use a checkpoint."""
 
 import dataclasses
 import os
@@ -8,26 +8,35 @@ from typing import TYPE_CHECKING, Any
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.inference.config import Definitions
 from detclipv2_jax.inference.detections import ImageDetections
-from detclipv2_jax.inference.embedding_cache import EmbeddingCache, default_directory
-from detclipv2_jax.inference.images import Source
-from detclipv2_jax.inference.predictor import Predictor, Texts, check_names
-from detclipv2_jax.inference.prompts import prompting
-from detclipv2_jax.text.tokenizer import normalize
+from detclipv2_jax.inference.embedding_cache import EmbeddingCache, default_cache_directory
+from detclipv2_jax.inference.images import ImageSource
+from detclipv2_jax.inference.names import check_distinct, check_names
+from detclipv2_jax.inference.predictor import EncodedNames, Predictor
+from detclipv2_jax.inference.prompts import Prompter
 
 if TYPE_CHECKING:
     from detclipv2_jax.inference.checkpoint import LoadedModel
 
 
 class Detector:
-    """Asks a checkpoint, or a model's parts, for named things in images.
+    """A trained model that finds named things in images.
 
+    >>> from detclipv2_jax import Detector
     >>> detector = Detector("runs/quickstart")
-    >>> found, = detector(["street.jpg"], ["cat", "traffic light"])
-    >>> found.names, found.scores, found.boxes
+    >>> (found,) = detector("street.jpg", ["cat", "traffic light"])
+    >>> for name, score, box in zip(found.names, found.scores, found.boxes):
+    ...     print(name, score, box)  # box: x_min, y_min, x_max, y_max in pixels of the image
 
-    The canvas and the suppression come from the config of the run that made the checkpoint. Names
-    are encoded once and remembered, long lists of them on disk; asking for another number of names
-    may compile another program.
+    The names may be any words or short phrases, also ones that the model never saw boxes of.
+
+    The canvas size, suppression and prompts are those of the training run's config. Embeddings of
+    names are kept in memory, and those of 64 or more names on disk. The first call compiles the
+    model; a call with many more names than before compiles it again.
+
+    Attributes:
+      step: training step of the checkpoint.
+      predictor: the compiled model (`Predictor`).
+      prompts: how names become prompts (`Prompter`).
     """
 
     def __init__(
@@ -42,17 +51,29 @@ class Detector:
         prompts: Sequence[str] | None = None,
         cache: str | os.PathLike | None = None,
     ):
-        """`checkpoint`: a run's workdir (the newest `step` by default), or a loaded model.
+        """Load a checkpoint.
 
-        `definitions`: ask for names with their definitions ('on', 'off'); by default as trained.
-        `prompts`: or in sentences, as 'a photo of a {}.'; the mean of their embeddings is asked.
-        `cache`: the directory that keeps the embeddings of long lists of names; None: the usual one
-        (`vocabulary.default_directory`), '': none.
+        Args:
+          checkpoint: the workdir of a training run, or a `LoadedModel`.
+          step: which of the run's checkpoints to load. None: the newest.
+          score_threshold: only detections with a higher score are returned, 0 <= threshold < 1.
+          max_detections: at most this many boxes per image, the best of all names together.
+          batch_size: images per call of the model; more is faster and needs more memory.
+          definitions: 'on' asks for each name with its definition, 'off' with the name alone,
+            'as_trained' like the names of the detection data in training. None: as the run's
+            config says.
+          prompts: sentences that contain {} where the name goes, for example
+            ['a photo of a {}.']; the mean of their embeddings stands for the name. None: as the
+            run's config says. Sentences exclude definitions.
+          cache: directory for the embeddings of long lists of names. None:
+            $XDG_CACHE_HOME/detclipv2_jax or ~/.cache/detclipv2_jax. '': no cache on disk.
+
+        Raises:
+          UserError: there is no such checkpoint, or an argument is not valid.
         """
         if isinstance(checkpoint, str | os.PathLike):
-            from detclipv2_jax.inference.checkpoint import (
-                load_model,  # orbax, which parts do not need
-            )
+            # Imported here: a `LoadedModel` from elsewhere does not need orbax.
+            from detclipv2_jax.inference.checkpoint import load_model
 
             checkpoint = load_model(checkpoint, step)
         self.step = checkpoint.step
@@ -61,10 +82,10 @@ class Detector:
             score_threshold=score_threshold,
             max_detections=max_detections,
         )
-        self.prompts = prompting(
+        self.prompts = Prompter.for_model(
             checkpoint.detect, checkpoint.definitions, checkpoint.template, definitions, prompts
         )
-        directory = default_directory() if cache is None else cache
+        directory = default_cache_directory() if cache is None else cache
         self.predictor = Predictor(
             checkpoint.graphdef,
             checkpoint.params,
@@ -77,50 +98,60 @@ class Detector:
 
     def __call__(
         self,
-        images: Source | Iterable[Source],
+        images: ImageSource | Iterable[ImageSource],
         names: Sequence[str],
         *,
         score_threshold: float | None = None,
         max_detections: int | None = None,
     ) -> list[ImageDetections]:
-        """What was found in each image, in their order; no images, no answers.
+        """Find the named things in one or more images.
 
-        Images are paths, uint8 RGB arrays (h, w, 3) or PIL images, of any sizes. A file that says
-        in EXIF how it is to be turned is turned, so that boxes fit what viewers and OpenCV show;
-        arrays and PIL images are taken as they are. Names that differ only in case or spacing are
-        one name. `score_threshold` and `max_detections` hold for this call. Another threshold, or
-        fewer detections than the detector's own, compiles nothing.
+        Args:
+          images: one image or an iterable of images of any sizes. An image is a path, a uint8 RGB
+            array (height, width, 3) or a PIL image. Files are rotated as their EXIF orientation
+            says, so that boxes fit what viewers show; arrays and PIL images are taken as they are.
+          names: what to look for. Names that differ only in case or spacing are the same name.
+          score_threshold: replaces the detector's for this call, without a new compilation.
+          max_detections: replaces the detector's for this call. More than the detector's compiles
+            the model again.
+
+        Returns:
+          One `ImageDetections` per image, in the order of the images: `boxes` (n, 4) as
+          (x_min, y_min, x_max, y_max) in pixels of the image, `scores`, `names`, and `labels`, the
+          index of each name in the list of names.
 
         Raises:
-          UserError: no names, an empty one, one asked twice, or an image that cannot be read.
+          UserError: there are no names, a name is empty or given twice, or an image cannot be
+            read.
         """
-        texts = self.encode(names)
-        images = [images] if isinstance(images, Source) else list(images)
+        encoded = self.encode(names)
+        images = [images] if isinstance(images, ImageSource) else list(images)
         config = self.predictor.config
         if score_threshold is not None:
             config = dataclasses.replace(config, score_threshold=score_threshold)
         if max_detections is not None:
             config = dataclasses.replace(config, max_detections=max_detections)
-        at_least = dataclasses.replace(
-            config, max_detections=max(config.max_detections, self.predictor.config.max_detections)
-        )
+        # Not fewer than the detector's own, which would compile another program.
+        most = max(config.max_detections, self.predictor.config.max_detections)
         found: list[Any] = [None] * len(images)
-        for number, answer in self.predictor.stream(images, texts, at_least):
-            if isinstance(answer, UserError):
-                raise answer
-            found[number] = answer.best(config.max_detections)
+        stream = self.predictor.stream(
+            images, encoded, dataclasses.replace(config, max_detections=most)
+        )
+        for number, result in stream:
+            if isinstance(result, UserError):
+                raise result
+            found[number] = result.best(config.max_detections)
         return found
 
-    def encode(self, names: Sequence[str]) -> Texts:
-        """The names, checked and encoded. Raises UserError as a call does."""
+    def encode(self, names: Sequence[str]) -> EncodedNames:
+        """Return the names with their text embeddings, for `predictor.stream`.
+
+        Raises:
+          UserError: there are no names, or a name is empty or given twice.
+        """
         if isinstance(names, str):
-            raise UserError(f"names is the one text {names!r}; give a list of names.")
+            raise UserError(f"names is the string {names!r}. Give a list of names.")
         names = list(names)
         check_names(names)
-        first: dict[str, int] = {}
-        for number, name in enumerate(names, start=1):
-            if (other := first.setdefault(normalize(name), number)) != number:
-                raise UserError(
-                    f"name {number}, {name!r}, is the same as name {other}; ask for it once."
-                )
+        check_distinct(names)
         return self.prompts.encode(self.predictor, names)

@@ -1,4 +1,4 @@
-"""Pictures for people: boxes with names, grids of them, loss curves."""
+"""Drawing detections: boxes with labels on an image, and grids of images."""
 
 import colorsys
 import functools
@@ -6,6 +6,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -15,15 +16,27 @@ from PIL import Image, ImageDraw, ImageFont
 from detclipv2_jax.common.atomic import replacing
 
 _FONT = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+_MARGIN = 8  # pixels between the images of a grid
+_LABEL_WIDTH = 0.4  # of the image's width: a label may be this wide even if its box is narrower
+# Luminance at which black and white text have the same contrast by WCAG 2's formula.
+_MIDDLE_LUMINANCE = 0.179
 
 
-_MARGIN = 8
+class _Rectangle(NamedTuple):
+    """Corners in pixels."""
+
+    x_min: float
+    y_min: float
+    x_max: float
+    y_max: float
 
 
-_LABEL_WIDTH = 0.4  # of the picture's, what a label may have beside a narrower box
+class _Label(NamedTuple):
+    """A label and where it is drawn."""
 
-
-_MIDDLE = 0.179  # luminance on which black and white are read equally well (WCAG 2's contrast)
+    place: _Rectangle
+    text: str
+    color: tuple[int, int, int]
 
 
 def draw_boxes(
@@ -34,69 +47,80 @@ def draw_boxes(
     *,
     side: int = 640,
 ) -> Image.Image:
-    """The picture with a frame and a label for each box (xyxy pixels), a color for each name.
+    """Return the image with a frame and a label for each box, in one color per name.
 
-    A picture whose longer side is under `side` pixels is enlarged to it, so that labels stay small
-    beside what they name. Labels keep inside the picture and, where there is room, off each other;
-    the more there are, the smaller they are. The first boxes, the best, get the best places and lie
-    on top.
+    The font shrinks as the number of boxes grows. Labels stay inside the image and avoid each other
+    where there is room. The first boxes get the best places and are drawn on top.
+
+    Args:
+      image: RGB.
+      boxes: (x_min, y_min, x_max, y_max) in pixels of the image, best first.
+      names: the name of each box.
+      scores: shown after the names.
+      side: an image whose longer side is below this many pixels is enlarged to it, so that labels
+        are small compared with the objects.
     """
     factor = max(1.0, side / max(image.shape[:2]))
     size = (round(image.shape[1] * factor), round(image.shape[0] * factor))
-    picture = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
-    canvas = ImageDraw.Draw(picture)
+    result = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(result)
     line = max(2, round(max(size) / 320))
     font = _font(max(12, round(max(size) / (45 + len(names) / 2))))
     frames = np.asarray(boxes, np.float64).reshape(-1, 4) * factor
+
     for frame, name in reversed(list(zip(frames, names))):
-        _frame(canvas, frame, color(name), line, size)
-    labels = []
+        _draw_frame(draw, frame, name_color(name), line, size)
+
+    labels: list[_Label] = []
     for number, (frame, name) in enumerate(zip(frames, names)):
         score = "" if scores is None else f" {scores[number]:.2f}"
         room = max(frame[2] - frame[0], _LABEL_WIDTH * size[0])
         text = _shortened(name, score, font, min(room, size[0]) - 2 * line)
-        labels.append((_label_place(frame, text, font, size, line, labels), text, name))
-    for place, text, name in reversed(labels):
-        canvas.rectangle(place, fill=color(name), outline="black")
-        ink = "black" if _luminance(color(name)) > _MIDDLE else "white"
-        canvas.text((place[0] + line, place[1]), text, fill=ink, font=font)
-    return picture
+        place = _label_place(frame, text, font, size, line, [label.place for label in labels])
+        labels.append(_Label(place, text, name_color(name)))
+
+    for label in reversed(labels):
+        draw.rectangle(label.place, fill=label.color, outline="black")
+        ink = "black" if _luminance(label.color) > _MIDDLE_LUMINANCE else "white"
+        corner = (label.place.x_min + line, label.place.y_min)
+        draw.text(corner, label.text, fill=ink, font=font)
+    return result
 
 
-def grid(pictures: Sequence[Image.Image], titles: Sequence[str], *, columns: int) -> Image.Image:
-    """Pictures in rows of `columns`, each under its title.
+def grid(images: Sequence[Image.Image], titles: Sequence[str], *, columns: int) -> Image.Image:
+    """Return one image with all `images` in rows of `columns`, each under its title.
 
     Raises:
-      ValueError: no pictures, or not one title each.
+      ValueError: there are no images, or the number of titles is another one.
     """
-    if not pictures or len(pictures) != len(titles):
-        raise ValueError("a grid needs at least one picture, and a title for each")
+    if not images or len(images) != len(titles):
+        raise ValueError("a grid needs at least one image, and one title for each")
     font = _font(18)
-    head = sum(font.getmetrics()) + 2
-    rows = [range(n, min(n + columns, len(pictures))) for n in range(0, len(pictures), columns)]
-    heights = [max(pictures[n].height for n in row) + head + _MARGIN for row in rows]
-    cell = max(picture.width for picture in pictures) + _MARGIN
+    title_height = sum(font.getmetrics()) + 2
+    rows = [range(n, min(n + columns, len(images))) for n in range(0, len(images), columns)]
+    heights = [max(images[n].height for n in row) + title_height + _MARGIN for row in rows]
+    cell = max(image.width for image in images) + _MARGIN
     sheet = Image.new("RGB", (len(rows[0]) * cell + _MARGIN, sum(heights) + _MARGIN), "white")
-    canvas = ImageDraw.Draw(sheet)
+    draw = ImageDraw.Draw(sheet)
     y = _MARGIN
     for row, height in zip(rows, heights):
         for column, number in enumerate(row):
             x = _MARGIN + column * cell
             title = _shortened(titles[number], "", font, cell - _MARGIN)
-            canvas.text((x, y), title, fill="black", font=font)
-            sheet.paste(pictures[number], (x, y + head))
+            draw.text((x, y), title, fill="black", font=font)
+            sheet.paste(images[number], (x, y + title_height))
         y += height
     return sheet
 
 
-def save(picture: Image.Image, path: str | os.PathLike) -> None:
-    """Writes a PNG, whole or not at all; makes its directory."""
+def save_png(image: Image.Image, path: str | os.PathLike) -> None:
+    """Write a PNG atomically; its directory is created."""
     with replacing(path) as temporary:
-        picture.save(temporary, format="PNG")
+        image.save(temporary, format="PNG")
 
 
-def color(name: str) -> tuple[int, int, int]:
-    """A vivid RGB color that depends on the name alone: the same in every picture."""
+def name_color(name: str) -> tuple[int, int, int]:
+    """Return a vivid RGB color that depends on the name alone, so it is the same in every image."""
     digest = hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=2).digest()
     hue, value = digest[0] / 256, 0.75 + 0.25 * (digest[1] % 2)
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, value)
@@ -109,14 +133,14 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _luminance(rgb: tuple[int, int, int]) -> float:
-    """Relative luminance as WCAG 2 defines it, 0 to 1."""
+    """Return the relative luminance defined by WCAG 2, from 0 to 1."""
     channels = np.asarray(rgb) / 255
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     return float(linear @ (0.2126, 0.7152, 0.0722))
 
 
 def _shortened(name: str, end: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """`name` + `end` on one line of at most `width` pixels; a name too long ends in '…'."""
+    """Return `name` + `end` on one line of at most `width` pixels, with '…' for what is cut."""
     name = " ".join(name.split())
     if font.getlength(name + end) <= width:
         return name + end
@@ -125,20 +149,20 @@ def _shortened(name: str, end: str, font: ImageFont.FreeTypeFont, width: float) 
     return name + "…" + end
 
 
-def _frame(
-    canvas: ImageDraw.ImageDraw,
+def _draw_frame(
+    draw: ImageDraw.ImageDraw,
     frame: np.ndarray,
     rgb: tuple[int, int, int],
     line: int,
     size: tuple[int, int],
 ) -> None:
-    """A colored frame between two dark hairlines: seen on any background."""
+    """Draw a colored frame between two thin dark lines, which is visible on any background."""
     limits = np.tile(size, 2) - 1
     x_min, y_min, x_max, y_max = np.clip(np.round(frame), 0, limits).tolist()
     for inset, width, ink in ((0, line + 2, (0, 0, 0)), (1, line, rgb)):
         corners = (x_min + inset, y_min + inset, x_max - inset, y_max - inset)
         if corners[2] >= corners[0] and corners[3] >= corners[1]:
-            canvas.rectangle(corners, outline=ink, width=width)
+            draw.rectangle(corners, outline=ink, width=width)
 
 
 def _label_place(
@@ -147,9 +171,9 @@ def _label_place(
     font: ImageFont.FreeTypeFont,
     size: tuple[int, int],
     line: int,
-    taken: Sequence[tuple[tuple[float, ...], str, str]],
-) -> tuple[float, float, float, float]:
-    """Where a label covers the least of the labels already placed: above, below, or in its box."""
+    taken: Sequence[_Rectangle],
+) -> _Rectangle:
+    """Return the place above, below or inside a box that overlaps the `taken` places the least."""
     width = font.getlength(text) + 2 * line
     height = sum(font.getmetrics()) + 1
     x_min, y_min, x_max, y_max = frame.tolist()
@@ -162,11 +186,12 @@ def _label_place(
     for x, y in choices:
         x = float(np.clip(x, 0, max(size[0] - width - 1, 0)))
         y = float(np.clip(y, 0, max(size[1] - height - 1, 0)))
-        places.append((x, y, x + width, y + height))
-    return min(places, key=lambda place: sum(_shared(place, other) for other, _, _ in taken))
+        places.append(_Rectangle(x, y, x + width, y + height))
+    return min(places, key=lambda place: sum(_overlap(place, other) for other in taken))
 
 
-def _shared(a: Sequence[float], b: Sequence[float]) -> float:
-    """Area that two xyxy rectangles share."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+def _overlap(a: _Rectangle, b: _Rectangle) -> float:
+    """Return the area that two rectangles share, in pixels."""
+    width = min(a.x_max, b.x_max) - max(a.x_min, b.x_min)
+    height = min(a.y_max, b.y_max) - max(a.y_min, b.y_min)
     return max(width, 0.0) * max(height, 0.0)

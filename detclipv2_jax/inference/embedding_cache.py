@@ -1,7 +1,7 @@
-"""Text embeddings kept on disk, so that a vocabulary is encoded once, whoever asks for it.
+"""Text embeddings on disk, so that a list of names is encoded once for all processes and runs.
 
-A file holds the embeddings of one list of texts. Its name is made of all that they depend on, so
-nothing in the directory is ever out of date, and all of it may be deleted at any time.
+One file holds the embeddings of one list of texts. The file name is a digest of everything that the
+embeddings depend on, so no file is ever out of date. Any of them may be deleted at any time.
 """
 
 import hashlib
@@ -19,20 +19,26 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.models.detclip import DetCLIPConfig
 from detclipv2_jax.models.parameters import parameter_paths
 
-_VERSION = b"1"  # of what a text tower computes from the same parameters; part of every name
+#: Part of every file name. Increase it when the same parameters give other embeddings.
+_VERSION = b"1"
 
-#: Tokens in, their embeddings out.
-Encode = Callable[[Int[np.ndarray, "n L"]], Float[np.ndarray, "n D"]]
+#: A function from token ids to their text embeddings.
+EncodeTokens = Callable[[Int[np.ndarray, "n L"]], Float[np.ndarray, "n D"]]
 
 
-def default_directory() -> pathlib.Path:
-    """`$XDG_CACHE_HOME/detclipv2_jax`, in `~/.cache` where that is not set."""
+def default_cache_directory() -> pathlib.Path:
+    """Return `$XDG_CACHE_HOME/detclipv2_jax`, or `~/.cache/detclipv2_jax` if that is not set."""
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(home) / "detclipv2_jax"
 
 
-def tower_key(config: DetCLIPConfig, params: Mapping[str, Any]) -> str:
-    """A digest of all that the embedding of given tokens depends on; `params` are the model's."""
+def text_tower_digest(config: DetCLIPConfig, params: Mapping[str, Any]) -> str:
+    """Return a digest of everything that the embedding of given token ids depends on.
+
+    Args:
+      config: the model's config.
+      params: the model's parameters; only those of the text tower count.
+    """
     digest = hashlib.sha256(_VERSION)
     digest.update(repr((config.text, config.dtype, config.similarity)).encode())
     for path, value in sorted(parameter_paths(params["text"]).items()):
@@ -43,30 +49,33 @@ def tower_key(config: DetCLIPConfig, params: Mapping[str, Any]) -> str:
 
 
 class EmbeddingCache:
-    """Embeddings in files of `directory`, made when the first is written.
+    """A directory with text embeddings, created when the first file is written.
 
-    Where it cannot be written, that is said once and nothing is kept.
+    If it cannot be written, one warning is printed and nothing is stored.
     """
 
     def __init__(self, directory: str | os.PathLike):
         self._directory = pathlib.Path(directory)
         self._writable = True
 
-    def embeddings(
-        self, tower: str, tokens: Int[np.ndarray, "n L"], encode: Encode
+    def get_or_encode(
+        self, tower_digest: str, tokens: Int[np.ndarray, "n L"], encode: EncodeTokens
     ) -> Float[np.ndarray, "n D"]:
-        """The file's, or what `encode` makes of the tokens; `tower` is their `tower_key`.
+        """Return the embeddings of the token ids from their file, or encode and store them.
 
-        A file that is damaged is made anew.
+        Args:
+          tower_digest: the `text_tower_digest` of the model behind `encode`.
+          tokens: token ids; the file is found by these and the digest.
+          encode: called if the file is missing or damaged.
         """
         tokens = np.ascontiguousarray(tokens, "<i4")
-        key = hashlib.sha256(f"{tower} {tokens.shape}".encode() + tokens.tobytes()).hexdigest()
-        path = self._directory / f"{key}.safetensors"
-        found = _load(path, len(tokens))
-        if found is None:
-            found = encode(tokens)
-            self._save(path, found)
-        return found
+        key = hashlib.sha256(f"{tower_digest} {tokens.shape}".encode() + tokens.tobytes())
+        path = self._directory / f"{key.hexdigest()}.safetensors"
+        embeddings = _load(path, len(tokens))
+        if embeddings is None:
+            embeddings = encode(tokens)
+            self._save(path, embeddings)
+        return embeddings
 
     def _save(self, path: pathlib.Path, embeddings: Float[np.ndarray, "n D"]) -> None:
         from safetensors.numpy import save
@@ -80,11 +89,11 @@ class EmbeddingCache:
                 temporary.write_bytes(content)
         except UserError as error:
             self._writable = False
-            print(f"warning: text embeddings are not kept: {error}", file=sys.stderr)
+            print(f"warning: text embeddings are not cached: {error}", file=sys.stderr)
 
 
 def _load(path: pathlib.Path, rows: int) -> Float[np.ndarray, "n D"] | None:
-    """None where the file is missing or not as it was written."""
+    """Return the embeddings in a file; None if it is missing, damaged or of other `rows`."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -93,8 +102,8 @@ def _load(path: pathlib.Path, rows: int) -> Float[np.ndarray, "n D"] | None:
             checksum = (file.metadata() or {}).get("sha256")
     except (OSError, SafetensorError):
         return None
-    whole = embeddings.ndim == 2 and len(embeddings) == rows and embeddings.dtype == np.float32
-    return embeddings if whole and checksum == _checksum(embeddings) else None
+    fits = embeddings.ndim == 2 and len(embeddings) == rows and embeddings.dtype == np.float32
+    return embeddings if fits and checksum == _checksum(embeddings) else None
 
 
 def _checksum(embeddings: Float[np.ndarray, "n D"]) -> str:

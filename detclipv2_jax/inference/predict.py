@@ -1,4 +1,4 @@
-"""From a model's outputs to detections: one pure function."""
+"""From the model's outputs to detections, as one pure function: `predict`."""
 
 import jax
 import jax.numpy as jnp
@@ -11,37 +11,45 @@ from detclipv2_jax.models.detclip import DetCLIP
 from detclipv2_jax.ops.boxes import anchor_grid, anchors_inside, area, decode_deltas
 from detclipv2_jax.ops.nms import class_nms
 
-_NAMES_AT_ONCE = 128  # whose scores are in memory together
+_NAMES_AT_ONCE = 128  # names whose scores are in memory at the same time
 
 
 def predict(
     model: DetCLIP,
     images: UInt8[Array, "B H W 3"],
     sizes: Int[Array, "B 2"],
-    texts: Float[Array, "C D"],
-    text_mask: Bool[Array, " C"] | None = None,
+    embeddings: Float[Array, "C D"],
+    name_mask: Bool[Array, " C"] | None = None,
     *,
     config: DecodeConfig,
     score_threshold: Float[Array, ""] | None = None,
 ) -> Detections:
-    """Detections of each image among C ≥ 1 encoded names; a pure function, for `jit`.
+    """Return the detections of a batch of images among C encoded names. Pure; call it under `jit`.
 
-    `score_threshold` may stand for the config's: one that changes without compiling.
+    Besides the model's own memory, it needs that of the scores of 128 names, whatever C is.
 
-    Pictures lie in the top-left corner of their canvas, `sizes` are their (height, width) in
-    pixels; an empty slot has size (0, 0) and gets no detection. Names outside `text_mask` are never
-    answered. Boxes are clipped to the picture. A score that is not finite is no detection. Beyond
-    the model's own, memory is that of the scores of 128 names, however many are asked.
+    Args:
+      images: RGB. Each image is in the top-left corner of its canvas.
+      sizes: (height, width) in pixels of each image on its canvas; (0, 0) for an empty slot, which
+        has no detections.
+      embeddings: text embeddings of the names, C >= 1.
+      name_mask: False for names that are never detected. None: all may be.
+      config: score threshold, suppression and limits.
+      score_threshold: replaces the config's; it may change without a new compilation.
+
+    Returns:
+      Boxes clipped to the image. A score that is not finite is no detection.
     """
     regions = model.encode_image(images)
-    boxes, mask = clipped_boxes(model, regions, images.shape[1:3], sizes)
-    score = lambda block: score_names(model, regions, *block, config)
-    asked = jnp.ones(len(texts), bool) if text_mask is None else text_mask
+    boxes, box_mask = clipped_boxes(model, regions, images.shape[1:3], sizes)
+    score_block = lambda block: score_names(model, regions, *block, config)
+    if name_mask is None:
+        name_mask = jnp.ones(len(embeddings), bool)
     detections = class_nms(
         boxes,
-        mask,
-        score,
-        (_blocks(texts), _blocks(asked)),
+        box_mask,
+        score_block,
+        (_in_blocks(embeddings), _in_blocks(name_mask)),
         iou_threshold=config.nms_iou,
         score_threshold=config.score_threshold if score_threshold is None else score_threshold,
         pre_nms_top_k=config.pre_nms_top_k,
@@ -53,7 +61,11 @@ def predict(
 def clipped_boxes(
     model: DetCLIP, regions: RegionOutputs, canvas: tuple[int, int], sizes: Int[Array, "B 2"]
 ) -> tuple[Float[Array, "B K 4"], Bool[Array, "B K"]]:
-    """Every anchor's box, clipped to the picture, and whether it lies there and has an area."""
+    """Return the box of every anchor, and a mask of the boxes that may become detections.
+
+    Boxes are clipped to the image. The mask is False where the anchor's center is outside the
+    image or the box has no area.
+    """
     anchors = jnp.asarray(anchor_grid(*canvas, model.cfg.anchors))
     limits = jnp.concatenate([sizes[:, ::-1]] * 2, axis=-1)[:, None].astype(jnp.float32)
     boxes = jnp.clip(decode_deltas(anchors, regions.deltas), 0.0, limits)
@@ -63,19 +75,19 @@ def clipped_boxes(
 def score_names(
     model: DetCLIP,
     regions: RegionOutputs,
-    texts: Float[Array, "C D"],
-    asked: Bool[Array, " C"],
+    embeddings: Float[Array, "C D"],
+    name_mask: Bool[Array, " C"],
     config: DecodeConfig,
 ) -> Float[Array, "B C K"]:
-    """Scores of every anchor for each name; -1 for a name not `asked`, or what is not finite."""
-    scores = jax.nn.sigmoid(jnp.swapaxes(model.logits(regions.embeddings, texts), 1, 2))
+    """Return the score of every anchor for each name; -1 where masked or not finite."""
+    scores = jax.nn.sigmoid(jnp.swapaxes(model.logits(regions.embeddings, embeddings), 1, 2))
     if config.score == "alignment*centerness":
         scores *= jax.nn.sigmoid(regions.centerness)[:, None]
-    return jnp.where(jnp.isfinite(scores) & asked[:, None], scores, -1.0)
+    return jnp.where(jnp.isfinite(scores) & name_mask[:, None], scores, -1.0)
 
 
-def _blocks(rows: Array) -> Array:
-    """Rows (C, ...) of the names as (blocks, names of a block, ...), padded with zeros."""
+def _in_blocks(rows: Array) -> Array:
+    """Reshape (C, ...) to (blocks, names per block, ...), padded with zeros."""
     size = min(len(rows), _NAMES_AT_ONCE)
     padding = [(0, -len(rows) % size)] + [(0, 0)] * (rows.ndim - 1)
     return jnp.pad(rows, padding).reshape(-1, size, *rows.shape[1:])

@@ -1,4 +1,4 @@
-"""From a model's parts and pictures to detections: the pure function, and its compiled form."""
+"""`Predictor`: the compiled model, which encodes names and detects them in a stream of images."""
 
 import collections
 import concurrent.futures
@@ -18,76 +18,79 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.inference.config import DecodeConfig
 from detclipv2_jax.inference.detections import Detections, ImageDetections
-from detclipv2_jax.inference.embedding_cache import EmbeddingCache, tower_key
-from detclipv2_jax.inference.images import Placed, Source, place
+from detclipv2_jax.inference.embedding_cache import EmbeddingCache, text_tower_digest
+from detclipv2_jax.inference.images import CanvasImage, ImageSource, fit_to_canvas
+from detclipv2_jax.inference.names import check_names
 from detclipv2_jax.inference.predict import predict
 from detclipv2_jax.models.detclip import DetCLIPConfig, build
-from detclipv2_jax.text.tokenizer import enriched, normalize, tokenize
+from detclipv2_jax.text.tokenizer import normalize, tokenize
 
-_TEXTS_AT_ONCE = 256  # that the text tower encodes together
-
-
-_WORTH_A_FILE = 64  # texts; fewer are encoded sooner than the tower's parameters are digested
+_TEXTS_AT_ONCE = 256  # texts per call of the text tower
+_CACHE_FROM = 64  # texts; encoding fewer is faster than computing the text tower's digest
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "config", "replicated"))
-def _predict(graphdef, params, images, sizes, texts, text_mask, threshold, *, config, replicated):
+def _compiled_predict(
+    graphdef, params, images, sizes, embeddings, name_mask, threshold, *, config, replicated
+):
     model = build(graphdef, params)
     detections = predict(
-        model, images, sizes, texts, text_mask, config=config, score_threshold=threshold
+        model, images, sizes, embeddings, name_mask, config=config, score_threshold=threshold
     )
-    if replicated is not None:  # so that every process can read all of it
+    if replicated is not None:  # so that every process can read all detections
         detections = jax.lax.with_sharding_constraint(detections, replicated)
     return detections
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "replicated"))
-def _encode_text(graphdef, params, tokens, *, replicated):
-    features = build(graphdef, params).encode_text(tokens)
+def _compiled_encode_text(graphdef, params, tokens, *, replicated):
+    embeddings = build(graphdef, params).encode_text(tokens)
     if replicated is not None:
-        features = jax.lax.with_sharding_constraint(features, replicated)
-    return features
+        embeddings = jax.lax.with_sharding_constraint(embeddings, replicated)
+    return embeddings
 
 
-def prompt(name: str, definition: str | None = None) -> str:
-    """The text that stands for a name, as in training: the bare name without a definition."""
-    return enriched(normalize(name), definition)
-
-
-def check_names(names: Sequence[str]) -> None:
-    """`UserError` where there are no names, or one of them is empty or no text."""
-    if not len(names):
-        raise UserError("no names were given; name at least one thing to look for.")
-    for number, name in enumerate(names, start=1):
-        if not isinstance(name, str):
-            raise UserError(f"name {number} of {len(names)} is {name!r}; give it as a text.")
-        if not normalize(name):
-            raise UserError(f"name {number} of {len(names)} is empty; leave it out or spell it.")
-
-
-def table_size(count: int) -> int:
-    """Rows to compile for when `count` names are asked: few programs, little waste."""
+def padded_count(count: int) -> int:
+    """Return the number of rows that `count` texts are padded to: few programs, little waste."""
     if count <= 256:
         return max(8, 1 << (count - 1).bit_length())
     return -(-count // 256) * 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Texts:
-    """Encoded names, padded with rows outside `mask` to `table_size` rows."""
+class EncodedNames:
+    """Names with their text embeddings, padded to P = `padded_count(len(names))` rows.
+
+    Attributes:
+      names: as the user wrote them.
+      prompts: the text that was encoded for each name; several are joined by ' | '.
+      embeddings: one row per name, then zeros.
+      mask: True for the rows of names.
+    """
 
     names: tuple[str, ...]
-    prompts: tuple[str, ...]  # what stands for each name; several texts are joined by ' | '
+    prompts: tuple[str, ...]
     embeddings: Float[np.ndarray, "P D"]
     mask: Bool[np.ndarray, " P"]
 
 
 class Predictor:
-    """A model's parts, compiled to answer batches of pictures.
+    """A compiled model: encodes names and detects them in images.
 
-    `params` may be replaced at any time (training does, before each evaluation): nothing is
-    compiled anew. On several devices give `batch_sharding`, how the batch axis is laid out; with
-    several processes each must make the same calls, and each gets all answers.
+    `Detector` is the friendlier interface. Use a `Predictor` for a model that is still being
+    trained, on several devices, or in several processes. In several processes each must make the
+    same calls, and each gets all results.
+
+    >>> predictor = Predictor(graphdef, params, canvas=(800, 1344))
+    >>> names = predictor.encode(["cat", "traffic light"])
+    >>> for number, found in predictor.stream(["street.jpg", "park.jpg"], names):
+    ...     print(number, found.names, found.scores, found.boxes)
+
+    Attributes:
+      params: the model's parameters. They may be replaced at any time, without a new compilation.
+      canvas: (height, width) in pixels.
+      config: score threshold, suppression and limits.
+      batch_size: images per call of the compiled program.
     """
 
     def __init__(
@@ -102,11 +105,22 @@ class Predictor:
         cache: EmbeddingCache | None = None,
         upright: bool = False,
     ):
-        """`canvas`: the (height, width) that pictures are scaled into, turned with each picture.
+        """Create a predictor; nothing is compiled before the first call.
 
-        `batch_size` is rounded up to a multiple of the devices. `cache` keeps the embeddings of
-        long lists of names on disk; with several processes, which must do the same, it is not used.
-        `upright` turns image files as their EXIF orientation says.
+        Args:
+          graphdef: structure of the model, for `detclip.build(graphdef, params)`.
+          params: the model's parameters.
+          canvas: (height, width) in pixels that images are scaled into; transposed for an image
+            that is then larger.
+          config: how the model's output becomes detections.
+          batch_size: images per call; rounded up to a multiple of the number of devices.
+          batch_sharding: how the batch axis is split over several devices. None: one device.
+          cache: keeps the embeddings of 64 or more names on disk. Not used with several processes,
+            which must all do the same.
+          upright: whether to rotate image files as their EXIF orientation says.
+
+        Raises:
+          UserError: `batch_size` or a side of the canvas is below 1.
         """
         if batch_size < 1 or min(canvas) < 1:
             raise UserError(f"batch_size {batch_size} and canvas {canvas} must be at least 1.")
@@ -115,9 +129,9 @@ class Predictor:
         self.params = params
         self.canvas = (int(canvas[0]), int(canvas[1]))
         self.config = config
-        shards = 1 if batch_sharding is None else batch_sharding.mesh.size
+        devices = 1 if batch_sharding is None else batch_sharding.mesh.size
         self._upright = upright
-        self.batch_size = -(-batch_size // shards) * shards
+        self.batch_size = -(-batch_size // devices) * devices
         self._sharding = batch_sharding
         self._replicated = batch_sharding and jax.sharding.NamedSharding(
             batch_sharding.mesh, jax.sharding.PartitionSpec()
@@ -125,36 +139,46 @@ class Predictor:
 
     @property
     def params(self) -> Mapping[str, Any]:
-        """The model's parameters; setting them forgets the encoded names."""
+        """The model's parameters. Setting them discards the embeddings of names."""
         return self._params
 
     @params.setter
     def params(self, params: Mapping[str, Any]) -> None:
         self._params = params
-        self._tower: str | None = None
-        self._encoded: dict[str, np.ndarray] = {}
+        self._digest: str | None = None
+        self._embedding_of: dict[str, np.ndarray] = {}
+
+    @functools.cached_property
+    def _model_config(self) -> DetCLIPConfig:
+        return build(self._graphdef, self._params).cfg
+
+    # ---- Names to embeddings.
 
     def encode(
         self, names: Sequence[str], prompts: Sequence[str | Sequence[str]] | None = None
-    ) -> Texts:
-        """Encodes names, each text once for as long as the parameters stay.
+    ) -> EncodedNames:
+        """Encode names. Embeddings are kept, so a text is encoded once per set of parameters.
 
-        `prompts`: the text that stands for each; by default the name itself. Of several texts for a
-        name, the mean of their embeddings stands for it, of unit length again where the model
-        compares by cosines.
+        Args:
+          names: what to look for.
+          prompts: the text that stands for each name, or several texts, whose mean embedding then
+            stands for it (scaled to unit length if the model compares by cosine similarity). None:
+            the name itself.
 
         Raises:
-          UserError: no names, or one of them is empty.
+          UserError: there are no names, or a name is empty.
         """
         check_names(names)
-        prompts = [prompt(name) for name in names] if prompts is None else prompts
+        prompts = [normalize(name) for name in names] if prompts is None else prompts
         groups = [(texts,) if isinstance(texts, str) else tuple(texts) for texts in prompts]
         texts = dict.fromkeys(text for group in groups for text in group)
-        if new := [text for text in texts if text not in self._encoded]:
-            self._encoded.update(zip(new, self._encode_texts(new)))
-        rows = np.stack([self._mean([self._encoded[text] for text in group]) for group in groups])
-        padding = table_size(len(rows)) - len(rows)
-        return Texts(
+        if new := [text for text in texts if text not in self._embedding_of]:
+            self._embedding_of.update(zip(new, self._encode_texts(new)))
+        rows = np.stack(
+            [self._mean([self._embedding_of[text] for text in group]) for group in groups]
+        )
+        padding = padded_count(len(rows)) - len(rows)
+        return EncodedNames(
             names=tuple(names),
             prompts=tuple(" | ".join(group) for group in groups),
             embeddings=np.pad(rows, ((0, padding), (0, 0))),
@@ -163,28 +187,28 @@ class Predictor:
 
     def _encode_texts(self, texts: list[str]) -> Float[np.ndarray, "n D"]:
         tokens = tokenize(texts)
-        if self._cache is None or len(texts) < _WORTH_A_FILE:
+        if self._cache is None or len(texts) < _CACHE_FROM:
             return self._encode_tokens(tokens)
-        if self._tower is None:
-            self._tower = tower_key(self._model_config, self._params)
-        return self._cache.embeddings(self._tower, tokens, self._encode_tokens)
+        if self._digest is None:
+            self._digest = text_tower_digest(self._model_config, self._params)
+        return self._cache.get_or_encode(self._digest, tokens, self._encode_tokens)
 
     def _encode_tokens(self, tokens: Int[np.ndarray, "n L"]) -> Float[np.ndarray, "n D"]:
-        padding = tokenize([""])
-        features = []
+        empty = tokenize([""])
+        embeddings = []
         for start in range(0, len(tokens), _TEXTS_AT_ONCE):
-            piece = tokens[start : start + _TEXTS_AT_ONCE]
-            rest = np.repeat(padding, table_size(len(piece)) - len(piece), axis=0)
-            with self._on_its_devices():
-                encoded = _encode_text(
+            chunk = tokens[start : start + _TEXTS_AT_ONCE]
+            padding = np.repeat(empty, padded_count(len(chunk)) - len(chunk), axis=0)
+            with self._mesh_context():
+                encoded = _compiled_encode_text(
                     self._graphdef,
                     self._params,
-                    np.concatenate([piece, rest]),
+                    np.concatenate([chunk, padding]),
                     replicated=self._replicated,
                 )
-            features.append(encoded)
-        # Fetched at the end: until then the device need not wait for this process.
-        return np.concatenate([np.asarray(x, np.float32) for x in features])[: len(tokens)]
+            embeddings.append(encoded)
+        # Fetched at the end, so that the device does not wait for this process in between.
+        return np.concatenate([np.asarray(x, np.float32) for x in embeddings])[: len(tokens)]
 
     def _mean(self, embeddings: list[np.ndarray]) -> Float[np.ndarray, " D"]:
         if len(embeddings) == 1:
@@ -194,109 +218,126 @@ class Predictor:
             mean = mean / max(np.linalg.norm(mean), 1e-6)
         return mean
 
-    @functools.cached_property
-    def _model_config(self) -> DetCLIPConfig:
-        return build(self._graphdef, self._params).cfg
+    # ---- Images to detections.
 
-    def predict(
+    def stream(
+        self,
+        sources: Iterable[ImageSource],
+        names: EncodedNames,
+        config: DecodeConfig | None = None,
+    ) -> Iterator[tuple[int, ImageDetections | UserError]]:
+        """Yield (index of the source, its detections, or the error if it cannot be read).
+
+        Threads read images while the device works. Images are batched by the orientation of their
+        canvas, so results come in another order than the sources, but always in the same one.
+
+        Args:
+          sources: paths, arrays or PIL images of any sizes.
+          names: what to look for, from `encode`.
+          config: replaces the predictor's; another `score_threshold` needs no new compilation.
+        """
+        batches: dict[tuple[int, ...], list[tuple[int, CanvasImage]]] = {}  # by canvas
+        for number, image in self._read_ahead(sources):
+            if isinstance(image, UserError):
+                yield number, image
+                continue
+            batch = batches.setdefault(image.pixels.shape, [])
+            batch.append((number, image))
+            if len(batch) == self.batch_size:
+                yield from self._detect(batch, names, config)
+                batch.clear()
+        for batch in batches.values():
+            if batch:
+                yield from self._detect(batch, names, config)
+
+    def _read_ahead(
+        self, sources: Iterable[ImageSource]
+    ) -> Iterator[tuple[int, CanvasImage | UserError]]:
+        """Yield the images in order, with two batches being read in threads."""
+        threads = min(16, os.cpu_count() or 1)
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            remaining = iter(sources)
+            submit = lambda count: [
+                pool.submit(self._read_or_error, source)
+                for source in itertools.islice(remaining, count)
+            ]
+            pending = collections.deque(submit(2 * self.batch_size))
+            for number in itertools.count():
+                if not pending:
+                    return
+                image = pending.popleft().result()
+                pending.extend(submit(1))
+                yield number, image
+
+    def _read_or_error(self, source: ImageSource) -> CanvasImage | UserError:
+        try:
+            return fit_to_canvas(source, self.canvas, upright=self._upright)
+        except UserError as error:
+            return error
+
+    def _detect(
+        self,
+        batch: list[tuple[int, CanvasImage]],
+        names: EncodedNames,
+        config: DecodeConfig | None,
+    ) -> Iterator[tuple[int, ImageDetections]]:
+        """Yield (index of the source, detections) of images that share a canvas."""
+        pixels = np.zeros((self.batch_size, *batch[0][1].pixels.shape), np.uint8)
+        sizes = np.zeros((self.batch_size, 2), np.int32)
+        for slot, (_, image) in enumerate(batch):
+            pixels[slot], sizes[slot] = image.pixels, image.size
+        found = self.run_batch(pixels, sizes, names, config)
+        for slot, (number, image) in enumerate(batch):
+            yield number, _in_image_pixels(found, slot, image, names.names)
+
+    def run_batch(
         self,
         images: UInt8[np.ndarray, "B H W 3"],
         sizes: Int[np.ndarray, "B 2"],
-        texts: Texts,
+        names: EncodedNames,
         config: DecodeConfig | None = None,
     ) -> Detections:
-        """`predict` of a batch of canvases on the device, with NumPy arrays out.
+        """Run the compiled `predict` on one batch; return NumPy arrays.
 
-        `config` may stand for the predictor's; another threshold compiles nothing.
+        Args:
+          images: RGB; each image is in the top-left corner of its canvas.
+          sizes: (height, width) in pixels of each image on its canvas; (0, 0) for an empty slot.
+          names: what to look for, from `encode`.
+          config: replaces the predictor's; another `score_threshold` needs no new compilation.
         """
         config = config or self.config
-        with self._on_its_devices():
-            detections = _predict(
+        with self._mesh_context():
+            detections = _compiled_predict(
                 self._graphdef,
                 self._params,
-                self._laid_out(images),
-                self._laid_out(sizes),
-                texts.embeddings,
-                texts.mask,
+                self._sharded(images),
+                self._sharded(sizes),
+                names.embeddings,
+                names.mask,
                 np.float32(config.score_threshold),
                 config=dataclasses.replace(config, score_threshold=0.0),
                 replicated=self._replicated,
             )
         return jax.tree.map(np.asarray, detections)
 
-    def _on_its_devices(self) -> contextlib.AbstractContextManager:
-        """Tells a TPU's kernels which devices share the images, or the names."""
+    def _mesh_context(self) -> contextlib.AbstractContextManager:
+        """Tell a TPU's kernels which devices share the images, or the names."""
         if self._sharding is None:
             return contextlib.nullcontext()
         return jax.set_mesh(self._sharding.mesh)
 
-    def _laid_out(self, array: np.ndarray) -> Array:
+    def _sharded(self, array: np.ndarray) -> Array:
         if self._sharding is None:
             return array
         return jax.make_array_from_callback(array.shape, self._sharding, lambda part: array[part])
 
-    def stream(
-        self, sources: Iterable[Source], texts: Texts, config: DecodeConfig | None = None
-    ) -> Iterator[tuple[int, ImageDetections | UserError]]:
-        """Yields (number of the source, what was found or why it could not be read).
 
-        Pictures are read in threads while the device works, and gathered into full batches by the
-        way their canvas is turned; so the order is not quite that of the sources, but always the
-        same. `config` as in `predict`.
-        """
-        waiting: dict[tuple[int, ...], list[tuple[int, Placed]]] = {}
-        for number, picture in self._read_ahead(sources):
-            if isinstance(picture, UserError):
-                yield number, picture
-                continue
-            batch = waiting.setdefault(picture.canvas.shape, [])
-            batch.append((number, picture))
-            if len(batch) == self.batch_size:
-                yield from self._answer(batch, texts, config)
-                batch.clear()
-        for batch in waiting.values():
-            if batch:
-                yield from self._answer(batch, texts, config)
-
-    def _read_ahead(self, sources: Iterable[Source]) -> Iterator[tuple[int, Placed | UserError]]:
-        threads = min(16, os.cpu_count() or 1)
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            rest = iter(sources)
-            start = lambda count: [
-                pool.submit(self._place_or_error, source)
-                for source in itertools.islice(rest, count)
-            ]
-            ahead = collections.deque(start(2 * self.batch_size))
-            for number in itertools.count():
-                if not ahead:
-                    return
-                picture = ahead.popleft().result()
-                ahead.extend(start(1))
-                yield number, picture
-
-    def _place_or_error(self, source: Source) -> Placed | UserError:
-        try:
-            return place(source, self.canvas, upright=self._upright)
-        except UserError as error:
-            return error
-
-    def _answer(
-        self, batch: list[tuple[int, Placed]], texts: Texts, config: DecodeConfig | None
-    ) -> Iterator[tuple[int, ImageDetections]]:
-        images = np.zeros((self.batch_size, *batch[0][1].canvas.shape), np.uint8)
-        sizes = np.zeros((self.batch_size, 2), np.int32)
-        for slot, (_, picture) in enumerate(batch):
-            images[slot], sizes[slot] = picture.canvas, picture.size
-        found = self.predict(images, sizes, texts, config)
-        for slot, (number, picture) in enumerate(batch):
-            yield number, _in_own_pixels(found, slot, picture, texts.names)
-
-
-def _in_own_pixels(
-    found: Detections, slot: int, picture: Placed, names: tuple[str, ...]
+def _in_image_pixels(
+    found: Detections, slot: int, image: CanvasImage, names: tuple[str, ...]
 ) -> ImageDetections:
+    """Return the detections of one slot, with boxes in pixels of the original image."""
     kept = found.mask[slot]
-    (height, width), (original_height, original_width) = picture.size, picture.original
+    (height, width), (original_height, original_width) = image.size, image.original_size
     scale = np.tile([original_width / width, original_height / height], 2)
     limits = np.tile([original_width, original_height], 2)
     labels = found.labels[slot][kept]
@@ -305,5 +346,5 @@ def _in_own_pixels(
         scores=found.scores[slot][kept],
         labels=labels,
         names=tuple(names[label] for label in labels),
-        size=picture.original,
+        size=image.original_size,
     )

@@ -1,7 +1,6 @@
-"""How a model is asked for names: bare, with definitions as in its training, or in sentences.
+"""Prompts: the text that stands for a name when the model is asked for it.
 
-Both a training run, from its dictionary, and a checkpoint, which carries the definitions, make a
-`Prompting`; what it asks for a name does not depend on where it comes from.
+A prompt is the bare name, the name with its definition (as in training), or one or more sentences.
 """
 
 import dataclasses
@@ -11,20 +10,28 @@ from typing import Any
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.inference.config import Definitions, DetectConfig
-from detclipv2_jax.inference.predictor import Predictor, Texts, check_names, prompt
+from detclipv2_jax.inference.names import check_names
+from detclipv2_jax.inference.predictor import EncodedNames, Predictor
 from detclipv2_jax.text.definitions import define
 from detclipv2_jax.text.tokenizer import TEMPLATE, fitted, normalize
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompting:
-    """What stands for a name: the name alone, or, if `enabled`, with its definition, or sentences.
+class Prompter:
+    """Turns names into prompts and has them encoded.
 
-    dictionary: normalized name → definition, of the run that trained the model.
-    sentences: an ensemble, as 'a photo of a {}.': the mean of their embeddings stands for the name.
+    The same settings give the same prompts in training, where the definitions come from the
+    dictionary of the data, and for a checkpoint, which stores them.
+
+    Attributes:
+      with_definitions: whether a prompt is the name with its definition.
+      dictionary: normalized name -> definition, from the run that trained the model.
+      template: joins {name} and {definition}.
+      sentences: prompts such as 'a photo of a {}.'; the mean of their embeddings stands for the
+        name. They exclude `with_definitions`.
     """
 
-    enabled: bool = False
+    with_definitions: bool = False
     dictionary: Mapping[str, str] = dataclasses.field(default_factory=dict)
     template: str = TEMPLATE
     sentences: tuple[str, ...] = ()
@@ -32,29 +39,71 @@ class Prompting:
     def __post_init__(self):
         for sentence in self.sentences:
             _check_sentence(sentence)
-        if self.enabled and self.sentences:
+        if self.with_definitions and self.sentences:
             raise UserError(
-                "names are asked with their definitions or in sentences (prompts), not both; "
-                "leave one of them out."
+                "names can be asked with their definitions or in sentences (prompts), not both. "
+                "Leave one of them out."
             )
+
+    @classmethod
+    def for_model(
+        cls,
+        config: DetectConfig,
+        definitions: Mapping[str, str],
+        template: str = TEMPLATE,
+        choice: Definitions | None = None,
+        sentences: Sequence[str] | None = None,
+    ) -> "Prompter":
+        """Return the prompter of a trained model.
+
+        Args:
+          config: the model's settings.
+          definitions: normalized name -> definition that the model trained with; empty if it
+            trained with bare names.
+          template: joins {name} and {definition}, as in training.
+          choice: 'on', 'off' or 'as_trained'. None: `config.definitions`.
+          sentences: replace `config.prompts`. None: `config.prompts`, or no sentences if `choice`
+            is 'on'. With sentences, 'as_trained' means without definitions.
+
+        Raises:
+          UserError: a sentence does not contain {}, or there are sentences and definitions 'on'.
+        """
+        if sentences is None:
+            sentences = () if choice == "on" else config.prompts
+        choice = choice or ("as_trained" if sentences else config.definitions)
+        trained_with_definitions = bool(definitions) and not sentences
+        return cls(
+            with_definitions=trained_with_definitions if choice == "as_trained" else choice == "on",
+            dictionary=definitions,
+            template=template,
+            sentences=tuple(sentences),
+        )
 
     def encode(
         self,
         predictor: Predictor,
         names: Sequence[str],
         given: Sequence[tuple[str | None, str | None]] | None = None,
-    ) -> Texts:
-        """The names, encoded by the predictor's model.
+    ) -> EncodedNames:
+        """Return the names, encoded by the predictor's model.
 
-        `given`: (definition, synset) of each name, as far as its data set tells; they come first. A
-        name that neither the dictionary nor WordNet knows borrows the definition of the concept in
-        the dictionary that is nearest to it for the model's own text tower.
+        With definitions, a name that neither the dictionary nor WordNet knows gets the definition
+        of the most similar name in the dictionary, compared by the model's own text tower.
+
+        Args:
+          predictor: encodes the prompts.
+          names: what to look for.
+          given: (definition, synset) of each name as the dataset gives them, or None; they are
+            preferred to the dictionary and to WordNet.
+
+        Raises:
+          UserError: there are no names, or a name is empty.
         """
         check_names(names)
         if self.sentences:
-            asked = [[prompt(text.format(name)) for text in self.sentences] for name in names]
-            return predictor.encode(names, asked)
-        if not self.enabled:
+            prompts = [[normalize(text.format(name)) for text in self.sentences] for name in names]
+            return predictor.encode(names, prompts)
+        if not self.with_definitions:
             return predictor.encode(names)
         given = given or [(None, None)] * len(names)
         own = {normalize(name): text for name, (text, _) in zip(names, given) if text}
@@ -72,58 +121,31 @@ class Prompting:
         prompts = fitted(names, [definition.text for definition in found], self.template)
         return predictor.encode(names, prompts)
 
-    def known(self) -> dict[str, str]:
-        """The texts that stand for the dictionary's names: name → name with its definition."""
-        if not self.enabled:
+    def dictionary_prompts(self) -> dict[str, str]:
+        """Return name -> prompt for every name of the dictionary; empty without definitions."""
+        if not self.with_definitions:
             return {}
         names = list(self.dictionary)
         return dict(zip(names, fitted(names, list(self.dictionary.values()), self.template)))
 
-    def settings(self, texts: Texts) -> dict[str, Any]:
-        """What an evaluation's results tell of it."""
+    def settings(self, encoded: EncodedNames) -> dict[str, Any]:
+        """Return what a results file records about the prompts of `encoded`."""
         if self.sentences:
             return {"definitions": False, "prompts": list(self.sentences)}
-        if not self.enabled:
+        if not self.with_definitions:
             return {"definitions": False}
-        bare = zip(map(normalize, texts.names), texts.prompts)
+        bare = zip(map(normalize, encoded.names), encoded.prompts)
         defined = sum(name != prompt for name, prompt in bare)
         return {"definitions": True, "template": self.template, "names_defined": defined}
-
-
-def prompting(
-    config: DetectConfig,
-    definitions: Mapping[str, str],
-    template: str = TEMPLATE,
-    choice: Definitions | None = None,
-    sentences: Sequence[str] | None = None,
-) -> Prompting:
-    """Return how a model is asked, from its config and the definitions that it trained with.
-
-    `choice` is 'on', 'off' or 'as_trained'; None: as the config says. `sentences` likewise. With
-    sentences, a model that trained with definitions is asked without them.
-
-    Raises:
-      UserError: a sentence without {}, or sentences and definitions 'on'.
-    """
-    if sentences is None:
-        sentences = () if choice == "on" else config.prompts
-    choice = choice or ("as_trained" if sentences else config.definitions)
-    as_trained = bool(definitions) and not sentences
-    return Prompting(
-        enabled=as_trained if choice == "as_trained" else choice == "on",
-        dictionary=definitions,
-        template=template,
-        sentences=tuple(sentences),
-    )
 
 
 def _check_sentence(sentence: str) -> None:
     try:
         fields = [part[1:] for part in string.Formatter().parse(sentence) if part[1] is not None]
     except ValueError:
-        fields = []  # a bracket alone
+        fields = []  # an unmatched brace
     if fields != [("", "", None)]:
         raise UserError(
-            f"the prompt {sentence!r} must hold {{}} once, where the name goes, as 'a photo of a "
-            "{}.' does."
+            f"the prompt {sentence!r} must contain {{}} exactly once, where the name goes. Write "
+            "for example 'a photo of a {}.'."
         )

@@ -1,4 +1,4 @@
-"""Video files as pictures, one after another, and back."""
+"""Reading the frames of a video file, and writing frames to an MP4."""
 
 import contextlib
 import os
@@ -12,36 +12,39 @@ from jaxtyping import UInt8
 from detclipv2_jax.common.atomic import replacing
 from detclipv2_jax.common.errors import UserError
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
-_USUAL_RATE = 25.0  # frames a second, of a file that does not say
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
+_DEFAULT_RATE = 25.0  # frames per second, for a file that does not give a usable rate
 
 
 class Video:
-    """A video file.
+    """A video file. Iterating over it yields its frames.
 
-    `frames` is the number it claims to hold, 0 where it does not say; `rate` is frames a second.
+    Attributes:
+      path: the file.
+      frames: number of frames according to the file's header; 0 if it has none.
+      rate: frames per second.
 
     Raises:
-      UserError: the file is missing or holds no video; names it.
+      UserError: the file is missing, or no frame of it can be decoded.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
         if not self.path.is_file():
-            raise UserError(f"{path}: no such file; check the path of the video.")
+            raise UserError(f"{path}: no such file. Check the path of the video.")
         with self._open() as capture:
             if not capture.grab():
                 raise UserError(f"{path}: cannot be read as a video (no frame can be decoded).")
             rate = capture.get(cv2.CAP_PROP_FPS)
-            self.rate = rate if 0 < rate < 1000 else _USUAL_RATE
+            self.rate = rate if 0 < rate < 1000 else _DEFAULT_RATE
             self.frames = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
 
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-        """The frames in RGB, as far as they can be decoded, turned as the file says."""
+        """Yield the frames in RGB, rotated as the file says, until one cannot be decoded."""
         with self._open() as capture:
             while True:
-                there, frame = capture.read()
-                if not there:
+                is_decoded, frame = capture.read()
+                if not is_decoded:
                     return
                 yield np.ascontiguousarray(frame[..., ::-1])
 
@@ -55,24 +58,26 @@ class Video:
 
 
 @contextlib.contextmanager
-def writing(
+def video_writer(
     path: str | os.PathLike, rate: float
 ) -> Iterator[Callable[[UInt8[np.ndarray, "h w 3"]], None]]:
-    """A function that adds an RGB frame to a new MP4; the file is there when the block ends well.
+    """Yield a function that appends an RGB frame to a new MP4 of `rate` frames per second.
 
-    All frames have the size of the first one, less a row or column where that is odd, which the
-    format does not hold.
+    The file appears when the block ends without an error. All frames must have the same size; MP4
+    needs even sides, so an odd last row or column is dropped.
+
+    Raises:
+      UserError: the file cannot be written.
     """
     writer: cv2.VideoWriter | None = None
     with replacing(path) as temporary:
-        # The end of the name tells the format.
+        # OpenCV chooses the format by the end of the name.
         unfinished = temporary.with_name(f"{temporary.name}.mp4")
 
         def add(frame: UInt8[np.ndarray, "h w 3"]) -> None:
             nonlocal writer
             height, width = (side - side % 2 for side in frame.shape[:2])
             if writer is None:
-                unfinished.parent.mkdir(parents=True, exist_ok=True)
                 code = cv2.VideoWriter.fourcc(*"mp4v")
                 writer = cv2.VideoWriter(str(unfinished), code, rate, (width, height))
                 if not writer.isOpened():

@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from detclipv2_jax.common.atomic import replacing, write_json
 from detclipv2_jax.inference import predictor as predictor_lib
 from detclipv2_jax.inference.config import DecodeConfig
-from detclipv2_jax.inference.predictor import Predictor, Texts, table_size
+from detclipv2_jax.inference.predictor import EncodedNames, Predictor, padded_count
 from detclipv2_jax.models import sizes
 from detclipv2_jax.models.detclip import create
 from detclipv2_jax.text.tokenizer import tokenize
@@ -85,19 +85,19 @@ class Ours:
         config = DecodeConfig(max_detections=300)
         return Predictor(*self._parts, canvas=(800, 1344), config=config, batch_size=1)
 
-    def texts(self, count: int) -> Texts:
+    def texts(self, count: int) -> EncodedNames:
         """Names with random unit vectors: random weights would make nearly one of all names."""
-        rows = np.zeros((table_size(count), sizes.SWIN_T.text.embed_dim), np.float32)
+        rows = np.zeros((padded_count(count), sizes.SWIN_T.text.embed_dim), np.float32)
         drawn = np.random.default_rng(0).normal(size=(count, rows.shape[1]))
         rows[:count] = drawn / np.linalg.norm(drawn, axis=-1, keepdims=True)
         asked = tuple(names(count))
-        return Texts(asked, asked, rows, np.arange(len(rows)) < count)
+        return EncodedNames(asked, asked, rows, np.arange(len(rows)) < count)
 
     def read_names(self, asked: Sequence[str]) -> None:
         """Encodes the names anew."""
         self._fresh().encode(asked)
 
-    def answer(self, texts: Texts) -> None:
+    def answer(self, texts: EncodedNames) -> None:
         """From the image's pixels to boxes in them."""
         ((_, found),) = self._predictor.stream([self._image], texts)
         if len(found) != 300:
@@ -105,9 +105,9 @@ class Ours:
 
     def temporary_bytes(self, count: int) -> int:
         """What the compiled program sets aside beside parameters, inputs and outputs."""
-        rows = table_size(count)
+        rows = padded_count(count)
         shape = jax.ShapeDtypeStruct
-        program = predictor_lib._predict.lower(
+        program = predictor_lib._compiled_predict.lower(
             *self._parts,
             shape((1, 800, 1344, 3), np.uint8),
             shape((1, 2), np.int32),

@@ -1,4 +1,4 @@
-"""Every file that the export writes, loaded in its own runtime without this package."""
+"""Every exported format, loaded in its own runtime without this package."""
 
 import contextlib
 import json
@@ -18,6 +18,7 @@ from PIL import Image
 from detclipv2_jax import export as door
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.exporters import export
+from detclipv2_jax.exporters.served import served_model
 from detclipv2_jax.inference.checkpoint import LoadedModel
 from detclipv2_jax.inference.config import DetectConfig
 from detclipv2_jax.inference.detector import Detector
@@ -35,7 +36,7 @@ DEFINITIONS = {
 
 @pytest.fixture(scope="session")
 def loaded():
-    """`nano` from noise, with enough more of it that offsets, boxes and scores are all over."""
+    """`nano` with random parameters, large enough that offsets, boxes and scores vary widely."""
     graphdef, params = detclip.create(sizes.NANO, 0)
     rng = np.random.default_rng(0)
     noisy = lambda p: np.asarray(p) + rng.normal(scale=0.05, size=p.shape).astype(np.float32)
@@ -53,14 +54,14 @@ def loaded():
         "train": {"epochs": 2.0},
         "init": {"backbone": "/somewhere/swin.pth", "text": ""},
     }
-    run = json.loads(json.dumps(config))  # as a checkpoint gives it
+    run = json.loads(json.dumps(config))  # as a checkpoint stores it
     detect = DetectConfig(**evaluation)
     return LoadedModel(graphdef, params, sizes.NANO, detect, 7, ["cat"], DEFINITIONS, run=run)
 
 
 @pytest.fixture(scope="session")
 def pictures():
-    """A batch: a full canvas, a part of one, an empty slot."""
+    """A batch: an image that fills its canvas, a smaller one, an empty slot."""
     images = np.random.default_rng(1).integers(0, 256, (3, *CANVAS, 3), np.uint8)
     sizes_ = np.array([CANVAS, (40, 70), (0, 0)], np.int32)
     images[1, 40:] = images[1, :, 70:] = images[2] = 0
@@ -69,9 +70,9 @@ def pictures():
 
 @pytest.fixture(scope="session")
 def wanted(loaded, pictures):
-    """What the model itself answers, in JAX."""
-    served, _ = export.served_model(loaded, NAMES, max_detections=20)
-    return {k: np.asarray(v) for k, v in jax.jit(served.answer())(*pictures).items()}
+    """The detections of the model itself, in JAX."""
+    served = served_model(loaded, NAMES, max_detections=20)
+    return {k: np.asarray(v) for k, v in jax.jit(served.detect_function())(*pictures).items()}
 
 
 @contextlib.contextmanager
@@ -81,8 +82,8 @@ def checkpoint(loaded):
         yield
 
 
-def write(loaded, output, form, *options):
-    line = ["--checkpoint=run", f"--format={form}", f"--output={output}", *options]
+def write(loaded, output, format_name, *options):
+    line = ["--checkpoint=run", f"--format={format_name}", f"--output={output}", *options]
     with checkpoint(loaded):
         return door.main(line)
 
@@ -93,7 +94,7 @@ for name in ("detclipv2_jax", *sys.argv[4].split(",")):
     sys.modules[name] = None
 import numpy as np
 example = runpy.run_path(sys.argv[1] + "/example.py")["main"].__globals__
-example["load"] = functools.cache(example["load"])  # as a server does; the example needs it once
+example["load"] = functools.cache(example["load"])  # loaded once per process, as in a server
 given = np.load(sys.argv[2])
 names = sys.argv[5:]
 texts = [example["encode"](names)] if names else []
@@ -107,8 +108,8 @@ example["main"](sys.argv[3].replace(".npz", ".png"), *names)
 """
 
 
-def answers(folder, pictures, without, names, tmp_path):
-    """What the file answers, for one picture and for all, and what its example prints."""
+def outputs_and_prints(folder, pictures, without, names, tmp_path):
+    """Return a file's outputs for one image and for all of them, and what its example prints."""
     given, found = tmp_path / "given.npz", tmp_path / "found.npz"
     np.savez(given, images=pictures[0], sizes=pictures[1])
     Image.fromarray(pictures[0][0]).save(tmp_path / "found.png")
@@ -127,9 +128,10 @@ def answers(folder, pictures, without, names, tmp_path):
 
 
 def assert_same(found, wanted, count):
-    """Each wanted detection was found: its name, its score to 1e-4, its box to a tenth of a pixel.
+    """Check that each wanted detection was found: name, score to 1e-4, box to 0.1 pixel.
 
-    Not by rank: scores that differ by rounding may change places. Returns the largest differences.
+    Not by rank, because scores that differ by rounding may be in another order. Returns the largest
+    differences of a score and of a side.
     """
     worst = np.zeros(2)
     for n in range(count):
@@ -149,7 +151,7 @@ def assert_same(found, wanted, count):
 
 
 @pytest.mark.parametrize(
-    ("form", "vocabulary", "without"),
+    ("format_name", "vocabulary", "without"),
     [
         ("stablehlo", "input", "flax,tensorflow"),
         pytest.param("stablehlo", "fixed", "flax,tensorflow", marks=pytest.mark.slow),
@@ -159,21 +161,21 @@ def assert_same(found, wanted, count):
         pytest.param("onnx", "fixed", "jax,jax2onnx", marks=pytest.mark.slow),
     ],
 )
-def test_a_file_answers_as_the_model_does(
-    loaded, pictures, wanted, tmp_path, form, vocabulary, without
+def test_a_format_gives_the_detections_of_the_model(
+    loaded, pictures, wanted, tmp_path, format_name, vocabulary, without
 ):
-    if form == "savedmodel":
+    if format_name == "savedmodel":
         if jax.__version_info__ >= (0, 12):
             pytest.skip("TensorFlow 2.21 cannot read what jax 0.12 writes")
         pytest.importorskip("tensorflow")
-    if form == "onnx":
+    if format_name == "onnx":
         pytest.importorskip("jax2onnx")
         pytest.importorskip("onnxruntime")
     options = ["--max_detections=20", "--rows=8"]
     options += [f"--names={','.join(NAMES)}"] if vocabulary == "fixed" else []
-    assert write(loaded, tmp_path / "out", form, *options) == 0
+    assert write(loaded, tmp_path / "out", format_name, *options) == 0
     names = NAMES if vocabulary == "input" else []
-    found, printed = answers(tmp_path / "out", pictures, without, names, tmp_path)
+    found, printed = outputs_and_prints(tmp_path / "out", pictures, without, names, tmp_path)
     assert wanted["mask"][0].sum() == 20 and wanted["mask"][1].sum() > 5
     assert len(set(wanted["labels"][0].tolist())) == 3 and not wanted["mask"][2].any()
     assert_same(found, wanted, 1)
@@ -190,29 +192,33 @@ def test_a_file_answers_as_the_model_does(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["stablehlo", "savedmodel", "onnx"])
-def test_swin_t_at_320_pixels_and_80_names(tmp_path, form):
-    """Prints what docs/export.md tells: pytest -s."""
-    if form == "onnx":
+@pytest.mark.parametrize("format_name", ["stablehlo", "savedmodel", "onnx"])
+def test_swin_t_at_320_pixels_and_80_names(tmp_path, format_name):
+    """Prints the table of docs/export.md, with `pytest -s`."""
+    if format_name == "onnx":
         pytest.importorskip("jax2onnx")
         pytest.importorskip("onnxruntime")
-    if form == "savedmodel" and jax.__version_info__ >= (0, 12):
+    if format_name == "savedmodel" and jax.__version_info__ >= (0, 12):
         pytest.skip("TensorFlow 2.21 cannot read what jax 0.12 writes")
     loaded, pictures, names = swin_t()
-    served, _ = export.served_model(loaded, names)
-    wanted = {k: np.asarray(v) for k, v in jax.jit(served.answer())(*pictures).items()}
+    served = served_model(loaded, names)
+    wanted = {k: np.asarray(v) for k, v in jax.jit(served.detect_function())(*pictures).items()}
     assert wanted["mask"].sum(1).tolist() == [300, 300, 0]
     start = time.perf_counter(), time.process_time()
-    assert write(loaded, tmp_path / "out", form, "--rows=80") == 0
+    assert write(loaded, tmp_path / "out", format_name, "--rows=80") == 0
     wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
-    without = {"stablehlo": "flax,tensorflow", "savedmodel": "jax", "onnx": "jax,jax2onnx"}[form]
-    found, _ = answers(tmp_path / "out", pictures, without, names, tmp_path)
+    without = {"stablehlo": "flax,tensorflow", "savedmodel": "jax", "onnx": "jax,jax2onnx"}[
+        format_name
+    ]
+    found, _ = outputs_and_prints(tmp_path / "out", pictures, without, names, tmp_path)
     worst = [assert_same(found, wanted, count) for count in (1, 3)]
-    print(f"{form}: {wall:.1f} s ({cpu:.1f} s of CPU) to export; worst {np.max(worst, axis=0)}")
+    print(
+        f"{format_name}: {wall:.1f} s ({cpu:.1f} s of CPU) to export; worst {np.max(worst, axis=0)}"
+    )
 
 
 def swin_t():
-    """Swin-T from noise, two pictures of 320×320 pixels and an empty slot, 80 names."""
+    """Random Swin-T, two images on canvases of 320×320 pixels and an empty slot, 80 names."""
     graphdef, params = detclip.create(sizes.SWIN_T, 0)
     rng = np.random.default_rng(0)
     noisy = lambda p: np.asarray(p) + rng.normal(scale=0.02, size=p.shape).astype(np.float32)
@@ -231,14 +237,14 @@ def swin_t():
     )
 
 
-def test_a_file_of_stablehlo_is_for_every_platform(loaded, tmp_path):
+def test_stablehlo_is_for_every_platform(loaded, tmp_path):
     assert write(loaded, tmp_path, "stablehlo", "--names=cat", "--canvas=64x64") == 0
     exported = jax_export.deserialize(bytearray((tmp_path / "detector.stablehlo").read_bytes()))
     assert exported.platforms == ("cpu", "cuda", "tpu")
     assert [str(aval.shape) for aval in exported.in_avals] == ["(batch, 64, 64, 3)", "(batch, 2)"]
 
 
-def test_the_tokenizer_gives_the_ids_of_training(tmp_path):
+def test_tokenizer_gives_the_ids_of_training(tmp_path):
     from tokenizers import Tokenizer
 
     from detclipv2_jax.exporters.manifest import write_tokenizer
@@ -249,7 +255,7 @@ def test_the_tokenizer_gives_the_ids_of_training(tmp_path):
     np.testing.assert_array_equal([row.ids for row in rows], tokenize(texts))
 
 
-def test_safetensors_are_read_without_this_package(loaded, tmp_path):
+def test_safetensors_is_read_without_this_package(loaded, tmp_path):
     assert write(loaded, tmp_path, "safetensors") == 0
     program = (
         "import sys, json; sys.modules['detclipv2_jax'] = sys.modules['jax'] = None\n"
@@ -270,7 +276,7 @@ def test_safetensors_are_read_without_this_package(loaded, tmp_path):
     )
 
 
-def test_the_card_tells_how_to_load_safetensors(loaded, pictures, tmp_path, monkeypatch, capsys):
+def test_the_code_in_the_card_loads_safetensors(loaded, pictures, tmp_path, monkeypatch, capsys):
     assert write(loaded, tmp_path, "safetensors") == 0
     monkeypatch.chdir(tmp_path)
     Image.fromarray(pictures[0][0]).save("image.png")
@@ -301,11 +307,14 @@ def test_the_card(loaded, tmp_path):
     card = (tmp_path / "README.md").read_text()
     head = card.split("---\n")[1]
     assert 'license: "apache-2.0"\n' in head and "zero-shot-object-detection" in head
-    assert "On `val.json`, fractions of one, measured at step 5 and not at this one:" in card
+    assert (
+        "On `val.json`, from 0 to 1, measured at step 5, not at the step of this checkpoint:"
+        in card
+    )
     assert "| | standard | fixed |\n|---|---|---|\n| AP | 0.2500 | 0.5000 |\n| APr | – |" in card
     assert "7 steps of a run of 2 epochs" in card and "| detection | objects365 |" in card
-    assert "1 names\nand 3 definitions. It started from `swin.pth` (backbone)." in card
-    assert card.endswith("## Licence\n\napache-2.0\n")
+    assert "1 names\nand 3 definitions. Initial weights: `swin.pth` (backbone)." in card
+    assert card.endswith("## License\n\napache-2.0\n")
     assert "/somewhere" not in card
 
 
@@ -313,23 +322,23 @@ def test_the_card(loaded, tmp_path):
     ("options", "reason"),
     [
         (["--names=cat,Cat"], "name 2, 'Cat', is the same as name 1"),
-        (["--names= ,"], "holds no name"),
+        (["--names= ,"], "contains no name"),
         (["--names_file=/nowhere.txt"], "/nowhere.txt: cannot be read (No such file"),
-        (["--canvas=800"], "--canvas=800: give height x width"),
-        (["--canvas=8x8"], "32 to 8192"),
-        (["--score_threshold=2"], "score_threshold 2.0"),
+        (["--canvas=800"], "--canvas=800 is not valid. Give height x width"),
+        (["--canvas=8x8"], "from 32 to 8192"),
+        (["--score_threshold=2"], "score_threshold is 2.0"),
         (["--rows=0"], "--rows=0"),
-        (["--format=safetensors", "--names=cat"], "leave --names, --names_file and --canvas out"),
+        (["--format=safetensors", "--names=cat"], "Leave --names, --names_file and --canvas out"),
     ],
 )
-def test_a_mistake_is_one_sentence(loaded, tmp_path, capsys, options, reason):
+def test_an_error_is_one_line(loaded, tmp_path, capsys, options, reason):
     assert write(loaded, tmp_path / "out", "stablehlo", *options) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and reason in told and told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and reason in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tensorflow_that_cannot_read_this_jax_is_told(loaded, tmp_path, monkeypatch, capsys):
+def test_a_tensorflow_that_cannot_read_this_jax_is_reported(loaded, tmp_path, monkeypatch, capsys):
     tf = pytest.importorskip("tensorflow")
 
     def fail(*_):
@@ -342,25 +351,27 @@ def test_a_tensorflow_that_cannot_read_this_jax_is_told(loaded, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("form", "package", "reason"),
+    ("format_name", "package", "reason"),
     [
         ("savedmodel", "tensorflow", "needs TensorFlow, which is not installed"),
         ("onnx", "jax2onnx", "pip install --no-deps jax2onnx"),
     ],
 )
-def test_a_missing_converter_is_told(loaded, tmp_path, monkeypatch, capsys, form, package, reason):
+def test_a_missing_converter_is_reported(
+    loaded, tmp_path, monkeypatch, capsys, format_name, package, reason
+):
     monkeypatch.setitem(sys.modules, package, None)
-    assert write(loaded, tmp_path / "out", form, "--names=cat") == 2
+    assert write(loaded, tmp_path / "out", format_name, "--names=cat") == 2
     assert reason in capsys.readouterr().err
 
 
-def test_a_names_file_has_a_name_a_line(loaded, tmp_path):
+def test_names_file_has_one_name_per_line(loaded, tmp_path):
     (tmp_path / "names.txt").write_text("cat\n\n traffic light, red \n")
     args = door.parser().parse_args(
         ["--checkpoint=run", "--output=out", f"--names_file={tmp_path}/names.txt"]
     )
     assert export._names(args) == ["cat", "traffic light, red"]
-    served, _ = export.served_model(loaded, export._names(args))
+    served = served_model(loaded, export._names(args))
     assert served.names == ("cat", "traffic light, red") and served.texts.shape == (2, 64)
     with pytest.raises(UserError, match="is empty"):
-        export.served_model(loaded, ["cat", ""])
+        served_model(loaded, ["cat", ""])

@@ -10,12 +10,12 @@ from PIL import Image
 
 from detclipv2_jax import detect
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.inference import detect_files
+from detclipv2_jax.inference import names as names_lib
 from detclipv2_jax.inference.detector import Detector
-from detclipv2_jax.inference.video import Video, writing
+from detclipv2_jax.inference.video import Video, video_writer
 
 
-def picture(height=64, width=64, seed=0):
+def random_image(height=64, width=64, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
@@ -24,49 +24,54 @@ def detector():
     return Detector(tiny_model.loaded(), score_threshold=0.05)
 
 
-def test_files_arrays_and_pil_get_the_same_answers(detector, tmp_path):
-    Image.fromarray(picture()).save(tmp_path / "a.png")
-    sources = [tmp_path / "a.png", str(tmp_path / "a.png"), picture(), Image.fromarray(picture())]
-    answers = detector(sources, ["cat", "dog"])
-    assert len(answers) == 4 and len(answers[0]) > 0
-    for answer in answers:
-        np.testing.assert_array_equal(answer.boxes, answers[0].boxes)
-        assert answer.size == (64, 64) and set(answer.names) <= {"cat", "dog"}
-        assert [["cat", "dog"][label] for label in answer.labels] == list(answer.names)
-        assert (np.diff(answer.scores) <= 0).all() and (answer.scores > 0.05).all()
+def test_paths_arrays_and_pil_images_give_equal_results(detector, tmp_path):
+    Image.fromarray(random_image()).save(tmp_path / "a.png")
+    sources = [
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        random_image(),
+        Image.fromarray(random_image()),
+    ]
+    results = detector(sources, ["cat", "dog"])
+    assert len(results) == 4 and len(results[0]) > 0
+    for result in results:
+        np.testing.assert_array_equal(result.boxes, results[0].boxes)
+        assert result.size == (64, 64) and set(result.names) <= {"cat", "dog"}
+        assert [["cat", "dog"][label] for label in result.labels] == list(result.names)
+        assert (np.diff(result.scores) <= 0).all() and (result.scores > 0.05).all()
 
 
-def test_answers_come_in_the_order_of_the_images(detector):
+def test_results_are_in_the_order_of_the_images(detector):
     sizes = [(64, 96), (96, 64), (30, 90), (96, 60), (64, 96)]
-    images = [picture(*size, seed=n) for n, size in enumerate(sizes)]
-    assert [answer.size for answer in detector(images, ["cat"])] == sizes
+    images = [random_image(*size, seed=n) for n, size in enumerate(sizes)]
+    assert [result.size for result in detector(images, ["cat"])] == sizes
 
 
-def test_one_image_and_none(detector):
-    assert len(detector(picture(), ["cat"])) == 1
+def test_a_single_image_and_no_images(detector):
+    assert len(detector(random_image(), ["cat"])) == 1
     assert detector([], ["cat"]) == []
 
 
-def test_another_list_of_names_of_equal_table_size_compiles_nothing(detector):
+def test_names_padded_to_the_same_number_need_no_compilation(detector):
     from detclipv2_jax.inference import predictor
 
-    detector(picture(), ["cat"])
-    before = predictor._predict._cache_size()
-    detector(picture(), ["dog", "traffic light", "sofa"])
-    assert predictor._predict._cache_size() == before
+    detector(random_image(), ["cat"])
+    before = predictor._compiled_predict._cache_size()
+    detector(random_image(), ["dog", "traffic light", "sofa"])
+    assert predictor._compiled_predict._cache_size() == before
 
 
-def test_thresholds_and_top_k_of_one_call(detector):
+def test_threshold_and_limit_of_one_call(detector):
     from detclipv2_jax.inference import predictor
 
-    images, names = [picture(), picture(64, 40, seed=1)], ["cat", "dog"]
+    images, names = [random_image(), random_image(64, 40, seed=1)], ["cat", "dog"]
     everything = detector(images, names)
-    before = predictor._predict._cache_size()
+    before = predictor._compiled_predict._cache_size()
     middle = float(np.median(everything[0].scores))
     above = detector(images, names, score_threshold=middle)
     best = detector(images, names, max_detections=3)
     lower = detector(images, names, score_threshold=0.0)
-    assert predictor._predict._cache_size() == before
+    assert predictor._compiled_predict._cache_size() == before
     for whole, part, few, more in zip(everything, above, best, lower):
         count = int((whole.scores > middle).sum())
         np.testing.assert_array_equal(part.boxes, whole.boxes[:count])
@@ -74,22 +79,21 @@ def test_thresholds_and_top_k_of_one_call(detector):
         np.testing.assert_array_equal(few.scores, whole.scores[:3])
         assert len(few) == len(few.names) == len(few.labels) == len(few.boxes) == 3
         assert len(more) >= len(whole)
-    more = detector(
-        images, names, score_threshold=0.0, max_detections=101
-    )  # than it does: compiles
+    # More than the detector's limit: compiles.
+    more = detector(images, names, score_threshold=0.0, max_detections=101)
     np.testing.assert_allclose(more[0].scores, lower[0].scores, rtol=1e-4)
     for options in ({"score_threshold": 2}, {"max_detections": 0}):
         with pytest.raises(UserError, match=next(iter(options))):
             detector(images, names, **options)
 
 
-def test_answers_as_supervision_wants_them(detector, monkeypatch):
-    (found,) = detector(picture(), ["cat", "dog"])
+def test_properties_for_supervision(detector, monkeypatch):
+    (found,) = detector(random_image(), ["cat", "dog"])
     assert found.xyxy.dtype == np.float32 and found.xyxy.shape == (len(found), 4)
     assert found.confidence.shape == found.class_id.shape == (len(found),)
     assert np.issubdtype(found.class_id.dtype, np.integer)
     assert found.data["class_name"].tolist() == list(found.names)
-    (nothing,) = detector(picture(), ["cat"], score_threshold=0.99)
+    (nothing,) = detector(random_image(), ["cat"], score_threshold=0.99)
     assert nothing.xyxy.shape == (0, 4) and nothing.data["class_name"].shape == (0,)
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(UserError, match="pip install supervision"):
@@ -100,22 +104,22 @@ def test_answers_as_supervision_wants_them(detector, monkeypatch):
     assert list(fields) == ["xyxy", "confidence", "class_id", "data"]
 
 
-def test_supervision_takes_the_answers(detector):
+def test_supervision_accepts_the_results(detector):
     supervision = pytest.importorskip("supervision")
     for threshold in (0.05, 0.99):
-        (found,) = detector(picture(), ["cat", "dog"], score_threshold=threshold)
+        (found,) = detector(random_image(), ["cat", "dog"], score_threshold=threshold)
         taken = found.to_supervision()
         assert isinstance(taken, supervision.Detections) and len(taken) == len(found)
         assert list(taken["class_name"]) == list(found.names)
 
 
-def test_pictures_of_every_sort(detector, tmp_path):
-    """One pixel, gray, transparent, 16 bits, CMYK, moving: the answer for what is seen."""
+def test_image_modes(detector, tmp_path):
+    """Each mode gives the results of the RGB image that a viewer shows."""
     from PIL import ImageSequence
 
-    color = Image.fromarray(picture())
-    gray = Image.fromarray(picture()[..., 0])
-    deep = Image.fromarray(picture()[..., 0].astype(np.uint16) << 8)
+    color = Image.fromarray(random_image())
+    gray = Image.fromarray(random_image()[..., 0])
+    deep = Image.fromarray(random_image()[..., 0].astype(np.uint16) << 8)
     rgba = color.convert("RGBA")
     moving = [gray, gray.rotate(90), gray.rotate(180)]
     gray.save(tmp_path / "moves.gif", save_all=True, append_images=moving[1:])
@@ -129,8 +133,8 @@ def test_pictures_of_every_sort(detector, tmp_path):
         (gray, np.asarray(gray.convert("RGB"))),
         (np.asarray(gray), np.asarray(gray.convert("RGB"))),
         (tmp_path / "deep.png", np.asarray(gray.convert("RGB"))),
-        (tmp_path / "rgba.png", picture()),
-        (np.asarray(rgba), picture()),
+        (tmp_path / "rgba.png", random_image()),
+        (np.asarray(rgba), random_image()),
         (tmp_path / "cmyk.tif", np.asarray(cmyk.convert("RGB"))),
         (tmp_path / "moves.gif", first),
     ):
@@ -141,29 +145,31 @@ def test_pictures_of_every_sort(detector, tmp_path):
     assert (dot.boxes >= 0).all() and (dot.boxes <= 1).all()
 
 
-def test_files_are_turned_as_they_say(detector, tmp_path):
+def test_exif_orientation_is_applied_to_files(detector, tmp_path):
     for orientation, turn in ((1, 0), (3, 2), (6, 3), (8, 1)):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        Image.fromarray(picture(40, 64)).save(tmp_path / "a.png", exif=exif)
-        found, wanted = detector([tmp_path / "a.png", np.rot90(picture(40, 64), turn)], ["cat"])
+        Image.fromarray(random_image(40, 64)).save(tmp_path / "a.png", exif=exif)
+        found, wanted = detector(
+            [tmp_path / "a.png", np.rot90(random_image(40, 64), turn)], ["cat"]
+        )
         assert found.size == wanted.size
         np.testing.assert_array_equal(found.boxes, wanted.boxes)
-    with Image.open(tmp_path / "a.png") as image:  # what a program holds is taken as it is
-        found, wanted = detector([image, picture(40, 64)], ["cat"])
+    with Image.open(tmp_path / "a.png") as image:  # PIL images are not rotated
+        found, wanted = detector([image, random_image(40, 64)], ["cat"])
     np.testing.assert_array_equal(found.boxes, wanted.boxes)
 
 
 @pytest.mark.slow
-def test_huge_pictures(detector, tmp_path):
-    """20,000 × 20,000 pixels: an array is answered, a file is more than PIL opens for strangers."""
+def test_huge_images(detector, tmp_path):
+    """An array of 20,000 × 20,000 pixels is accepted; PIL refuses a file of that size."""
     found, wanted = detector(
         [np.zeros((20_000, 20_000, 3), np.uint8), np.zeros((64, 64, 3), np.uint8)], ["cat"]
     )
     assert found.size == (20_000, 20_000) and len(found) == len(wanted)
     np.testing.assert_allclose(found.boxes, wanted.boxes * (20_000 / 64), rtol=1e-5)
     Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
-    with pytest.raises(UserError, match=r"huge\.png: holds more than [\d,]+ pixels.*as an array"):
+    with pytest.raises(UserError, match=r"huge\.png: has more than [\d,]+ pixels.*as an array"):
         detector([tmp_path / "huge.png"], ["cat"])
 
 
@@ -171,11 +177,11 @@ def test_huge_pictures(detector, tmp_path):
     "image, reason",
     [
         (Image.new("RGB", (0, 5)), "no pixels"),
-        (Image.new("F", (8, 8)), "mode 'F' does not say what is white"),
+        (Image.new("F", (8, 8)), "mode 'F' does not define white"),
         (np.zeros((8, 8, 3), np.uint16), "uint8"),
     ],
 )
-def test_pictures_that_cannot_be_asked(detector, image, reason):
+def test_invalid_images_are_refused(detector, image, reason):
     with pytest.raises(UserError, match=reason):
         detector([image], ["cat"])
 
@@ -186,20 +192,20 @@ def test_a_hundred_thousand_names(tmp_path):
     detector = Detector(
         tiny_model.loaded(), score_threshold=0.0, max_detections=2000, cache=tmp_path
     )
-    (found,) = detector(picture(), names)
+    (found,) = detector(random_image(), names)
     assert len(list(tmp_path.iterdir())) == 1
     labels = np.unique(found.labels)
-    # Names that were answered are answered alike among fewer.
+    # Names that were found get the same scores in a list of one name.
     few = [names[label] for label in labels[:3]]
     for name in few:
-        (alone,) = detector(picture(), [name], max_detections=2000)
-        rows = np.array(found.names) == name
-        np.testing.assert_allclose(found.scores[rows], alone.scores[: rows.sum()], rtol=1e-4)
+        (alone,) = detector(random_image(), [name], max_detections=2000)
+        same = np.array(found.names) == name
+        np.testing.assert_allclose(found.scores[same], alone.scores[: same.sum()], rtol=1e-4)
     assert labels[-1] > 50_000
 
 
-def test_order_of_the_names_only_renumbers(detector):
-    (a,), (b,) = detector(picture(), ["cat", "dog"]), detector(picture(), ["dog", "cat"])
+def test_order_of_names_only_changes_labels(detector):
+    (a,), (b,) = detector(random_image(), ["cat", "dog"]), detector(random_image(), ["dog", "cat"])
     np.testing.assert_allclose(a.scores, b.scores, rtol=1e-5)
     assert sorted(a.names) == sorted(b.names)
 
@@ -210,18 +216,18 @@ def test_order_of_the_names_only_renumbers(detector):
         ([], "no names"),
         (["cat", ""], "name 2 of 2 is empty"),
         (["cat", "dog", " CAT "], "name 3, ' CAT ', is the same as name 1"),
-        ("cat", "give a list"),
-        (["cat", 7], "name 2 of 2 is 7; give it as a text"),
+        ("cat", "Give a list"),
+        (["cat", 7], "name 2 of 2 is 7, expected a string"),
     ],
 )
-def test_names_that_cannot_be_asked(detector, names, reason):
+def test_invalid_names_are_refused(detector, names, reason):
     with pytest.raises(UserError, match=reason):
-        detector([picture()], names)
+        detector([random_image()], names)
 
 
-def test_an_image_that_cannot_be_read_is_named(detector, tmp_path):
+def test_error_names_the_unreadable_image(detector, tmp_path):
     with pytest.raises(UserError, match=r"missing\.jpg: no such file"):
-        detector([picture(), tmp_path / "missing.jpg"], ["cat"])
+        detector([random_image(), tmp_path / "missing.jpg"], ["cat"])
 
 
 @pytest.fixture
@@ -239,51 +245,53 @@ def checkpoint(monkeypatch):
 def test_command(checkpoint, tmp_path, capsys):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        Image.fromarray(picture()).save(tmp_path / folder / "street.png")
+        Image.fromarray(random_image()).save(tmp_path / folder / "street.png")
     images = [str(tmp_path / folder / "street.png") for folder in ("a", "b")]
     output = tmp_path / "out"
     flags = ["--checkpoint=run", "--names=cat, traffic light,", f"--output={output}"]
     assert detect.main([*flags, "--score_threshold=0.05", *images]) == 0
     found = json.loads((output / "detections.json").read_text())
     assert found["names"] == ["cat", "traffic light"] and found["step"] == 7
-    assert [row["picture"] for row in found["images"]] == ["street.png", "street-2.png"]
-    assert [row["image"] for row in found["images"]] == images
-    for row in found["images"]:
-        assert (row["height"], row["width"]) == (64, 64) and row["detections"]
-        for detection in row["detections"]:
+    assert [entry["picture"] for entry in found["images"]] == ["street.png", "street-2.png"]
+    assert [entry["image"] for entry in found["images"]] == images
+    for entry in found["images"]:
+        assert (entry["height"], entry["width"]) == (64, 64) and entry["detections"]
+        for detection in entry["detections"]:
             assert detection["name"] in found["names"] and 0.05 < detection["score"] < 1
             x0, y0, x1, y1 = detection["box"]
             assert 0 <= x0 <= x1 <= 64 and 0 <= y0 <= y1 <= 64
-        assert Image.open(output / row["picture"]).size == (640, 640)
+        assert Image.open(output / entry["picture"]).size == (640, 640)
     assert "street-2.png" in capsys.readouterr().out
 
 
-def test_command_takes_folders(checkpoint, tmp_path, capsys):
+def test_command_with_folders(checkpoint, tmp_path, capsys):
     folder, output = tmp_path / "in", tmp_path / "in" / "out"
     for name in ("b.png", "a.JPG", "deep/down/a.webp", ".hidden.png", "deep/a.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture(64, 90)).convert("RGB").save(folder / name)
-    (folder / "notes.txt").write_text("no picture")
+        Image.fromarray(random_image(64, 90)).convert("RGB").save(folder / name)
+    (folder / "notes.txt").write_text("not an image")
     (folder / "deep" / "broken.png").write_bytes(b"")
     flags = ["--checkpoint=run", "--names=cat", f"--output={output}", "--score_threshold=0.05"]
-    for _ in range(2):  # what it drew is not asked again
+    for _ in range(2):  # the second run ignores the drawings of the first
         assert detect.main([*flags, str(folder)]) == 2
         found = json.loads((output / "detections.json").read_text())
         drawn = ["a.png", "b.png", "deep/a.png", "deep/down/a.png"]
-        assert [row["picture"] for row in found["images"]] == drawn
-        assert [row["image"] for row in found["failed"]] == [str(folder / "deep" / "broken.png")]
+        assert [entry["picture"] for entry in found["images"]] == drawn
+        assert [entry["image"] for entry in found["failed"]] == [
+            str(folder / "deep" / "broken.png")
+        ]
         assert all((output / name).is_file() for name in drawn)
     (tmp_path / "empty").mkdir()
     assert detect.main([*flags, str(tmp_path / "empty")]) == 2
-    assert "empty: holds no image" in capsys.readouterr().err
+    assert "empty: contains no image" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["mp4", "gif"])
-def test_command_takes_videos(checkpoint, tmp_path, kind):
-    frames = [picture(40, 60, seed=n) for n in range(5)]
+def test_command_with_videos(checkpoint, tmp_path, kind):
+    frames = [random_image(40, 60, seed=n) for n in range(5)]
     path = tmp_path / f"moves.{kind}"
     if kind == "mp4":
-        with writing(path, 10) as add:
+        with video_writer(path, 10) as add:
             for frame in frames:
                 add(frame)
     else:
@@ -294,11 +302,11 @@ def test_command_takes_videos(checkpoint, tmp_path, kind):
     found = json.loads((tmp_path / "out" / "detections.json").read_text())
     (video,) = found["videos"]
     assert not found["images"] and video["frames_per_second"] == 10
-    assert [row["frame"] for row in video["frames"]] == list(range(5))
-    assert [row["seconds"] for row in video["frames"]] == [0, 0.1, 0.2, 0.3, 0.4]
+    assert [entry["frame"] for entry in video["frames"]] == list(range(5))
+    assert [entry["seconds"] for entry in video["frames"]] == [0, 0.1, 0.2, 0.3, 0.4]
     detector = Detector(tiny_model.loaded(), score_threshold=0.05)
-    for row, wanted in zip(video["frames"], detector(Video(path), ["cat", "dog"])):
-        assert [detection["name"] for detection in row["detections"]] == list(wanted.names)
+    for entry, wanted in zip(video["frames"], detector(Video(path), ["cat", "dog"])):
+        assert [detection["name"] for detection in entry["detections"]] == list(wanted.names)
     drawn = list(Video(tmp_path / "out" / "moves.mp4"))
     assert len(drawn) == 5 and drawn[0].shape == (426, 640, 3)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -308,25 +316,25 @@ def test_command_takes_videos(checkpoint, tmp_path, kind):
     ]
 
 
-def test_command_says_which_video_it_cannot_read(checkpoint, tmp_path, capsys):
-    Image.fromarray(picture()).save(tmp_path / "a.png")
+def test_command_reports_unreadable_videos(checkpoint, tmp_path, capsys):
+    Image.fromarray(random_image()).save(tmp_path / "a.png")
     for name in ("text.mp4", "empty.avi"):
-        (tmp_path / name).write_text("no video" * (name == "text.mp4"))
+        (tmp_path / name).write_text("not a video" if name == "text.mp4" else "")
     files = [str(tmp_path / name) for name in ("text.mp4", "empty.avi", "none.mov", "a.png")]
     assert detect.main(["--checkpoint=run", "--names=cat", f"--output={tmp_path}/o", *files]) == 2
     found = json.loads((tmp_path / "o" / "detections.json").read_text())
-    assert [row["video"] for row in found["failed"]] == files[:3] and len(found["images"]) == 1
+    assert [entry["video"] for entry in found["failed"]] == files[:3] and len(found["images"]) == 1
     assert "no frame can be decoded" in found["failed"][0]["error"]
     assert "no such file" in found["failed"][2]["error"]
     assert not list((tmp_path / "o").glob("*.mp4"))
 
 
-def test_command_writes_coco_s_form(checkpoint, tmp_path):
+def test_command_writes_coco_format(checkpoint, tmp_path):
     COCO = pytest.importorskip("pycocotools.coco").COCO
-    Image.fromarray(picture()).save(tmp_path / "a.png")
-    with writing(tmp_path / "b.mp4", 10) as add:
-        add(picture(40, 60))
-        add(picture(40, 60, seed=1))
+    Image.fromarray(random_image()).save(tmp_path / "a.png")
+    with video_writer(tmp_path / "b.mp4", 10) as add:
+        add(random_image(40, 60))
+        add(random_image(40, 60, seed=1))
     flags = ["--checkpoint=run", "--names=cat,dog", f"--output={tmp_path}/o"]
     flags += ["--score_threshold=0.05", str(tmp_path / "a.png"), str(tmp_path / "b.mp4")]
     assert detect.main(flags) == 0
@@ -334,11 +342,11 @@ def test_command_writes_coco_s_form(checkpoint, tmp_path):
     coco = COCO(tmp_path / "o" / "coco.json")
     assert {c["name"] for c in coco.loadCats(coco.getCatIds())} == {"cat", "dog"}
     assert [image.get("frame") for image in coco.loadImgs(coco.getImgIds())] == [None, 0, 1]
-    rows = [found["images"][0], *found["videos"][0]["frames"]]
-    for image, row in zip(coco.loadImgs(coco.getImgIds()), rows):
+    entries = [found["images"][0], *found["videos"][0]["frames"]]
+    for image, entry in zip(coco.loadImgs(coco.getImgIds()), entries):
         boxes = coco.loadAnns(coco.getAnnIds(image["id"]))
-        assert len(boxes) == len(row["detections"]) > 0
-        for box, detection in zip(boxes, row["detections"]):
+        assert len(boxes) == len(entry["detections"]) > 0
+        for box, detection in zip(boxes, entry["detections"]):
             x, y, width, height = box["bbox"]
             corners = [x, y, x + width, y + height]
             np.testing.assert_allclose(corners, detection["box"], atol=1e-6)
@@ -346,8 +354,8 @@ def test_command_writes_coco_s_form(checkpoint, tmp_path):
             assert box["score"] == detection["score"]
 
 
-def test_names_of_a_file_and_sentences(checkpoint, tmp_path):
-    Image.fromarray(picture()).save(tmp_path / "a.png")
+def test_names_file_and_prompts(checkpoint, tmp_path):
+    Image.fromarray(random_image()).save(tmp_path / "a.png")
     (tmp_path / "names.txt").write_bytes("\ufeffcat\r\n\n traffic light \ncafé, closed\n".encode())
     flags = ["--checkpoint=run", f"--output={tmp_path}/o", str(tmp_path / "a.png")]
     flags += [f"--names_file={tmp_path}/names.txt", "--prompts=a photo of a {}.", "--prompts={}"]
@@ -360,24 +368,24 @@ def test_names_of_a_file_and_sentences(checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     "content, reason",
-    [(None, "cannot be read"), (b"\n \n", "holds no name"), (b"caf\xe9", "no UTF-8 text")],
+    [(None, "cannot be read"), (b"\n \n", "contains no name"), (b"caf\xe9", "not valid UTF-8")],
 )
-def test_files_of_names_that_hold_none(tmp_path, content, reason):
+def test_invalid_names_files_are_refused(tmp_path, content, reason):
     if content is not None:
         (tmp_path / "names.txt").write_bytes(content)
     with pytest.raises(UserError, match=rf"names\.txt: .*{reason}"):
-        detect_files.asked_names(None, str(tmp_path / "names.txt"))
+        names_lib.names_from_flags(None, str(tmp_path / "names.txt"))
 
 
-def test_command_goes_on_after_a_broken_image(checkpoint, tmp_path, capsys):
-    Image.fromarray(picture()).save(tmp_path / "good.png")
-    (tmp_path / "bad.jpg").write_text("no picture")
+def test_command_continues_after_a_broken_image(checkpoint, tmp_path, capsys):
+    Image.fromarray(random_image()).save(tmp_path / "good.png")
+    (tmp_path / "bad.jpg").write_text("not an image")
     images = [str(tmp_path / name) for name in ("bad.jpg", "good.png")]
     flags = ["--checkpoint=run", "--names=cat", f"--output={tmp_path}/out"]
     flags.append("--score_threshold=0.05")
     assert detect.main([*flags, *images]) == 2
     found = json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert [row["image"] for row in found["images"]] == images[1:]
+    assert [entry["image"] for entry in found["images"]] == images[1:]
     assert found["failed"][0]["image"] == images[0]
     assert capsys.readouterr().err.count("error: ") == 1
 
@@ -386,19 +394,19 @@ def test_command_goes_on_after_a_broken_image(checkpoint, tmp_path, capsys):
     "flags, reason",
     [
         (["--checkpoint=elsewhere", "--names=cat"], "no checkpoint in elsewhere"),
-        (["--checkpoint=run", "--names= , "], "holds no name"),
-        (["--checkpoint=run", "--names=cat,Cat"], "same as name 1"),
+        (["--checkpoint=run", "--names= , "], "contains no name"),
+        (["--checkpoint=run", "--names=cat,Cat"], "the same as name 1"),
         (["--checkpoint=run", "--names=cat", "--score_threshold=7"], "score_threshold"),
     ],
 )
-def test_command_says_what_is_wrong_in_a_sentence(checkpoint, tmp_path, capsys, flags, reason):
+def test_command_reports_an_error_in_one_line(checkpoint, tmp_path, capsys, flags, reason):
     assert detect.main([*flags, f"--output={tmp_path}", "image.jpg"]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and reason in captured.err
     assert captured.err.count("\n") == 1
 
 
-def test_answering_needs_no_tensorflow():
+def test_detection_does_not_need_tensorflow():
     code = (
         "import sys; sys.modules['tensorflow'] = None; import detclipv2_jax.detect; "
         "import detclipv2_jax.evaluate"

@@ -10,35 +10,35 @@ from detclipv2_jax.inference import drawing
 
 
 def differs(a, b):
-    """Mask of the pixels in which two pictures differ."""
+    """Return a mask of the pixels in which two images differ."""
     return (np.asarray(a).astype(int) != np.asarray(b)).any(-1)
 
 
 @pytest.mark.parametrize("shade", [0, 128, 255])
-def test_boxes_show_where_they_are_on_any_background(shade):
+def test_frames_are_visible_at_their_place_on_any_background(shade):
     image = np.full((640, 640, 3), shade, np.uint8)
     drawn = drawing.draw_boxes(image, np.array([[100, 200, 300, 500.0]]), ["cat"], [0.5])
     changed = differs(drawn, image)
     rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
     assert abs(columns[0] - 100) <= 2 and abs(columns[-1] - 300) <= 2 and abs(rows[-1] - 500) <= 2
-    assert 160 < rows[0] <= 200  # the label stands on the box
-    assert not changed[215:485, 115:285].any()  # inside stays free
-    wanted = np.array(drawing.color("cat"))
+    assert 160 < rows[0] <= 200  # the label is above the box
+    assert not changed[215:485, 115:285].any()  # the inside is not drawn on
+    wanted = np.array(drawing.name_color("cat"))
     assert (np.asarray(drawn)[350, 100:106] == wanted).all(-1).any()
 
 
-def test_small_pictures_are_enlarged_and_large_ones_kept():
+def test_small_images_are_enlarged_and_large_ones_are_not():
     small = drawing.draw_boxes(np.zeros((32, 64, 3), np.uint8), [], [])
     assert small.size == (640, 320)
     assert drawing.draw_boxes(np.zeros((700, 900, 3), np.uint8), [], []).size == (900, 700)
 
 
-def test_colors_follow_names_and_differ():
-    colors = {drawing.color(f"name {n}") for n in range(40)}
-    assert len(colors) > 30 and drawing.color("cat") == drawing.color("cat")
+def test_colors_depend_on_names_and_differ():
+    colors = {drawing.name_color(f"name {n}") for n in range(40)}
+    assert len(colors) > 30 and drawing.name_color("cat") == drawing.name_color("cat")
 
 
-def test_labels_fit_and_keep_apart(monkeypatch):
+def test_labels_are_inside_the_image_and_do_not_overlap(monkeypatch):
     placed = []
     place = drawing._label_place
     monkeypatch.setattr(drawing, "_label_place", lambda *a: placed.append(place(*a)) or placed[-1])
@@ -53,22 +53,22 @@ def test_labels_fit_and_keep_apart(monkeypatch):
     drawing.draw_boxes(np.zeros((640, 640, 3), np.uint8), boxes, names, [0.9] * 5)
     for n, (x0, y0, x1, y1) in enumerate(placed):
         assert 0 <= x0 < x1 <= 640 and 0 <= y0 < y1 <= 640
-        assert all(drawing._shared(placed[n], other) == 0 for other in placed[:n])
+        assert all(drawing._overlap(placed[n], other) == 0 for other in placed[:n])
 
 
-def test_long_names_keep_their_score():
+def test_long_names_are_cut_before_their_score():
     font = drawing._font(14)
     text = drawing._shortened("a very long name " * 9, " 0.50", font, 120)
     assert text.endswith("… 0.50") and font.getlength(text) <= 120
     assert drawing._shortened("cat", " 0.50", font, 120) == "cat 0.50"
 
 
-def test_boxes_off_the_picture_and_inside_out_do_no_harm():
+def test_boxes_outside_the_image_or_inverted_are_accepted():
     boxes = [[-50, -50, -10, -10], [700, 700, 900, 900], [300, 300, 100, 100], [0, 0, 640, 640]]
     drawing.draw_boxes(np.zeros((640, 640, 3), np.uint8), boxes, list("abcd"))
 
 
-def test_grid_holds_every_picture():
+def test_grid_contains_every_image():
     shades = [40, 80, 120, 160, 200]
     sizes = [(30, 20), (30, 20), (50, 60), (10, 10), (30, 20)]
     cells = [Image.new("RGB", size, (s, s, s)) for size, s in zip(sizes, shades)]
@@ -89,7 +89,7 @@ def write_log(path, steps=60):
         file.write(json.dumps({"step": steps, "fixed/AP": 0.3}) + "\n")
 
 
-def test_loss_curves_have_a_panel_a_kind(tmp_path):
+def test_loss_curves_have_one_panel_per_kind(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_log(path)
     curves = plots._losses(path)
@@ -126,16 +126,16 @@ def test_running_mean():
     np.testing.assert_allclose(plots._running_mean(values[:9]), values[:9], atol=1e-12)
 
 
-def test_pictures_are_written_whole_or_not_at_all(tmp_path):
+def test_png_is_written_with_its_directory(tmp_path):
     picture = Image.new("RGB", (4, 4))
-    drawing.save(picture, tmp_path / "new" / "a.png")
+    drawing.save_png(picture, tmp_path / "new" / "a.png")
     assert Image.open(tmp_path / "new" / "a.png").size == (4, 4)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        drawing.save(picture, tmp_path / "file" / "a.png")
+        drawing.save_png(picture, tmp_path / "file" / "a.png")
 
 
-def test_labels_of_many_boxes_are_small_and_ink_reads_well(monkeypatch):
+def test_labels_of_many_boxes_are_small_and_have_contrast(monkeypatch):
     sizes = []
     place = drawing._label_place
     monkeypatch.setattr(drawing, "_label_place", lambda *a: sizes.append(place(*a)) or sizes[-1])
@@ -145,6 +145,6 @@ def test_labels_of_many_boxes_are_small_and_ink_reads_well(monkeypatch):
     assert max(y1 - y0 for _, y0, _, y1 in sizes) < 20
     assert max(x1 - x0 for x0, _, x1, _ in sizes) <= 0.4 * 1200
     for n in range(40):
-        luminance = drawing._luminance(drawing.color(f"name {n}"))
+        luminance = drawing._luminance(drawing.name_color(f"name {n}"))
         black, white = (luminance + 0.05) / 0.05, 1.05 / (luminance + 0.05)
-        assert (black >= white) == (luminance > drawing._MIDDLE)
+        assert (black >= white) == (luminance > drawing._MIDDLE_LUMINANCE)

@@ -9,14 +9,14 @@ from detclipv2_jax.inference import images
 
 
 def scene(height, width, seed=0):
-    """A smooth picture, so that ways of resizing agree up to rounding."""
+    """A smooth image, so that methods of resizing agree up to rounding."""
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(x / width * a + y / height * b + seed) for a, b in ((5, 2), (1, 6), (4, 4))]
     return (127 + 120 * np.stack(waves, axis=-1)).astype(np.uint8)
 
 
 def bilinear(pixels, height, width):
-    """Half-pixel-centered bilinear resizing, edges repeated; plain float64."""
+    """Bilinear resizing with half-pixel centers and repeated edges, in float64."""
     grids = []
     for size, new in zip(pixels.shape, (height, width)):
         place = np.clip((np.arange(new) + 0.5) * size / new - 0.5, 0, size - 1)
@@ -34,58 +34,58 @@ def bilinear(pixels, height, width):
     "shape, canvas, size",
     [
         ((30, 40), (64, 96), (64, 85)),
-        ((40, 30), (64, 96), (85, 64)),  # the canvas turns with the picture
+        ((40, 30), (64, 96), (85, 64)),  # the canvas is transposed
         ((50, 90), (64, 96), (53, 96)),
         ((64, 96), (64, 96), (64, 96)),
         ((1, 500), (64, 96), (1, 96)),
         ((1, 1), (64, 96), (64, 64)),
     ],
 )
-def test_pictures_lie_top_left_on_a_canvas_of_zeros(shape, canvas, size):
+def test_image_is_at_the_top_left_of_a_zero_canvas(shape, canvas, size):
     pixels = np.maximum(scene(*shape), 1)
-    placed = images.place(pixels, canvas)
-    assert placed.size == size and placed.original == shape
-    assert placed.canvas.shape == (*(canvas if size[1] >= size[0] else canvas[::-1]), 3)
-    assert (placed.canvas[: size[0], : size[1]] > 0).all()
-    assert placed.canvas[size[0] :].sum() == placed.canvas[:, size[1] :].sum() == 0
+    fitted = images.fit_to_canvas(pixels, canvas)
+    assert fitted.size == size and fitted.original_size == shape
+    assert fitted.pixels.shape == (*(canvas if size[1] >= size[0] else canvas[::-1]), 3)
+    assert (fitted.pixels[: size[0], : size[1]] > 0).all()
+    assert fitted.pixels[size[0] :].sum() == fitted.pixels[:, size[1] :].sum() == 0
 
 
 def test_resizing_is_bilinear_with_half_pixel_centers():
     for shape in ((30, 40), (100, 150)):  # larger, and smaller by less than two
         pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
-        placed = images.place(pixels, (64, 96))
-        wanted = bilinear(pixels, *placed.size)
-        found = placed.canvas[: placed.size[0], : placed.size[1]]
+        fitted = images.fit_to_canvas(pixels, (64, 96))
+        wanted = bilinear(pixels, *fitted.size)
+        found = fitted.pixels[: fitted.size[0], : fitted.size[1]]
         assert np.abs(found - wanted).max() <= 1.0
 
 
-def test_large_pictures_are_averaged_down_whatever_they_come_as(tmp_path):
+def test_large_images_are_averaged_from_any_source(tmp_path):
     checkers = np.indices((480, 720)).sum(0).astype(np.uint8) % 2
     pixels = scene(480, 720) // 2 + 60 * checkers[..., None]
     wanted = pixels.reshape(60, 8, 90, 8, 3).mean((1, 3))  # the checkerboard vanishes
     Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=98, subsampling=0)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     for source in (pixels, Image.fromarray(pixels), tmp_path / "a.jpg", str(tmp_path / "a.png")):
-        placed = images.place(source, (60, 90))
-        assert placed.original == (480, 720) and placed.size == (60, 90)
-        assert np.abs(placed.canvas - wanted).mean() < 3
+        fitted = images.fit_to_canvas(source, (60, 90))
+        assert fitted.original_size == (480, 720) and fitted.size == (60, 90)
+        assert np.abs(fitted.pixels - wanted).mean() < 3
 
 
-def test_jpeg_decoder_leaves_less_than_a_factor_of_two(tmp_path):
+def test_jpeg_decoder_scales_until_less_than_a_factor_of_two_is_left(tmp_path):
     path = tmp_path / "a.jpg"
     Image.fromarray(scene(480, 720)).save(path)
     for canvas, decoded in (((60, 90), 60), ((61, 92), 120), ((230, 345), 240), ((300, 450), 480)):
         with Image.open(path) as image:
-            images._draft(image, images.fitted((480, 720), canvas))
+            images._draft(image, images.fitted_size((480, 720), canvas))
             assert image.height == decoded
 
 
-def test_orientation_is_ignored(tmp_path):
+def test_exif_orientation_is_ignored_by_default(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    Image.fromarray(scene(40, 60)).save(tmp_path / "turned.jpg", exif=exif)
-    assert images.place(tmp_path / "turned.jpg", (40, 60)).original == (40, 60)
-    assert images.read(tmp_path / "turned.jpg").shape == (40, 60, 3)
+    exif[0x0112] = 6  # rotate by 90 degrees
+    Image.fromarray(scene(40, 60)).save(tmp_path / "rotated.jpg", exif=exif)
+    assert images.fit_to_canvas(tmp_path / "rotated.jpg", (40, 60)).original_size == (40, 60)
+    assert images.read(tmp_path / "rotated.jpg").shape == (40, 60, 3)
 
 
 def test_every_mode_becomes_rgb(tmp_path):
@@ -104,9 +104,9 @@ def test_every_mode_becomes_rgb(tmp_path):
     for name, (image, wanted) in cases.items():
         image.save(tmp_path / name)
         for source in (tmp_path / name, image):
-            placed = images.place(source, (8, 12))
-            assert placed.canvas.shape == (8, 12, 3)
-            assert np.abs(placed.canvas.astype(int) - wanted).max() <= 6, name
+            fitted = images.fit_to_canvas(source, (8, 12))
+            assert fitted.pixels.shape == (8, 12, 3)
+            assert np.abs(fitted.pixels.astype(int) - wanted).max() <= 6, name
 
 
 def test_arrays_of_one_and_four_channels():
@@ -125,24 +125,24 @@ def test_arrays_of_one_and_four_channels():
         np.uint8(3),
     ],
 )
-def test_arrays_that_are_no_pictures(array):
+def test_invalid_arrays_are_refused(array):
     with pytest.raises(UserError, match="uint8"):
-        images.place(np.asarray(array), (8, 8))
+        images.fit_to_canvas(np.asarray(array), (8, 8))
 
 
-def test_files_that_are_no_pictures(tmp_path):
+def test_invalid_files_are_refused(tmp_path):
     buffer = io.BytesIO()
     Image.fromarray(scene(200, 200)).save(buffer, format="JPEG")
     (tmp_path / "half.jpg").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "empty.jpg").write_bytes(b"")
     for name, reason in {
         "half.jpg": "truncated",
-        "text.jpg": "no known image format",
-        "empty.jpg": "no known image format",
+        "text.jpg": "not a known image format",
+        "empty.jpg": "not a known image format",
         "missing.jpg": "no such file",
         ".": "is a directory",
     }.items():
         with pytest.raises(UserError, match=reason) as error:
-            images.place(tmp_path / name, (64, 64))
+            images.fit_to_canvas(tmp_path / name, (64, 64))
         assert str(tmp_path) in str(error.value)

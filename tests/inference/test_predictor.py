@@ -18,7 +18,7 @@ from detclipv2_jax.inference.checkpoint import detect_config
 from detclipv2_jax.inference.config import DecodeConfig, DetectConfig
 from detclipv2_jax.inference.detections import Detections
 from detclipv2_jax.inference.predict import predict
-from detclipv2_jax.inference.predictor import Predictor, prompt, table_size
+from detclipv2_jax.inference.predictor import Predictor, padded_count
 from detclipv2_jax.models.atss_head import RegionOutputs
 from detclipv2_jax.models.detclip import DetCLIP
 from detclipv2_jax.ops.boxes import AnchorConfig
@@ -27,7 +27,7 @@ HEIGHT, WIDTH = 104, 136
 
 
 class Scripted:
-    """A model that says what it was given; the text of name n is the n-th unit vector."""
+    """A model with given outputs; the text embedding of name n is the n-th unit vector."""
 
     def __init__(self, logits, deltas, centerness):
         self.cfg = types.SimpleNamespace(anchors=AnchorConfig())
@@ -45,7 +45,7 @@ class Scripted:
 
 
 def anchors():
-    """(K, 4), by loops."""
+    """Return the anchors (K, 4), computed by loops."""
     rows = []
     for stride in (8, 16, 32, 64, 128):
         for y in range(math.ceil(HEIGHT / stride)):
@@ -62,7 +62,7 @@ def overlap(a, b):
 
 
 def reference(logits, deltas, centerness, size, config):
-    """One image's detections [(box, score, label)], best first, by loops in float64."""
+    """Return the detections [(box, score, label)] of one image, computed by loops in float64."""
     sigmoid = lambda v: 1 / (1 + np.exp(-np.float64(v)))
     pairs = []
     for k, anchor in enumerate(anchors()):
@@ -119,20 +119,20 @@ def test_predict_equals_a_direct_implementation(config):
         np.testing.assert_allclose(found.boxes[n][found.mask[n]], boxes, atol=1e-3)
         np.testing.assert_allclose(found.scores[n][found.mask[n]], scores, rtol=1e-5)
         np.testing.assert_array_equal(found.labels[n][found.mask[n]], labels)
-    assert not found.mask[2].any()  # a slot without a picture
+    assert not found.mask[2].any()  # an empty slot
 
 
 @pytest.mark.parametrize("count", [1, 127, 128, 129, 300])
-def test_names_in_blocks_equal_names_at_once(count, monkeypatch):
+def test_result_does_not_depend_on_the_size_of_name_blocks(count, monkeypatch):
     rng = np.random.default_rng(count)
     logits = np.round(rng.normal(size=(1, len(anchors()), count)), 1).astype(np.float32)  # ties
     deltas = rng.normal(size=(1, len(anchors()), 4)).astype(np.float32)
     model = Scripted(logits, deltas, np.zeros((1, len(anchors())), np.float32))
-    answers = []
+    results = []
     for block in (128, 7, 1000):
         monkeypatch.setattr(predict_lib, "_NAMES_AT_ONCE", block)
         config = DecodeConfig(pre_nms_top_k=20, max_detections=150)
-        answers.append(
+        results.append(
             jax.jit(functools.partial(predict, model, config=config))(
                 np.zeros((1, HEIGHT, WIDTH, 3), np.uint8),
                 np.array([[90, 120]]),
@@ -140,12 +140,12 @@ def test_names_in_blocks_equal_names_at_once(count, monkeypatch):
                 np.arange(count) % 5 != 1,
             )
         )
-    for answer in answers[1:]:
-        jax.tree.map(np.testing.assert_array_equal, answer, answers[0])
-    assert count < 4 or answers[0].mask.all()
+    for result in results[1:]:
+        jax.tree.map(np.testing.assert_array_equal, result, results[0])
+    assert count < 4 or results[0].mask.all()
 
 
-def test_any_number_of_pictures_in_one_exported_program():
+def test_exported_program_takes_any_batch_size():
     rng = np.random.default_rng(0)
     model_arrays = [rng.normal(size=(3, len(anchors()), n)).astype(np.float32) for n in (200, 4, 1)]
     ask = lambda logits, deltas, centerness, images, sizes: predict(
@@ -168,7 +168,7 @@ def test_any_number_of_pictures_in_one_exported_program():
         jax.tree.map(np.testing.assert_array_equal, exported.call(*few), jax.jit(ask)(*few))
 
 
-def test_memory_does_not_grow_with_the_names():
+def test_memory_does_not_grow_with_the_number_of_names():
     class Embedding(Scripted):
         logits = DetCLIP.logits
         logit_bias = np.zeros(1)
@@ -185,13 +185,13 @@ def test_memory_does_not_grow_with_the_names():
         arrays = [jax.ShapeDtypeStruct((*shape, *rest), jnp.float32) for rest in [(256,), (4,), ()]]
         arrays.append(jax.ShapeDtypeStruct((1, HEIGHT, WIDTH, 3), jnp.uint8))
         arrays.append(jax.ShapeDtypeStruct((1, 2), jnp.int32))
-        arrays.append(jax.ShapeDtypeStruct((table_size(count), 256), jnp.float32))
+        arrays.append(jax.ShapeDtypeStruct((padded_count(count), 256), jnp.float32))
         return jax.jit(ask).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(20_000) < 1.1 * temporary(80)
 
 
-def test_masked_names_and_scores_that_are_not_finite_are_never_answered():
+def test_masked_names_and_non_finite_scores_are_not_detected():
     count = len(anchors())
     logits = np.zeros((1, count, 3), np.float32)
     logits[0, :, 1], logits[0, :, 2], logits[0, : count // 2, 0] = 9.0, np.nan, np.inf
@@ -218,20 +218,15 @@ def test_masked_names_and_scores_that_are_not_finite_are_never_answered():
         {"pre_nms_top_k": 0},
     ],
 )
-def test_settings_that_make_no_sense(values):
+def test_invalid_settings_are_refused(values):
     with pytest.raises(UserError, match=next(iter(values))):
         DecodeConfig(**values)
 
 
-def test_table_sizes_are_few_and_hold_all_names():
-    sizes = [table_size(n) for n in range(1, 2001)]
+def test_padded_counts_are_few_and_large_enough():
+    sizes = [padded_count(n) for n in range(1, 2001)]
     assert all(size >= n for n, size in enumerate(sizes, start=1))
-    assert table_size(1203) == 1280 and table_size(80) == 128 and len(set(sizes)) == 13
-
-
-def test_prompt_is_what_training_encodes():
-    assert prompt(" Traffic  Light") == "traffic light"
-    assert prompt("cat", "a small feline") == "cat, a small feline"
+    assert padded_count(1203) == 1280 and padded_count(80) == 128 and len(set(sizes)) == 13
 
 
 @pytest.fixture(scope="module")
@@ -241,65 +236,70 @@ def tiny():
     return Predictor(graphdef, params, canvas=tiny_model.CANVAS, config=config, batch_size=2)
 
 
-def pictures(count, seed=0):
+def random_images(count, seed=0):
     rng = np.random.default_rng(seed)
     sizes = [(64, 64), (64, 48), (50, 40), (30, 90), (128, 128)]
     return [rng.integers(0, 256, (*sizes[n % 5], 3), np.uint8) for n in range(count)]
 
 
-def test_answers_do_not_depend_on_batching(tiny):
-    images = pictures(7)
-    texts = tiny.encode(["cat", "dog", "sofa"])
-    together = dict(tiny.stream(images, texts))
+def test_results_do_not_depend_on_batching(tiny):
+    images = random_images(7)
+    names = tiny.encode(["cat", "dog", "sofa"])
+    together = dict(tiny.stream(images, names))
     assert sorted(together) == list(range(7))
     for number, image in enumerate(images):
-        ((_, alone),) = tiny.stream([image], texts)
+        ((_, alone),) = tiny.stream([image], names)
         np.testing.assert_allclose(alone.boxes, together[number].boxes, rtol=1e-4, atol=1e-2)
         np.testing.assert_allclose(alone.scores, together[number].scores, rtol=1e-4)
         assert alone.size == image.shape[:2] and len(alone) > 0
 
 
 def test_boxes_are_in_the_pixels_of_the_image(tiny):
-    small = pictures(1)[0]
+    small = random_images(1)[0]
     large = small.repeat(2, axis=0).repeat(2, axis=1)  # halved again, it is the small one
-    texts = tiny.encode(["cat", "dog"])
-    (_, a), (_, b) = sorted(tiny.stream([small, large], texts), key=lambda pair: pair[0])
+    names = tiny.encode(["cat", "dog"])
+    (_, a), (_, b) = sorted(tiny.stream([small, large], names), key=lambda pair: pair[0])
     np.testing.assert_allclose(b.boxes, 2 * a.boxes, rtol=1e-4, atol=1e-2)
     assert (b.boxes >= 0).all() and (b.boxes <= 128).all()
     assert b.boxes[:, 2].max() > 64  # not left in the small one's
 
 
-def test_broken_images_do_not_stop_the_others(tiny, tmp_path):
-    (tmp_path / "bad.jpg").write_text("no picture")
-    images = [pictures(1)[0], tmp_path / "bad.jpg", tmp_path / "missing.jpg", *pictures(4)]
-    answers = dict(tiny.stream(iter(images), tiny.encode(["cat"])))
-    assert sorted(answers) == list(range(7))
-    assert [n for n, answer in sorted(answers.items()) if isinstance(answer, UserError)] == [1, 2]
+def test_broken_images_are_reported_and_the_others_detected(tiny, tmp_path):
+    (tmp_path / "bad.jpg").write_text("not an image")
+    images = [
+        random_images(1)[0],
+        tmp_path / "bad.jpg",
+        tmp_path / "missing.jpg",
+        *random_images(4),
+    ]
+    results = dict(tiny.stream(iter(images), tiny.encode(["cat"])))
+    assert sorted(results) == list(range(7))
+    assert [n for n, result in sorted(results.items()) if isinstance(result, UserError)] == [1, 2]
 
 
-def test_long_streams_keep_their_order(tiny):
+def test_long_streams_are_in_order(tiny):
     same = [np.full((64, 64, 3), n, np.uint8) for n in range(23)]
     numbers = [number for number, _ in tiny.stream(same, tiny.encode(["cat"]))]
     assert numbers == list(range(23))
     assert list(tiny.stream([], tiny.encode(["cat"]))) == []
 
 
-def test_pictures_share_a_batch_with_those_that_turn_the_canvas_alike(tiny, monkeypatch):
-    asked = []
+def test_a_batch_has_images_of_one_canvas_orientation(tiny, monkeypatch):
+    calls = []
 
-    def answer(self, images, sizes, texts, config):
-        asked.append((images.shape, sizes.tolist()))
+    def run_batch(self, images, sizes, names, config):
+        calls.append((images.shape, sizes.tolist()))
         shape = (len(images), 3)
         boxes = np.tile(np.float32([0, 0, 10, 20]), (*shape, 1))
         return Detections(boxes, np.ones(shape), np.zeros(shape, int), np.ones(shape, bool))
 
-    monkeypatch.setattr(Predictor, "predict", answer)
+    monkeypatch.setattr(Predictor, "run_batch", run_batch)
     graphdef, params = tiny_model.parts()
     wide = Predictor(graphdef, params, canvas=(60, 90), batch_size=2)
     sizes = [(60, 90), (180, 120), (60, 80), (90, 60), (20, 30)]
     images = [np.zeros((*size, 3), np.uint8) for size in sizes]
     found = dict(wide.stream(images, tiny.encode(["cat"])))
-    assert asked == [
+    assert calls == [
         ((2, 60, 90, 3), [[60, 90], [60, 80]]),
         ((2, 90, 60, 3), [[90, 60], [90, 60]]),
         ((2, 60, 90, 3), [[60, 90], [0, 0]]),
@@ -309,25 +309,30 @@ def test_pictures_share_a_batch_with_those_that_turn_the_canvas_alike(tiny, monk
         np.testing.assert_allclose(found[number].boxes, [wanted] * 3, rtol=1e-6)
 
 
-def test_names_are_encoded_once_for_the_same_parameters(tiny, monkeypatch):
-    asked = []
-    encode = predictor_lib._encode_text
+def test_names_are_encoded_once_per_set_of_parameters(tiny, monkeypatch):
+    calls = []
+    encode = predictor_lib._compiled_encode_text
     monkeypatch.setattr(
-        predictor_lib, "_encode_text", lambda *a, **k: asked.append(1) or encode(*a, **k)
+        predictor_lib, "_compiled_encode_text", lambda *a, **k: calls.append(1) or encode(*a, **k)
     )
     graphdef, params = tiny_model.parts()
     fresh = Predictor(graphdef, params, canvas=(64, 96))
     first = fresh.encode(["Cat", "dog"])
     again = fresh.encode(["dog", "cat", "cat"])
-    assert len(asked) == 1
+    assert len(calls) == 1
     np.testing.assert_array_equal(again.embeddings[:3], first.embeddings[[1, 0, 0]])
     assert again.mask.tolist() == [True] * 3 + [False] * 5
     fresh.params = jax.tree.map(lambda a: a + 0.1, params)
     assert not np.allclose(fresh.encode(["cat", "dog"]).embeddings[:2], first.embeddings[:2])
-    assert len(asked) == 2
+    assert len(calls) == 2
 
 
-def test_encoding_many_names_equals_encoding_each(tiny):
+def test_names_are_normalized_before_encoding(tiny):
+    encoded = tiny.encode([" Traffic  Light"])
+    assert encoded.names == (" Traffic  Light",) and encoded.prompts == ("traffic light",)
+
+
+def test_encoding_many_names_equals_encoding_each_alone(tiny):
     names = [f"thing {n}" for n in range(300)]
     many = tiny.encode(names)
     assert many.embeddings.shape == (512, 8)
@@ -342,22 +347,22 @@ def tiny_fresh():
     return Predictor(graphdef, params, canvas=tiny_model.CANVAS)
 
 
-def test_new_parameters_compile_nothing(tiny):
-    texts = tiny.encode(["cat"])
-    list(tiny.stream(pictures(2), texts))
-    before = predictor_lib._predict._cache_size()
+def test_new_parameters_need_no_compilation(tiny):
+    names = tiny.encode(["cat"])
+    list(tiny.stream(random_images(2), names))
+    before = predictor_lib._compiled_predict._cache_size()
     graphdef, params = tiny_model.parts()
     other = Predictor(graphdef, params, canvas=(64, 64), config=tiny.config, batch_size=2)
     other.params = jax.tree.map(lambda a: a * 2, params)
-    list(other.stream(pictures(2), other.encode(["dog"])))
-    assert predictor_lib._predict._cache_size() == before
+    list(other.stream(random_images(2), other.encode(["dog"])))
+    assert predictor_lib._compiled_predict._cache_size() == before
 
 
 @pytest.mark.skipif(
     len(jax.devices()) == 1,
-    reason="needs devices: XLA_FLAGS=--xla_force_host_platform_device_count=4",
+    reason="needs several devices: XLA_FLAGS=--xla_force_host_platform_device_count=4",
 )
-def test_sharded_answers_equal_plain_ones(tiny):
+def test_sharded_results_equal_those_of_one_device(tiny):
     mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     graphdef, params = tiny_model.parts()
@@ -371,7 +376,7 @@ def test_sharded_answers_equal_plain_ones(tiny):
         batch_size=size,
         batch_sharding=sharding,
     )
-    images = pictures(3)
+    images = random_images(3)
     wanted = dict(tiny.stream(images, tiny.encode(["cat"])))
     for number, found in spread.stream(images, spread.encode(["cat"])):
         np.testing.assert_allclose(found.scores, wanted[number].scores, rtol=1e-4)
@@ -381,18 +386,18 @@ def test_sharded_answers_equal_plain_ones(tiny):
 @pytest.mark.parametrize(
     "names, reason", [([], "no names"), (["cat", "  "], "name 2 of 2 is empty")]
 )
-def test_names_that_are_none(tiny, names, reason):
+def test_invalid_names_are_refused(tiny, names, reason):
     with pytest.raises(UserError, match=reason):
         tiny.encode(names)
 
 
-def test_config_of_a_run_sets_the_suppression():
+def test_detect_config_is_read_from_a_run():
     section = dataclasses.asdict(DetectConfig(nms_iou=0.7, max_detections=9, canvas=(8, 8)))
     assert detect_config(section | {"pictures": 3}).decoding == DecodeConfig(
         nms_iou=0.7, max_detections=9
     )
 
 
-def test_config_of_an_older_run_has_its_fields_renamed():
+def test_detect_config_is_read_from_an_old_run():
     found = detect_config({"candidates": 7, "keep": 9, "canvas": [8, 8], "dataset": "val.json"})
     assert found == DetectConfig(pre_nms_top_k=7, max_detections=9, canvas=(8, 8))

@@ -1,4 +1,4 @@
-"""What a model is asked for a name: in a run, from its checkpoint, and on LVIS's own words."""
+"""Prompts of names: in a run, of a checkpoint, and with the definitions of a dataset."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from detclipv2_jax.evaluation import coco, datasets
 from detclipv2_jax.inference.config import DetectConfig
 from detclipv2_jax.inference.detector import Detector
 from detclipv2_jax.inference.predictor import Predictor
-from detclipv2_jax.inference.prompts import Prompting, prompting
+from detclipv2_jax.inference.prompts import Prompter
 from detclipv2_jax.models.detclip import create
 from detclipv2_jax.text.tokenizer import TEMPLATE, fitted
 
@@ -32,57 +32,59 @@ def loaded(definitions, **evaluation):
 
 
 def test_bare_names(predictor):
-    texts = Prompting().encode(predictor, ["Anchor", LONG], [("a definition", None)] * 2)
+    texts = Prompter().encode(predictor, ["Anchor", LONG], [("a definition", None)] * 2)
     assert texts.names == ("Anchor", LONG) and texts.prompts == ("anchor", LONG.strip())
-    assert Prompting().settings(texts) == {"definitions": False}
+    assert Prompter().settings(texts) == {"definitions": False}
 
 
 def test_names_with_definitions(predictor):
-    asked = Prompting(True, DICTIONARY)
+    prompter = Prompter(True, DICTIONARY)
     names = ["Anchor", "sofa", "bus", LONG, "mouse"]
     given = [(None, None), (None, None), ("a long car", "bus.n.01"), (None, None)]
-    texts = asked.encode(predictor, names, [*given, (None, "mouse.n.04")])
+    texts = prompter.encode(predictor, names, [*given, (None, "mouse.n.04")])
     assert texts.names == tuple(names)
     assert texts.prompts[0] == "anchor, what holds a ship"
     assert texts.prompts[1].startswith("sofa, an upholstered seat for more than one person")
     assert texts.prompts[2] == "bus, a long car"
-    assert texts.prompts[3] == LONG.strip()  # too long by itself
+    assert texts.prompts[3] == LONG.strip()  # too long even without a definition
     assert texts.prompts[4].startswith("mouse, a hand-operated electronic device")
     rows = predictor.encode(list(texts.prompts)).embeddings
     np.testing.assert_array_equal(texts.embeddings, rows)
-    assert asked.settings(texts) == {
+    assert prompter.settings(texts) == {
         "definitions": True,
         "template": TEMPLATE,
         "names_defined": 4,
     }
 
 
-def test_an_unknown_name_borrows_by_the_model_s_own_tower(predictor):
+def test_an_unknown_name_gets_the_definition_of_the_most_similar_name(predictor):
     vectors = predictor.encode(["hoverboard", "anchor", "blue thing"]).embeddings[:3]
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     nearest = ["anchor", "blue thing"][int(np.argmax(unit[1:] @ unit[0]))]
-    texts = Prompting(True, DICTIONARY).encode(predictor, ["hoverboard", "🙂"])
+    texts = Prompter(True, DICTIONARY).encode(predictor, ["hoverboard", "🙂"])
     assert texts.prompts[0] == f"hoverboard, {DICTIONARY[nearest]}"
     assert texts.prompts[1].split(", ")[1] in DICTIONARY.values()
-    # No dictionary to borrow from, as with a model that was trained without one.
-    alone = Prompting(True).encode(predictor, ["hoverboard", "wild bird", "🙂"])
+    # Without a dictionary, as for a model that was trained without definitions.
+    alone = Prompter(True).encode(predictor, ["hoverboard", "wild bird", "🙂"])
     assert alone.prompts[0] == "hoverboard" and alone.prompts[1].startswith("wild bird, warm-")
 
 
 def test_another_template(predictor):
-    asked = Prompting(True, DICTIONARY, "{definition} ({name})")
-    assert asked.encode(predictor, ["anchor"]).prompts == ("what holds a ship (anchor)",)
-    assert asked.settings(asked.encode(predictor, ["anchor"]))["template"] == asked.template
+    prompter = Prompter(True, DICTIONARY, "{definition} ({name})")
+    assert prompter.encode(predictor, ["anchor"]).prompts == ("what holds a ship (anchor)",)
+    assert (
+        prompter.settings(prompter.encode(predictor, ["anchor"]))["template"] == prompter.template
+    )
 
 
 SENTENCES = ("a photo of a {}.", "a {} in the snow")
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_sentences_stand_for_a_name_by_their_mean(similarity):
+def test_the_mean_embedding_of_sentences_stands_for_a_name(similarity):
     config = dataclasses.replace(tiny_model.CONFIG, similarity=similarity)
     predictor = Predictor(*create(config, 0), canvas=tiny_model.CANVAS)
-    texts = Prompting(sentences=SENTENCES).encode(predictor, ["Sofa", "red  {bus}"])
+    texts = Prompter(sentences=SENTENCES).encode(predictor, ["Sofa", "red  {bus}"])
     assert texts.names == ("Sofa", "red  {bus}")
     assert texts.prompts[1] == "a photo of a red {bus}. | a red {bus} in the snow"
     each = predictor.encode(["a photo of a sofa.", "a sofa in the snow"]).embeddings[:2]
@@ -90,31 +92,31 @@ def test_sentences_stand_for_a_name_by_their_mean(similarity):
     if similarity == "cosine":
         mean /= np.linalg.norm(mean)
     np.testing.assert_allclose(texts.embeddings[0], mean, rtol=1e-5, atol=1e-7)
-    assert Prompting(sentences=SENTENCES).settings(texts) == {
+    assert Prompter(sentences=SENTENCES).settings(texts) == {
         "definitions": False,
         "prompts": list(SENTENCES),
     }
-    (alone,) = Prompting(sentences=SENTENCES[:1]).encode(predictor, ["sofa"]).embeddings[:1]
+    (alone,) = Prompter(sentences=SENTENCES[:1]).encode(predictor, ["sofa"]).embeddings[:1]
     np.testing.assert_array_equal(alone, each[0])
 
 
-def test_who_decides_about_sentences():
+def test_precedence_of_sentences():
     config = DetectConfig(prompts=SENTENCES, definitions="on")
-    assert prompting(config, DICTIONARY).sentences == SENTENCES
-    assert not prompting(config, DICTIONARY).enabled
-    asked = prompting(config, DICTIONARY, choice="on")
-    assert asked.enabled and not asked.sentences
-    alone = prompting(DetectConfig(), DICTIONARY, sentences=SENTENCES[:1])
+    assert Prompter.for_model(config, DICTIONARY).sentences == SENTENCES
+    assert not Prompter.for_model(config, DICTIONARY).with_definitions
+    prompter = Prompter.for_model(config, DICTIONARY, choice="on")
+    assert prompter.with_definitions and not prompter.sentences
+    alone = Prompter.for_model(DetectConfig(), DICTIONARY, sentences=SENTENCES[:1])
     assert alone.sentences == SENTENCES[:1]
-    assert prompting(config, DICTIONARY, sentences=[]).enabled
+    assert Prompter.for_model(config, DICTIONARY, sentences=[]).with_definitions
     with pytest.raises(UserError, match="not both"):
-        prompting(config, DICTIONARY, choice="on", sentences=SENTENCES)
+        Prompter.for_model(config, DICTIONARY, choice="on", sentences=SENTENCES)
 
 
 @pytest.mark.parametrize("sentence", ["a photo", "{} and {}", "{name}", "{0}", "{", "{!r}"])
-def test_sentences_with_no_place_for_the_name(sentence):
-    with pytest.raises(UserError, match="must hold {} once"):
-        Prompting(sentences=(sentence,))
+def test_sentences_without_one_place_for_the_name_are_refused(sentence):
+    with pytest.raises(UserError, match="must contain {} exactly once"):
+        Prompter(sentences=(sentence,))
 
 
 @pytest.mark.parametrize(
@@ -129,15 +131,15 @@ def test_sentences_with_no_place_for_the_name(sentence):
         ({}, "on", None, True),
     ],
 )
-def test_who_decides(definitions, configured, choice, enabled):
+def test_precedence_of_definitions(definitions, configured, choice, enabled):
     config = DetectConfig(definitions=configured or "as_trained")
-    asked = prompting(config, definitions, choice=choice)
-    assert asked.enabled == enabled and asked.template == TEMPLATE
+    prompter = Prompter.for_model(config, definitions, choice=choice)
+    assert prompter.with_definitions == enabled and prompter.template == TEMPLATE
     template = "{name}: {definition}"
-    assert prompting(config, definitions, template, choice).template == template
+    assert Prompter.for_model(config, definitions, template, choice).template == template
 
 
-def test_a_detector_asks_as_its_model_was_trained():
+def test_a_detector_uses_definitions_if_its_model_trained_with_them():
     names = ["anchor", "sofa"]
     texts = Detector(loaded(DICTIONARY)).encode(names)
     assert (
@@ -161,7 +163,7 @@ def checkpoint(monkeypatch):
     monkeypatch.setattr(checkpoint, "load_model", lambda path, step=None: loaded(DICTIONARY))
 
 
-def test_the_commands_have_a_flag(checkpoint, tmp_path):
+def test_detect_command_has_a_flag_for_definitions(checkpoint, tmp_path):
     from PIL import Image
 
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
@@ -177,14 +179,14 @@ def test_the_commands_have_a_flag(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("federated", [True, False])
-def test_an_evaluation_uses_the_set_s_own_definitions(checkpoint, tmp_path, federated):
+def test_evaluation_uses_the_definitions_of_the_dataset(checkpoint, tmp_path, federated):
     from test_evaluate import make_set
 
     path = make_set(tmp_path, federated=federated, images=2)
     content = json.loads(path.read_text())
     content["categories"][0] |= {"def": "a hook for boats", "synset": "anchor.n.01"}
     content["categories"][2] |= {"synset": "umbrella.n.01"}
-    content["categories"][3] |= {"def": "", "synset": 7}  # as good as nothing
+    content["categories"][3] |= {"def": "", "synset": 7}  # ignored: empty, and not a string
     path.write_text(json.dumps(content))
     truth = datasets.load_ground_truth(path)
     assert truth.categories[0].definition == "a hook for boats"
@@ -199,9 +201,9 @@ def test_an_evaluation_uses_the_set_s_own_definitions(checkpoint, tmp_path, fede
     assert settings["definitions"] is False and "template" not in settings
 
 
-def test_what_an_evaluation_asks(predictor):
+def test_given_definitions_and_synsets_are_preferred(predictor):
     categories = [("anchor", "a hook for boats", None), ("sofa", None, "sofa.n.01")]
-    texts = Prompting(True, DICTIONARY).encode(
+    texts = Prompter(True, DICTIONARY).encode(
         predictor, [name for name, *_ in categories], [tuple(rest) for _, *rest in categories]
     )
     assert texts.prompts[0] == "anchor, a hook for boats"
