@@ -1,1 +1,1 @@
-"""Layers of models/ as TPU kernels, each equal to the plain one."""
+"""TPU kernels (Pallas) of layers in models/, each numerically equal to the plain layer."""

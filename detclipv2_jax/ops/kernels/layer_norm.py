@@ -1,8 +1,16 @@
-"""Layer normalization of a map as one TPU kernel: each pass reads and writes each map once."""
+"""Layer normalization of a map as one TPU kernel.
+
+    y = n · scale + offset   with   n = (x - mean(x)) / sqrt(variance(x) + EPS)
+
+per position, over the channels. Forward reads x and writes y once. Backward reads x and the
+gradient and writes the gradient of x once.
+
+A step of the grid takes a band: several whole rows of the map.
+"""
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,25 +18,26 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from detclipv2_jax.ops.kernels import pieces, place
+from detclipv2_jax.ops.kernels import common, place
+from detclipv2_jax.ops.kernels.common import Ref
 
-_TOKENS = 2048  # of a step, at most
+_TOKENS = 2048  # most positions per step
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Parameters of the norm."""
+    """Parameters of the norm, float32."""
 
     scale: Float[Array, "1 C"]
     offset: Float[Array, "1 C"]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """The geometry of one call."""
+class _Tiling:
+    """How one call is cut into steps."""
 
-    rows: int  # of all maps
+    rows: int  # of all images
     width: int
     channels: int
     dtype: Any
@@ -39,100 +48,134 @@ class _Plan:
 
     @property
     def band(self) -> int:
-        """Rows of a step: as many as divide a core's and stay within `_TOKENS`."""
+        """Rows per step: the most that divide a core's rows and stay within `_TOKENS`."""
         rows, most = self.rows // self.cores, max(_TOKENS // self.width, 1)
         return max(n for n in range(1, min(most, rows) + 1) if rows % n == 0)
 
     @property
     def steps(self) -> int:
+        """Steps per core."""
         return self.rows // self.cores // self.band
 
 
-def fast_memory(shape: tuple[int, ...]) -> int:
-    """Bytes that the backward pass of a bfloat16 map wants of fast memory, about."""
+def vmem_bytes(shape: tuple[int, ...]) -> int:
+    """Return about how many bytes of VMEM the backward pass of a bfloat16 map needs."""
     batch, height, width, channels = shape
-    plan = _Plan(batch * height, width, channels, jnp.bfloat16)
-    maps = pieces.size(2, 6, plan.band, width, channels)  # three, with two buffers
-    return maps + pieces.size(4, 4, width, channels)
+    tiling = _Tiling(batch * height, width, channels, jnp.bfloat16)
+    maps = common.padded_bytes(2, 6, tiling.band, width, channels)  # three maps, two buffers each
+    return maps + common.padded_bytes(4, 4, width, channels)
 
 
 def layer_norm(x: Float[Array, "B H W C"], weights: Weights) -> Float[Array, "B H W C"]:
-    """Zero mean and unit variance of each position, times a scale, plus an offset."""
+    """Normalize each position over its channels, then scale it and add an offset.
+
+    Statistics are float32; the result has x's dtype.
+    """
     batch, height, width, channels = x.shape
-    plan = _Plan(batch * height, width, channels, x.dtype)
-    rows = x.reshape(plan.rows, width, channels)
-    return _norm(plan, rows, None, weights).reshape(x.shape)
+    tiling = _Tiling(batch * height, width, channels, x.dtype)
+    rows = x.reshape(tiling.rows, width, channels)
+    return _norm(tiling, rows, None, weights).reshape(x.shape)
 
 
-def _band(plan: _Plan) -> pl.BlockSpec:
-    shape = (plan.band, plan.width, plan.channels)
-    return pl.BlockSpec(shape, lambda core, step: (core * plan.steps + step, 0, 0))
+def _band(tiling: _Tiling) -> pl.BlockSpec:
+    shape = (tiling.band, tiling.width, tiling.channels)
+    return pl.BlockSpec(shape, lambda core, step: (core * tiling.steps + step, 0, 0))
 
 
-def _cost(plan: _Plan, maps: int) -> pl.CostEstimate:
-    """What the compiler cannot see; with padded lanes, as it counts."""
-    item = jnp.dtype(plan.dtype).itemsize
+def _cost(tiling: _Tiling, maps: int) -> pl.CostEstimate:
+    """Cost of reading or writing so many maps, in the padded bytes that the compiler counts."""
+    item = jnp.dtype(tiling.dtype).itemsize
     return pl.CostEstimate(
         flops=0,
-        bytes_accessed=maps * pieces.size(item, plan.rows, plan.width, plan.channels),
+        bytes_accessed=maps * common.padded_bytes(item, tiling.rows, tiling.width, tiling.channels),
         transcendentals=0,
     )
 
 
-def _call_forward(plan: _Plan, x: Array, _: None, weights: Weights) -> Array:
-    operands = jax.tree.leaves(weights)
-    return pl.pallas_call(
-        functools.partial(_forward_kernel, plan),
+class _Forward(NamedTuple):
+    """What the forward kernel sees."""
+
+    x: Ref  # (band, W, C)
+    weights: Weights
+    out: Ref  # (band, W, C)
+
+
+def _call_forward(tiling: _Tiling, x: Array, _: None, weights: Weights) -> Array:
+    refs = _Forward(
+        x=common.Input(x, _band(tiling)),
+        weights=common.whole(weights),
+        out=common.Output(x.shape, x.dtype, _band(tiling)),
+    )
+    return common.call(
+        functools.partial(_forward_kernel, tiling),
+        refs,
         name="layer_norm_forward",
-        grid=(plan.cores, plan.steps),
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        in_specs=[_band(plan), *[pieces.whole(operand) for operand in operands]],
-        out_specs=_band(plan),
-        cost_estimate=_cost(plan, 2),
-        compiler_params=pieces.parameters(2),
-    )(x, *operands)
+        grid=(tiling.cores, tiling.steps),
+        cost=_cost(tiling, 2),
+    ).out
+
+
+def _forward_kernel(tiling: _Tiling, refs: _Forward) -> None:
+    """Normalize one band: y = n · scale + offset."""
+
+    def row(r: Any, _: None) -> None:
+        normal, _inverse = common.standardize(refs.x[r])
+        out = normal * refs.weights.scale[...] + refs.weights.offset[...]
+        refs.out[r] = out.astype(tiling.dtype)
+
+    lax.fori_loop(0, tiling.band, row, None)
+
+
+class _Backward(NamedTuple):
+    """What the backward kernel sees."""
+
+    x: Ref  # (band, W, C)
+    grad_out: Ref  # (band, W, C)
+    scale: Ref  # (1, C)
+    grad_x: Ref  # (band, W, C)
+    grad_weights: Weights  # sums
 
 
 def _call_backward(
-    plan: _Plan, x: Array, _: None, weights: Weights, gradient: Array
-) -> list[Array]:
-    shapes, specs = pieces.sums(plan.cores, weights)
-    return pl.pallas_call(
-        functools.partial(_backward_kernel, plan),
+    tiling: _Tiling, x: Array, _: None, weights: Weights, grad_out: Array
+) -> tuple[Array, Weights]:
+    refs = _Backward(
+        x=common.Input(x, _band(tiling)),
+        grad_out=common.Input(grad_out, _band(tiling)),
+        scale=common.whole(weights.scale),
+        grad_x=common.Output(x.shape, x.dtype, _band(tiling)),
+        grad_weights=common.sums(tiling.cores, weights),
+    )
+    done = common.call(
+        functools.partial(_backward_kernel, tiling),
+        refs,
         name="layer_norm_backward",
-        grid=(plan.cores, plan.steps),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), *shapes],
-        in_specs=[_band(plan), _band(plan), pieces.whole(weights.scale)],
-        out_specs=[_band(plan), *specs],
-        cost_estimate=_cost(plan, 3),
-        compiler_params=pieces.parameters(2),
-    )(x, gradient, weights.scale)
+        grid=(tiling.cores, tiling.steps),
+        cost=_cost(tiling, 3),
+    )
+    return done.grad_x, done.grad_weights
 
 
-_norm = pieces.branch(_call_forward, _call_backward)
+def _backward_kernel(tiling: _Tiling, refs: _Backward) -> None:
+    """Compute the gradients of one band, with g the gradient of y.
 
+    scale: + Σ g · n;   offset: + Σ g;   x: `standardize_backward` of g · scale.
+    """
+    grad_weights = refs.grad_weights
 
-def _forward_kernel(plan: _Plan, x: Any, scale: Any, offset: Any, out: Any) -> None:
-    def row(r: Any, _: None) -> None:
-        normal, _inverse = pieces.standardize(x[r])
-        out[r] = (normal * scale[...] + offset[...]).astype(plan.dtype)
-
-    lax.fori_loop(0, plan.band, row, None)
-
-
-def _backward_kernel(
-    plan: _Plan, x: Any, gradient: Any, scale: Any, by_x: Any, by_scale: Any, by_offset: Any
-) -> None:
     @pl.when(pl.program_id(1) == 0)
     def _():
-        pieces.clear([by_scale, by_offset])
+        common.clear(grad_weights)
 
     def row(r: Any, _: None) -> None:
-        normal, inverse = pieces.standardize(x[r])
-        slope = gradient[r].astype(jnp.float32)
-        by_scale[0] += pieces.total(slope * normal)
-        by_offset[0] += pieces.total(slope)
-        slope = pieces.standardize_backward(normal, inverse, slope * scale[...])
-        by_x[r] = slope.astype(plan.dtype)
+        normal, inverse = common.standardize(refs.x[r])
+        grad = refs.grad_out[r].astype(jnp.float32)
+        grad_weights.scale[0] += common.sum_rows(grad * normal)
+        grad_weights.offset[0] += common.sum_rows(grad)
+        grad = common.standardize_backward(normal, inverse, grad * refs.scale[...])
+        refs.grad_x[r] = grad.astype(tiling.dtype)
 
-    lax.fori_loop(0, plan.band, row, None)
+    lax.fori_loop(0, tiling.band, row, None)
+
+
+_norm = common.differentiable(_call_forward, _call_backward)

@@ -1,21 +1,26 @@
-"""3×3 convolution of a canvas as one TPU kernel, with the norm and activation of what it reads.
+"""3×3 convolution of a packed map as one TPU kernel, with the norm and activation of its input.
 
-A head is convolution, GroupNorm and ReLU over and over. XLA moves the map a dozen times a layer:
-it cuts it in eight for its convolution and goes through memory for statistics, norm and activation
-each. Here a layer reads what the convolution before it gave, normalizes and activates that in fast
-memory, convolves it, writes that and takes its statistics. Backward it reads the gradient and both
-maps once, and writes one gradient.
+    y = conv3x3(relu(x · factor + offset))   and   the mean and variance of y
 
-The norm comes as a factor and an offset of each channel of each level: what makes them of the
-statistics is a few numbers an image, and the caller's.
+A packed map holds all levels of a pyramid side by side (`models/packed_levels.py`); zeros surround
+each level. A head repeats convolution, GroupNorm and ReLU. XLA moves the map a dozen times per
+layer: it cuts it into eight parts for its convolution, and goes through memory for statistics,
+norm and activation each. Here a layer reads what the convolution before it wrote, normalizes and
+activates it in VMEM, convolves it, writes the result and takes its statistics. Backward, it reads
+the gradient and both maps once, and writes one gradient.
 
-A step of the grid takes some rows of the map, with the row above and the row below them.
+The norm comes as a factor and an offset per channel and level. The caller derives them from the
+statistics; they are a few numbers per image.
+
+A step of the grid takes a band: several rows of the map, with the row above and the row below. In
+VMEM a row starts every `pitch` tokens, with at least one token of zeros after it: moving tokens by
+one then brings in zeros, not pixels of the neighboring row.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +29,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from detclipv2_jax.ops.kernels import pieces, place
-from detclipv2_jax.ops.kernels.pieces import TILE, dot
+from detclipv2_jax.ops.kernels import common, place
+from detclipv2_jax.ops.kernels.common import TILE, Ref, dot
 
-_TOKENS = 2560  # of a step, at most
-_PIECE = 256  # of these at a time, about
-# (top, left, height, width) of each level.
+_TOKENS = 2560  # most tokens per step
+_PIECE = 256  # about how many tokens are multiplied at a time
+# (top, left, height, width) of each level on the packed map.
 Levels = tuple[tuple[int, int, int, int], ...]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """What a map is multiplied by and what is added then, before the ReLU."""
+    """Factors and offsets of a norm: the input of the ReLU is x · factor + offset."""
 
     factor: Float[Array, "B levels C"]
     offset: Float[Array, "B levels C"]
@@ -45,32 +50,31 @@ class Norm:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Of each channel of each level of each image."""
+    """Mean and variance over the pixels of each level, per image and channel."""
 
     mean: Float[Array, "B levels C"]
     variance: Float[Array, "B levels C"]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """The geometry of one call."""
+class _Tiling:
+    """How one call is cut into steps."""
 
     batch: int
     height: int
     width: int
     inputs: int  # channels
-    outputs: int
+    outputs: int  # channels
     levels: Levels
     dtype: Any
 
     @property
     def cores(self) -> int:
-        """Parts of the batch that a chip's cores may share."""
         return place.cores(self.batch)
 
     @property
     def pitch(self) -> int:
-        """From row to row, in tokens. The last is none: a shift by one brings zeros round."""
+        """Tokens from the start of a row to the start of the next; more than the width."""
         return (self.width // TILE + 1) * TILE
 
     @property
@@ -80,30 +84,34 @@ class _Plan:
 
     @property
     def rows(self) -> int:
-        """Of a band; the last band may go beyond the map."""
+        """Rows per band; the last band may extend beyond the map."""
         return -(-self.height // self.bands)
 
     @property
     def piece(self) -> int:
-        """Rows of a piece."""
+        """Rows per matrix product."""
         most = max(_PIECE // self.pitch, 1)
         return max(n for n in range(1, min(most, self.rows) + 1) if self.rows % n == 0)
 
     @property
     def pixels(self) -> Float[Array, "levels 1"]:
-        """How many each level has."""
+        """Pixels per level."""
         return jnp.asarray([[height * width] for _, _, height, width in self.levels], jnp.float32)
 
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return (self.cores, self.batch // self.cores, self.bands)
 
-def fast_memory(shape: tuple[int, ...], outputs: int) -> int:
-    """Bytes that the backward pass of a bfloat16 map wants of fast memory, about."""
+
+def vmem_bytes(shape: tuple[int, ...], outputs: int) -> int:
+    """Return about how many bytes of VMEM the backward pass of a bfloat16 map needs."""
     batch, height, width, inputs = shape
-    plan = _Plan(batch, height, width, inputs, outputs, (), jnp.bfloat16)
-    size, rows, edges = pieces.size, plan.rows, plan.rows + 2
+    tiling = _Tiling(batch, height, width, inputs, outputs, (), jnp.bfloat16)
+    size, rows, edges = common.padded_bytes, tiling.rows, tiling.rows + 2
     maps = size(2, 4, edges, width, outputs) + size(2, 4, rows, width, inputs)
     dense = size(2, 18, inputs, outputs) + size(4, 9, inputs, outputs)
-    scratch = size(2, edges, plan.pitch, outputs) + size(2, 3, rows, plan.pitch, inputs)
-    return maps + dense + scratch + size(4, 4, max(plan.pitch, _PIECE), max(inputs, outputs))
+    scratch = size(2, edges, tiling.pitch, outputs) + size(2, 3, rows, tiling.pitch, inputs)
+    return maps + dense + scratch + size(4, 4, max(tiling.pitch, _PIECE), max(inputs, outputs))
 
 
 def packed_conv(
@@ -112,81 +120,112 @@ def packed_conv(
     kernel: Float[Array, "3 3 C O"],
     levels: Levels,
 ) -> tuple[Float[Array, "B H W O"], Statistics]:
-    """Convolve relu(x · factor + offset), or x itself, each level within zeros of its own.
+    """Convolve relu(x · factor + offset), or x itself, with zeros around each level.
 
     Args:
-      x: any size; what stands in the gaps between the levels counts as zeros.
-      norm: None: x is convolved as it is.
-      kernel: float32; products take x's dtype, its gradient sums in float32.
-      levels: where they lie on the map, a pixel or more between them.
+      x: a packed map of any size; what it holds in the gaps between the levels counts as zeros.
+      norm: factors and offsets; None: x is convolved as it is, without a ReLU.
+      kernel: float32. Products are computed in x's dtype, its gradient is summed in float32.
+      levels: rectangles of the levels, at least one pixel apart.
 
     Returns:
-      The map in x's dtype, whose gaps are undefined, and the statistics of that map.
+      The convolved map in x's dtype, undefined in the gaps, and the statistics of its levels.
     """
-    plan = _Plan(*x.shape, kernel.shape[-1], levels, x.dtype)
-    y, mean, squares = _convolve(plan, x, norm, kernel)
-    return y, Statistics(mean, squares / plan.pixels)
+    tiling = _Tiling(*x.shape, kernel.shape[-1], levels, x.dtype)
+    y, mean, squares = _convolve(tiling, x, norm, kernel)
+    return y, Statistics(mean, squares / tiling.pixels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve(plan: _Plan, x: Array, norm: Norm | None, kernel: Array) -> list[Array]:
-    return _call_forward(plan, x, norm, kernel)
+def _convolve(
+    tiling: _Tiling, x: Array, norm: Norm | None, kernel: Array
+) -> tuple[Array, Array, Array]:
+    """Return the convolved map and, of each level, the mean and the sum of squared deviations."""
+    done = _call_forward(tiling, x, norm, kernel)
+    return done.y, done.mean, done.squares
 
 
-def _keep(plan, x, norm, kernel):
-    y, mean, squares = _call_forward(plan, x, norm, kernel)
-    return [y, mean, squares], (x, norm, kernel, y, mean)
+def _convolve_and_save(tiling, x, norm, kernel):
+    done = _call_forward(tiling, x, norm, kernel)
+    return (done.y, done.mean, done.squares), (x, norm, kernel, done.y, done.mean)
 
 
-def _pull(plan, saved, gradients):
+def _convolve_backward(tiling, saved, gradients):
     x, norm, kernel, y, mean = saved
-    by_y, by_mean, by_squares = gradients
-    # The gradient by a pixel is by_y + slope · y + constant, through its level's statistics.
-    slope = 2.0 * by_squares
-    constant = by_mean / plan.pixels - slope * mean
-    by_x, *by_norm, by_kernel = _call_backward(plan, x, norm, kernel, y, by_y, slope, constant)
-    by_norm = None if norm is None else Norm(*by_norm)
-    return by_x, by_norm, by_kernel.sum(0)
+    grad_y, grad_mean, grad_squares = gradients
+    # A pixel also acts through its level's statistics: its gradient is grad_y + slope · y +
+    # constant, since d mean / dy = 1 / pixels and d squares / dy = 2 (y - mean).
+    slope = 2.0 * grad_squares
+    constant = grad_mean / tiling.pixels - slope * mean
+    through = _Through(y, grad_y, slope, constant)
+    done = _call_backward(tiling, x, norm, kernel, through)
+    return done.grad_x, done.grad_norm, done.grad_kernel.sum(0)
 
 
-_convolve.defvjp(_keep, _pull)
+_convolve.defvjp(_convolve_and_save, _convolve_backward)
 
 
-def _map(plan: _Plan, channels: int) -> pl.BlockSpec:
-    """A band's rows."""
-    images = plan.batch // plan.cores
+class _Through(NamedTuple):
+    """What the gradient of a pixel of y is made of: grad_y + slope · y + constant."""
+
+    y: Array  # (B, H, W, O)
+    grad_y: Array  # (B, H, W, O)
+    slope: Array  # (B, levels, O)
+    constant: Array  # (B, levels, O)
+
+
+class _Band(NamedTuple):
+    """The rows of a band and its neighbors; off the map, the neighbor is any row."""
+
+    rows: Ref  # (1, rows, W, channels)
+    above: Ref  # (1, 1, W, channels)
+    below: Ref  # (1, 1, W, channels)
+
+
+def _band_block(tiling: _Tiling, channels: int) -> pl.BlockSpec:
+    """The rows of the step's band, of an array (B, H, W, channels)."""
+    images = tiling.batch // tiling.cores
     index = lambda core, image, band: (core * images + image, band, 0, 0)
-    return pl.BlockSpec((1, plan.rows, plan.width, channels), index)
+    return pl.BlockSpec((1, tiling.rows, tiling.width, channels), index)
 
 
-def _edged(plan: _Plan, channels: int) -> list[pl.BlockSpec]:
-    """A band's rows, the row above and the row below them; beyond the map any row."""
-    images = plan.batch // plan.cores
+def _band_with_neighbors(tiling: _Tiling, x: Array) -> _Band:
+    """Return the inputs for a band of `x` and its neighbors."""
+    images, channels = tiling.batch // tiling.cores, x.shape[-1]
 
-    def row(offset: int) -> pl.BlockSpec:
+    def row(offset: int) -> common.Input:
         def index(core: Any, image: Any, band: Any) -> tuple[Any, ...]:
-            number = jnp.clip(band * plan.rows + offset, 0, plan.height - 1)
+            number = jnp.clip(band * tiling.rows + offset, 0, tiling.height - 1)
             return core * images + image, number, 0, 0
 
-        return pl.BlockSpec((1, 1, plan.width, channels), index)
+        return common.Input(x, pl.BlockSpec((1, 1, tiling.width, channels), index))
 
-    return [_map(plan, channels), row(-1), row(plan.rows)]
+    rows = common.Input(x, _band_block(tiling, channels))
+    return _Band(rows, above=row(-1), below=row(tiling.rows))
 
 
-def _of_levels(plan: _Plan, channels: int) -> pl.BlockSpec:
-    images = plan.batch // plan.cores
+def _levels_block(tiling: _Tiling, channels: int) -> pl.BlockSpec:
+    """The levels of the step's image, of an array (B, levels, channels)."""
+    images = tiling.batch // tiling.cores
     index = lambda core, image, band: (core * images + image, 0, 0)
-    return pl.BlockSpec((1, len(plan.levels), channels), index)
+    return pl.BlockSpec((1, len(tiling.levels), channels), index)
 
 
-def _cost(plan: _Plan, products: int, inputs: float, outputs: float) -> pl.CostEstimate:
-    """Of so many maps that are moved; with padded lanes, as the compiler counts."""
-    item, pixels = jnp.dtype(plan.dtype).itemsize, (plan.batch, plan.height, plan.width)
-    moved = inputs * pieces.size(item, *pixels, plan.inputs)
-    moved += outputs * pieces.size(item, *pixels, plan.outputs)
-    taps = 9 * plan.inputs * plan.outputs
-    sums = 4 * plan.cores * taps if products > 1 else 0
-    computed = plan.batch * plan.bands * plan.rows * plan.pitch
+def _norm_inputs(tiling: _Tiling, norm: Norm | None) -> Norm | None:
+    block = _levels_block(tiling, tiling.inputs)
+    return jax.tree.map(lambda array: common.Input(array, block), norm)
+
+
+def _cost(tiling: _Tiling, products: int, inputs: float, outputs: float) -> pl.CostEstimate:
+    """Cost of `products` convolutions and of moving so many maps of input and output channels."""
+    item = jnp.dtype(tiling.dtype).itemsize
+    pixels = (tiling.batch, tiling.height, tiling.width)
+    # In padded bytes, as the compiler counts.
+    moved = inputs * common.padded_bytes(item, *pixels, tiling.inputs)
+    moved += outputs * common.padded_bytes(item, *pixels, tiling.outputs)
+    taps = 9 * tiling.inputs * tiling.outputs
+    sums = 4 * tiling.cores * taps if products > 1 else 0
+    computed = tiling.batch * tiling.bands * tiling.rows * tiling.pitch
     return pl.CostEstimate(
         flops=2 * products * computed * taps,
         bytes_accessed=int(moved) + item * taps + sums,
@@ -194,273 +233,323 @@ def _cost(plan: _Plan, products: int, inputs: float, outputs: float) -> pl.CostE
     )
 
 
-def _call_forward(plan: _Plan, x: Array, norm: Norm | None, kernel: Array) -> list[Array]:
-    taps = kernel.reshape(9, plan.inputs, plan.outputs).astype(plan.dtype)
-    norms = [] if norm is None else [norm.factor, norm.offset]
-    statistics = jax.ShapeDtypeStruct((plan.batch, len(plan.levels), plan.outputs), jnp.float32)
-    edges = 1 + 2 / plan.rows
-    inner = pltpu.VMEM((plan.rows + 2, plan.pitch, plan.inputs), plan.dtype)
-    return pl.pallas_call(
-        functools.partial(_forward_kernel, plan, norm is not None),
-        name="canvas_conv_forward",
-        grid=(plan.cores, plan.batch // plan.cores, plan.bands),
-        out_shape=[
-            jax.ShapeDtypeStruct((*x.shape[:3], plan.outputs), plan.dtype), *[statistics] * 2
-        ],
-        in_specs=[
-            *_edged(plan, plan.inputs),
-            *[_of_levels(plan, plan.inputs) for _ in norms],
-            pieces.whole(taps),
-        ],
-        out_specs=[_map(plan, plan.outputs), *[_of_levels(plan, plan.outputs)] * 2],
-        scratch_shapes=[inner, *[pltpu.VMEM((len(plan.levels), plan.outputs), jnp.float32)] * 2],
-        cost_estimate=_cost(plan, 1, edges, 1),
-        compiler_params=pieces.parameters(3),
-    )(x, x, x, *norms, taps)  # fmt: skip
+class _Forward(NamedTuple):
+    """What the forward kernel sees."""
+
+    x: _Band
+    norm: Norm | None  # of (1, levels, C)
+    taps: Ref  # (9, C, O): the kernel
+    y: Ref  # (1, rows, W, O)
+    mean: Ref  # (1, levels, O), float32: of the bands so far
+    squares: Ref  # (1, levels, O), float32: sums of squared deviations from that mean
+    active: Ref  # (rows + 2, pitch, C): what is convolved
+    band_sum: Ref  # (levels, O), float32
+    band_squares: Ref  # (levels, O), float32
 
 
-def _call_backward(
-    plan: _Plan, x: Array, norm: Norm | None, kernel: Array, y: Array, by_y: Array,
-    slope: Array, constant: Array,
-) -> list[Array]:  # fmt: skip
-    # What carries the gradient back is a convolution too, with the kernel turned round.
-    taps = kernel[::-1, ::-1].swapaxes(2, 3).reshape(9, plan.outputs, plan.inputs)
-    taps = taps.astype(plan.dtype)
-    norms = [] if norm is None else [norm.factor, norm.offset]
-    by_norms = [jax.ShapeDtypeStruct(array.shape, jnp.float32) for array in norms]
-    shapes, specs = pieces.sums(plan.cores, kernel)
-    edges = 1 + 2 / plan.rows
-    return pl.pallas_call(
-        functools.partial(_backward_kernel, plan, norm is not None),
-        name="canvas_conv_backward",
-        grid=(plan.cores, plan.batch // plan.cores, plan.bands),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, plan.dtype), *by_norms, *shapes],
-        in_specs=[
-            *_edged(plan, plan.outputs),
-            *_edged(plan, plan.outputs),
-            *[_of_levels(plan, plan.outputs)] * 2,
-            _map(plan, plan.inputs),
-            *[_of_levels(plan, plan.inputs) for _ in norms],
-            pieces.whole(taps),
-        ],
-        out_specs=[
-            _map(plan, plan.inputs),
-            *[_of_levels(plan, plan.inputs) for _ in norms],
-            *specs,
-        ],
-        scratch_shapes=[
-            pltpu.VMEM((plan.rows + 2, plan.pitch, plan.outputs), plan.dtype),
-            pltpu.VMEM((3, plan.rows, plan.pitch, plan.inputs), plan.dtype),
-        ],
-        cost_estimate=_cost(plan, 2, 2, 2 * edges),
-        compiler_params=pieces.parameters(3),
-    )(by_y, by_y, by_y, y, y, y, slope, constant, x, *norms, taps)  # fmt: skip
+def _call_forward(tiling: _Tiling, x: Array, norm: Norm | None, kernel: Array) -> _Forward:
+    taps = kernel.reshape(9, tiling.inputs, tiling.outputs).astype(tiling.dtype)
+    per_level = (len(tiling.levels), tiling.outputs)
+    statistics = common.Output(
+        (tiling.batch, *per_level), jnp.float32, _levels_block(tiling, tiling.outputs)
+    )
+    refs = _Forward(
+        x=_band_with_neighbors(tiling, x),
+        norm=_norm_inputs(tiling, norm),
+        taps=common.whole(taps),
+        y=common.Output(
+            (*x.shape[:3], tiling.outputs), tiling.dtype, _band_block(tiling, tiling.outputs)
+        ),
+        mean=statistics,
+        squares=statistics,
+        active=pltpu.VMEM((tiling.rows + 2, tiling.pitch, tiling.inputs), tiling.dtype),
+        band_sum=pltpu.VMEM(per_level, jnp.float32),
+        band_squares=pltpu.VMEM(per_level, jnp.float32),
+    )
+    return common.call(
+        functools.partial(_forward_kernel, tiling),
+        refs,
+        name="packed_conv_forward",
+        grid=tiling.grid,
+        cost=_cost(tiling, 1, 1 + 2 / tiling.rows, 1),
+    )
 
 
-def _forward_kernel(plan: _Plan, normed: bool, *refs: Any) -> None:
-    x, refs = refs[:3], refs[3:]
-    norm, refs = (refs[:2], refs[2:]) if normed else (None, refs)
-    taps, out, mean, squares, inner, band_sum, band_squares = refs
+def _forward_kernel(tiling: _Tiling, refs: _Forward) -> None:
+    """Compute one band of y = conv3x3(relu(x · factor + offset)) and update the statistics."""
 
     def activated(r: Any, value: Array) -> Array:
-        inside = _inside(plan, _row(plan, r))
-        return jnp.where(inside, _activate(plan, norm, _row(plan, r), value)[0], 0.0)
+        row = _row(tiling, r)
+        inside = _inside(tiling, row)
+        return jnp.where(inside, _activate(tiling, refs.norm, row, value).value, 0.0)
 
-    _lay(plan, (x,), inner, activated)
+    _write_rows(tiling, [refs.x], refs.active, activated)
 
     def convolve(number: Any, _: None) -> None:
-        values = _products(plan, inner, taps, number * plan.piece)
-        for r in range(plan.piece):
-            row = values[r * plan.pitch : r * plan.pitch + plan.width]
-            out[0, number * plan.piece + r] = row.astype(plan.dtype)
+        values = _products(tiling, refs.active, refs.taps, number * tiling.piece)
+        for r in range(tiling.piece):
+            row = values[r * tiling.pitch : r * tiling.pitch + tiling.width]
+            refs.y[0, number * tiling.piece + r] = row.astype(tiling.dtype)
 
-    lax.fori_loop(0, plan.rows // plan.piece, convolve, None)
-    _take_statistics(plan, out, mean, squares, band_sum, band_squares)
+    lax.fori_loop(0, tiling.rows // tiling.piece, convolve, None)
+    _update_statistics(tiling, refs)
 
 
-def _take_statistics(
-    plan: _Plan, out: Any, mean: Any, squares: Any, band_sum: Any, band_squares: Any
-) -> None:
-    """Of the band, about its own mean; then joined to those of the bands before (Chan 1979)."""
+def _update_statistics(tiling: _Tiling, refs: _Forward) -> None:
+    """Join the statistics of the band to those of the bands before (Chan et al. 1979).
+
+    Squared deviations are first taken from the band's own mean, which loses no digits. With n
+    pixels and mean m in the band, N pixels up to its end, and M the mean before it:
+
+      mean += (m - M) · n / N
+      squares += band's squares + (m - M)² · (N - n) · n / N
+    """
     band = pl.program_id(2)
 
     @pl.when(band == 0)
     def _():
-        pieces.clear([mean, squares])
+        common.clear([refs.mean, refs.squares])
 
-    for level, (top, _, height, width) in enumerate(plan.levels):
-        start = band * plan.rows - top
+    for level, (top, _, height, width) in enumerate(tiling.levels):
+        start = band * tiling.rows - top
         before = jnp.clip(start, 0, height) * width
-        after = jnp.clip(start + plan.rows, 0, height) * width
+        after = jnp.clip(start + tiling.rows, 0, height) * width
 
         @pl.when(after > before)
         def _(level=level, before=before, after=after):
             here = slice(level, level + 1)
             count = (after - before).astype(jnp.float32)
-            _sum_rows(plan, level, band_sum, lambda r: out[0, r].astype(jnp.float32))
-            middle = band_sum[here] / count
-            _sum_rows(
-                plan, level, band_squares,
-                lambda r: jnp.square(out[0, r].astype(jnp.float32) - middle),
-            )  # fmt: skip
+            value = lambda r: refs.y[0, r].astype(jnp.float32)
+            _sum_level(tiling, level, refs.band_sum, value)
+            mean = refs.band_sum[here] / count
+            squared = lambda r: jnp.square(value(r) - mean)
+            _sum_level(tiling, level, refs.band_squares, squared)
             share = count / after.astype(jnp.float32)
-            apart = middle - mean[0, here]
-            mean[0, here] += apart * share
+            apart = mean - refs.mean[0, here]
+            refs.mean[0, here] += apart * share
             joined = jnp.square(apart) * (before.astype(jnp.float32) * share)
-            squares[0, here] += band_squares[here] + joined
+            refs.squares[0, here] += refs.band_squares[here] + joined
 
 
-def _sum_rows(plan: _Plan, level: int, sums: Any, values: Callable[[Any], Array]) -> None:
-    """The sum of a level's pixels of a band."""
+def _sum_level(tiling: _Tiling, level: int, sums: Ref, values: Callable[[Any], Array]) -> None:
+    """Write the sum of `values(r)` over the level's pixels in the band into `sums[level]`."""
     here = slice(level, level + 1)
     sums[here] = jnp.zeros((1, sums.shape[1]), jnp.float32)
 
     def add(r: Any, _: None) -> None:
-        inside = _inside_level(plan, level, _row(plan, r))
-        sums[here] += pieces.total(jnp.where(inside, values(r), 0.0))
+        inside = _inside_level(tiling, level, _row(tiling, r))
+        sums[here] += common.sum_rows(jnp.where(inside, values(r), 0.0))
 
-    lax.fori_loop(0, plan.rows, add, None)
+    lax.fori_loop(0, tiling.rows, add, None)
 
 
-def _backward_kernel(plan: _Plan, normed: bool, *refs: Any) -> None:
-    by_y, y, slope, constant, x = refs[:3], refs[3:6], refs[6], refs[7], refs[8]
-    refs = refs[9:]
-    norm, refs = (refs[:2], refs[2:]) if normed else (None, refs)
-    taps, by_x, *by_norm, by_kernel, outer, shifted = refs
+class _Backward(NamedTuple):
+    """What the backward kernel sees."""
+
+    grad_y: _Band
+    y: _Band
+    slope: Ref  # (1, levels, O), see `_Through`
+    constant: Ref  # (1, levels, O)
+    x: Ref  # (1, rows, W, C)
+    norm: Norm | None  # of (1, levels, C)
+    taps: Ref  # (9, O, C): the kernel, turned by 180 degrees
+    grad_x: Ref  # (1, rows, W, C)
+    grad_norm: Norm | None  # of (1, levels, C), float32
+    grad_kernel: Ref  # sum, (1, 3, 3, C, O)
+    grad_conv: Ref  # (rows + 2, pitch, O): the gradient of the convolution's output
+    shifted: Ref  # (3, rows, pitch, C): what was convolved, see `_write_shifted`
+
+
+def _call_backward(
+    tiling: _Tiling, x: Array, norm: Norm | None, kernel: Array, through: _Through
+) -> _Backward:
+    # The gradient of the input is a convolution too, with the kernel turned by 180 degrees.
+    taps = kernel[::-1, ::-1].swapaxes(2, 3).reshape(9, tiling.outputs, tiling.inputs)
+    taps = taps.astype(tiling.dtype)
+    per_level = _levels_block(tiling, tiling.outputs)
+    norm_block = _levels_block(tiling, tiling.inputs)
+    refs = _Backward(
+        grad_y=_band_with_neighbors(tiling, through.grad_y),
+        y=_band_with_neighbors(tiling, through.y),
+        slope=common.Input(through.slope, per_level),
+        constant=common.Input(through.constant, per_level),
+        x=common.Input(x, _band_block(tiling, tiling.inputs)),
+        norm=_norm_inputs(tiling, norm),
+        taps=common.whole(taps),
+        grad_x=common.Output(x.shape, tiling.dtype, _band_block(tiling, tiling.inputs)),
+        grad_norm=jax.tree.map(
+            lambda array: common.Output(array.shape, jnp.float32, norm_block), norm
+        ),
+        grad_kernel=common.sums(tiling.cores, kernel),
+        grad_conv=pltpu.VMEM((tiling.rows + 2, tiling.pitch, tiling.outputs), tiling.dtype),
+        shifted=pltpu.VMEM((3, tiling.rows, tiling.pitch, tiling.inputs), tiling.dtype),
+    )
+    return common.call(
+        functools.partial(_backward_kernel, tiling),
+        refs,
+        name="packed_conv_backward",
+        grid=tiling.grid,
+        cost=_cost(tiling, 2, 2, 2 * (1 + 2 / tiling.rows)),
+    )
+
+
+def _backward_kernel(tiling: _Tiling, refs: _Backward) -> None:
+    """Compute the gradients of one band, with a = relu(x · factor + offset).
+
+    g = grad_y + slope · y + constant, zeros off the levels
+    grad a = conv3x3(g, kernel turned by 180 degrees)
+    kernel[i, j]: + Σ over pixels of a[row + i - 1, column + j - 1]ᵀ · g[row, column]
+    x, factor, offset: `_write_grad_x` of each row of grad a
+    """
     first_band = pl.program_id(2) == 0
 
     @pl.when(first_band & (pl.program_id(1) == 0))
     def _():
-        pieces.clear([by_kernel])
+        common.clear(refs.grad_kernel)
 
     @pl.when(first_band)
     def _():
-        pieces.clear(by_norm)
+        common.clear(refs.grad_norm)
 
-    def through_statistics(r: Any, gradient: Array, value: Array) -> Array:
-        row = _row(plan, r)
-        slopes, constants = _spread(plan, row, slope), _spread(plan, row, constant)
-        return jnp.where(_inside(plan, row), gradient + slopes * value + constants, 0.0)
+    def grad_conv(r: Any, grad_y: Array, y: Array) -> Array:
+        row = _row(tiling, r)
+        slope = _of_levels(tiling, row, refs.slope)
+        constant = _of_levels(tiling, row, refs.constant)
+        return jnp.where(_inside(tiling, row), grad_y + slope * y + constant, 0.0)
 
-    _lay(plan, (by_y, y), outer, through_statistics)
-    _lay_shifted(plan, norm, x, shifted)
+    _write_rows(tiling, [refs.grad_y, refs.y], refs.grad_conv, grad_conv)
+    _write_shifted(tiling, refs)
 
-    def pull(number: Any, _: None) -> None:
-        start = number * plan.piece
-        values = _products(plan, outer, taps, start)
-        for r in range(plan.piece):
-            row = values[r * plan.pitch : r * plan.pitch + plan.width]
-            _pull_activation(plan, norm, x, row, start + r, by_x, by_norm)
+    def piece(number: Any, _: None) -> None:
+        start = number * tiling.piece
+        values = _products(tiling, refs.grad_conv, refs.taps, start)
+        for r in range(tiling.piece):
+            row = values[r * tiling.pitch : r * tiling.pitch + tiling.width]
+            _write_grad_x(tiling, start + r, row, refs)
         for i in range(3):
-            there = outer[pl.ds(start + 2 - i, plan.piece)].reshape(-1, plan.outputs)
+            there = refs.grad_conv[pl.ds(start + 2 - i, tiling.piece)].reshape(-1, tiling.outputs)
             for j in range(3):
-                here = shifted[j, pl.ds(start, plan.piece)].reshape(-1, plan.inputs)
-                by_kernel[0, i, j] += dot(here, there, left=0)
+                here = refs.shifted[j, pl.ds(start, tiling.piece)].reshape(-1, tiling.inputs)
+                refs.grad_kernel[0, i, j] += dot(here, there, left=0)
 
-    lax.fori_loop(0, plan.rows // plan.piece, pull, None)
+    lax.fori_loop(0, tiling.rows // tiling.piece, piece, None)
 
 
-def _pull_activation(
-    plan: _Plan, norm: Any, x: Any, gradient: Array, r: Any, by_x: Any, by_norm: Any
-) -> None:
-    """From what was convolved back to what was read, one row."""
-    row = _row(plan, r)
-    if norm is None:
-        by_x[0, r] = gradient.astype(plan.dtype)
+def _write_grad_x(tiling: _Tiling, r: Any, grad: Array, refs: _Backward) -> None:
+    """Go from the gradient of the band's r-th row of a to those of x, factor and offset.
+
+    With d = grad a where a > 0, else 0: x: d · factor; factor: + Σ d · x; offset: + Σ d.
+    """
+    row = _row(tiling, r)
+    if refs.norm is None:
+        refs.grad_x[0, r] = grad.astype(tiling.dtype)
         return
-    value = x[0, r].astype(jnp.float32)
-    active, factor = _activate(plan, norm, row, value)
-    gradient = jnp.where(_inside(plan, row) & (active > 0), gradient, 0.0)
-    by_x[0, r] = (gradient * factor).astype(plan.dtype)
-    by_factor, by_offset = by_norm
-    for level, (top, _, height, _) in enumerate(plan.levels):
+    value = refs.x[0, r].astype(jnp.float32)
+    active = _activate(tiling, refs.norm, row, value)
+    grad = jnp.where(_inside(tiling, row) & (active.value > 0), grad, 0.0)
+    refs.grad_x[0, r] = (grad * active.factor).astype(tiling.dtype)
+    for level, (top, _, height, _) in enumerate(tiling.levels):
 
         @pl.when((row >= top) & (row < top + height))
         def _(level=level):
-            here, inside = slice(level, level + 1), _inside_level(plan, level, row)
-            by_offset[0, here] += pieces.total(jnp.where(inside, gradient, 0.0))
-            by_factor[0, here] += pieces.total(jnp.where(inside, gradient * value, 0.0))
+            here, inside = slice(level, level + 1), _inside_level(tiling, level, row)
+            refs.grad_norm.offset[0, here] += common.sum_rows(jnp.where(inside, grad, 0.0))
+            refs.grad_norm.factor[0, here] += common.sum_rows(jnp.where(inside, grad * value, 0.0))
 
 
-def _row(plan: _Plan, r: Any) -> Any:
-    """Of the map: the r-th of the band."""
-    return pl.program_id(2) * plan.rows + r
+def _row(tiling: _Tiling, r: Any) -> Any:
+    """Row of the map that is the r-th of the band."""
+    return pl.program_id(2) * tiling.rows + r
 
 
-def _inside_level(plan: _Plan, level: int, row: Any) -> Array:
-    """Which of a row's pixels belong to a level."""
-    top, left, height, width = plan.levels[level]
-    columns = lax.broadcasted_iota(jnp.int32, (plan.width, 1), 0)
+def _inside_level(tiling: _Tiling, level: int, row: Any) -> Array:
+    """Which pixels of a row of the map belong to a level, (W, 1)."""
+    top, left, height, width = tiling.levels[level]
+    columns = lax.broadcasted_iota(jnp.int32, (tiling.width, 1), 0)
     return (row >= top) & (row < top + height) & (columns >= left) & (columns < left + width)
 
 
-def _inside(plan: _Plan, row: Any) -> Array:
-    """Which of a row's pixels belong to any level."""
-    levels = range(len(plan.levels))
-    return functools.reduce(jnp.logical_or, [_inside_level(plan, n, row) for n in levels])
+def _inside(tiling: _Tiling, row: Any) -> Array:
+    """Which pixels of a row of the map belong to any level, (W, 1)."""
+    levels = range(len(tiling.levels))
+    return functools.reduce(jnp.logical_or, [_inside_level(tiling, n, row) for n in levels])
 
 
-def _spread(plan: _Plan, row: Any, values: Any) -> Array:
-    """Each pixel's level's, of a row; anything in the gaps."""
+def _of_levels(tiling: _Tiling, row: Any, values: Ref) -> Array:
+    """Return each pixel's value, that of its level, for a row of the map; undefined in the gaps."""
     spread = values[0, 0:1]
-    for level in range(1, len(plan.levels)):
-        spread = jnp.where(_inside_level(plan, level, row), values[0, level : level + 1], spread)
+    for level in range(1, len(tiling.levels)):
+        own = values[0, level : level + 1]
+        spread = jnp.where(_inside_level(tiling, level, row), own, spread)
     return spread
 
 
-def _activate(plan: _Plan, norm: Any, row: Any, value: Array) -> tuple[Array, Array]:
-    """relu(value · factor + offset), and the factors, of a row; undefined in the gaps."""
+class _Activated(NamedTuple):
+    """A row after norm and ReLU; undefined in the gaps."""
+
+    value: Array  # relu(x · factor + offset)
+    factor: Array  # of each pixel's level
+
+
+def _activate(tiling: _Tiling, norm: Norm | None, row: Any, value: Array) -> _Activated:
+    """Apply norm and ReLU to a row of the map, or nothing where there is no norm."""
     if norm is None:
-        return value, jnp.ones_like(value)
-    factor, offset = (_spread(plan, row, values) for values in norm)
-    return jnp.maximum(value * factor + offset, 0.0), factor
+        return _Activated(value, jnp.ones_like(value))
+    factor = _of_levels(tiling, row, norm.factor)
+    offset = _of_levels(tiling, row, norm.offset)
+    return _Activated(jnp.maximum(value * factor + offset, 0.0), factor)
 
 
-def _lay(plan: _Plan, maps: Any, rows: Any, function: Callable[..., Array]) -> None:
-    """`function` of each row of a band and its neighbors into `rows`, zeros behind it."""
+def _write_rows(
+    tiling: _Tiling, bands: list[_Band], out: Ref, function: Callable[..., Array]
+) -> None:
+    """Write `function(r, *rows)` of each row of the bands and their neighbors into `out`.
 
-    def lay(place: Any, r: Any, *values: Array) -> None:
+    Row r of the band goes to `out[r + 1]`; zeros fill `out` from the width to the pitch.
+    """
+
+    def write(place: Any, r: Any, *values: Array) -> None:
         row = function(r, *[value.astype(jnp.float32) for value in values])
-        rows[place] = jnp.zeros((plan.pitch, row.shape[1]), plan.dtype)
-        rows[place, : plan.width] = row.astype(plan.dtype)
+        out[place] = jnp.zeros((tiling.pitch, row.shape[1]), tiling.dtype)
+        out[place, : tiling.width] = row.astype(tiling.dtype)
 
     def middle(r: Any, _: None) -> None:
-        lay(r + 1, r, *[main[0, r] for main, _, _ in maps])
+        write(r + 1, r, *[band.rows[0, r] for band in bands])
 
-    lay(0, -1, *[above[0, 0] for _, above, _ in maps])
-    lax.fori_loop(0, plan.rows, middle, None)
-    lay(plan.rows + 1, plan.rows, *[below[0, 0] for _, _, below in maps])
+    write(0, -1, *[band.above[0, 0] for band in bands])
+    lax.fori_loop(0, tiling.rows, middle, None)
+    write(tiling.rows + 1, tiling.rows, *[band.below[0, 0] for band in bands])
 
 
-def _lay_shifted(plan: _Plan, norm: Any, x: Any, shifted: Any) -> None:
-    """What was convolved, moved by a pixel to the right, not at all, and to the left."""
+def _write_shifted(tiling: _Tiling, refs: _Backward) -> None:
+    """Write what was convolved, moved by one pixel to the right, not moved, and to the left."""
 
-    def lay(r: Any, _: None) -> None:
-        row = _row(plan, r)
-        value = _activate(plan, norm, row, x[0, r].astype(jnp.float32))[0]
-        value = jnp.where(_inside(plan, row), value, 0.0)
-        behind = jnp.zeros((plan.pitch - plan.width, plan.inputs), jnp.float32)
+    def write(r: Any, _: None) -> None:
+        row = _row(tiling, r)
+        value = _activate(tiling, refs.norm, row, refs.x[0, r].astype(jnp.float32)).value
+        value = jnp.where(_inside(tiling, row), value, 0.0)
+        behind = jnp.zeros((tiling.pitch - tiling.width, tiling.inputs), jnp.float32)
         value = jnp.concatenate([value, behind], axis=0)
-        for j, by in enumerate((1, 0, plan.pitch - 1)):
+        for j, by in enumerate((1, 0, tiling.pitch - 1)):
             moved = pltpu.roll(value, by, axis=0) if by else value
-            shifted[j, r] = moved.astype(plan.dtype)
+            refs.shifted[j, r] = moved.astype(tiling.dtype)
 
-    lax.fori_loop(0, plan.rows, lay, None)
+    lax.fori_loop(0, tiling.rows, write, None)
 
 
-def _products(plan: _Plan, rows: Any, taps: Any, start: Any) -> Float[Array, "T O"]:
-    """The convolution of a piece of `rows`, from its `start`-th on, in float32.
+def _products(tiling: _Tiling, rows: Ref, taps: Ref, start: Any) -> Float[Array, "T O"]:
+    """Return the convolution of a piece of `rows`, from the `start`-th on, in float32.
 
-    A column of taps is summed where it stands and moved then.
+    The three taps of a column are summed first; only their sum is moved by a pixel.
     """
     columns = []
     for j in range(3):
         total = None
         for i in range(3):
-            here = rows[pl.ds(start + i, plan.piece)].reshape(plan.piece * plan.pitch, -1)
+            here = rows[pl.ds(start + i, tiling.piece)].reshape(tiling.piece * tiling.pitch, -1)
             product = dot(here, taps[3 * i + j])
             total = product if total is None else total + product
         columns.append(total)
     left, middle, right = columns
-    last = plan.piece * plan.pitch - 1
+    last = tiling.piece * tiling.pitch - 1
     return middle + pltpu.roll(left, 1, axis=0) + pltpu.roll(right, last, axis=0)

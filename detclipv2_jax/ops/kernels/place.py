@@ -1,4 +1,4 @@
-"""Where a kernel can run, and how it runs there: on each device's share of the images."""
+"""Where kernels can run, and how they run on each device's share of the images."""
 
 from collections.abc import Callable
 from typing import Literal, TypeVar
@@ -7,29 +7,30 @@ import jax
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
-# Whether TPUs run kernels of ours: "auto" where these can, "xla" never.
+# "auto" runs a kernel on TPUs with enough VMEM for it; "xla" never runs one.
 Kernels = Literal["auto", "xla"]
 
 Images = TypeVar("Images")
 Weights = TypeVar("Weights")
 Outputs = TypeVar("Outputs")
 
-_SHARE = 0.95  # of the fast memory that kernels may count on
+_SHARE = 0.95  # of the VMEM that kernels may count on
 
 
-def room() -> float:
-    """Bytes of fast memory of the TPU that is traced for; 0: it is no TPU.
+def vmem_budget() -> float:
+    """Return the bytes of VMEM that a kernel may use; 0 where the device is not a TPU.
 
-    It is that of the mesh that `jax.set_mesh` names, whose devices need not be here, else the one
-    that is here.
+    The device is that of the mesh set by `jax.set_mesh`, which need not be attached to this
+    process (compilation for a topology), else the default device.
     """
     return _SHARE * pltpu.get_tpu_info().vmem_capacity_bytes if _is_tpu() else 0.0
 
 
 def cores(parts: int) -> int:
-    """Among how many cores of such a chip a kernel can share so many equal parts.
+    """Return over how many of a chip's cores a kernel can spread so many equal parts.
 
-    Each sums its gradients for itself. Two where there is no TPU: a simulation shows both.
+    1 where they do not divide evenly. Each core sums its own gradients. A simulation, where there
+    is no TPU, has two cores, so that tests cover more than one.
     """
     number = pltpu.get_tpu_info().num_cores if _is_tpu() else 2
     return number if parts % number == 0 else 1
@@ -41,9 +42,10 @@ def _is_tpu() -> bool:
 
 
 def devices() -> int:
-    """Among how many devices `on_each_device` splits what it is given."""
+    """Return over how many devices `on_each_device` splits its images."""
     mesh = jax.sharding.get_abstract_mesh()
-    if all(kind == AxisType.Manual for kind in mesh.axis_types):  # no mesh, or cut already
+    # No mesh, or already inside a shard_map.
+    if all(kind == AxisType.Manual for kind in mesh.axis_types):
         return 1
     return mesh.size
 
@@ -51,10 +53,14 @@ def devices() -> int:
 def on_each_device(
     kernel: Callable[[Images, Weights], Outputs], images: Images, weights: Weights
 ) -> Outputs:
-    """`kernel(images, weights)` of images that may be split over all devices of the mesh.
+    """Return `kernel(images, weights)`, with the images split over all devices of the mesh.
 
-    Images and outputs are arrays or trees of arrays whose first axis is the batch's. The compiler
-    cannot cut a kernel in parts by itself.
+    XLA cannot partition a kernel by itself.
+
+    Args:
+      kernel: a function of its images and of the weights.
+      images: an array or tree of arrays; the first axis is the batch. The outputs are alike.
+      weights: an array or tree of arrays, replicated: each device sees all of them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if devices() == 1:

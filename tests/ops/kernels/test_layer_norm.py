@@ -58,7 +58,7 @@ def test_what_the_kernel_cannot_do_is_left_to_the_compiler(monkeypatch):
     made = lambda **options: MapNorm(96, **{"dtype": jnp.bfloat16, "kernels": "auto"} | options)
     shape = (4, 200, 336, 96)
     assert not made().has_kernels(shape)  # no TPU here
-    monkeypatch.setattr(place, "room", lambda: 0.95 * 2**26)
+    monkeypatch.setattr(place, "vmem_budget", lambda: 0.95 * 2**26)
     assert made().has_kernels(shape)
     assert not made(kernels="xla").has_kernels(shape)
     assert not made(dtype=jnp.float32).has_kernels(shape)

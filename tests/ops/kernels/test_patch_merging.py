@@ -73,7 +73,7 @@ def test_what_the_kernel_cannot_do_is_left_to_the_compiler(monkeypatch):
     )
     shape = (4, 200, 336, 96)
     assert not made().has_kernels(shape)  # no TPU here
-    monkeypatch.setattr(place, "room", lambda: 0.95 * 2**27)
+    monkeypatch.setattr(place, "vmem_budget", lambda: 0.95 * 2**27)
     assert made().has_kernels(shape)
     assert not made(kernels="xla").has_kernels(shape)
     assert not made(dtype=jnp.float32).has_kernels(shape)
@@ -90,7 +90,7 @@ def test_what_the_kernel_cannot_do_is_left_to_the_compiler(monkeypatch):
     ],
 )
 def test_the_room_that_is_asked_for(mebibytes, shape, fits):
-    assert (0.95 * mebibytes * 2**20 >= patch_merging.fast_memory(shape, 2 * shape[-1])) == fits
+    assert (0.95 * mebibytes * 2**20 >= patch_merging.vmem_bytes(shape, 2 * shape[-1])) == fits
 
 
 def test_it_becomes_kernels_of_a_tpu(monkeypatch):

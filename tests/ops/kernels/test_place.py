@@ -65,6 +65,6 @@ def test_devices_that_are_not_here_are_those_of_the_mesh(monkeypatch, kind, room
 
     monkeypatch.setattr(place.jax.sharding, "get_abstract_mesh", lambda: Mesh)
     monkeypatch.setattr(place.pltpu, "get_tpu_info", lambda: Info)
-    assert place.room() == room
+    assert place.vmem_budget() == room
     assert place.cores(12) == cores
     assert place.cores(3) == 1

@@ -94,7 +94,7 @@ def test_what_the_kernels_cannot_do_is_left_to_the_compiler(monkeypatch):
         rngs=Draws(jnp.zeros(10**5)),
     )  # fmt: skip
     assert not made().has_kernels((1, 14, 14, 32))  # no TPU here
-    monkeypatch.setattr(place, "room", lambda: 0.95 * 2**27)
+    monkeypatch.setattr(place, "vmem_budget", lambda: 0.95 * 2**27)
     assert made().has_kernels((1, 14, 14, 32))
     assert not made(kernels="xla").has_kernels((1, 14, 14, 32))
     assert not made(dtype=jnp.float32).has_kernels((1, 14, 14, 32))
@@ -115,7 +115,7 @@ def test_what_the_kernels_cannot_do_is_left_to_the_compiler(monkeypatch):
 def test_the_room_that_is_asked_for_is_what_the_compiler_was_seen_to_want(
     mebibytes, shape, heads, window, fits
 ):
-    wanted = attention.fast_memory(shape, heads, window), mlp.fast_memory(shape, 4 * shape[-1])
+    wanted = attention.vmem_bytes(shape, heads, window), mlp.vmem_bytes(shape, 4 * shape[-1])
     assert (0.95 * mebibytes * 2**20 >= max(wanted)) == fits
 
 

@@ -155,13 +155,13 @@ def test_what_the_kernels_cannot_do_is_left_to_the_compiler(monkeypatch):
     )
     shape = (384, 16, 512)
     assert not made().has_kernels(shape)  # no TPU here
-    monkeypatch.setattr(place, "room", lambda: 0.95 * 2**26)
+    monkeypatch.setattr(place, "vmem_budget", lambda: 0.95 * 2**26)
     assert made().has_kernels(shape)
     assert not made().has_kernels((384, 15, 512))  # sequences that do not divide a unit
     assert not made(text.TextConfig(width=576, heads=6)).has_kernels((384, 16, 576))
     assert not made(kernels="xla").has_kernels(shape)
     assert not made(dtype=jnp.float32).has_kernels(shape)
-    monkeypatch.setattr(place, "room", lambda: 0.95 * 2**24)  # v4
+    monkeypatch.setattr(place, "vmem_budget", lambda: 0.95 * 2**24)  # v4
     assert not made().has_kernels(shape)
 
 
@@ -170,8 +170,8 @@ def test_what_the_kernels_cannot_do_is_left_to_the_compiler(monkeypatch):
 )  # MiB with which a v5p's compiler was seen to do, and with one less not
 def test_the_room_that_is_asked_for_is_what_the_compiler_was_seen_to_want(width, attend, expand):
     for seen, asked in [
-        (attend, causal.fast_memory(width)),
-        (expand, mlp.fast_memory((1, 16, causal.UNIT, width), 4 * width)),
+        (attend, causal.vmem_bytes(width)),
+        (expand, mlp.vmem_bytes((1, 16, causal.UNIT, width), 4 * width)),
     ]:
         assert seen <= asked / 2**20 <= 1.6 * seen
 
