@@ -1,9 +1,9 @@
-"""A web page to try a checkpoint: drop an image, type names, move the threshold, see boxes.
+"""The command `detclip page`: try a checkpoint on a local web page.
 
     python -m detclipv2_jax.page --checkpoint=DIR
 
-The page is Gradio's (`pip install -r requirements-page.txt`). It is served to this machine alone
-and asks nothing of any other: neither fonts nor scripts, no telemetry.
+The page is made with Gradio (`pip install -r requirements-page.txt`). By default only this machine
+can open it. It loads nothing from other servers (fonts, scripts) and sends no telemetry.
 """
 
 import argparse
@@ -13,31 +13,52 @@ from collections.abc import Sequence
 from detclipv2_jax.common.cli import exit_status
 from detclipv2_jax.evaluation.page import run
 
+_DESCRIPTION = """\
+Open a local web page to try a checkpoint: drop an image, type names, see boxes.
+
+The page runs until Ctrl-C. It needs Gradio: pip install -r requirements-page.txt"""
+
+_EXAMPLES = """\
+examples:
+  detclip page --checkpoint=runs/quickstart
+  detclip page --checkpoint=runs/quickstart --step=1000 --port=8000
+
+`python -m detclipv2_jax.page` is the same command."""
+
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of this module."""
+    """Return the parser of the command line."""
     result = argparse.ArgumentParser(
-        prog="python -m detclipv2_jax.page",
-        description="Opens a local web page on which a checkpoint can be tried.",
+        prog="detclip page",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="the workdir of a training run"
+    model = result.add_argument_group("model")
+    model.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="workdir of a training run"
     )
-    result.add_argument(
-        "--step", type=int, help="which of the run's checkpoints (default: the newest)"
+    model.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="training step of the checkpoint (default: the newest)",
     )
-    result.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
-    result.add_argument(
+    address = result.add_argument_group("address")
+    address.add_argument(
+        "--port", type=int, default=7860, metavar="N", help="(default: %(default)s)"
+    )
+    address.add_argument(
         "--host",
         default="127.0.0.1",
-        help="the address to listen on; any but the default lets other machines in, who need no "
-        "password (default: %(default)s, this machine alone)",
+        help="address to listen on; with any other than the default, other machines can open the "
+        "page without a password (default: %(default)s, only this machine)",
     )
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; 2 if something that the user can mend went wrong, in one sentence."""
+    """Run the command line; return the exit status: 0, or 2 after a `UserError`."""
     return exit_status(run, parser().parse_args(arguments))
 
 

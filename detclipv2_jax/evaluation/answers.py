@@ -1,11 +1,11 @@
-"""What a model answers to a set of images, kept on disk in parts: a killed job goes on from there.
+"""The stored answers of a model to the images of a dataset, so that a killed job can resume.
 
-A part is a fixed run of images, answered by one device with one program and written at once. So
-the answers depend neither on how many devices and processes share the work nor on where the job
-was killed, and no image is answered twice.
+The images are split into chunks. A device answers a chunk with one compiled program and writes it
+atomically. So the answers do not depend on how many devices and processes share the work, nor on
+when the job was killed, and an image is answered only once.
 
-    DIRECTORY/job.json          whose answers these are: checkpoint, images, names, settings
-    DIRECTORY/part-00000.npz    plain arrays, nothing pickled
+    DIRECTORY/job.json          the job: a digest of the model, images and names, and the settings
+    DIRECTORY/part-00000.npz    the answers of chunk 0: plain arrays, nothing pickled
 """
 
 import collections
@@ -23,23 +23,25 @@ import numpy as np
 from jaxtyping import PyTree
 from tqdm import tqdm
 
+from detclipv2_jax.common import config_dict
 from detclipv2_jax.common.atomic import replacing, write_json
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation.coco import ImageInfo
+from detclipv2_jax.inference.config import DecodeConfig
 from detclipv2_jax.inference.detections import ImageDetections
-from detclipv2_jax.inference.images import turned
-from detclipv2_jax.inference.predictor import Predictor, Texts
+from detclipv2_jax.inference.images import oriented_canvas
+from detclipv2_jax.inference.predictor import EncodedNames, Predictor
 from detclipv2_jax.models.parameters import parameter_paths
 
-#: What there is to say of an image: None where there is no such file.
+#: The answer to an image: detections, why the file cannot be read, or None if there is no file.
 Answer = ImageDetections | UserError | None
 
-_BATCHES = 16  # of a part: what a kill costs at most, on each device
-_FIELDS = ("numbers", "counts", "sizes", "errors", "boxes", "scores", "labels")
+_BATCHES_PER_CHUNK = 16  # per device, a kill loses at most this much work
+_ARRAYS = ("numbers", "counts", "sizes", "errors", "boxes", "scores", "labels")
 
 
-class Predictions:
-    """The parts in a directory; `paths` are the files of the images, None where there is none."""
+class AnswerStore:
+    """A directory with the answers of one model to the images of one dataset, in chunks."""
 
     def __init__(
         self,
@@ -47,121 +49,142 @@ class Predictions:
         images: Sequence[ImageInfo],
         paths: Sequence[pathlib.Path | None],
         predictor: Predictor,
-        texts: Texts,
+        names: EncodedNames,
     ):
-        """`predictor`: what answers, or one like it; `texts`: what it is asked for."""
+        """Plan the chunks; read and write nothing yet.
+
+        Args:
+          directory: where the answers are stored.
+          images: the images of the dataset.
+          paths: the file of each image, None if it is missing.
+          predictor: a predictor with the canvas and batch size of those that will answer.
+          names: what they are asked for.
+        """
         self._directory = pathlib.Path(directory)
-        self._images, self._paths, self._texts = images, paths, texts
-        self._parts = split(images, predictor.canvas, predictor.batch_size)
+        self._images, self._paths, self._names = images, paths, names
+        self._chunks = split_into_chunks(images, predictor.canvas, predictor.batch_size)
 
     def __len__(self) -> int:
-        """How many parts there are, answered or not."""
-        return len(self._parts)
+        """Return the number of chunks, answered or not."""
+        return len(self._chunks)
 
     def identity(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        """All that the answers depend on: `about` the model and how it is asked, images, names."""
+        """Return everything that the answers depend on.
+
+        Args:
+          about: the model and its settings, for JSON. Images and names are added.
+        """
         images = [(i.id, i.file_name, i.coco_url, i.height, i.width) for i in self._images]
-        names = [self._texts.names, self._texts.prompts]
+        names = [self._names.names, self._names.prompts]
         return {**about, "images": _digest(images), "names": _digest(names)}
 
     def begin(self, identity: Mapping[str, Any]) -> list[int]:
-        """Notes whose answers the directory holds; the parts that are not there whole.
+        """Start or resume a job; return the chunks that are still to be answered.
 
-        One in which an image was missing or unreadable is done anew, as that may have changed.
+        These include chunks with a missing or unreadable image, because it may be there now.
 
         Raises:
-          UserError: it holds another job's; names the first field that differs.
+          UserError: the directory has the answers of another job; names the first difference.
         """
         path = self._directory / "job.json"
         identity = json.loads(json.dumps(identity))
         if path.exists():
-            self._check(path, identity)
+            self._check_same_job(path, identity)
         else:
             write_json(path, identity)
-        return [part for part in range(len(self._parts)) if not self._is_whole(part)]
+        return [chunk for chunk in range(len(self._chunks)) if not self._is_complete(chunk)]
 
-    def _check(self, path: pathlib.Path, identity: dict[str, Any]) -> None:
+    def _check_same_job(self, path: pathlib.Path, identity: dict[str, Any]) -> None:
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            stored = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            before = None
-        if not isinstance(before, dict):
-            raise UserError(f"{path}: cannot be read; delete {self._directory} to begin anew.")
-        for field in [*identity, *before]:
-            if before.get(field) != identity.get(field):
-                was, now = _difference(before.get(field), identity.get(field))
+            stored = None
+        if not isinstance(stored, dict):
+            raise UserError(f"{path}: cannot be read. Delete {self._directory} to start over.")
+        if isinstance(stored.get("settings"), dict):  # an older version may have started the job
+            stored["settings"] = config_dict.with_current_names(DecodeConfig, stored["settings"])
+        for field in [*identity, *stored]:
+            if stored.get(field) != identity.get(field):
+                was, now = _difference(stored.get(field), identity.get(field))
                 raise UserError(
-                    f"{self._directory} holds the predictions of another job ({field}: {was} "
-                    f"there, {now} now); give another --output, or delete it to begin anew."
+                    f"{self._directory} has the answers of another job ({field}: stored {was}, "
+                    f"now {now}). Choose another --output, or delete the directory to start over."
                 )
 
-    def _is_whole(self, part: int) -> bool:
-        found = self._load(part)
-        here = [number for number in self._parts[part] if self._paths[number] is not None]
-        return found is not None and found["numbers"].tolist() == here and not any(found["errors"])
+    def _is_complete(self, chunk: int) -> bool:
+        stored = self._load(chunk)
+        if stored is None or any(stored["errors"]):
+            return False
+        return stored["numbers"].tolist() == self._numbers_with_file(chunk)
 
-    def complete(
-        self, predictors: Sequence[Predictor], todo: Sequence[int], title: str | None
+    def answer(
+        self, predictors: Sequence[Predictor], chunks: Sequence[int], title: str | None
     ) -> None:
-        """Answers the parts `todo`, each predictor those that it comes to, and writes them.
+        """Answer some chunks and store them; each predictor takes the next chunk that waits.
 
-        `title` stands before the progress bar; None: no bar.
+        Args:
+          predictors: one per device.
+          chunks: as `begin` returned them.
+          title: of the progress bar; None shows no bar.
         """
-        waiting, stop, lock = collections.deque(todo), threading.Event(), threading.Lock()
-        total = sum(len(self._here(part)) for part in todo)
+        waiting, stop, lock = collections.deque(chunks), threading.Event(), threading.Lock()
+        total = sum(len(self._numbers_with_file(chunk)) for chunk in chunks)
         bar = tqdm(total=total, desc=title, unit="image", disable=title is None, smoothing=0.05)
 
         def work(predictor: Predictor) -> None:
             while waiting and not stop.is_set():
                 try:
-                    part = waiting.popleft()
-                except IndexError:  # another one was faster
+                    chunk = waiting.popleft()
+                except IndexError:  # another predictor took the last one
                     return
-                here = self._here(part)
+                numbers = self._numbers_with_file(chunk)
+                paths = [self._paths[number] for number in numbers]
                 answers: dict[int, ImageDetections | UserError] = {}
-                for index, found in predictor.stream([self._paths[n] for n in here], self._texts):
+                for index, found in predictor.stream(paths, self._names):
                     if stop.is_set():
                         return
-                    answers[here[index]] = found
+                    answers[numbers[index]] = found
                     with lock:
                         bar.update()
-                self._save(part, [(number, answers[number]) for number in here])
+                self._save(chunk, [(number, answers[number]) for number in numbers])
 
         with bar, concurrent.futures.ThreadPoolExecutor(len(predictors)) as pool:
             try:
-                running = [pool.submit(work, one) for one in predictors[: max(1, len(todo))]]
+                running = [pool.submit(work, one) for one in predictors[: max(1, len(chunks))]]
                 for done in concurrent.futures.as_completed(running):
                     done.result()
-            finally:  # a signal, or an error of one: the others end with the batch they are at
+            finally:  # after an error or a signal, the other threads stop at their next batch
                 stop.set()
 
     def answers(self) -> Iterator[tuple[int, Answer]]:
-        """(number of the image, its answer), in one and the same order.
+        """Yield (index of the image, answer), always in the same order.
 
         Raises:
-          UserError: a part is not there.
+          UserError: a chunk is missing or damaged.
         """
-        for part, numbers in enumerate(self._parts):
-            found = self._load(part)
-            if found is None:
+        for chunk, numbers in enumerate(self._chunks):
+            stored = self._load(chunk)
+            if stored is None:
                 raise UserError(
-                    f"{self._path(part)} is gone or broken; the same command makes it anew."
+                    f"{self._path(chunk)}: missing or damaged. Run the same command again to "
+                    "restore it."
                 )
-            answers = dict(self._unpacked(found))
+            answers = dict(self._unpack(stored))
             yield from ((number, answers.get(number)) for number in numbers)
 
-    def _here(self, part: int) -> list[int]:
-        return [number for number in self._parts[part] if self._paths[number] is not None]
+    def _numbers_with_file(self, chunk: int) -> list[int]:
+        return [number for number in self._chunks[chunk] if self._paths[number] is not None]
 
-    def _path(self, part: int) -> pathlib.Path:
-        return self._directory / f"part-{part:05d}.npz"
+    def _path(self, chunk: int) -> pathlib.Path:
+        # "part" is the word of older versions; the name stays so that their jobs can resume.
+        return self._directory / f"part-{chunk:05d}.npz"
 
-    def _save(self, part: int, answers: Sequence[tuple[int, ImageDetections | UserError]]) -> None:
+    def _save(self, chunk: int, answers: Sequence[tuple[int, ImageDetections | UserError]]) -> None:
         nothing = ImageDetections(
             np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32), (), (0, 0)
         )
         found = [nothing if isinstance(answer, UserError) else answer for _, answer in answers]
-        columns = {
+        arrays = {
             "numbers": np.array([number for number, _ in answers], np.int64),
             "counts": np.array([len(one) for one in found], np.int64),
             "sizes": np.array([one.size for one in found], np.int64).reshape(-1, 2),
@@ -172,50 +195,56 @@ class Predictions:
             "scores": np.concatenate([one.scores for one in [nothing, *found]]),
             "labels": np.concatenate([one.labels for one in [nothing, *found]]).astype(np.int32),
         }
-        with replacing(self._path(part)) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **columns)
+        with replacing(self._path(chunk)) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **arrays)
 
-    def _load(self, part: int) -> dict[str, np.ndarray] | None:
-        """None where it is not there, or not as it was written."""
+    def _load(self, chunk: int) -> dict[str, np.ndarray] | None:
+        """Return the arrays of a chunk, None if its file is missing or damaged."""
         try:
-            with np.load(self._path(part), allow_pickle=False) as file:
-                return {name: file[name] for name in _FIELDS}
+            with np.load(self._path(chunk), allow_pickle=False) as file:
+                return {name: file[name] for name in _ARRAYS}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
-    def _unpacked(self, found: Mapping[str, np.ndarray]) -> Iterator[tuple[int, Answer]]:
-        ends = np.cumsum(found["counts"])
-        for row, number in enumerate(found["numbers"].tolist()):
-            if found["errors"][row]:
-                yield number, UserError(str(found["errors"][row]))
+    def _unpack(self, stored: Mapping[str, np.ndarray]) -> Iterator[tuple[int, Answer]]:
+        ends = np.cumsum(stored["counts"])
+        for row, number in enumerate(stored["numbers"].tolist()):
+            if stored["errors"][row]:
+                yield number, UserError(str(stored["errors"][row]))
                 continue
-            rows = slice(ends[row] - found["counts"][row], ends[row])
-            labels = found["labels"][rows]
+            rows = slice(ends[row] - stored["counts"][row], ends[row])
+            labels = stored["labels"][rows]
             yield (
                 number,
                 ImageDetections(
-                    boxes=found["boxes"][rows],
-                    scores=found["scores"][rows],
+                    boxes=stored["boxes"][rows],
+                    scores=stored["scores"][rows],
                     labels=labels,
-                    names=tuple(self._texts.names[label] for label in labels),
-                    size=tuple(found["sizes"][row].tolist()),
+                    names=tuple(self._names.names[label] for label in labels),
+                    size=tuple(stored["sizes"][row].tolist()),
                 ),
             )
 
 
-def split(images: Sequence[ImageInfo], canvas: tuple[int, int], batch_size: int) -> list[list[int]]:
-    """The images' numbers in parts of full batches.
+def split_into_chunks(
+    images: Sequence[ImageInfo], canvas: tuple[int, int], batch_size: int
+) -> list[list[int]]:
+    """Return the indices of the images in chunks of full batches.
 
-    A batch is of one canvas, so images that the annotations say to lie alike stand together.
+    A batch has one canvas, so images of the same orientation (as annotated) stand together.
     """
-    lies = lambda n: turned(canvas, max(1, images[n].height), max(1, images[n].width)) != canvas
-    order = sorted(range(len(images)), key=lies)
-    size = _BATCHES * batch_size
+
+    def is_turned(number: int) -> bool:
+        height, width = max(1, images[number].height), max(1, images[number].width)
+        return oriented_canvas(canvas, height, width) != canvas
+
+    order = sorted(range(len(images)), key=is_turned)
+    size = _BATCHES_PER_CHUNK * batch_size
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def parameters_digest(params: PyTree) -> str:
-    """A digest of a model's parameters: which checkpoint it is, wherever it lies."""
+    """Return a digest of a model's parameters, which identifies a checkpoint wherever it is."""
     digest = hashlib.sha256()
     for path, value in sorted(parameter_paths(params).items()):
         array = np.ascontiguousarray(jax.device_get(value))
@@ -228,11 +257,11 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _difference(before: Any, now: Any) -> tuple[str, str]:
-    """Both for people, of nested fields only what differs."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+def _difference(stored: Any, now: Any) -> tuple[str, str]:
+    """Return both values as short texts; of nested fields only those that differ."""
+    if isinstance(stored, dict) and isinstance(now, dict):
+        keys = sorted(k for k in stored.keys() | now.keys() if stored.get(k) != now.get(k))
         return tuple(
-            ", ".join(f"{k} {json.dumps(side.get(k))[:60]}" for k in keys) for side in (before, now)
+            ", ".join(f"{k} {json.dumps(side.get(k))[:60]}" for k in keys) for side in (stored, now)
         )
-    return tuple(json.dumps(side)[:20] for side in (before, now))
+    return tuple(json.dumps(side)[:20] for side in (stored, now))

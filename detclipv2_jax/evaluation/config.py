@@ -1,4 +1,4 @@
-"""The schema of the evaluations in a run."""
+"""Settings of the evaluations during training: the config section `eval`."""
 
 import dataclasses
 
@@ -7,10 +7,19 @@ from detclipv2_jax.inference.config import DetectConfig
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(DetectConfig):
-    """The validation set and how the detector is asked; the checkpoint carries it to later jobs."""
+    """The validation data and how the detector is asked. Checkpoints store it for later jobs.
 
-    dataset: str = ""  # LVIS or COCO JSON, relative to data_dir; "" = no evaluation
-    images: str = ""  # folder of its images, relative to data_dir
-    zero_shot: str = ""  # a second set, of what is not trained on: is it forgotten? "" = none
-    zero_shot_images: str = ""  # folder of its images, relative to data_dir
-    pictures: int = 8  # validation pictures drawn at each evaluation
+    Attributes:
+      dataset: LVIS or COCO JSON, relative to `data_dir`. Empty: no evaluation.
+      images: directory of its images, relative to `data_dir`.
+      zero_shot: a second dataset, of categories that are not trained on, to see whether they are
+        forgotten. Empty: none.
+      zero_shot_images: directory of its images, relative to `data_dir`.
+      pictures: how many validation images each evaluation draws.
+    """
+
+    dataset: str = ""
+    images: str = ""
+    zero_shot: str = ""
+    zero_shot_images: str = ""
+    pictures: int = 8

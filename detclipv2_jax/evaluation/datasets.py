@@ -1,6 +1,6 @@
-"""The sets that `evaluate` knows by name, and any other file or folder in COCO's or LVIS's format.
+"""The datasets that `evaluate` knows by name, and annotation files in COCO's or LVIS's format.
 
-Where docs/data.md unpacks the archives, there they are found.
+Datasets are looked for where docs/data.md unpacks the archives.
 """
 
 import dataclasses
@@ -15,106 +15,127 @@ from detclipv2_jax.data.prepare.sources import lvis as lvis_source
 from detclipv2_jax.data.prepare.sources import odinw
 from detclipv2_jax.evaluation import coco, lvis
 
-#: The sets known by name, and what each is.
+#: The datasets known by name: name -> description.
 NAMES = {
     "lvis_val": "LVIS v1 val, 19,809 images",
-    "lvis_minival": "its 4,809 images of COCO's val2017, on which zero-shot figures are told",
+    "lvis_minival": "the 4,809 images of LVIS val in COCO's val2017, usual for zero-shot AP",
     "coco": "COCO val2017",
-    "odinw13": "13 sets of Object Detection in the Wild, and their average",
+    "odinw13": "the 13 datasets of Object Detection in the Wild, and their average",
 }
-_LVIS = (
-    "get lvis_v1_val.json from https://www.lvisdataset.org, and COCO's train2017 and val2017 "
+_GET_LVIS = (
+    "Get lvis_v1_val.json from https://www.lvisdataset.org, and COCO's train2017 and val2017 "
     "images from https://cocodataset.org"
 )
-_COCO = (
-    "get instances_val2017.json (2017 Train/Val annotations) and the val2017 images from "
+_GET_COCO = (
+    "Get instances_val2017.json (2017 Train/Val annotations) and the val2017 images from "
     "https://cocodataset.org"
 )
-_ODINW = "get ODinW's sets as GLIP publishes them, https://github.com/microsoft/GLIP (odinw_35)"
+_GET_ODINW = (
+    "Get the datasets of ODinW as GLIP publishes them, https://github.com/microsoft/GLIP (odinw_35)"
+)
 _MINIVAL_FILES = ("lvis_v1_minival.json", "lvis_v1_minival_inserted_image_name.json")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvaluationSet:
-    """Ground truth and the directory of its images; `name` where it is one of several."""
+    """A dataset to evaluate on.
+
+    Attributes:
+      name: empty unless it is one of several.
+      truth: its ground truth.
+      images: the directory of its images.
+    """
 
     name: str
     truth: coco.GroundTruth
     images: pathlib.Path
 
 
-def load(
+def load_sets(
     dataset: str,
     data_dir: str | pathlib.Path = "data",
     images: str | pathlib.Path | None = None,
     layout: str = "auto",
 ) -> list[EvaluationSet]:
-    """The sets that `dataset` stands for: a name, an annotation file, or a folder with one.
+    """Load the datasets that `dataset` stands for.
 
-    `images`: where the images lie, if not near the annotations. `layout`: 'auto', 'lvis', 'coco'.
+    Args:
+      dataset: one of `NAMES`, an annotation file, or a folder with one.
+      data_dir: where the datasets known by name are.
+      images: the directory of the images; None looks near the annotations.
+      layout: the format of an annotation file: "lvis", "coco", or "auto" for either.
 
     Raises:
-      UserError: the set or its images are not there, says how to get them; or a file is broken.
+      UserError: the dataset or its images are missing (says how to get them), or a file is
+        invalid.
     """
     data_dir = pathlib.Path(data_dir)
     if dataset == "odinw13":
         if images is not None:
-            raise UserError("odinw13 has its images beside the annotations; leave --images out.")
-        return list(_odinw(data_dir))
+            raise UserError("odinw13 has its images next to the annotations. Leave --images out.")
+        return list(_load_odinw(data_dir))
     if dataset == "coco":
-        truth = load_ground_truth(
-            _find(dataset, data_dir, ("coco",), ("instances_val2017.json",), _COCO), "coco"
-        )
+        files = ("instances_val2017.json",)
+        truth = load_ground_truth(_find(dataset, data_dir, ("coco",), files, _GET_COCO), "coco")
     elif dataset == "lvis_val":
-        truth = load_ground_truth(_lvis(dataset, data_dir, ("lvis_v1_val.json",)), "lvis")
+        truth = load_ground_truth(_find_lvis(dataset, data_dir, ("lvis_v1_val.json",)), "lvis")
     elif dataset == "lvis_minival":
-        truth = _minival(_lvis(dataset, data_dir, (*_MINIVAL_FILES, "lvis_v1_val.json")))
+        files = (*_MINIVAL_FILES, "lvis_v1_val.json")
+        truth = _load_minival(_find_lvis(dataset, data_dir, files))
     else:
         path = pathlib.Path(dataset)
         if not path.exists() and path.suffix != ".json":
             raise UserError(
-                f"--dataset={dataset}: no such file or folder, and the sets known by name are "
+                f"--dataset={dataset}: no such file or folder. The datasets known by name are "
                 f"{', '.join(NAMES)}."
             )
-        truth = load_ground_truth(in_folder(path) if path.is_dir() else path, layout)
+        truth = load_ground_truth(find_annotations(path) if path.is_dir() else path, layout)
     return [EvaluationSet("", truth, pathlib.Path(images or guess_image_dir(truth)))]
 
 
 def load_ground_truth(path: str | pathlib.Path, layout: str = "auto") -> coco.GroundTruth:
-    """An annotation file as LVIS or COCO ground truth; `layout` is 'auto', 'lvis' or 'coco'.
+    """Load an annotation file as LVIS or COCO ground truth.
+
+    Args:
+      path: the file.
+      layout: "lvis", "coco", or "auto": LVIS if the file has the fields that only LVIS has.
 
     Raises:
-      UserError: the file is missing or broken; names the file and the field.
+      UserError: the file is missing or invalid; names the file and the field.
     """
     content = coco.read_annotations(path)
     federated = lvis.is_lvis(content) if layout == "auto" else layout == "lvis"
     return (lvis if federated else coco).from_content(path, content)
 
 
-def in_folder(folder: pathlib.Path) -> pathlib.Path:
-    """The annotation file to evaluate on in a folder, its annotations/ or its folder of a split.
+def find_annotations(folder: pathlib.Path) -> pathlib.Path:
+    """Return the annotation file to evaluate on in a folder, its annotations/ or a split's folder.
 
-    By its name it is for evaluation ("val", "valid", "test", …), or it is the only one.
+    It is the only file, or the only one whose path contains a word such as "val" or "test".
 
     Raises:
-      UserError: there is none, or several; names them.
+      UserError: there is no such file, or there are several; names them.
     """
-    places = ("*.json", "annotations/*.json", "*/_annotations.coco.json")
-    files = sorted({path for place in places for path in folder.glob(place) if _has_boxes(path)})
+    patterns = ("*.json", "annotations/*.json", "*/_annotations.coco.json")
+    found = {path for pattern in patterns for path in folder.glob(pattern) if _has_boxes(path)}
+    files = sorted(found)
     words = lambda path: set(re.split(r"[\W_\d]+", str(path.relative_to(folder)).lower()))
     chosen = [path for path in files if words(path) & EVALUATION_WORDS]
-    for wanted in ("val", "valid", "validation"):  # before test, of which often none is public
+    for wanted in ("val", "valid", "validation"):  # before "test", which is often not public
         chosen = [path for path in chosen if wanted in words(path)] or chosen
     chosen = chosen or files
     if len(chosen) == 1:
         return chosen[0]
     if not chosen:
         raise UserError(
-            f"{folder}: holds no annotations in COCO's or LVIS's format, neither itself nor in "
-            "annotations/; name the file (--dataset=FILE.json)."
+            f"{folder}: no annotations in COCO's or LVIS's format, neither in the folder nor in "
+            "annotations/. Name the file (--dataset=FILE.json)."
         )
-    told = ", ".join(str(path.relative_to(folder)) for path in chosen)
-    raise UserError(f"{folder}: holds {told}; name the one to evaluate on (--dataset=FILE.json).")
+    names = ", ".join(str(path.relative_to(folder)) for path in chosen)
+    raise UserError(
+        f"{folder}: several annotation files: {names}. Name the one to evaluate on "
+        "(--dataset=FILE.json)."
+    )
 
 
 def _has_boxes(path: pathlib.Path) -> bool:
@@ -126,7 +147,11 @@ def _has_boxes(path: pathlib.Path) -> bool:
 
 
 def find_image(image: coco.ImageInfo, image_dir: str | pathlib.Path) -> pathlib.Path | None:
-    """The file of an image: by its `file_name`, or by the end of its `coco_url` as in LVIS."""
+    """Return the file of an image, None if it is missing.
+
+    The name is the image's `file_name` or the end of its `coco_url` (LVIS has only that), with or
+    without its folder.
+    """
     names = [image.file_name] if image.file_name else []
     if image.coco_url:
         names.append("/".join(image.coco_url.split("/")[-2:]))
@@ -139,22 +164,24 @@ def find_image(image: coco.ImageInfo, image_dir: str | pathlib.Path) -> pathlib.
 
 
 def guess_image_dir(ground_truth: coco.GroundTruth) -> pathlib.Path:
-    """Where the images of an annotation file lie, by the habits of COCO-format sets.
+    """Return the directory of a dataset's images, from the usual places near the annotations.
 
     Raises:
-      UserError: in none of the usual places.
+      UserError: the images are in none of these places.
     """
     home = pathlib.Path(ground_truth.path).absolute().parent
     places = [home, home / "images", home.parent / "images", home.parent]
     for place in places:
         if any(find_image(image, place) for image in ground_truth.images[:20]):
             return place
-    looked = ", ".join(map(str, places))
-    raise UserError(f"the images of {ground_truth.path} are not in {looked}; give --images=DIR.")
+    raise UserError(
+        f"{ground_truth.path}: its images are not in {', '.join(map(str, places))}. Give their "
+        "directory with --images=DIR."
+    )
 
 
-def _lvis(dataset: str, data_dir: pathlib.Path, files: tuple[str, ...]) -> pathlib.Path:
-    return _find(dataset, data_dir, ("coco", "lvis"), files, _LVIS)
+def _find_lvis(dataset: str, data_dir: pathlib.Path, files: tuple[str, ...]) -> pathlib.Path:
+    return _find(dataset, data_dir, ("coco", "lvis"), files, _GET_LVIS)
 
 
 def _find(
@@ -162,37 +189,39 @@ def _find(
     data_dir: pathlib.Path,
     folders: tuple[str, ...],
     files: tuple[str, ...],
-    get: str,
+    how_to_get: str,
 ) -> pathlib.Path:
-    """The first of the files in DATA/FOLDER/annotations, DATA/FOLDER or DATA itself."""
+    """Return the first of the files in DATA/FOLDER/annotations, DATA/FOLDER or DATA itself."""
     homes = [data_dir / folder for folder in folders] + [data_dir]
     places = [home / inside for home in homes for inside in ("annotations", "")]
     for path in (place / file for file in files for place in places):
         if path.is_file():
             return path
     raise UserError(
-        f"{dataset}: {places[0] / files[-1]} is not there; {get}, or say where they are with "
-        "--data_dir=DIR or --dataset=FILE.json --images=DIR."
+        f"{dataset}: {places[0] / files[-1]} does not exist. {how_to_get}, or name another place "
+        "with --data_dir=DIR, or with --dataset=FILE.json --images=DIR."
     )
 
 
-def _minival(path: pathlib.Path) -> lvis.LvisGroundTruth:
-    """LVIS minival, taken from val where only that is there."""
+def _load_minival(path: pathlib.Path) -> lvis.LvisGroundTruth:
+    """Load LVIS minival from its own file or from LVIS val."""
     content = coco.read_annotations(path)
     if path.name in _MINIVAL_FILES:
         return lvis.from_content(path, content)
     return lvis.from_content(f"{path}, images of val2017", lvis_source.minival(path, content))
 
 
-def _odinw(data_dir: pathlib.Path) -> Iterator[EvaluationSet]:
-    """Its sets with the benchmark's names, on the splits that GLIP measures."""
+def _load_odinw(data_dir: pathlib.Path) -> Iterator[EvaluationSet]:
+    """Load the datasets of ODinW with the benchmark's names, on the splits that GLIP measures."""
     roots = [data_dir / "odinw", data_dir / "odinw13", data_dir]
     root = next((r for r in roots if any((r / s.directory).is_dir() for s in odinw.SETS)), roots[0])
-    gone = [one.name for one in odinw.SETS if not (root / one.directory / one.evaluation).is_file()]
-    if gone:
+    missing = [s.name for s in odinw.SETS if not (root / s.directory / s.evaluation).is_file()]
+    if missing:
+        first = odinw.SETS[0]
         raise UserError(
-            f"odinw13: {', '.join(gone)} not under {root} (as {odinw.SETS[0].directory}/"
-            f"{odinw.SETS[0].evaluation}); {_ODINW}, or say where with --data_dir=DIR."
+            f"odinw13: {', '.join(missing)} not found under {root} (expected such as "
+            f"{first.directory}/{first.evaluation}). {_GET_ODINW}, or name another place with "
+            "--data_dir=DIR."
         )
     for one in odinw.SETS:
         path = root / one.directory / one.evaluation

@@ -1,10 +1,10 @@
-"""The evaluation of one checkpoint, or of all of a run as it writes them, as a job of its own.
+"""The evaluation job: measure a results file, a checkpoint, or all checkpoints of a run.
 
-Devices and processes share the images; their answers are kept on disk (predictions.py), so that a
-killed job goes on. The first process measures, writes and prints.
+Devices and processes share the images. Their answers are stored (answers.py), so that a killed job
+can resume. The first process computes the metrics, writes and prints them.
 
-    OUTPUT/[step_00001000/][SET/]results.json …    predictions/
-    OUTPUT/summary.json  steps.png                 of several checkpoints
+    OUTPUT/[step_00001000/][SET/]results.json ...    predictions/
+    OUTPUT/summary.json  steps.png                   of several checkpoints
 """
 
 import argparse
@@ -22,35 +22,69 @@ from typing import Any
 import jax
 import numpy as np
 
-from detclipv2_jax.common import distributed
+from detclipv2_jax.common import config_dict, distributed
 from detclipv2_jax.common.atomic import write_json
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.interruption import Interrupted
 from detclipv2_jax.evaluation import coco, datasets, measure
-from detclipv2_jax.evaluation.answers import Predictions, parameters_digest
+from detclipv2_jax.evaluation.answers import AnswerStore, parameters_digest
 from detclipv2_jax.evaluation.datasets import EvaluationSet
-from detclipv2_jax.evaluation.report import draw_steps, steps_table, table
+from detclipv2_jax.evaluation.report import draw_steps, results_table, steps_table
 from detclipv2_jax.inference import checkpoint
+from detclipv2_jax.inference.config import DecodeConfig
 from detclipv2_jax.inference.predictor import Predictor
 from detclipv2_jax.inference.prompts import Prompter
 
-_PAUSE = 2.0  # seconds between two looks for a new checkpoint
+_POLL_SECONDS = 2.0  # between two looks for a new checkpoint
 
 
-def run(args: argparse.Namespace, output: pathlib.Path) -> None:
-    """The job that the command line of `evaluate` asks for.
+def run(args: argparse.Namespace) -> None:
+    """Run the job that the command line of `evaluate` asks for.
 
     Raises:
-      UserError: for anything the user can mend; the same command goes on.
-      Interrupted: by SIGTERM; so it does then.
+      UserError: for anything the user can fix; the same command then resumes.
+      Interrupted: SIGTERM; the same command resumes.
     """
+    _check_flags(args)
+    if args.predictions:
+        _evaluate_results_file(args)
+    else:
+        _evaluate_checkpoints(args)
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    if args.follow and args.step != "newest":
+        raise UserError("--follow evaluates every checkpoint of the run. Leave --step out.")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--batch_size={args.batch_size}: must be at least 1.")
+    if args.predictions and (args.follow or args.step != "newest" or args.results_json):
+        raise UserError(
+            "--predictions measures a results file, without a checkpoint. Leave --step, --follow "
+            "and --results_json out."
+        )
+
+
+def _evaluate_results_file(args: argparse.Namespace) -> None:
+    output = pathlib.Path(args.output)
+    sets = datasets.load_sets(args.dataset, args.data_dir, args.images, args.format)
+    if len(sets) > 1:
+        raise UserError(
+            f"--dataset={args.dataset} is {len(sets)} datasets, but a results file belongs to one. "
+            "Give the annotation file of that dataset."
+        )
+    results = measure.measure_results_file(args.predictions, sets[0].truth, output=output)
+    print(f"{results_table(results)}\n\nwritten to {output}: results.json")
+
+
+def _evaluate_checkpoints(args: argparse.Namespace) -> None:
+    output = pathlib.Path(args.output)
     distributed.start(args.coordinator_address, args.num_processes, args.process_id)
     with contextlib.ExitStack() as stack:
-        if jax.process_index():  # one voice; what goes wrong is said by each on stderr
+        if jax.process_index():  # only the first process prints; all report errors on stderr
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
-        stack.enter_context(_ended_by_sigterm())
-        sets = datasets.load(args.dataset, args.data_dir, args.images, args.format)
+        stack.enter_context(_sigterm_raises())
+        sets = datasets.load_sets(args.dataset, args.data_dir, args.images, args.format)
         several = args.follow or args.step == "all" or isinstance(args.step, list)
         for step in _steps(args, output):
             folder = output / f"step_{step:08d}" if several else output
@@ -59,34 +93,110 @@ def run(args: argparse.Namespace, output: pathlib.Path) -> None:
                 _summarize(output, results)
 
 
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Within the block, SIGTERM raises `Interrupted`, as Ctrl-C raises `KeyboardInterrupt`.
+
+    A file that is being written is not left half-written.
+    """
+
+    def end(*_: Any) -> None:
+        raise Interrupted("stopped by SIGTERM", signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _steps(args: argparse.Namespace, output: pathlib.Path) -> Iterator[int]:
+    """Yield the steps to evaluate; with --follow, as training writes their checkpoints."""
+    exchange = output / ".steps.json"
+    if not args.follow:
+        yield from distributed.run_on_first_process(lambda: _chosen_steps(args), exchange)
+        return
+    done: list[int] = []
+
+    def wait_for_next() -> int | None:
+        announced = False
+        while True:
+            waiting = [step for step in checkpoint.steps(args.checkpoint) if step not in done]
+            if waiting:
+                return waiting[0]
+            if done and checkpoint.is_finished(args.checkpoint):
+                return None
+            if not announced:
+                after = f" after step {done[-1]}" if done else ""
+                print(f"waiting for a checkpoint{after} in {args.checkpoint} ...", flush=True)
+                announced = True
+            time.sleep(_POLL_SECONDS)
+
+    while (step := distributed.run_on_first_process(wait_for_next, exchange)) is not None:
+        yield step
+        done.append(step)
+
+
+def _chosen_steps(args: argparse.Namespace) -> list[int]:
+    """Return the steps that --step names."""
+    if args.step == "best":
+        return [checkpoint.best_step(args.checkpoint)]
+    known = checkpoint.require_steps(args.checkpoint)
+    if args.step in ("newest", "all"):
+        return known if args.step == "all" else known[-1:]
+    wanted = args.step if isinstance(args.step, list) else [args.step]
+    if missing := [step for step in wanted if step not in known]:
+        raise UserError(
+            f"{args.checkpoint} has no checkpoint of step {missing[0]}. Its steps are "
+            f"{', '.join(map(str, known))}."
+        )
+    return wanted
+
+
 def _evaluate_checkpoint(
     args: argparse.Namespace, sets: Sequence[EvaluationSet], step: int, output: pathlib.Path
 ) -> dict[str, Any] | None:
-    """The results of one checkpoint on all sets; None where training deleted it meanwhile."""
+    """Evaluate a checkpoint on all datasets; None if training deleted it before it was read."""
     try:
         model = _Model(args, step)
     except Exception:
         if jax.process_count() > 1 or step in checkpoint.steps(args.checkpoint):
             raise
-        print(f"the checkpoint of step {step} was deleted before its turn came", file=sys.stderr)
+        print(
+            f"warning: training deleted the checkpoint of step {step} before it was evaluated; "
+            "skipping it",
+            file=sys.stderr,
+        )
         return None
     found = {
         one.name: _evaluate_set(model, one, output / one.name, args.results_json) for one in sets
     }
-    results = found[""] if "" in found else _average(args.dataset, model.about, found)
-    if "" not in found and jax.process_index() == 0:
-        write_json(output / "results.json", results)
-    inside = "results.json" if "" in found else "results.json, and in a folder a set"
-    print(f"{table(results)}\n\nwritten to {output}: {inside}, detections/*.png", flush=True)
+    files = "results.json, detections/*.png"
+    if "" in found:  # one dataset
+        results = found[""]
+    else:
+        results = _average(args.dataset, model.about, found)
+        files = "results.json, and the results and detections/*.png of each dataset in a folder"
+        if jax.process_index() == 0:
+            write_json(output / "results.json", results)
+    print(f"{results_table(results)}\n\nwritten to {output}: {files}", flush=True)
     return results
 
 
 class _Model:
-    """A checkpoint on every device of this process, and all that tells how it is asked."""
+    """A checkpoint on every device of this process, and how it is asked.
+
+    Attributes:
+      predictors: one per device, with the same compiled program.
+      prompter: turns names into prompts.
+      about: the checkpoint, for the results.
+      settings: what metrics depend on, for the results.
+      identity: what identifies the model among other jobs.
+    """
 
     def __init__(self, args: argparse.Namespace, step: int):
         loaded = checkpoint.load_model(args.checkpoint, step)
-        self.predictors = [  # each answers with the same program
+        self.predictors = [
             Predictor(
                 loaded.graphdef,
                 jax.device_put(loaded.params, device),
@@ -97,7 +207,7 @@ class _Model:
             for device in jax.local_devices()
         ]
         first = self.predictors[0]
-        self.prompts = Prompter.for_model(
+        self.prompter = Prompter.for_model(
             loaded.detect, loaded.definitions, loaded.template, args.definitions, args.prompts
         )
         self.about = {"checkpoint": str(args.checkpoint), "step": step}
@@ -114,17 +224,18 @@ class _Model:
 def _evaluate_set(
     model: _Model, one: EvaluationSet, output: pathlib.Path, results_json: bool
 ) -> dict[str, Any]:
-    """Each process answers its share of what is not there yet; the first measures all of it."""
-    texts = measure.encode_names(model.predictors[0], one.truth, model.prompts)
+    """Answer this process's share of the missing chunks; the first process measures all answers."""
+    names = measure.encode_names(model.predictors[0], one.truth, model.prompter)
     paths = [datasets.find_image(image, one.images) for image in one.truth.images]
-    settings = {**model.settings, **model.prompts.settings(texts)}
-    kept = Predictions(output / "predictions", one.truth.images, paths, model.predictors[0], texts)
-    identity = kept.identity({**model.identity, "settings": settings})
-    todo = distributed.run_on_first_process(lambda: kept.begin(identity), output / ".todo.json")
-    if len(todo) < len(kept):
-        print(f"{len(kept) - len(todo)} of {len(kept)} parts were answered before", flush=True)
-    mine = todo[jax.process_index() :: jax.process_count()]
-    kept.complete(model.predictors, mine, _title(model, one, mine, todo))
+    settings = {**model.settings, **model.prompter.settings(names)}
+    store = AnswerStore(output / "predictions", one.truth.images, paths, model.predictors[0], names)
+    identity = store.identity({**model.identity, "settings": settings})
+    missing = distributed.run_on_first_process(lambda: store.begin(identity), output / ".todo.json")
+    if len(missing) < len(store):
+        answered = len(store) - len(missing)
+        print(f"resuming: {answered} of {len(store)} chunks of images are answered", flush=True)
+    mine = missing[jax.process_index() :: jax.process_count()]
+    store.answer(model.predictors, mine, _bar_title(model, one, mine, missing))
     distributed.barrier()
 
     def measured() -> dict[str, Any]:
@@ -132,7 +243,7 @@ def _evaluate_set(
             one.truth,
             one.images,
             paths,
-            kept.answers(),
+            store.answers(),
             model.about,
             settings,
             output=output,
@@ -142,25 +253,25 @@ def _evaluate_set(
     return distributed.run_on_first_process(measured, output / ".measured.json")
 
 
-def _title(
-    model: _Model, one: EvaluationSet, mine: Sequence[int], todo: Sequence[int]
+def _bar_title(
+    model: _Model, one: EvaluationSet, mine: Sequence[int], missing: Sequence[int]
 ) -> str | None:
-    """What stands before the bar of the first process, which shows its own share."""
+    """Return the title of the progress bar, which only the first process shows."""
     if jax.process_index():
         return None
-    share = f" ({len(mine)} of {len(todo)} parts)" if len(mine) < len(todo) else ""
+    share = f" ({len(mine)} of {len(missing)} chunks)" if len(mine) < len(missing) else ""
     return f"step {model.about['step']}{' ' * bool(one.name)}{one.name}{share}"
 
 
 def _average(
     dataset: str, about: Mapping[str, Any], found: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """The results of several COCO-format sets as one: the mean of each figure over the sets."""
+    """Return the results of several COCO-format datasets as one: the mean of each metric."""
     rows = {name: results["coco"] for name, results in found.items()}
     average = {}
-    for figure in coco.FIGURES:
-        values = [row[figure] for row in rows.values() if row[figure] is not None]
-        average[figure] = float(np.mean(values)) if values else None
+    for metric in coco.METRICS:
+        values = [row[metric] for row in rows.values() if row[metric] is not None]
+        average[metric] = float(np.mean(values)) if values else None
     every = [results["settings"] for results in found.values()]
     settings = {k: v for k, v in every[0].items() if all(other.get(k) == v for other in every)}
     for key in every[0]:
@@ -170,14 +281,14 @@ def _average(
 
 
 def _summarize(output: pathlib.Path, latest: dict[str, Any]) -> None:
-    """Writes and prints what is known of all steps, those of earlier starts of the job included."""
+    """Write and print the results of all steps in `output`, also those of earlier starts."""
     every = []
     for path in sorted(output.glob("step_*/results.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
         if _comparable(results) == _comparable(latest):
             every.append(results)
         else:
-            print(f"warning: {path} is of other settings; the summary leaves it out")
+            print(f"warning: {path} has other settings; the summary leaves it out")
     every.sort(key=lambda results: results["step"])
     kept = ("step", "standard", "fixed", "groups", "coco", "average", "sets")
     summary = {
@@ -188,66 +299,13 @@ def _summarize(output: pathlib.Path, latest: dict[str, Any]) -> None:
     }
     write_json(output / "summary.json", summary)
     draw_steps(every, output / "steps.png")
-    print(f"{steps_table(every)}\n\nwritten to {output}/: summary.json, steps.png\n", flush=True)
+    print(f"{steps_table(every)}\n\nwritten to {output}: summary.json, steps.png\n", flush=True)
 
 
 def _comparable(results: Mapping[str, Any]) -> Any:
-    """What has to be equal for the figures of two steps to stand in one table."""
-    passing = ("images", "names_defined", "versions")
-    settings = {k: v for k, v in results["settings"].items() if not k.startswith(passing)}
+    """Return what must be equal for the metrics of two steps to be in one table."""
+    # Counts and versions may differ; "standard" and "fixed" are explanations.
+    ignored = ("images", "names_defined", "versions", "standard", "fixed")
+    settings = config_dict.with_current_names(DecodeConfig, results["settings"])
+    settings = {k: v for k, v in settings.items() if not k.startswith(ignored)}
     return json.loads(json.dumps([results["dataset"], results["checkpoint"], settings]))
-
-
-def _steps(args: argparse.Namespace, output: pathlib.Path) -> Iterator[int]:
-    """The steps to evaluate, one after another; of a run that goes on, as they are written."""
-    if not args.follow:
-        yield from distributed.run_on_first_process(lambda: _chosen(args), output / ".steps.json")
-        return
-    done: list[int] = []
-
-    def next_one() -> int | None:
-        told = False
-        while True:
-            waiting = [step for step in checkpoint.steps(args.checkpoint) if step not in done]
-            if waiting:
-                return waiting[0]
-            if done and checkpoint.is_finished(args.checkpoint):
-                return None
-            if not told:
-                after = f" after step {done[-1]}" if done else ""
-                print(f"waiting for a checkpoint{after} in {args.checkpoint} …", flush=True)
-                told = True
-            time.sleep(_PAUSE)
-
-    while (step := distributed.run_on_first_process(next_one, output / ".steps.json")) is not None:
-        yield step
-        done.append(step)
-
-
-def _chosen(args: argparse.Namespace) -> list[int]:
-    if args.step == "best":
-        return [checkpoint.best_step(args.checkpoint)]
-    known = checkpoint.require_steps(args.checkpoint)
-    if args.step in ("newest", "all"):
-        return known if args.step == "all" else known[-1:]
-    asked = args.step if isinstance(args.step, list) else [args.step]
-    if gone := [step for step in asked if step not in known]:
-        raise UserError(
-            f"{args.checkpoint} has no checkpoint of step {gone[0]}: it has "
-            f"{', '.join(map(str, known))}."
-        )
-    return asked
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, by an exception: what is being written is whole."""
-
-    def end(*_: Any) -> None:
-        raise Interrupted("stopped by SIGTERM", signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

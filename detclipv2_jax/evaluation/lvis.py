@@ -1,11 +1,11 @@
-"""LVIS standard AP and fixed AP from one and the same set of detections. NumPy only.
+"""LVIS standard AP and fixed AP from the same detections. NumPy only.
 
-LVIS is federated: on an image only the categories known to be present or absent there count, and an
+LVIS is federated: on an image, only the categories known to be present or absent there count. An
 unmatched detection of a category that was not annotated exhaustively is neither right nor wrong.
 *Standard* AP keeps the 300 best detections of each image, whatever their category. *Fixed* AP (Dave
-et al., arXiv 2102.01066) has no limit an image but keeps the 10,000 best of each category over the
-whole split. The two differ and must never share a column. Equal to lvis-api's LVISEval to the last
-digits.
+et al., arXiv 2102.01066) has no limit per image but keeps the 10,000 best of each category over the
+whole dataset. The two differ and must never share a column. Both equal lvis-api's LVISEval within
+rounding (tests/evaluation/).
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import functools
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -20,82 +21,105 @@ from jaxtyping import Bool, Int
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation import coco, matching
 
-FREQUENCIES = ("r", "c", "f")
-# As LVISEval names them, but for its "@300", which fixed AP has not.
-FIGURES = (
+FREQUENCIES = ("r", "c", "f")  # rare, common, frequent
+# As in LVISEval, without its "@300", which does not apply to fixed AP.
+METRICS = (
     *("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"),
     *("AR", "ARs", "ARm", "ARl"),
 )
-_BUFFER = 1 << 20  # detections that wait until they are sorted by category; 48 bytes each
-_PIECE = 1 << 18  # detections that are measured at once, but whole categories
+_BUFFER = 1 << 20  # detections that wait to be sorted by category; 48 bytes each
+_CHUNK = 1 << 18  # about how many detections are matched together, in whole categories
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LvisGroundTruth(coco.GroundTruth):
-    """An LVIS v1 split: beside the boxes, what is known to be absent or only partly marked.
+    """An LVIS v1 dataset: adds what is known to be absent or is marked only in part.
 
-    `groups` names sets of category ids (base, novel, ...) from the categories' own field "group".
+    Attributes:
+      negatives: image id -> ids of the categories known to be absent.
+      not_exhaustive: image id -> ids of the categories of which some objects may be unmarked.
+      frequencies: category id -> "r", "c" or "f".
+      groups: name -> category ids (base, novel, ...), from the field "group" of the categories.
     """
 
-    negatives: Mapping[int, frozenset[int]]  # image id -> ids of categories known to be absent
-    not_exhaustive: Mapping[int, frozenset[int]]  # image id -> ids of which some may be unmarked
-    frequencies: Mapping[int, str]  # category id -> r, c or f
+    negatives: Mapping[int, frozenset[int]]
+    not_exhaustive: Mapping[int, frozenset[int]]
+    frequencies: Mapping[int, str]
     groups: Mapping[str, frozenset[int]]
 
-    def truth(self) -> np.ndarray:
-        """As COCO's, without boxes that have no area: LVISEval leaves those out."""
-        rows = super().truth()
+    def truth_rows(self) -> np.ndarray:
+        """Return the boxes to match, without those of area 0, which LVISEval leaves out."""
+        rows = super().truth_rows()
         return rows[rows["area"] > 0]
 
     @functools.cached_property
-    def countable(self) -> Int[np.ndarray, " p"]:
-        """Sorted `pair_keys` of the pairs (image, category) on which a detection counts."""
-        return np.union1d(self.pair_keys(self.truth()), self._keys_of(self.negatives))
+    def annotated_keys(self) -> Int[np.ndarray, " p"]:
+        """Sorted `pair_keys` of the images and categories where detections count."""
+        return np.union1d(self.pair_keys(self.truth_rows()), self._keys_of(self.negatives))
 
     @functools.cached_property
-    def unmarked(self) -> Int[np.ndarray, " p"]:
-        """Sorted `pair_keys` of the pairs of which not every object is marked."""
+    def not_exhaustive_keys(self) -> Int[np.ndarray, " p"]:
+        """Sorted `pair_keys` of the images and categories where some objects may be unmarked."""
         return np.unique(self._keys_of(self.not_exhaustive))
 
     def pair_keys(self, rows: np.ndarray) -> Int[np.ndarray, " n"]:
-        """One number for each row's image and category."""
+        """Return a number for the image and category of each row of boxes or detections."""
         return rows["category"] * np.int64(len(self.images)) + rows["image"]
 
     def _keys_of(self, sets: Mapping[int, Iterable[int]]) -> Int[np.ndarray, " p"]:
         pairs = [(image, category) for image, members in sets.items() for category in members]
-        rows = np.empty(len(pairs), matching.DETECTION)
+        rows = np.empty(len(pairs), matching.DETECTION_DTYPE)
         columns = np.asarray(pairs, np.int64).reshape(-1, 2)
-        rows["image"] = self.image_places(columns[:, 0])
-        rows["category"] = self.category_places(columns[:, 1])
+        rows["image"] = self.image_indices(columns[:, 0])
+        rows["category"] = self.category_indices(columns[:, 1])
         return self.pair_keys(rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class LvisScores:
-    """What the evaluator found, in fractions of one; None: no ground truth to average over."""
+    """The metrics of `LvisEvaluator` as fractions; None where there is no ground truth.
+
+    Attributes:
+      standard: standard AP and AR, by the names in `METRICS`.
+      fixed: fixed AP and AR, likewise.
+      groups: group of categories -> {"standard": metrics, "fixed": metrics}.
+      categories: per category, a dict with id, name, frequency, groups, boxes (their number),
+        standard_AP, fixed_AP and a few more metrics.
+    """
 
     standard: dict[str, float | None]
     fixed: dict[str, float | None]
-    groups: dict[str, dict[str, dict[str, float | None]]]  # name -> {"standard": …, "fixed": …}
-    categories: list[dict]  # a row each: id, name, frequency, groups, boxes, standard_AP, fixed_AP…
+    groups: dict[str, dict[str, dict[str, float | None]]]
+    categories: list[dict[str, Any]]
+
+
+def is_lvis(content: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
+    """Return whether the content of an annotation file has the fields that only LVIS has."""
+    image, category = content["images"][0], content["categories"][0]
+    return "neg_category_ids" in image and "frequency" in category
 
 
 def load_lvis(path: str | pathlib.Path) -> LvisGroundTruth:
-    """Reads an LVIS v1 JSON (federated: neg_category_ids, not_exhaustive_category_ids, frequency).
+    """Load an LVIS v1 JSON file.
 
     Raises:
-      UserError: the file is missing, no JSON, or an entry is broken; names the file and the field.
+      UserError: the file is missing or invalid; names the file and the field.
     """
     return from_content(path, coco.read_annotations(path))
 
 
-def from_content(path: str | pathlib.Path, content: dict) -> LvisGroundTruth:
-    """As `load_ground_truth`, from a file that `coco.read_annotations` read."""
+def from_content(path: str | pathlib.Path, content: dict[str, Any]) -> LvisGroundTruth:
+    """Return LVIS ground truth from what `coco.read_annotations` returned for `path`.
+
+    Raises:
+      UserError: an entry is invalid; names the file and the field.
+    """
     fields = coco.parse_instances(path, content)
     if (fields["crowd"] != 0).any():
         row = int(np.flatnonzero(fields["crowd"])[0])
         raise UserError(
-            f"{path}: annotations[{row}].iscrowd is set; LVIS has no crowds: use COCO's."
+            f"{path}: annotations[{row}].iscrowd is set, but LVIS has no crowds. Evaluate the file "
+            "in COCO's format (--format=coco)."
         )
     known = {category.id for category in fields["categories"]}
     return LvisGroundTruth(
@@ -108,7 +132,7 @@ def from_content(path: str | pathlib.Path, content: dict) -> LvisGroundTruth:
 
 
 def _category_sets(
-    path: str | pathlib.Path, content: dict, field: str, known: set[int]
+    path: str | pathlib.Path, content: dict[str, Any], field: str, known: set[int]
 ) -> dict[int, frozenset[int]]:
     sets = {}
     for number, row in enumerate(content["images"]):
@@ -116,44 +140,47 @@ def _category_sets(
         members = row.get(field)
         if not isinstance(members, list):
             raise UserError(
-                f"{path}: {place} is missing or no list; an LVIS file has it (COCO: --format=coco)."
+                f"{path}: {place} is missing or not a list. LVIS files have it; evaluate other "
+                "files in COCO's format (--format=coco)."
             )
         unknown = [member for member in members if member not in known]
         if unknown:
             raise UserError(
-                f"{path}: {place} holds {unknown[0]!r}, which is not among 'categories'."
+                f"{path}: {place} contains {unknown[0]!r}, which is not in 'categories'. Fix the "
+                "entry."
             )
         sets[int(row["id"])] = frozenset(members)
     return sets
 
 
-def _frequencies(path: str | pathlib.Path, content: dict) -> dict[int, str]:
+def _frequencies(path: str | pathlib.Path, content: dict[str, Any]) -> dict[int, str]:
     for number, row in enumerate(content["categories"]):
         if row.get("frequency") not in FREQUENCIES:
             raise UserError(
-                f"{path}: categories[{number}].frequency is {row.get('frequency')!r}, not r, c or "
-                "f as LVIS has it (COCO: --format=coco)."
+                f"{path}: categories[{number}].frequency is {row.get('frequency')!r}, expected "
+                "'r', 'c' or 'f' as in LVIS. Evaluate other files in COCO's format "
+                "(--format=coco)."
             )
     return {int(row["id"]): row["frequency"] for row in content["categories"]}
 
 
-def _groups(path: str | pathlib.Path, content: dict) -> dict[str, frozenset[int]]:
+def _groups(path: str | pathlib.Path, content: dict[str, Any]) -> dict[str, frozenset[int]]:
     groups: dict[str, set[int]] = {}
     for number, row in enumerate(content["categories"]):
         if "group" in row:
-            name = coco.text(path, f"categories[{number}]", row, "group")
+            name = coco.text_field(path, f"categories[{number}]", row, "group")
             groups.setdefault(name, set()).add(int(row["id"]))
     return {name: frozenset(groups[name]) for name in sorted(groups)}
 
 
 class LvisEvaluator(coco.DetectionEvaluator):
-    """Takes a detector's boxes and gives standard and fixed AP.
+    """Computes standard and fixed AP.
 
-    Equal scores rank as given within an image, and by image id between images; the cut of fixed AP
-    takes them as they come, which in a results file is its order.
+    Equal scores rank in the order given within an image, and by image id between images. The limit
+    of fixed AP takes equal scores in the order in which they were added, as with a results file.
 
-    Of standard AP's detections those of the federated filter are kept, of fixed AP's the best of
-    each category so far: what is no better than all of them is dropped when it comes.
+    Memory is bounded. Standard AP keeps detections that pass the federated filter. Fixed AP keeps
+    the best detections of each category so far; what scores no higher than all of them is dropped.
     """
 
     def __init__(
@@ -162,134 +189,148 @@ class LvisEvaluator(coco.DetectionEvaluator):
         *,
         max_per_image: int = 300,
         max_per_category: int = 10_000,
-        groups: Mapping[str, Iterable[int]] | None = None,
     ):
-        """`groups` (name -> category ids) replaces the ground truth's own."""
+        """Create an evaluator without detections.
+
+        Args:
+          ground_truth: what detections are compared with.
+          max_per_image: detections per image that standard AP keeps.
+          max_per_category: detections per category that fixed AP keeps.
+        """
         super().__init__(ground_truth)
         self._max_per_image = max_per_image
-        self._groups = {
-            name: frozenset(ids)
-            for name, ids in (ground_truth.groups if groups is None else groups).items()
-        }
-        self._standard = _Best(len(ground_truth.categories), sys.maxsize)
-        self._fixed = _Best(len(ground_truth.categories), max_per_category)
+        self._standard = _BestOfCategories(len(ground_truth.categories), sys.maxsize)
+        self._fixed = _BestOfCategories(len(ground_truth.categories), max_per_category)
 
     def _keep(self, rows: np.ndarray) -> None:
         self._fixed.add(rows)
-        best = matching.among_best(rows["image"], rows["score"], self._max_per_image)
+        best = matching.top_k_per_group(rows["image"], rows["score"], self._max_per_image)
         self._standard.add(self._countable(rows[best]))
 
     def result(self) -> LvisScores:
-        """Both sets of figures. Images that were never given count as images without detections."""
-        standard, fixed = self.curves().values()
-        ids = self._truth.sorted_categories
+        """Return all metrics. An image that was not added counts as one without detections."""
+        curves = self.curves()
+        standard, fixed = curves["standard"], curves["fixed"]
+        ids = self._truth.sorted_category_ids
         groups = {}
-        for name, members in self._groups.items():
+        for name, members in self._truth.groups.items():
             mask = np.isin(ids, np.fromiter(members, np.int64))
             groups[name] = {
-                "standard": matching.summarize(standard.of(mask)),
-                "fixed": matching.summarize(fixed.of(mask)),
+                "standard": matching.summarize(standard.select(mask)),
+                "fixed": matching.summarize(fixed.select(mask)),
             }
         return LvisScores(
-            standard=self._figures(standard),
-            fixed=self._figures(fixed),
+            standard=self._metrics(standard),
+            fixed=self._metrics(fixed),
             groups=groups,
             categories=self._category_rows(standard, fixed),
         )
 
-    def held(self) -> dict[str, int]:
-        """How many detections are kept for "standard" and "fixed"; 48 bytes each."""
-        return {"standard": len(self._standard), "fixed": len(self._fixed)}
-
     def curves(self) -> dict[str, matching.Curves]:
-        """Precision and recall behind the figures of "standard" and "fixed"; categories by id."""
+        """Return the curves behind "standard" and "fixed"; categories by ascending id."""
         return {
-            "standard": self._measured(self._standard),
-            "fixed": self._measured(self._fixed),
+            "standard": self._curves(self._standard),
+            "fixed": self._curves(self._fixed),
         }
 
     def _countable(self, rows: np.ndarray) -> np.ndarray:
-        """The federated filter, and boxes that have an area: LVISEval leaves the others out."""
+        """Apply the federated filter; drop boxes without an area, as LVISEval does."""
         sized = rows["box"][:, 2] * rows["box"][:, 3] > 0
-        return rows[sized & _among(self._truth.countable, self._truth.pair_keys(rows))]
+        return rows[sized & _is_among(self._truth.annotated_keys, self._truth.pair_keys(rows))]
 
-    def _measured(self, best: "_Best") -> matching.Curves:
-        truth = self._truth.truth()
+    def _curves(self, best: "_BestOfCategories") -> matching.Curves:
+        truth = self._truth.truth_rows()
         truth = truth[np.argsort(truth["category"], kind="stable")]
-        pieces = []
-        for first, end, found in best.pieces(_PIECE):
-            found = self._countable(found)
-            unsure = _among(self._truth.unmarked, self._truth.pair_keys(found))
-            rows = slice(*np.searchsorted(truth["category"], [first, end]))
+        curves = []
+        for chunk in best.chunks(_CHUNK):
+            found = self._countable(chunk.rows)
+            keys = self._truth.pair_keys(found)
+            not_exhaustive = _is_among(self._truth.not_exhaustive_keys, keys)
+            rows = slice(*np.searchsorted(truth["category"], [chunk.first, chunk.end]))
             wanted = truth[rows].copy()
-            wanted["category"] -= first
-            found["category"] -= first
-            pieces.append(matching.curves(wanted, found, unsure, end - first))
-        return matching.Curves.concatenate(pieces)
+            wanted["category"] -= chunk.first
+            found["category"] -= chunk.first
+            curves.append(
+                matching.precision_recall(wanted, found, not_exhaustive, chunk.end - chunk.first)
+            )
+        return matching.Curves.concatenate(curves)
 
-    def _figures(self, found: matching.Curves) -> dict[str, float | None]:
-        ids = self._truth.sorted_categories
+    def _metrics(self, curves: matching.Curves) -> dict[str, float | None]:
+        ids = self._truth.sorted_category_ids
         letters = np.asarray([self._truth.frequencies[int(key)] for key in ids])
-        figures = matching.summarize(found)
+        metrics = matching.summarize(curves)
         for letter in FREQUENCIES:
-            figures[f"AP{letter}"] = matching.mean(found.of(letters == letter).precision[..., 0])
-        return {name: figures[name] for name in FIGURES}
+            precision = curves.select(letters == letter).precision[..., 0]
+            metrics[f"AP{letter}"] = matching.mean_defined(precision)
+        return {name: metrics[name] for name in METRICS}
 
-    def _category_rows(self, standard: matching.Curves, fixed: matching.Curves) -> list[dict]:
+    def _category_rows(
+        self, standard: matching.Curves, fixed: matching.Curves
+    ) -> list[dict[str, Any]]:
         keys, counts = np.unique(self._truth.category_ids, return_counts=True)
         boxes = dict(zip(keys.tolist(), counts.tolist()))
+        groups = self._truth.groups
         rows = []
         for category in self._truth.categories:
-            number = self._truth.category_places([category.id])
+            index = self._truth.category_indices([category.id])
             row = {
                 "id": category.id,
                 "name": category.name,
                 "frequency": self._truth.frequencies[category.id],
-                "groups": [name for name, ids in self._groups.items() if category.id in ids],
+                "groups": [name for name, ids in groups.items() if category.id in ids],
                 "boxes": boxes.get(category.id, 0),
             }
-            for protocol, found in (("standard", standard), ("fixed", fixed)):
-                figures = matching.summarize(found.of(number))
-                row |= {f"{protocol}_{key}": figures[key] for key in ("AP", "AP50", "AP75", "AR")}
+            for protocol, curves in (("standard", standard), ("fixed", fixed)):
+                metrics = matching.summarize(curves.select(index))
+                row |= {f"{protocol}_{key}": metrics[key] for key in ("AP", "AP50", "AP75", "AR")}
             rows.append(row)
         return rows
 
 
-def _among(known: Int[np.ndarray, " k"], keys: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
-    """Whether each key is one of the sorted keys `known`."""
+def _is_among(known: Int[np.ndarray, " k"], keys: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    """Return whether each key is one of the sorted keys `known`."""
     if not len(known):
         return np.zeros(len(keys), bool)
     return known[np.minimum(np.searchsorted(known, keys), len(known) - 1)] == keys
 
 
-class _Best:
-    """The best detections of each category, of equal scores those that came first.
+class _Chunk(NamedTuple):
+    """Detections of the categories `first` to `end` - 1."""
 
-    Holds at most 5/4 of what it may, and `_BUFFER` that wait: sorting after every image takes long.
+    first: int
+    end: int
+    rows: np.ndarray
+
+
+class _BestOfCategories:
+    """The best detections of each category; of equal scores those that were added first.
+
+    Sorting after every image is slow. So up to `_BUFFER` detections wait unsorted, and a category
+    keeps up to 5/4 of its limit.
     """
 
     def __init__(self, categories: int, limit: int):
         self._limit = limit
-        self._floor = np.full(categories, -np.inf)  # a score that has to be beaten
+        self._floor = np.full(categories, -np.inf)  # a detection must score more than this
         self._rows: list[list[np.ndarray]] = [[] for _ in range(categories)]
         self._counts = np.zeros(categories, np.int64)
         self._waiting: list[np.ndarray] = []
-        self._buffered = 0
+        self._num_waiting = 0
 
     def __len__(self) -> int:
-        """How many detections are held."""
-        return int(self._counts.sum()) + self._buffered
+        """Return how many detections are kept."""
+        return int(self._counts.sum()) + self._num_waiting
 
     def add(self, rows: np.ndarray) -> None:
-        """Detections of any categories."""
+        """Add detections of any categories."""
         rows = rows[rows["score"] > self._floor[rows["category"]]]
         self._waiting.append(rows)
-        self._buffered += len(rows)
-        if self._buffered > _BUFFER:
+        self._num_waiting += len(rows)
+        if self._num_waiting > _BUFFER:
             self._sort()
 
-    def pieces(self, size: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """All that are to stay: (first category, end, rows), some `size` rows at once."""
+    def chunks(self, size: int) -> Iterator[_Chunk]:
+        """Yield the best detections in whole categories, about `size` detections at a time."""
         self._sort()
         for category in np.flatnonzero(self._counts > self._limit):
             self._cut(category)
@@ -297,25 +338,26 @@ class _Best:
         for category, count in enumerate(self._counts.tolist()):
             total += count
             if total >= size or category == len(self._counts) - 1:
-                parts = [part for rows in self._rows[first : category + 1] for part in rows]
-                empty = np.zeros(0, matching.DETECTION)
-                yield first, category + 1, np.concatenate([empty, *parts])
+                arrays = [array for rows in self._rows[first : category + 1] for array in rows]
+                empty = np.zeros(0, matching.DETECTION_DTYPE)
+                yield _Chunk(first, category + 1, np.concatenate([empty, *arrays]))
                 first, total = category + 1, 0
 
     def _sort(self) -> None:
-        """Hands what waits to its categories."""
-        rows = np.concatenate([np.zeros(0, matching.DETECTION), *self._waiting])
-        self._waiting, self._buffered = [], 0
+        """Move the waiting detections to their categories."""
+        rows = np.concatenate([np.zeros(0, matching.DETECTION_DTYPE), *self._waiting])
+        self._waiting, self._num_waiting = [], 0
         rows = rows[np.argsort(rows["category"], kind="stable")]
         edges = np.searchsorted(rows["category"], np.arange(len(self._counts) + 1))
         for category in np.flatnonzero(np.diff(edges)):
-            # A copy: a view of a few rows would keep all of them in memory.
+            # Copy: a view of a few rows would keep all of them in memory.
             self._rows[category].append(rows[edges[category] : edges[category + 1]].copy())
         self._counts += np.diff(edges)
         for category in np.flatnonzero(self._counts > self._limit + self._limit // 4):
             self._cut(category)
 
     def _cut(self, category: int) -> None:
+        """Keep the best `limit` detections of a category."""
         rows = np.concatenate(self._rows[category])
         scores = rows["score"]
         floor = np.partition(scores, len(scores) - self._limit)[len(scores) - self._limit]
@@ -323,9 +365,3 @@ class _Best:
         equal &= np.cumsum(equal) <= self._limit - np.count_nonzero(better)
         self._rows[category] = [rows[better | equal]]
         self._counts[category], self._floor[category] = self._limit, floor
-
-
-def is_lvis(content: Mapping[str, Sequence[Mapping]]) -> bool:
-    """Whether a parsed annotation file is LVIS's: federated, categories with a frequency."""
-    image, category = content["images"][0], content["categories"][0]
-    return "neg_category_ids" in image and "frequency" in category

@@ -1,27 +1,28 @@
-"""Measuring a model, or a results file, on a set with boxes."""
+"""Measure a model, its stored answers, or a results file on a dataset with boxes."""
 
 import contextlib
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from detclipv2_jax.common.atomic import write_json
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.evaluation import coco, lvis, results_file
+from detclipv2_jax.evaluation import coco, lvis
 from detclipv2_jax.evaluation.answers import Answer
 from detclipv2_jax.evaluation.datasets import find_image
-from detclipv2_jax.evaluation.report import PROTOCOLS, compare, readable
+from detclipv2_jax.evaluation.report import PROTOCOLS, draw_comparison, readable_name
+from detclipv2_jax.evaluation.results_file import read_results, results_writer
 from detclipv2_jax.inference import drawing
 from detclipv2_jax.inference.detections import ImageDetections
-from detclipv2_jax.inference.predictor import Predictor, Texts
-from detclipv2_jax.inference.prompts import Prompting
+from detclipv2_jax.inference.predictor import EncodedNames, Predictor
+from detclipv2_jax.inference.prompts import Prompter
 
-_EXPLAINED = 3  # problems with images that are spelt out before only their number is
+_WARNINGS = 3  # per kind of problem; the results count all of them
 
 
 def measure_model(
@@ -29,43 +30,65 @@ def measure_model(
     ground_truth: coco.GroundTruth,
     image_dir: str | pathlib.Path,
     *,
-    prompts: Prompting = Prompting(),  # noqa: B008 - frozen
+    prompter: Prompter = Prompter(),  # noqa: B008 - frozen
     step: int | None = None,
     output: str | pathlib.Path | None = None,
     pictures: int = 8,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Asks a model for all names of a set on all of its images, and measures what it answers.
+    """Detect all names of a dataset in all of its images; return the metrics.
 
-    With `output`, writes there what `measure_answers` does. Every process makes this call.
+    With several processes, each must make this call.
+
+    Args:
+      predictor: the model.
+      ground_truth: the dataset.
+      image_dir: where its images are.
+      prompter: turns names into prompts.
+      step: of the checkpoint, for the results.
+      output: where to write what `measure_answers` writes; None writes nothing.
+      pictures: how many images to draw.
+      progress: whether to show a progress bar.
 
     Returns:
       As `measure_answers`.
 
     Raises:
-      UserError: not one image was found or could be read.
+      UserError: no image was found or could be read.
     """
-    texts = encode_names(predictor, ground_truth, prompts)
+    names = encode_names(predictor, ground_truth, prompter)
     paths = [find_image(image, image_dir) for image in ground_truth.images]
+    settings = {**dataclasses.asdict(predictor.config), "canvas": list(predictor.canvas)}
     return measure_answers(
         ground_truth,
         image_dir,
         paths,
-        _answers(predictor, paths, texts, progress),
+        _answers(predictor, paths, names, progress),
         {"step": step},
-        {**_settings(predictor), **prompts.settings(texts)},
+        {**settings, **prompter.settings(names)},
         output=output,
         pictures=pictures,
     )
 
 
-def encode_names(predictor: Predictor, truth: coco.GroundTruth, prompts: Prompting) -> Texts:
-    """The set's names, encoded; two categories of one name are two rows."""
-    return prompts.encode(
+def encode_names(predictor: Predictor, truth: coco.GroundTruth, prompter: Prompter) -> EncodedNames:
+    """Encode the names of a dataset's categories; two categories of one name have a row each."""
+    return prompter.encode(
         predictor,
-        [readable(category.name) for category in truth.categories],
+        [readable_name(category.name) for category in truth.categories],
         [(category.definition, category.synset) for category in truth.categories],
     )
+
+
+def _answers(
+    predictor: Predictor, paths: Sequence[pathlib.Path | None], names: EncodedNames, progress: bool
+) -> Iterator[tuple[int, Answer]]:
+    """Yield (index of the image, answer): first None for missing images, then the others."""
+    yield from ((number, None) for number, path in enumerate(paths) if path is None)
+    found = [number for number, path in enumerate(paths) if path is not None]
+    stream = predictor.stream([paths[number] for number in found], names)
+    bar = tqdm(stream, total=len(found), desc="evaluating", unit="image", disable=not progress)
+    yield from ((found[index], answer) for index, answer in bar)
 
 
 def measure_answers(
@@ -80,119 +103,150 @@ def measure_answers(
     pictures: int = 8,
     results_json: bool = False,
 ) -> dict[str, Any]:
-    """The figures of the answers to images, (number of the image, answer) in any order.
+    """Return the metrics of a model's answers to the images of a dataset.
 
-    LVIS sets get standard and fixed AP of one and the same detections, over all categories, r/c/f
-    and groups; others COCO's twelve figures. With `output`, writes there `results.json` (what is
-    returned), for LVIS `categories.json` (both AP of each category), `detections/….png` (ground
-    truth beside the best detections of `pictures` images) and, with `results_json`, the detections
-    as `predictions.json` in COCO's and LVIS's form.
+    LVIS sets get standard and fixed AP of the same detections: over all categories, rare, common
+    and frequent ones, and groups. Other sets get COCO's twelve metrics. Images that are missing or
+    cannot be read count as images without detections.
+
+    Args:
+      truth: the dataset.
+      image_dir: where its images are, for messages.
+      paths: the file of each image, None if it is missing.
+      answers: (index of the image, answer) in any order.
+      about: fields for the results: the model and its step.
+      settings: fields for the section "settings": how the model was asked.
+      output: a directory; None writes nothing. Else writes `results.json` (what is returned), for
+        LVIS `categories.json` (both AP of each category), `detections/*.png` (ground truth next to
+        the best detections), and with `results_json` all detections as `predictions.json`.
+      pictures: how many images to draw.
+      results_json: whether to write a results file.
 
     Returns:
       {"dataset", *about, "standard", "fixed", "groups": {name: {"standard", "fixed"}}, "settings"}
-      or {"dataset", *about, "coco", "settings"}: fractions of one, None where there is no ground
-      truth. Images that are missing or cannot be read count as images without detections;
-      "settings" tells how many.
+      or {"dataset", *about, "coco", "settings"}. Metrics are fractions, None where there is no
+      ground truth. "settings" counts the images that are missing, unreadable or of another size.
 
     Raises:
-      UserError: not one image was found or could be read.
+      UserError: no image was found or could be read.
     """
-    federated = isinstance(truth, lvis.LvisGroundTruth)
-    evaluator = (lvis.LvisEvaluator if federated else coco.CocoEvaluator)(truth)
     output = None if output is None else pathlib.Path(output)
-    with contextlib.ExitStack() as stack:
-        write = None
-        if output is not None and results_json:
-            write = stack.enter_context(results_file.writing(output / "predictions.json"))
-        wanted = _evenly([n for n, path in enumerate(paths) if path], pictures if output else 0)
-        samples: dict[int, ImageDetections] = {}
-        problems = _Problems(truth, image_dir, paths)
-        category_ids = np.asarray([category.id for category in truth.categories])
-        for number, found in answers:
-            if problems.told(number, found):
+    evaluator = _evaluator(truth)
+    category_ids = np.asarray([category.id for category in truth.categories])
+    problems = _ImageProblems(truth, image_dir, paths)
+    drawn = _spread([n for n, path in enumerate(paths) if path], pictures if output else 0)
+    samples: dict[int, ImageDetections] = {}
+    with _optional_writer(output, results_json) as write:
+        for number, answer in answers:
+            problems.count(number, answer)
+            if not isinstance(answer, ImageDetections):
                 continue
             image = truth.images[number]
-            scale = np.tile([image.width / found.size[1], image.height / found.size[0]], 2)
-            row = (image.id, found.boxes * scale, found.scores, category_ids[found.labels])
+            # The boxes are in pixels of the file; the annotations may be for another size.
+            scale = np.tile([image.width / answer.size[1], image.height / answer.size[0]], 2)
+            row = (image.id, answer.boxes * scale, answer.scores, category_ids[answer.labels])
             evaluator.add(*row)
-            if write:
-                write(*row)
-            if number in wanted:
-                samples[number] = found
-        problems.check()
-    results = {"dataset": truth.path, **about}
-    if federated:
-        scores = evaluator.result()
-        results |= {"standard": scores.standard, "fixed": scores.fixed, "groups": scores.groups}
-        settings = {**settings, **PROTOCOLS}
-    else:
-        results["coco"] = evaluator.result()
-    results["settings"] = {**settings, **problems.counts}
+            write(*row)
+            if number in drawn:
+                samples[number] = answer
+        problems.check_any_image()
+    metrics = _metrics(evaluator)
+    results = {
+        "dataset": truth.path,
+        **about,
+        **metrics.values,
+        "settings": {**settings, **metrics.protocols, **problems.counts},
+    }
     if output is not None:
-        write_json(output / "results.json", results)
-        if federated:
-            write_json(output / "categories.json", scores.categories)
+        _write_results(output, results, metrics)
         if samples:
             step = about.get("step")
             name = "detections" if step is None else f"step_{step:08d}"
-            drawing.save(compare(truth, paths, samples), output / "detections" / f"{name}.png")
+            picture = draw_comparison(truth, paths, samples)
+            drawing.save_png(picture, output / "detections" / f"{name}.png")
     return results
 
 
 def measure_results_file(
     path: str | pathlib.Path,
-    ground_truth: coco.GroundTruth,
+    truth: coco.GroundTruth,
     *,
     output: str | pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """The figures of a results file (COCO's and LVIS's format), of this or of any other tool.
+    """Return the metrics of a results file in COCO's and LVIS's format, of any tool.
+
+    Args:
+      path: the file.
+      truth: the dataset.
+      output: where to write `results.json` and, for LVIS, `categories.json`; None writes nothing.
 
     Returns:
-      As `measure_answers`, with "predictions" for `about`; "settings" counts the entries of unknown
-      images or categories.
+      As `measure_answers`, with "predictions" in place of `about`. "settings" counts the entries of
+      unknown images or categories.
 
     Raises:
-      UserError: the file cannot be read, or an entry is broken.
+      UserError: the file cannot be read or an entry is invalid.
     """
-    found = results_file.read(path, ground_truth)
-    for text in found.oddities():
-        tqdm.write(f"warning: {path}: {text}", file=sys.stderr)
-    figures = results_file.measure_file(found, ground_truth)
-    categories = figures.pop("categories", None)
+    file = read_results(path, truth)
+    for sentence in file.warnings():
+        tqdm.write(f"warning: {path}: {sentence}", file=sys.stderr)
+    evaluator = _evaluator(truth)
+    for rows in file.chunks():
+        evaluator.add_rows(rows)
+    metrics = _metrics(evaluator)
     results = {
-        "dataset": ground_truth.path,
+        "dataset": truth.path,
         "predictions": str(path),
-        **figures,
-        "settings": {
-            **({} if "coco" in figures else PROTOCOLS),
-            "images": len(ground_truth.images),
-            **found.counts,
-        },
+        **metrics.values,
+        "settings": {**metrics.protocols, "images": len(truth.images), **file.counts},
     }
     if output is not None:
-        write_json(pathlib.Path(output) / "results.json", results)
-        if categories is not None:
-            write_json(pathlib.Path(output) / "categories.json", categories)
+        _write_results(pathlib.Path(output), results, metrics)
     return results
 
 
-def _settings(predictor: Predictor) -> dict[str, Any]:
-    return {**dataclasses.asdict(predictor.config), "canvas": list(predictor.canvas)}
+def _evaluator(truth: coco.GroundTruth) -> coco.CocoEvaluator | lvis.LvisEvaluator:
+    if isinstance(truth, lvis.LvisGroundTruth):
+        return lvis.LvisEvaluator(truth)
+    return coco.CocoEvaluator(truth)
 
 
-def _answers(
-    predictor: Predictor, paths: Sequence[pathlib.Path | None], texts: Texts, progress: bool
-) -> Iterator[tuple[int, Answer]]:
-    """Yields (number of the path, its answer); None, first of all, where there is no path."""
-    yield from ((number, None) for number, path in enumerate(paths) if path is None)
-    here = [number for number, path in enumerate(paths) if path is not None]
-    stream = predictor.stream([paths[number] for number in here], texts)
-    bar = tqdm(stream, total=len(here), desc="evaluating", unit="image", disable=not progress)
-    yield from ((here[index], found) for index, found in bar)
+class _Metrics(NamedTuple):
+    """What an evaluator computed, by the keys of results.json."""
+
+    values: dict[str, Any]  # "standard", "fixed" and "groups" for LVIS, else "coco"
+    protocols: dict[str, str]  # for LVIS, what "standard" and "fixed" mean
+    categories: list[dict[str, Any]] | None  # for LVIS, the metrics of each category
 
 
-class _Problems:
-    """Counts what is wrong with images, and explains the first few of each sort."""
+def _metrics(evaluator: coco.CocoEvaluator | lvis.LvisEvaluator) -> _Metrics:
+    found = evaluator.result()
+    if not isinstance(found, lvis.LvisScores):
+        return _Metrics({"coco": found}, {}, None)
+    values = {"standard": found.standard, "fixed": found.fixed, "groups": found.groups}
+    return _Metrics(values, PROTOCOLS, found.categories)
+
+
+def _write_results(output: pathlib.Path, results: dict[str, Any], metrics: _Metrics) -> None:
+    write_json(output / "results.json", results)
+    if metrics.categories is not None:
+        write_json(output / "categories.json", metrics.categories)
+
+
+@contextlib.contextmanager
+def _optional_writer(
+    output: pathlib.Path | None, results_json: bool
+) -> Iterator[Callable[..., None]]:
+    """Write a results file if asked to; else yield a function that does nothing."""
+    if output is None or not results_json:
+        yield lambda *_: None
+        return
+    with results_writer(output / "predictions.json") as write:
+        yield write
+
+
+class _ImageProblems:
+    """Counts the images that are missing, unreadable or of another size; warns of the first few."""
 
     def __init__(
         self,
@@ -208,37 +262,36 @@ class _Problems:
             "images_other_size": 0,
         }
 
-    def told(self, number: int, found: Answer) -> bool:
-        """Notes what is wrong with an answer; is there nothing to measure in it?"""
+    def count(self, number: int, answer: Answer) -> None:
+        """Count what is wrong with the image of an answer, if anything."""
         image = self._truth.images[number]
-        if found is None:
-            self._add("missing", f"image {image.id} is not under {self._image_dir}")
-        elif isinstance(found, UserError):
-            self._add("unreadable", str(found))
-        elif found.size != (image.height, image.width):
-            sizes = f"{found.size[0]}×{found.size[1]}, not {image.height}×{image.width}"
+        if answer is None:
+            self._add("images_missing", f"image {image.id} was not found in {self._image_dir}.")
+        elif isinstance(answer, UserError):
+            self._add("images_unreadable", str(answer))
+        elif answer.size != (image.height, image.width):
             self._add(
-                "other_size",
-                f"{self._paths[number]} is {sizes} as the annotations say; its boxes were scaled",
+                "images_other_size",
+                f"{self._paths[number]} has {answer.size[0]}×{answer.size[1]} pixels, but the "
+                f"annotations say {image.height}×{image.width}. Its boxes are scaled.",
             )
-        return found is None or isinstance(found, UserError)
 
-    def _add(self, sort: str, sentence: str) -> None:
-        self.counts[f"images_{sort}"] += 1
-        if self.counts[f"images_{sort}"] <= _EXPLAINED:
+    def _add(self, key: str, sentence: str) -> None:
+        self.counts[key] += 1
+        if self.counts[key] <= _WARNINGS:
             tqdm.write(f"warning: {sentence}", file=sys.stderr)
 
-    def check(self) -> None:
-        """Raises UserError where no image at all could be measured."""
+    def check_any_image(self) -> None:
+        """Raise `UserError` if no image could be read."""
         lost = self.counts["images_missing"] + self.counts["images_unreadable"]
         if lost == self.counts["images"]:
             raise UserError(
-                f"none of the {lost} images could be read under {self._image_dir}; "
-                "set the directory that holds them (--images=DIR)."
+                f"none of the {lost} images could be read in {self._image_dir}. Give the directory "
+                "of the images (--images=DIR; in a training run, config.eval.images)."
             )
 
 
-def _evenly(numbers: Sequence[int], count: int) -> set[int]:
-    """`count` of the numbers, spread over them."""
+def _spread(numbers: Sequence[int], count: int) -> set[int]:
+    """Return `count` of the numbers, evenly spread."""
     picks = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int)
     return {numbers[pick] for pick in picks}

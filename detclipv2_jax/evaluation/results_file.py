@@ -1,36 +1,39 @@
-"""Detections as a results file: the JSON list that COCO's and LVIS's tools write and read.
+"""Results files: detections as the JSON list that COCO's and LVIS's tools write and read.
 
     [{"image_id": 42, "category_id": 7, "bbox": [x, y, width, height], "score": 0.9}, ...]
 
-Pixels of the image; other fields are passed over. Numbers are written so that they read back just
-as they were: the figures of a file are those of the run that wrote it.
+Boxes are in pixels of the image. Other fields are ignored. Numbers are written with all digits, so
+the metrics of a written file equal those of the run that wrote it.
 """
 
 import contextlib
 import dataclasses
 import itertools
 import json
-import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from detclipv2_jax.common import json_stream
 from detclipv2_jax.common.atomic import replacing
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.evaluation import coco, lvis, matching
+from detclipv2_jax.evaluation import coco, matching
 
-_BATCH = 1 << 16  # entries that are looked at together
-_HANDED_ON = 1 << 20  # detections that the evaluator gets at once
+_ENTRIES_PER_CHECK = 1 << 16  # entries that are checked together
+_ROWS_PER_CHUNK = 1 << 20  # detections that an evaluator gets at a time
 
 
 @contextlib.contextmanager
-def writing(path: str | pathlib.Path) -> Iterator[Callable[..., None]]:
-    """Writes a results file image by image; it is there whole, once the block ended well, or not.
+def results_writer(path: str | pathlib.Path) -> Iterator[Callable[..., None]]:
+    """Write a results file image by image; the file appears when the block ends without an error.
 
-    Gives a function of an image id, xyxy boxes in pixels, scores and category ids (arrays).
+    Yields:
+      A function of an image id, xyxy boxes in pixels, scores and category ids (arrays).
+
+    Raises:
+      UserError: the file cannot be written.
     """
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         separator = "[\n"
@@ -51,135 +54,144 @@ def writing(path: str | pathlib.Path) -> Iterator[Callable[..., None]]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Results:
-    """A results file: `matching.DETECTION` rows in its order, and what was odd about it."""
+class ResultsFile:
+    """The detections of a results file.
+
+    Attributes:
+      rows: an array of `matching.DETECTION_DTYPE`, in the order of the file.
+      counts: "entries" of the file, and of these "unknown_images", "unknown_categories" (both are
+        not in `rows`) and "negative_sizes".
+    """
 
     rows: np.ndarray
     counts: dict[str, int]
 
-    def oddities(self) -> list[str]:
-        """A sentence for each count that people should know of."""
-        told = {
-            "unknown_images": "entries are of images that the set has not; they were left out",
-            "unknown_categories": "entries have category ids that the set has not; left out",
-            "negative_sizes": "boxes have a negative width or height; they match nothing",
+    def warnings(self) -> list[str]:
+        """Return a sentence for each count that users should know of."""
+        sentences = {
+            "unknown_images": "have an image_id that is not in the dataset; they are left out.",
+            "unknown_categories": "have a category_id that is not in the dataset; they are left "
+            "out.",
+            "negative_sizes": "have a box with a negative width or height; they match nothing.",
         }
-        entries = self.counts["entries"]
         return [
-            f"{self.counts[k]} of {entries} {text}" for k, text in told.items() if self.counts[k]
+            f"{self.counts[key]} of {self.counts['entries']} entries {sentence}"
+            for key, sentence in sentences.items()
+            if self.counts[key]
         ]
 
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Yield the rows in their order, in chunks that do not split an image.
 
-def read(path: str | pathlib.Path, truth: coco.GroundTruth) -> Results:
-    """Reads a results file of any tool.
+        If the rows of an image are not consecutive, all rows are one chunk.
+        """
+        starts = np.flatnonzero(np.diff(self.rows["image"], prepend=-1))
+        is_grouped = len(np.unique(self.rows["image"][starts])) == len(starts)
+        at = 0
+        while at < len(self.rows):
+            later = starts[np.searchsorted(starts, at + _ROWS_PER_CHUNK) :]
+            end = int(later[0]) if is_grouped and len(later) else len(self.rows)
+            yield self.rows[at:end]
+            at = end
 
-    Entries of images or categories that the ground truth has not are left out and counted: a file
-    of all of val serves for minival. So are boxes of negative size counted, which match nothing.
+
+def read_results(path: str | pathlib.Path, truth: coco.GroundTruth) -> ResultsFile:
+    """Read a results file, of this or of any other tool.
+
+    Entries of images or categories that are not in the ground truth are left out and counted, so a
+    file of all of LVIS val can be measured on minival.
 
     Raises:
-      UserError: no such file, no JSON list, or an entry is broken; names the file and the entry.
-        Or not one entry is of the ground truth.
+      UserError: the file is missing, is not a JSON list or has an invalid entry; or no entry
+        belongs to the ground truth. Names the file and the entry.
     """
-    pieces = [np.zeros(0, matching.DETECTION)]
+    chunks = [np.zeros(0, matching.DETECTION_DTYPE)]
     counts = dict.fromkeys(("entries", "unknown_images", "unknown_categories", "negative_sizes"), 0)
     entries = json_stream.read_entries(pathlib.Path(path))
-    while batch := list(itertools.islice(entries, _BATCH)):
-        columns = _columns(batch)
+    while some := list(itertools.islice(entries, _ENTRIES_PER_CHECK)):
+        columns = _columns(some)
         if columns is None:
-            raise _explained(path, counts["entries"], batch)
-        images, categories, boxes, scores = columns
-        rows = np.empty(len(batch), matching.DETECTION)
-        rows["image"] = truth.image_places(images)
-        rows["category"] = truth.category_places(categories)
-        rows["box"], rows["score"] = boxes, scores
-        image, category = rows["image"] >= 0, rows["category"] >= 0
-        known = rows[image & category]
+            raise _first_problem(path, counts["entries"], some)
+        rows = np.empty(len(some), matching.DETECTION_DTYPE)
+        rows["image"] = truth.image_indices(columns.image_ids)
+        rows["category"] = truth.category_indices(columns.category_ids)
+        rows["box"], rows["score"] = columns.boxes, columns.scores
+        image_known, category_known = rows["image"] >= 0, rows["category"] >= 0
+        known = rows[image_known & category_known]
         negative = (known["box"][:, 2:] < 0).any(axis=1)
-        counts["entries"] += len(batch)
-        counts["unknown_images"] += int(np.count_nonzero(~image))
-        counts["unknown_categories"] += int(np.count_nonzero(image & ~category))
+        counts["entries"] += len(some)
+        counts["unknown_images"] += int(np.count_nonzero(~image_known))
+        counts["unknown_categories"] += int(np.count_nonzero(image_known & ~category_known))
         counts["negative_sizes"] += int(np.count_nonzero(negative))
-        pieces.append(known)
-    if counts["entries"] and not any(map(len, pieces)):
+        chunks.append(known)
+    if counts["entries"] and not any(map(len, chunks)):
         raise UserError(
-            f"{path}: none of its {counts['entries']} entries has an image and a category of "
-            f"{truth.path}; give the results of that set."
+            f"{path}: none of the {counts['entries']} entries has an image and a category of "
+            f"{truth.path}. Give a results file of that dataset."
         )
-    return Results(np.concatenate(pieces), counts)
+    return ResultsFile(np.concatenate(chunks), counts)
 
 
-def measure_file(results: Results, truth: coco.GroundTruth) -> dict[str, Any]:
-    """The figures of a results file: {"standard", "fixed", "groups", "categories"} or {"coco"}."""
-    federated = isinstance(truth, lvis.LvisGroundTruth)
-    evaluator = (lvis.LvisEvaluator if federated else coco.CocoEvaluator)(truth)
-    for rows in _handfuls(results.rows):
-        evaluator.add_rows(rows)
-    found = evaluator.result()
-    return dataclasses.asdict(found) if federated else {"coco": found}
+class _Columns(NamedTuple):
+    image_ids: np.ndarray
+    category_ids: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray
 
 
-def _handfuls(rows: np.ndarray) -> Iterator[np.ndarray]:
-    """The rows in their order, some at once; all at once where an image's do not stand together."""
-    starts = np.flatnonzero(np.diff(rows["image"], prepend=-1))
-    together = len(np.unique(rows["image"][starts])) == len(starts)
-    at = 0
-    while at < len(rows):
-        later = starts[np.searchsorted(starts, at + _HANDED_ON) :]
-        end = int(later[0]) if together and len(later) else len(rows)
-        yield rows[at:end]
-        at = end
+def _columns(entries: Sequence[Any]) -> _Columns | None:
+    """Return the fields of the entries as arrays, None if an entry is invalid.
 
-
-def _columns(batch: Sequence[Any]) -> tuple[np.ndarray, ...] | None:
-    """Image ids, category ids, boxes and scores as arrays; None where an entry is broken."""
+    This is fast for valid entries; `_first_problem` then finds what is wrong.
+    """
     try:
-        lists = [[entry[key] for entry in batch] for key in ("image_id", "category_id", "score")]
+        lists = [[entry[key] for entry in entries] for key in ("image_id", "category_id", "score")]
         *ids, scores = map(np.asarray, lists)
-        boxes = np.asarray([entry["bbox"] for entry in batch])
+        boxes = np.asarray([entry["bbox"] for entry in entries])
     except (TypeError, KeyError, ValueError):
         return None
     if any(bool in set(map(type, values)) for values in lists):  # NumPy takes true for 1
         return None
-    count = len(batch)
+    count = len(entries)
     if boxes.shape != (count, 4) or any(c.shape != (count,) for c in (*ids, scores)):
         return None
     if any(column.dtype.kind != "i" for column in ids):
         return None
     if any(c.dtype.kind not in "if" or not np.isfinite(c).all() for c in (boxes, scores)):
         return None
-    return (*ids, boxes, scores)
+    return _Columns(*ids, boxes, scores)
 
 
-def _explained(path: str | pathlib.Path, start: int, batch: Sequence[Any]) -> UserError:
-    """What is wrong with the first broken entry; `start` is the number of the batch's first."""
-    for number, entry in enumerate(batch, start):
+def _first_problem(path: str | pathlib.Path, start: int, entries: Sequence[Any]) -> UserError:
+    """Return the error of the first invalid entry; `start` is the number of the first entry."""
+    for number, entry in enumerate(entries, start):
         if not isinstance(entry, dict):
             return UserError(
-                f"{path}: entry [{number}] is {_short(entry)}, not an object with 'image_id', "
-                "'category_id', 'bbox' and 'score'."
+                f"{path}: entry [{number}] is {_shortened(entry)}, expected an object with "
+                "'image_id', 'category_id', 'bbox' and 'score'. Fix the entry."
             )
         for field in ("image_id", "category_id"):
             value = entry.get(field)
             if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 1 << 63:
-                return _broken(path, number, field, value, "a whole number")
+                return _invalid(path, number, field, value, "a whole number")
         box = entry.get("bbox")
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)):
-            return _broken(path, number, "bbox", box, "four finite numbers [x, y, width, height]")
-        if not _finite(entry.get("score")):
-            return _broken(path, number, "score", entry.get("score"), "a finite number")
-    return UserError(f"{path}: entries [{start}] to [{start + len(batch) - 1}] are no detections.")
+        if not isinstance(box, list) or len(box) != 4 or not all(map(coco.is_finite_number, box)):
+            return _invalid(path, number, "bbox", box, "four finite numbers [x, y, width, height]")
+        if not coco.is_finite_number(entry.get("score")):
+            return _invalid(path, number, "score", entry.get("score"), "a finite number")
+    last = start + len(entries) - 1
+    return UserError(f"{path}: one of the entries [{start}] to [{last}] is not a detection.")
 
 
-def _broken(path, number: int, field: str, value: Any, wanted: str) -> UserError:
-    told = f"is {_short(value)}" if value is not None else "is missing"
-    return UserError(f"{path}: entry [{number}]: '{field}' {told}, not {wanted}; mend that entry.")
+def _invalid(
+    path: str | pathlib.Path, number: int, field: str, value: Any, expected: str
+) -> UserError:
+    problem = f"is {_shortened(value)}" if value is not None else "is missing"
+    return UserError(
+        f"{path}: entry [{number}]: '{field}' {problem}, expected {expected}. Fix the entry."
+    )
 
 
-def _finite(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) < 1e300 and math.isfinite(value)  # an int may have any length
-
-
-def _short(value: Any) -> str:
-    told = json.dumps(value)
-    return told if len(told) <= 80 else told[:77] + "..."
+def _shortened(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

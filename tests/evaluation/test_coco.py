@@ -73,7 +73,7 @@ def test_twelve_figures_equal_pycocotools(tmp_path, seed):
     path = save(tmp_path, content)
     found = ours(path, detections)
     wanted = theirs(path, detections)
-    assert tuple(found) == coco.FIGURES
+    assert tuple(found) == coco.METRICS
     assert [-1 if v is None else v for v in found.values()] == pytest.approx(list(wanted), abs=1e-9)
     assert 0 < found["AP"] < 1
 
@@ -110,7 +110,9 @@ def test_rows_follow_the_images(tmp_path):
     truth = coco.load_coco(save(tmp_path, content))
     for image in truth.images:
         wanted = [r["bbox"][:2] for r in content["annotations"] if r["image_id"] == image.id]
-        np.testing.assert_array_equal(truth.boxes[truth.rows[image.id], :2].tolist(), wanted)
+        np.testing.assert_array_equal(
+            truth.boxes[truth.boxes_of_image[image.id], :2].tolist(), wanted
+        )
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,9 @@ def make_odinw(root):
 def test_lvis_val_and_minival_made_of_it(tmp_path, folder):
     (tmp_path / folder).mkdir(exist_ok=True)
     path = make_lvis(tmp_path / folder)
-    (val,) = datasets.load("lvis_val", tmp_path)
+    (val,) = datasets.load_sets("lvis_val", tmp_path)
     assert len(val.truth.images) == 4 and val.truth.path == str(path)
-    (minival,) = datasets.load("lvis_minival", tmp_path)
+    (minival,) = datasets.load_sets("lvis_minival", tmp_path)
     assert [image.id for image in minival.truth.images] == [1, 3]
     assert isinstance(minival.truth, LvisGroundTruth) and "val2017" in minival.truth.path
     assert len(minival.truth.image_ids) == len(val.truth.image_ids) // 2
@@ -62,7 +62,7 @@ def test_minival_that_is_there_is_taken(tmp_path):
     rows = [row for row in content["annotations"] if row["image_id"] == 3]
     minival = path.with_name("lvis_v1_minival.json")
     minival.write_text(json.dumps(content | {"images": keep, "annotations": rows}))
-    (one,) = datasets.load("lvis_minival", tmp_path)
+    (one,) = datasets.load_sets("lvis_minival", tmp_path)
     assert one.truth.path == str(minival) and len(one.truth.images) == 1
 
 
@@ -70,13 +70,13 @@ def test_coco_by_name(tmp_path):
     (tmp_path / "coco").mkdir()
     path = make_set(tmp_path / "coco", federated=False, folder="val2017")
     path.rename(path.with_name("instances_val2017.json"))
-    (one,) = datasets.load("coco", tmp_path, tmp_path / "coco" / "val2017")
+    (one,) = datasets.load_sets("coco", tmp_path, tmp_path / "coco" / "val2017")
     assert len(one.truth.images) == 6
 
 
 def test_odinw_has_the_names_and_splits_of_the_benchmark(tmp_path):
     make_odinw(tmp_path / "odinw")
-    sets = {one.name: one for one in datasets.load("odinw13", tmp_path)}
+    sets = {one.name: one for one in datasets.load_sets("odinw13", tmp_path)}
     assert list(sets) == [one.name for one in odinw.SETS]
     names = [category.name for category in sets["NorthAmericaMushrooms"].truth.categories]
     assert names == ["flat mushroom", "yellow mushroom"]
@@ -87,42 +87,45 @@ def test_odinw_has_the_names_and_splits_of_the_benchmark(tmp_path):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("lvis_val", "coco/annotations/lvis_v1_val.json is not there; get .*lvisdataset.org"),
-        ("lvis_minival", "lvis_v1_val.json is not there; get .*lvisdataset.org"),
-        ("coco", "coco/annotations/instances_val2017.json is not there; get .*cocodataset.org"),
-        ("odinw13", "AerialMaritimeDrone, Aquarium, .* not under .*github.com/microsoft/GLIP"),
-        ("lvis", "no such file or folder, and the sets known by name are lvis_val, lvis_minival"),
+        ("lvis_val", "coco/annotations/lvis_v1_val.json does not exist. Get .*lvisdataset.org"),
+        ("lvis_minival", "lvis_v1_val.json does not exist. Get .*lvisdataset.org"),
+        ("coco", "coco/annotations/instances_val2017.json does not exist. Get .*cocodataset.org"),
+        (
+            "odinw13",
+            "AerialMaritimeDrone, Aquarium, .* not found under .*github.com/microsoft/GLIP",
+        ),
+        ("lvis", "no such file or folder. The datasets known by name are lvis_val, lvis_minival"),
     ],
 )
 def test_a_set_that_is_not_there_is_told_with_the_way_to_it(tmp_path, name, told):
     with pytest.raises(UserError, match=told):
-        datasets.load(name, tmp_path)
+        datasets.load_sets(name, tmp_path)
 
 
 def test_one_of_the_odinw_sets_is_missing(tmp_path):
     make_odinw(tmp_path)
     (tmp_path / "pothole/valid/annotations_without_background.json").unlink()
-    with pytest.raises(UserError, match="^odinw13: pothole not under"):
-        datasets.load("odinw13", tmp_path)
+    with pytest.raises(UserError, match="^odinw13: pothole not found under"):
+        datasets.load_sets("odinw13", tmp_path)
 
 
 def test_a_folder_is_searched_for_what_it_evaluates_on(tmp_path):
     path = make_set(tmp_path, federated=False)
-    assert datasets.in_folder(tmp_path) == path  # the only one
+    assert datasets.find_annotations(tmp_path) == path  # the only one
     train = path.with_name("instances_train.json")
     path.rename(train)
-    assert datasets.in_folder(tmp_path) == train
+    assert datasets.find_annotations(tmp_path) == train
     val = path.with_name("instances_val2017.json")
     val.write_text(train.read_text())
     (path.parent / "captions_val2017.json").write_text('{"annotations": [{"caption": "a cat"}]}')
-    assert datasets.in_folder(tmp_path) == val
-    (one,) = datasets.load(str(tmp_path))
+    assert datasets.find_annotations(tmp_path) == val
+    (one,) = datasets.load_sets(str(tmp_path))
     assert one.images == tmp_path / "images"
     path.with_name("instances_test2017.json").write_text(train.read_text())
-    assert datasets.in_folder(tmp_path) == val  # before test
+    assert datasets.find_annotations(tmp_path) == val  # before test
     path.with_name("more_val.json").write_text(train.read_text())
-    with pytest.raises(UserError, match="instances_val2017.json, annotations/more_val.json; name"):
-        datasets.in_folder(tmp_path)
+    with pytest.raises(UserError, match="instances_val2017.json, annotations/more_val.json. Name"):
+        datasets.find_annotations(tmp_path)
 
 
 def test_roboflows_folders_of_splits(tmp_path):
@@ -130,12 +133,12 @@ def test_roboflows_folders_of_splits(tmp_path):
     for split in ("train", "valid", "test"):
         (tmp_path / "export" / split).mkdir(parents=True)
         (tmp_path / "export" / split / "_annotations.coco.json").write_text(content)
-    found = datasets.in_folder(tmp_path / "export")
+    found = datasets.find_annotations(tmp_path / "export")
     assert found == tmp_path / "export/valid/_annotations.coco.json"
 
 
 def test_a_folder_without_annotations(tmp_path):
     (tmp_path / "notes.json").write_text("{}")
     (tmp_path / "empty.json").write_text("")
-    with pytest.raises(UserError, match="holds no annotations"):
-        datasets.in_folder(tmp_path)
+    with pytest.raises(UserError, match="no annotations in COCO's or LVIS's format"):
+        datasets.find_annotations(tmp_path)

@@ -61,7 +61,7 @@ class Oracle:
             except OSError:
                 yield number, UserError(f"{path}: broken")
                 continue
-            rows = self._truth.rows[self._by_name[path.name]]
+            rows = self._truth.boxes_of_image[self._by_name[path.name]]
             labels = self._truth.category_ids[rows]  # here an id is its place in the list
             yield (
                 number,
@@ -99,9 +99,9 @@ def test_pictures_show_the_best_name_of_a_place():
     boxes = np.float32([[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [0, 0, 9, 10]])
     scores = np.float32([0.9, 0.8, 0.7, 0.6])
     found = ImageDetections(boxes, scores, np.arange(4), ("a", "b", "c", "d"), (40, 40))
-    np.testing.assert_array_equal(report.best_names(found), [0, 2])
+    np.testing.assert_array_equal(report.without_overlaps(found), [0, 2])
     nothing = ImageDetections(boxes[:0], scores[:0], np.arange(0), (), (40, 40))
-    assert not len(report.best_names(nothing))
+    assert not len(report.without_overlaps(nothing))
 
 
 def test_coco_sets_get_the_twelve_figures(tmp_path):
@@ -131,8 +131,8 @@ def test_missing_and_broken_images_are_counted_and_explained(tmp_path, capsys):
     assert settings["images_missing"] == settings["images_unreadable"] == 1
     assert results["fixed"]["AP"] < 1  # what was not seen was not found
     errors = capsys.readouterr().err
-    assert "image 0 is not under" in errors and "1.png: broken" in errors
-    assert "1 missing, 1 unreadable" in report.table(results)
+    assert "image 0 was not found in" in errors and "1.png: broken" in errors
+    assert "1 missing, 1 unreadable" in report.results_table(results)
 
 
 def test_images_of_another_size_than_the_annotations_say(tmp_path, capsys):
@@ -194,7 +194,7 @@ def test_table_keeps_the_protocols_apart():
             "images_other_size": 0,
         },
     }
-    lines = report.table(results).splitlines()
+    lines = report.results_table(results).splitlines()
     heads = [n for n, line in enumerate(lines) if " AP (" in line]
     assert [lines[n].split()[0] for n in heads] == ["fixed", "standard"]
     assert lines[heads[0] + 2].split() == ["all", "0.375", "0.500", "-"]

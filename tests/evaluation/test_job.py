@@ -1,4 +1,4 @@
-"""Jobs that are killed, shared, and that follow a run: every image counts just once."""
+"""Evaluation jobs that are killed, shared among processes, or follow a run."""
 
 import contextlib
 import dataclasses
@@ -28,18 +28,17 @@ from detclipv2_jax.inference import checkpoint
 from detclipv2_jax.training import checkpointer, state
 from detclipv2_jax.training.optimizer import OptimizerConfig, create
 
-IMAGES = 40  # three parts, of batches of one
-_PATIENCE = 300  # seconds, on a busy machine
+IMAGES = 40  # three chunks, with batches of one
+_TIMEOUT = 300  # seconds; the machine may be busy
 
 
 @pytest.fixture
 def run(monkeypatch):
-    """A run of steps 7 and 9, of one device; step 9 is another model, the last and the best."""
+    """A run on one device with checkpoints of steps 7 and 9, the last and the best. They differ."""
 
     def load(path, step):
-        loaded = tiny_model.loaded()
-        loaded.graphdef, loaded.params = tiny_model.parts(seed=step - 7)
-        return loaded
+        graphdef, params = tiny_model.parts(seed=step - 7)
+        return dataclasses.replace(tiny_model.loaded(), graphdef=graphdef, params=params)
 
     monkeypatch.setattr(checkpoint, "steps", lambda path: [7, 9])
     monkeypatch.setattr(checkpoint, "best_step", lambda path: 9)
@@ -54,13 +53,13 @@ def dataset(tmp_path):
 
 
 def job(dataset, output, *flags):
-    """Runs the command in this process; its exit status."""
+    """Run the command in this process; return its exit status."""
     command = ["--checkpoint=run", f"--dataset={dataset}", f"--output={output}", "--batch_size=1"]
     return evaluate.main([*command, *flags])
 
 
 def predictions(output):
-    """Part → its arrays."""
+    """Return file name -> arrays of the chunks."""
     found = {}
     for path in sorted((output / "predictions").glob("part-*.npz")):
         with np.load(path) as file:
@@ -72,45 +71,60 @@ def assert_same(output, expected):
     assert (output / "results.json").read_bytes() == (expected / "results.json").read_bytes()
     found, wanted = predictions(output), predictions(expected)
     assert len(found) == 3 and found.keys() == wanted.keys()
-    for part in wanted:
-        for name, array in wanted[part].items():
-            np.testing.assert_array_equal(found[part][name], array)
+    for chunk in wanted:
+        for name, array in wanted[chunk].items():
+            np.testing.assert_array_equal(found[chunk][name], array)
 
 
-def test_a_part_that_is_there_is_not_answered_again(run, dataset, tmp_path, capsys):
+def test_complete_chunks_are_not_answered_again(run, dataset, tmp_path, capsys):
     assert job(dataset, tmp_path / "whole", "--step=7") == 0
     assert job(dataset, tmp_path / "out", "--step=7") == 0
     assert_same(tmp_path / "out", tmp_path / "whole")
-    parts = tmp_path / "out" / "predictions"
-    (parts / "part-00001.npz").unlink()
-    (parts / "part-00002.npz").write_bytes((parts / "part-00002.npz").read_bytes()[:-9])
-    (parts / ".part-00002.npz.1.partial").write_bytes(b"what a kill leaves")
-    before = (parts / "part-00000.npz").stat().st_mtime_ns
+    chunks = tmp_path / "out" / "predictions"
+    (chunks / "part-00001.npz").unlink()
+    (chunks / "part-00002.npz").write_bytes((chunks / "part-00002.npz").read_bytes()[:-9])
+    (chunks / ".part-00002.npz.1.partial").write_bytes(b"left by a kill")
+    before = (chunks / "part-00000.npz").stat().st_mtime_ns
     capsys.readouterr()
     assert job(dataset, tmp_path / "out", "--step=7") == 0
-    assert (parts / "part-00000.npz").stat().st_mtime_ns == before
-    told = capsys.readouterr()
-    assert "1 of 3 parts were answered before" in told.out
-    assert f"{IMAGES - 16}/{IMAGES - 16} " in told.err
+    assert (chunks / "part-00000.npz").stat().st_mtime_ns == before
+    printed = capsys.readouterr()
+    assert "1 of 3 chunks of images are answered" in printed.out
+    assert f"{IMAGES - 16}/{IMAGES - 16} " in printed.err
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
-def test_predictions_of_another_job_are_not_mixed_in(run, dataset, tmp_path, capsys):
+def test_answers_of_another_job_are_refused(run, dataset, tmp_path, capsys):
     out = tmp_path / "out"
     assert job(dataset, out, "--step=7") == 0
-    for flags, told in (
-        (["--step=9"], "step: 7 there, 9 now"),
-        (["--step=7", "--prompts=a photo of a {}."], "settings: prompts null there"),
-        (["--step=7", "--batch_size=2"], "settings: batch_size 1 there, batch_size 2 now"),
+    for flags, difference in (
+        (["--step=9"], "step: stored 7, now 9"),
+        (["--step=7", "--prompts=a photo of a {}."], "settings: stored prompts null"),
+        (["--step=7", "--batch_size=2"], "settings: stored batch_size 1, now batch_size 2"),
     ):
         capsys.readouterr()
         assert job(dataset, out, *flags) == 2
         error = capsys.readouterr().err
-        assert f"{out}/predictions holds the predictions of another job ({told}" in error
-        assert "give another --output" in error and "Traceback" not in error
+        assert f"{out}/predictions has the answers of another job ({difference}" in error
+        assert "Choose another --output" in error and "Traceback" not in error
 
 
-def test_an_image_that_was_missing_is_asked_for_once_it_is_there(run, dataset, tmp_path):
+def test_a_job_of_an_older_version_resumes(run, dataset, tmp_path, capsys):
+    """Version 1da9f15 called two settings `keep` and `candidates`."""
+    out = tmp_path / "out"
+    assert job(dataset, out, "--step=7") == 0
+    path = out / "predictions" / "job.json"
+    stored = json.loads(path.read_text())
+    stored["settings"]["keep"] = stored["settings"].pop("max_detections")
+    stored["settings"]["candidates"] = stored["settings"].pop("pre_nms_top_k")
+    path.write_text(json.dumps(stored))
+    (out / "predictions" / "part-00002.npz").unlink()
+    capsys.readouterr()
+    assert job(dataset, out, "--step=7") == 0
+    assert "2 of 3 chunks of images are answered" in capsys.readouterr().out
+
+
+def test_chunks_with_missing_images_are_answered_again(run, dataset, tmp_path):
     image, out = tmp_path / "images" / "3.png", tmp_path / "out"
     image.rename(tmp_path / "3.png")
     (tmp_path / "images" / "20.png").rename(tmp_path / "20.png")
@@ -125,7 +139,7 @@ def test_an_image_that_was_missing_is_asked_for_once_it_is_there(run, dataset, t
     assert_same(out, tmp_path / "whole")
 
 
-def test_several_devices_answer_as_one(run, dataset, tmp_path, monkeypatch):
+def test_several_devices_give_the_answers_of_one(run, dataset, tmp_path, monkeypatch):
     assert job(dataset, tmp_path / "one", "--step=7") == 0
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
     assert len(jax.local_devices()) == 2
@@ -133,7 +147,7 @@ def test_several_devices_answer_as_one(run, dataset, tmp_path, monkeypatch):
     assert_same(tmp_path / "all", tmp_path / "one")
 
 
-def test_a_results_file_has_the_figures_of_the_job(run, dataset, tmp_path):
+def test_a_results_file_has_the_metrics_of_the_job(run, dataset, tmp_path):
     out = tmp_path / "out"
     assert job(dataset, out, "--step=7", "--results_json") == 0
     flags = [f"--predictions={out}/predictions.json", f"--dataset={dataset}"]
@@ -143,7 +157,7 @@ def test_a_results_file_has_the_figures_of_the_job(run, dataset, tmp_path):
     assert file["settings"]["entries"] > IMAGES
 
 
-def test_several_checkpoints_make_a_table_over_steps(run, dataset, tmp_path, capsys):
+def test_several_checkpoints_give_a_table_over_steps(run, dataset, tmp_path, capsys):
     out = tmp_path / "out"
     assert job(dataset, out, "--step=all") == 0
     printed = capsys.readouterr().out
@@ -163,7 +177,7 @@ def test_several_checkpoints_make_a_table_over_steps(run, dataset, tmp_path, cap
     ("step", "folders"),
     [("best", [""]), ("9,7", ["step_00000007", "step_00000009"]), ("newest", [""])],
 )
-def test_checkpoints_are_chosen(run, tmp_path, step, folders):
+def test_step_chooses_checkpoints(run, tmp_path, step, folders):
     dataset = make_set(tmp_path, images=1)
     assert job(dataset, tmp_path / "out", f"--step={step}") == 0
     found = sorted((tmp_path / "out").rglob("results.json"))
@@ -171,31 +185,31 @@ def test_checkpoints_are_chosen(run, tmp_path, step, folders):
     assert json.loads(found[-1].read_text())["step"] == 9
 
 
-def test_an_unknown_step_is_told(run, tmp_path, capsys):
+def test_an_unknown_step_is_an_error(run, tmp_path, capsys):
     dataset = make_set(tmp_path, images=1)
     assert job(dataset, tmp_path / "out", "--step=7,8") == 2
-    assert "has no checkpoint of step 8: it has 7, 9" in capsys.readouterr().err
+    assert "has no checkpoint of step 8. Its steps are 7, 9." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         job(dataset, tmp_path / "out", "--step=last")
 
 
-def test_a_run_is_followed_to_its_last_step(run, tmp_path, monkeypatch, capsys):
-    """Checkpoints come one by one; one of them is deleted before its turn."""
-    there, load = [], checkpoint.load_model
-    coming = iter([[5, 7], [7], [7, 9]])
+def test_follow_evaluates_a_run_to_its_last_step(run, tmp_path, monkeypatch, capsys):
+    """Checkpoints are written one by one; one of them is deleted before it is evaluated."""
+    present, load = [], checkpoint.load_model
+    written = iter([[5, 7], [7], [7, 9]])
 
     def wait(seconds):
-        there[:] = next(coming)
+        present[:] = next(written)
 
     def load_model(path, step):
         if step == 5:  # training keeps the newest ones
-            there.remove(5)
+            present.remove(5)
             raise FileNotFoundError
         return load(path, step)
 
     monkeypatch.setattr(checkpoint, "load_model", load_model)
-    monkeypatch.setattr(checkpoint, "steps", lambda path: list(there))
-    monkeypatch.setattr(checkpoint, "is_finished", lambda path: there[-1:] == [9])
+    monkeypatch.setattr(checkpoint, "steps", lambda path: list(present))
+    monkeypatch.setattr(checkpoint, "is_finished", lambda path: present[-1:] == [9])
     monkeypatch.setattr(job_lib.time, "sleep", wait)
     dataset = make_set(tmp_path, images=1)
     assert job(dataset, tmp_path / "out", "--follow") == 0
@@ -203,7 +217,7 @@ def test_a_run_is_followed_to_its_last_step(run, tmp_path, monkeypatch, capsys):
     assert [row["step"] for row in summary["steps"]] == [7, 9]
     printed = capsys.readouterr()
     assert "waiting for a checkpoint after step 7" in printed.out
-    assert "step 5 was deleted before its turn" in printed.err
+    assert "training deleted the checkpoint of step 5" in printed.err
 
 
 def test_sigterm_ends_a_job_with_its_own_exit_status(run, tmp_path, monkeypatch, capsys):
@@ -211,14 +225,14 @@ def test_sigterm_ends_a_job_with_its_own_exit_status(run, tmp_path, monkeypatch,
     monkeypatch.setattr(checkpoint, "steps", lambda path: [])
     monkeypatch.setattr(job_lib.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert job(make_set(tmp_path, images=1), tmp_path / "out", "--follow") == 143
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "Run the same command to resume" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
-    with pytest.raises(Interrupted), job_lib._ended_by_sigterm():
+    with pytest.raises(Interrupted), job_lib._sigterm_raises():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
 
 
-def test_odinw_has_a_row_a_set_and_their_average(run, tmp_path, capsys):
+def test_odinw_has_a_row_per_dataset_and_their_average(run, tmp_path, capsys):
     test_datasets.make_odinw(tmp_path / "odinw")
     out = tmp_path / "out"
     assert job("odinw13", out, f"--data_dir={tmp_path}") == 0
@@ -234,7 +248,7 @@ def test_odinw_has_a_row_a_set_and_their_average(run, tmp_path, capsys):
     ]  # fmt: skip
 
 
-def test_two_categories_of_one_name_are_answered_alike(run, tmp_path):
+def test_two_categories_of_one_name_get_the_same_scores(run, tmp_path):
     dataset = make_set(tmp_path, images=2, federated=False)
     content = json.loads(dataset.read_text())
     content["categories"][1]["name"] = NAMES[0].upper()
@@ -246,7 +260,7 @@ def test_two_categories_of_one_name_are_answered_alike(run, tmp_path):
     assert shorter and of[0][:shorter] == of[1][:shorter]
 
 
-def test_an_empty_name_is_told_with_its_place(run, tmp_path, capsys):
+def test_an_empty_name_is_located(run, tmp_path, capsys):
     dataset = make_set(tmp_path, images=1)
     content = json.loads(dataset.read_text())
     for name in ("", " ", "_"):
@@ -257,7 +271,7 @@ def test_an_empty_name_is_told_with_its_place(run, tmp_path, capsys):
         assert "categories[2].name" in error or "name 3 of 4 is empty" in error
 
 
-def test_without_annotations_there_are_no_figures(run, tmp_path, capsys):
+def test_metrics_are_none_without_annotations(run, tmp_path, capsys):
     dataset = make_set(tmp_path, images=1)
     content = json.loads(dataset.read_text())
     dataset.write_text(json.dumps(content | {"annotations": []}))
@@ -272,7 +286,7 @@ def test_without_annotations_there_are_no_figures(run, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run of one checkpoint, of step 7."""
+    """A run with one checkpoint, of step 7."""
     directory = tmp_path_factory.mktemp("run")
     loaded = tiny_model.loaded()
     _, params = tiny_model.parts()
@@ -294,29 +308,29 @@ def start(workdir, dataset, output, *flags, devices=1):
     )
 
 
-def test_the_checkpoint_tells_that_it_is_the_best_and_the_last(workdir):
+def test_a_checkpoint_knows_whether_it_is_the_best_and_the_last(workdir):
     assert checkpoint.steps(workdir) == [7] and checkpoint.best_step(workdir) == 7
     assert checkpoint.is_finished(workdir) and checkpoint.load_model(workdir).total_steps == 7
     for half in ("8.orbax-checkpoint-tmp-1", "9.damaged"):
         (workdir / "checkpoints" / half).mkdir()
-        assert checkpoint.steps(workdir) == [7]  # nothing that is written half
+        assert checkpoint.steps(workdir) == [7]  # incomplete checkpoints are ignored
         (workdir / "checkpoints" / half).rmdir()
     assert checkpoint.steps(workdir / "none") == [] and not checkpoint.is_finished("none")
 
 
 @pytest.mark.timeout(900)
-def test_a_job_that_was_killed_goes_on_and_ends_as_if_nothing_had_been(
+def test_a_killed_job_resumes_and_gives_the_results_of_an_uninterrupted_one(
     workdir, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     dataset = make_set(tmp_path, images=IMAGES)
     rng = np.random.default_rng(1)
-    for n in range(16, IMAGES):  # what takes long enough to be killed in the middle
+    for n in range(16, IMAGES):  # large, so that the job is killed in the middle
         Image.fromarray(rng.integers(0, 256, (1200, 1920, 3), np.uint8)).save(
             tmp_path / "images" / f"{n}.png"
         )
     out, first = tmp_path / "out", tmp_path / "out" / "predictions" / "part-00000.npz"
-    process, deadline = start(workdir, dataset, out), time.monotonic() + _PATIENCE
+    process, deadline = start(workdir, dataset, out), time.monotonic() + _TIMEOUT
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.kill()
@@ -347,26 +361,26 @@ def together(count, *args, devices=1):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("count", "devices"), [(2, 1), (2, 2), (4, 1)])
-def test_processes_share_the_images_and_find_the_same(workdir, tmp_path, count, devices):
+def test_several_processes_give_the_results_of_one(workdir, tmp_path, count, devices):
     dataset = make_set(tmp_path, images=IMAGES)
-    assert start(workdir, dataset, tmp_path / "one").wait(_PATIENCE) == 0
+    assert start(workdir, dataset, tmp_path / "one").wait(_TIMEOUT) == 0
     args = (workdir, dataset, tmp_path / "all")
     with together(count, *args, devices=devices) as started:
-        assert [process.wait(_PATIENCE) for process in started] == [0] * count
+        assert [process.wait(_TIMEOUT) for process in started] == [0] * count
     assert_same(tmp_path / "all", tmp_path / "one")
     assert not list((tmp_path / "all").glob(".*.json"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_what_one_process_finds_wrong_ends_all(workdir, tmp_path):
-    """Of the step that is not there, process 0 tells the other; neither waits for long."""
+def test_an_error_in_process_0_ends_all_processes(workdir, tmp_path):
+    """Process 0 reports the missing step to the other one; neither waits for long."""
     dataset = make_set(tmp_path, images=1)
     with together(2, workdir, dataset, tmp_path / "out", "--step=8") as started:
         assert [process.wait(120) for process in started] == [2, 2]
 
 
-def test_sets_are_loaded_before_a_checkpoint_is(tmp_path, capsys):
+def test_datasets_are_loaded_before_a_checkpoint(tmp_path, capsys):
     assert job(tmp_path / "none.json", tmp_path / "out") == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/none.json: no such file")
     assert datasets.NAMES

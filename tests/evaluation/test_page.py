@@ -19,7 +19,7 @@ from detclipv2_jax.inference.detector import Detector
 @pytest.fixture(scope="module")
 def detector():
     return Detector(
-        tiny_model.loaded(), score_threshold=page.LOWEST, max_detections=page.MOST, cache=""
+        tiny_model.loaded(), score_threshold=page.MIN_SCORE, max_detections=page.MAX_BOXES, cache=""
     )
 
 
@@ -39,42 +39,42 @@ def some(scores):
 
 def test_names_stand_between_commas_and_on_lines_each_once():
     text = "cat, traffic light\n dog ,,\n\nCat,a  b"
-    assert page.asked_names(text) == ["Cat", "traffic light", "dog", "a  b"]
+    assert page.parse_names(text) == ["Cat", "traffic light", "dog", "a  b"]
     for text in ("", " ,\n, "):
-        with pytest.raises(UserError, match="type at least one name"):
-            page.asked_names(text)
+        with pytest.raises(UserError, match="Type at least one name"):
+            page.parse_names(text)
 
 
 def test_what_is_found_is_what_the_detector_finds(detector, photo):
-    pixels, found = page.find(detector, photo, "cat\ndog")
+    pixels, found = page.detect(detector, photo, "cat\ndog")
     assert pixels.shape == (40, 60, 3) and len(found) > 1
-    (other,) = detector(photo, ["cat", "dog"], score_threshold=page.LOWEST)
+    (other,) = detector(photo, ["cat", "dog"], score_threshold=page.MIN_SCORE)
     assert np.array_equal(found.boxes, other.boxes) and found.names == other.names
 
 
 def test_no_image_no_names_and_a_broken_image_are_a_sentence(detector, photo, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff not a picture")
-    with pytest.raises(UserError, match="drop an image first"):
-        page.find(detector, None, "cat")
-    with pytest.raises(UserError, match="type at least one name"):
-        page.find(detector, photo, " ")
+    with pytest.raises(UserError, match="Drop an image first"):
+        page.detect(detector, None, "cat")
+    with pytest.raises(UserError, match="Type at least one name"):
+        page.detect(detector, photo, " ")
     with pytest.raises(UserError, match="broken.jpg: cannot be read") as error:
-        page.find(detector, str(broken), "cat")
+        page.detect(detector, str(broken), "cat")
     assert page._without_folder(error.value, str(broken)).startswith("broken.jpg: cannot be read")
 
 
 def test_sliders_choose_among_what_was_found():
     pixels, found = np.zeros((40, 60, 3), np.uint8), some([0.9, 0.5, 0.3, 0.02])
-    picture, rows, said = page.show(pixels, found, 0.4, 50)
-    assert picture.size == (640, 427) and said == "2 of 2 boxes over 0.40"
+    picture, rows, summary = page.show(pixels, found, 0.4, 50)
+    assert picture.size == (640, 427) and summary == "2 of 2 boxes with a score above 0.40"
     assert rows[0][:2] == ["name 0", "0.900"]
     assert rows[1] == ["name 1", "0.500", "4.0", "5.0", "6.0", "7.0"]
-    _, rows, said = page.show(pixels, found, 0.01, 2)
-    assert len(rows) == 2 and said == "2 of 4 boxes over 0.01"
-    _, rows, said = page.show(pixels, found, 0.95, 50)
-    assert rows == [] and said == "nothing over 0.95; the best score is 0.90"
-    assert page.show(pixels, some([]), 0.3, 5)[2] == "nothing found over 0.01"
+    _, rows, summary = page.show(pixels, found, 0.01, 2)
+    assert len(rows) == 2 and summary == "2 of 4 boxes with a score above 0.01"
+    _, rows, summary = page.show(pixels, found, 0.95, 50)
+    assert rows == [] and summary == "No box has a score above 0.95. The best is 0.90."
+    assert page.show(pixels, some([]), 0.3, 5)[2] == "Nothing found: no box has a score above 0.01."
 
 
 def test_examples_are_validation_images_with_what_is_in_them(tmp_path, photo):
@@ -88,10 +88,10 @@ def test_examples_are_validation_images_with_what_is_in_them(tmp_path, photo):
     content = {"images": images, "annotations": boxes, "categories": categories}
     (tmp_path / "val.json").write_text(json.dumps(content))
     config = {"data_dir": str(tmp_path), "eval": {"dataset": "val.json", "images": ""}}
-    assert page.examples(config) == [[photo, "cat, traffic light"]] * 3
+    assert page.example_inputs(config) == [[photo, "cat, traffic light"]] * 3
     (tmp_path / "val.json").write_text("{")
-    assert page.examples(config) == []
-    assert page.examples({"eval": {"dataset": "", "images": ""}}) == []
+    assert page.example_inputs(config) == []
+    assert page.example_inputs({"eval": {"dataset": "", "images": ""}}) == []
 
 
 def test_without_gradio_the_command_says_how_to_install_it(monkeypatch, capsys):
@@ -113,13 +113,13 @@ def other_address():
 @pytest.fixture
 def served(detector, photo):
     pytest.importorskip("gradio")
-    blocks = page.build(detector, "tiny", [[photo, "cat, dog"]])
+    blocks = page.build_page(detector, "tiny", [[photo, "cat, dog"]])
     source = pathlib.Path(page.__file__)
     assert not source.with_suffix(".pyi").exists(), "Gradio writes one for a class of its own sort"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    yield page.launch(blocks, "127.0.0.1", port, wait=False), port
+    yield page.serve(blocks, "127.0.0.1", port, wait=False), port
     blocks.close()
 
 
@@ -131,7 +131,7 @@ def test_the_page_listens_on_the_loopback_alone(served):
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((other_address(), port), timeout=5)
     with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is not free"):
-        page.launch(page.build(None, "second", []), "127.0.0.1", port, wait=False)
+        page.serve(page.build_page(None, "second", []), "127.0.0.1", port, wait=False)
 
 
 @pytest.mark.slow
@@ -150,16 +150,18 @@ def test_a_browser_finds_boxes_moves_the_threshold_and_asks_nobody_else(served, 
         tab.goto(served[0])
         find = tab.get_by_role("button", name="Find")
         find.click()
-        tab.get_by_text("drop an image first").wait_for()
+        tab.get_by_text("Drop an image first").wait_for()
 
         tab.get_by_text("cat, dog").first.click()  # the example
         tab.get_by_label("Names").and_(tab.locator("textarea")).wait_for()
         tab.locator("img[src*='photo']").first.wait_for()
         find.click()
-        tab.get_by_text("boxes over 0.30").or_(tab.get_by_text("nothing over 0.30")).wait_for()
-        tab.get_by_label("number input for Score over").fill("0.01")
-        tab.get_by_label("number input for Score over").press("Enter")
-        tab.get_by_text("boxes over 0.01").wait_for()
+        tab.get_by_text("with a score above 0.30").or_(
+            tab.get_by_text("No box has a score above 0.30")
+        ).wait_for()
+        tab.get_by_label("number input for Score threshold").fill("0.01")
+        tab.get_by_label("number input for Score threshold").press("Enter")
+        tab.get_by_text("boxes with a score above 0.01").wait_for()
         assert tab.locator("table").last.locator("tr").count() > 1
 
         tab.get_by_label("Remove Image").or_(tab.get_by_label("Clear")).first.click()

@@ -20,7 +20,7 @@ needs_lvis = pytest.mark.skipif(
 def read(tmp_path, truth, entries):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(entries))
-    return results_file.read(path, truth)
+    return results_file.read_results(path, truth)
 
 
 def compare_lvis(tmp_path, content, entries, max_per_image=300, max_per_category=10_000):
@@ -38,7 +38,7 @@ def compare_lvis(tmp_path, content, entries, max_per_image=300, max_per_category
         ("fixed", fixed, -1, scores.fixed),
     ):
         figures, precision, recall = worlds.lvis_api(content, kept, limit)
-        assert list(found) == list(lvis.FIGURES) == list(figures)
+        assert list(found) == list(lvis.METRICS) == list(figures)
         assert_equal(found, figures)
         curves = evaluator.curves()[name]
         np.testing.assert_allclose(curves.precision, precision, rtol=0, atol=1e-9)
@@ -57,8 +57,8 @@ def compare_coco(tmp_path, content, entries):
     evaluator = coco.CocoEvaluator(truth)
     evaluator.add_rows(read(tmp_path, truth, entries).rows)
     found = evaluator.result()
-    assert list(found) == list(coco.FIGURES)
-    assert_equal(found, dict(zip(coco.FIGURES, worlds.pycocotools(content, entries))))
+    assert list(found) == list(coco.METRICS)
+    assert_equal(found, dict(zip(coco.METRICS, worlds.pycocotools(content, entries))))
     return found
 
 

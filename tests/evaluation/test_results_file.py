@@ -16,7 +16,7 @@ def found(truth, seed=0):
     """(image id, xyxy boxes, scores, category ids) of each image, in odd float32 numbers."""
     rng = np.random.default_rng(seed)
     for image in truth.images:
-        boxes = truth.boxes[truth.rows[image.id]].repeat(3, axis=0)
+        boxes = truth.boxes[truth.boxes_of_image[image.id]].repeat(3, axis=0)
         boxes = (boxes + rng.normal(0, 1, boxes.shape)).astype(np.float32)
         yield image.id, boxes, rng.random(len(boxes), np.float32), rng.integers(0, 4, len(boxes))
 
@@ -28,15 +28,15 @@ def save(tmp_path, entries):
 
 
 @pytest.mark.parametrize("federated", [True, False])
-def test_what_is_written_reads_back_to_the_same_figures(tmp_path, federated):
+def test_what_is_written_reads_back_to_the_same_metrics(tmp_path, federated):
     truth = datasets.load_ground_truth(make_set(tmp_path, federated=federated))
     evaluator = (lvis.LvisEvaluator if federated else coco.CocoEvaluator)(truth)
     path = tmp_path / "new" / "found.json"
-    with results_file.writing(path) as write:
+    with results_file.results_writer(path) as write:
         for answer in found(truth):
             evaluator.add(*answer)
             write(*answer)
-        assert not path.exists()  # whole or not at all
+        assert not path.exists()  # it appears complete or not at all
     entries = json.loads(path.read_text())
     assert len(entries) == 36 and set(entries[0]) == set(GOOD)
     measured = measure.measure_results_file(path, truth, output=tmp_path / "out")
@@ -50,16 +50,16 @@ def test_what_is_written_reads_back_to_the_same_figures(tmp_path, federated):
         assert measured["coco"] == wanted
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == measured
     assert measured["settings"]["entries"] == 36
-    assert str(path) in report.table(measured)
+    assert str(path) in report.results_table(measured)
 
 
 def test_a_run_that_is_cut_off_leaves_no_file(tmp_path):
     path = tmp_path / "found.json"
-    with pytest.raises(KeyboardInterrupt), results_file.writing(path) as write:
+    with pytest.raises(KeyboardInterrupt), results_file.results_writer(path) as write:
         write(0, np.ones((1, 4)), np.ones(1), np.ones(1, int))
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
-    with results_file.writing(path) as write:
+    with results_file.results_writer(path) as write:
         write(0, np.ones((0, 4)), np.ones(0), np.ones(0, int))
     assert json.loads(path.read_text()) == []
 
@@ -67,12 +67,12 @@ def test_a_run_that_is_cut_off_leaves_no_file(tmp_path):
 def test_entries_may_stand_in_any_order_and_come_in_pieces(tmp_path, monkeypatch):
     truth = datasets.load_ground_truth(make_set(tmp_path))
     path = tmp_path / "found.json"
-    with results_file.writing(path) as write:
+    with results_file.results_writer(path) as write:
         for answer in found(truth):
             write(*answer)
     whole = measure.measure_results_file(path, truth)
-    monkeypatch.setattr(results_file, "_BATCH", 5)
-    monkeypatch.setattr(results_file, "_HANDED_ON", 7)
+    monkeypatch.setattr(results_file, "_ENTRIES_PER_CHECK", 5)
+    monkeypatch.setattr(results_file, "_ROWS_PER_CHUNK", 7)
     monkeypatch.setattr(json_stream, "_CHUNK", 64)
     assert measure.measure_results_file(path, truth) == whole
     entries = json.loads(path.read_text())
@@ -90,8 +90,12 @@ def test_strange_entries_are_counted_and_told(tmp_path, capsys):
     counts = {"unknown_images": 2, "unknown_categories": 1, "negative_sizes": 1}
     assert settings.items() >= {"entries": 6, "images": 6, **counts}.items()
     told = capsys.readouterr().err
-    assert "2 of 6 entries are of images" in told and "category ids" in told and "negative" in told
-    with pytest.raises(UserError, match="none of its 2 entries"):
+    assert (
+        "2 of 6 entries have an image_id that is not" in told
+        and "category_id" in told
+        and "negative" in told
+    )
+    with pytest.raises(UserError, match="none of the 2 entries"):
         measure.measure_results_file(save(tmp_path, [GOOD | strange[0]] * 2), truth)
     assert measure.measure_results_file(save(tmp_path, []), truth)["fixed"]["AP"] == 0
 
@@ -99,7 +103,7 @@ def test_strange_entries_are_counted_and_told(tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, told",
     [
-        ({"score": "high"}, r"entry \[2\]: 'score' is \"high\", not a finite number"),
+        ({"score": "high"}, r"entry \[2\]: 'score' is \"high\", expected a finite number"),
         ({"score": None}, r"entry \[2\]: 'score' is missing"),
         ({"score": float("nan")}, r"entry \[2\]: 'score' is NaN"),
         ({"score": True}, r"entry \[2\]: 'score' is true"),
@@ -108,7 +112,7 @@ def test_strange_entries_are_counted_and_told(tmp_path, capsys):
         ({"bbox": [1, 2, 3, "4"]}, r"entry \[2\]: 'bbox'"),
         ({"bbox": [1, 2, 3, 10**400]}, r"entry \[2\]: 'bbox'"),
         ({"bbox": {"x": 1}}, r"entry \[2\]: 'bbox'"),
-        ({"image_id": "7"}, r"entry \[2\]: 'image_id' is \"7\", not a whole number"),
+        ({"image_id": "7"}, r"entry \[2\]: 'image_id' is \"7\", expected a whole number"),
         ({"image_id": 1.5}, r"entry \[2\]: 'image_id' is 1.5"),
         ({"image_id": 10**30}, r"entry \[2\]: 'image_id'"),
         ({"category_id": [1]}, r"entry \[2\]: 'category_id'"),
@@ -118,9 +122,9 @@ def test_broken_entries_are_named(tmp_path, monkeypatch, change, told):
     truth = datasets.load_ground_truth(make_set(tmp_path))
     path = save(tmp_path, [GOOD, GOOD, GOOD | change, GOOD])
     for batch in (1, 3, 100):
-        monkeypatch.setattr(results_file, "_BATCH", batch)
+        monkeypatch.setattr(results_file, "_ENTRIES_PER_CHECK", batch)
         with pytest.raises(UserError, match=rf"found\.json: {told}"):
-            results_file.read(path, truth)
+            results_file.read_results(path, truth)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +134,7 @@ def test_broken_entries_are_named(tmp_path, monkeypatch, change, told):
         ("3", "holds a JSON int, not a list"),
         ("", "not valid JSON"),
         ('[{"image_id": 0,', "not valid JSON"),
-        ("[1, 2]", r"entry \[0\] is 1, not an object"),
+        ("[1, 2]", r"entry \[0\] is 1, expected an object"),
         (json.dumps([GOOD]) + " x", "Extra data"),
         ("\x00\x01", "JSON"),
     ],
@@ -138,13 +142,13 @@ def test_broken_entries_are_named(tmp_path, monkeypatch, change, told):
 def test_what_is_no_results_file_is_one_sentence(tmp_path, capsys, text, told):
     dataset, path = make_set(tmp_path), save(tmp_path, text)
     with pytest.raises(UserError, match=rf"found\.json.*{told}"):
-        results_file.read(path, datasets.load_ground_truth(dataset))
+        results_file.read_results(path, datasets.load_ground_truth(dataset))
     command = [f"--predictions={path}", f"--dataset={dataset}", f"--output={tmp_path / 'out'}"]
     assert evaluate.main(command) == 2
     assert "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="no such file"):
-        results_file.read(tmp_path / "missing.json", datasets.load_ground_truth(dataset))
+        results_file.read_results(tmp_path / "missing.json", datasets.load_ground_truth(dataset))
 
 
 def test_the_command_measures_a_results_file(tmp_path, capsys):
