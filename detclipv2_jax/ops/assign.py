@@ -1,4 +1,4 @@
-"""Which anchor learns which box: adaptive training sample selection (ATSS)."""
+"""Assignment of ground-truth boxes to anchors: adaptive training sample selection (ATSS)."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from detclipv2_jax.ops.boxes import iou
 
-# How far inside a box, in pixels, an anchor's center must lie (the reference's 0.01).
+# By more than so many pixels an anchor's center must be inside its box (ATSS's reference code).
 MIN_INSIDE = 0.01
 
 
@@ -20,18 +20,28 @@ def atss_assign(
     box_mask: Bool[Array, " N"],
     topk: int = 9,
 ) -> Int[Array, " K"]:
-    """Index of the box that each anchor of one image learns, -1 for background.
+    """Return the index of the box that each anchor of one image is assigned, -1 for background.
 
-    Zhang et al., CVPR 2020, algorithm 1. A box's candidates are, on each level, the `topk` anchors
-    (or all, where a level has fewer) whose centers are nearest to its own. It claims those whose
-    IoU reaches the mean plus the unbiased standard deviation of all its candidates' IoUs and whose
-    center lies inside it by more than 0.01 pixel. An anchor that several boxes claim takes the one
-    with the largest IoU. Ties fall to the lower index, of anchors and of boxes.
+    Zhang et al., CVPR 2020, algorithm 1:
 
-    Anchors outside `anchor_mask` are as if they did not exist; `level_sizes` (fine to coarse) sum
-    to K. A lone candidate, whose deviation is undefined, has deviation 0.
+    1. The candidates of a box are, on each level, the `topk` anchors (or all, where the level has
+       fewer) whose centers are nearest to the center of the box.
+    2. The box claims the candidates whose IoU with it is at least the mean plus the unbiased
+       standard deviation of all its candidates' IoUs, and whose center is inside it by more than
+       0.01 pixel. The standard deviation of a single candidate counts as 0.
+    3. An anchor that several boxes claim is assigned the one with the largest IoU.
+
+    Ties go to the lower index, of anchors and of boxes.
+
+    Args:
+      anchors: (x_min, y_min, x_max, y_max) in pixels, level by level.
+      anchor_mask: False for anchors that do not take part, such as those outside the image.
+      level_sizes: anchors per level, fine to coarse; they sum to K.
+      boxes: ground truth in pixels, padded to N.
+      box_mask: False for padding, whose contents do not matter.
+      topk: candidates per level.
     """
-    # Constants of the program may come as numpy arrays, which a traced index cannot enter.
+    # Anchors may be numpy constants, which cannot be indexed by traced arrays.
     anchors, anchor_mask, boxes = map(jnp.asarray, (anchors, anchor_mask, boxes))
     candidates = _nearest_anchors(anchors, anchor_mask, level_sizes, boxes, topk)
     exists = anchor_mask[candidates]
@@ -54,6 +64,7 @@ def _nearest_anchors(
     boxes: Float[Array, "N 4"],
     topk: int,
 ) -> Int[Array, "N T"]:
+    """Return the candidates of each box: indices of anchors, level by level."""
     anchor_centers = (anchors[:, :2] + anchors[:, 2:]) / 2
     box_centers = (boxes[:, :2] + boxes[:, 2:]) / 2
     candidates, start = [], 0
@@ -68,9 +79,10 @@ def _nearest_anchors(
 
 
 def _thresholds(overlaps: Float[Array, "N T"], exists: Bool[Array, "N T"]) -> Float[Array, " N"]:
+    """Return the mean plus the standard deviation of each box's candidates' IoUs."""
     count = exists.sum(axis=-1)
-    # Measured from the smallest overlap, so that the mean of equal overlaps is exactly that
-    # overlap: rounded up, it would exclude them all.
+    # Measure from the smallest overlap, so that the mean of equal overlaps is exactly that overlap.
+    # A mean that is rounded up would exclude them all.
     low = jnp.min(jnp.where(exists, overlaps, jnp.inf), axis=-1, keepdims=True)
     above = jnp.where(exists, overlaps - low, 0.0)
     mean = above.sum(axis=-1) / jnp.maximum(count, 1)
@@ -80,6 +92,7 @@ def _thresholds(overlaps: Float[Array, "N T"], exists: Bool[Array, "N T"]) -> Fl
 
 
 def _depth_inside(anchors: Float[Array, "*n 4"], boxes: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
+    """Return how far inside its box an anchor's center is, in pixels; negative outside."""
     centers = (anchors[..., :2] + anchors[..., 2:]) / 2
     return jnp.minimum(centers - boxes[..., :2], boxes[..., 2:] - centers).min(axis=-1)
 
@@ -90,8 +103,10 @@ def _largest_overlap_wins(
     claims: Bool[Array, "N T"],
     anchor_count: int,
 ) -> Int[Array, " K"]:
+    """Return, for each anchor, the claiming box with the largest IoU, -1 without a claim."""
     # A scatter of the N * T claims costs far less than a (K, N) table of overlaps. The barrier
-    # keeps the compiler from computing an overlap twice, rounded differently: they are compared.
+    # keeps the compiler from computing an overlap twice with different rounding, since overlaps
+    # are compared for equality.
     overlaps = jax.lax.optimization_barrier(jnp.where(claims, overlaps, -1.0))
     best = jnp.full(anchor_count, -1.0).at[candidates].max(overlaps)
     wins = claims & (overlaps == best[candidates])

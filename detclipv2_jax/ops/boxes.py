@@ -1,6 +1,7 @@
 """Boxes and anchors: areas, overlaps, the delta coder, the anchor grid.
 
-Boxes are (x_min, y_min, x_max, y_max) in pixels of the canvas, continuous coordinates, no `+1`.
+Boxes are (x_min, y_min, x_max, y_max) in pixels of the canvas (the padded image), in continuous
+coordinates: a box from 0 to 8 is 8 pixels wide, without `+1`. `*n` are any leading axes.
 """
 
 import dataclasses
@@ -10,18 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-# The largest growth of a side that decoding allows (the R-CNN family's 16 / 1000 rule): it keeps
-# exp() finite while a young model predicts nonsense.
+# Limit of a side's growth in decoding, from the code of Faster R-CNN (1000 / 16). It keeps exp()
+# finite while an untrained model predicts arbitrary values.
 MAX_LOG_RATIO = math.log(1000 / 16)
 
-DELTA_STDS = (0.1, 0.1, 0.2, 0.2)  # ATSS's coder, DetCLIPv2 keeps it
+# Divisors of the deltas (dx, dy, dw, dh): those of ATSS (Zhang et al. 2020), kept by DetCLIPv2.
+DELTA_STDS = (0.1, 0.1, 0.2, 0.2)
 
 
 @dataclasses.dataclass(frozen=True)
 class AnchorConfig:
-    """One square anchor a location (ATSS).
+    """One square anchor per location (Zhang et al. 2020).
 
-    Its side is `scale` strides; the first center lies `offset` strides from the canvas's corner.
+    strides: pixels from one location to the next, per level, fine to coarse.
+    scale: side of an anchor, in strides.
+    offset: distance of the first center from the canvas's corner, in strides.
     """
 
     strides: tuple[int, ...] = (8, 16, 32, 64, 128)
@@ -30,26 +34,28 @@ class AnchorConfig:
 
 
 def area(boxes: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
-    """Areas in square pixels; 0 where a side is negative."""
+    """Return the area of each box in square pixels; 0 where a side is negative."""
     sides = jnp.maximum(boxes[..., 2:] - boxes[..., :2], 0.0)
     return sides[..., 0] * sides[..., 1]
 
 
 def iou(a: Float[Array, "*n 4"], b: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
-    """Intersection over union of boxes pair by pair (shapes broadcast); 0 where both are empty."""
+    """Return the IoU of corresponding boxes (shapes broadcast); 0 where both are empty."""
     intersection, union = _intersection_and_union(a, b)
     return _ratio(intersection, union)
 
 
 def pairwise_iou(a: Float[Array, "N 4"], b: Float[Array, "M 4"]) -> Float[Array, "N M"]:
-    """Intersection over union of every box of `a` with every box of `b`; 0 where both are empty."""
+    """Return the IoU of every box of `a` with every box of `b`; 0 where both are empty."""
     return iou(a[:, None], b[None])
 
 
 def giou(a: Float[Array, "*n 4"], b: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
-    """Generalised IoU pair by pair, in (-1, 1] (Rezatofighi et al., CVPR 2019, eq. 3).
+    """Return the generalized IoU of corresponding boxes, in (-1, 1].
 
-    Two empty boxes have IoU 0, and no penalty if their hull is empty too; gradients stay finite.
+    IoU - (hull - union) / hull, where the hull is the smallest box that encloses both
+    (Rezatofighi et al., CVPR 2019, algorithm 1). Two empty boxes have IoU 0, and no penalty if
+    their hull is empty too. Gradients are always finite.
     """
     intersection, union = _intersection_and_union(a, b)
     low = jnp.minimum(a[..., :2], b[..., :2])
@@ -63,9 +69,11 @@ def encode_deltas(
     boxes: Float[Array, "*n 4"],
     stds: tuple[float, float, float, float] = DELTA_STDS,
 ) -> Float[Array, "*n 4"]:
-    """What the head has to predict so that `decode_deltas` gives `boxes`: (dx, dy, dw, dh) / stds.
+    """Return the deltas that `decode_deltas` turns into `boxes`: (dx, dy, dw, dh) / stds.
 
-    Sides under a thousandth of the anchor's (padding boxes have none) are taken as that.
+    (dx, dy) is the shift of the center in anchor sides and (dw, dh) the log of the ratio of the
+    sides (Ren et al., Faster R-CNN, eq. 2). Sides below a thousandth of the anchor's, such as
+    those of padding, count as a thousandth.
     """
     anchor_centers, anchor_sides = _centers_and_sides(anchors)
     centers, sides = _centers_and_sides(boxes)
@@ -79,9 +87,10 @@ def decode_deltas(
     deltas: Float[Array, "*n 4"],
     stds: tuple[float, float, float, float] = DELTA_STDS,
 ) -> Float[Array, "*n 4"]:
-    """Boxes in pixels from the head's deltas (Faster R-CNN's parametrisation), float32.
+    """Return the boxes in pixels, float32, that the head's deltas describe.
 
-    The log of a side's growth is clamped to +-MAX_LOG_RATIO; boxes are not clipped to the picture.
+    The inverse of `encode_deltas` (Ren et al., Faster R-CNN, eq. 2). The log of a side's growth is
+    clamped to ±MAX_LOG_RATIO. Boxes are not clipped to the image.
     """
     anchor_centers, anchor_sides = _centers_and_sides(anchors)
     deltas = deltas.astype(jnp.float32) * jnp.asarray(stds, jnp.float32)
@@ -92,14 +101,15 @@ def decode_deltas(
 
 
 def level_sizes(height: int, width: int, cfg: AnchorConfig) -> tuple[int, ...]:
-    """Number of anchors on each level, fine to coarse, for a canvas of height x width pixels."""
+    """Return the number of anchors per level, fine to coarse, of a height × width pixel canvas."""
     return tuple(math.ceil(height / s) * math.ceil(width / s) for s in cfg.strides)
 
 
 def anchor_grid(height: int, width: int, cfg: AnchorConfig) -> np.ndarray:
-    """All anchors (K, 4) of a canvas, float32: levels fine to coarse, rows top to bottom in each.
+    """Return all anchors of a height × width pixel canvas: (K, 4), float32, in pixels.
 
-    A numpy array, so that it is a constant of the compiled program. K = sum(level_sizes(...)).
+    Levels go from fine to coarse and rows from top to bottom; K = sum(level_sizes(...)). The
+    result is a numpy array, so that it becomes a constant of the compiled program.
     """
     levels = []
     for stride in cfg.strides:
@@ -112,7 +122,7 @@ def anchor_grid(height: int, width: int, cfg: AnchorConfig) -> np.ndarray:
 
 
 def anchors_inside(anchors: Float[Array, "K 4"], sizes: Int[Array, "B 2"]) -> Bool[Array, "B K"]:
-    """Which anchors have their center on the picture, whose (height, width) are `sizes`."""
+    """Return which anchors have their center inside the image; `sizes`: its (height, width)."""
     x, y = (anchors[:, 0] + anchors[:, 2]) / 2, (anchors[:, 1] + anchors[:, 3]) / 2
     height, width = sizes[:, :1], sizes[:, 1:]
     return (x >= 0) & (y >= 0) & (x < width) & (y < height)
@@ -121,15 +131,17 @@ def anchors_inside(anchors: Float[Array, "K 4"], sizes: Int[Array, "B 2"]) -> Bo
 def centerness_targets(
     anchors: Float[Array, "*n 4"], boxes: Float[Array, "*n 4"]
 ) -> Float[Array, "*n"]:
-    """How central an anchor's center lies in its box, 1 at the center, 0 on or past an edge.
+    """Return how central an anchor's center is in its box: 1 at the center, 0 on or past an edge.
 
-    sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) of the distances to the edges (FCOS eq. 3).
+    sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)), where l, r, t and b are the distances to
+    the edges (Tian et al., FCOS, ICCV 2019, eq. 3).
     """
     centers, _ = _centers_and_sides(anchors)
     before, after = centers - boxes[..., :2], boxes[..., 2:] - centers
     near, far = jnp.minimum(before, after), jnp.maximum(before, after)
     inside = jnp.all(near > 0, axis=-1)
-    # Outside, the ratio would be negative or 0 / 0, and the root's gradient NaN even when unused.
+    # Outside, the ratio would be negative or 0 / 0, and the root's gradient would be NaN even
+    # where it is not used.
     ratio = jnp.where(inside[..., None], near, 1.0) / jnp.where(inside[..., None], far, 1.0)
     return jnp.where(inside, jnp.sqrt(ratio[..., 0] * ratio[..., 1]), 0.0)
 
@@ -150,6 +162,7 @@ def _intersection_and_union(
 
 
 def _ratio(part: Float[Array, "*n"], whole: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    # Two wheres: the outer one sets the value, the inner one keeps 0 / 0 out of the gradient.
+    """Return part / whole; 0, with gradient 0, where the whole is not positive."""
+    # The outer `where` sets the value, the inner one keeps 0 / 0 out of the gradient.
     some = whole > 0
     return jnp.where(some, part / jnp.where(some, whole, 1.0), 0.0)

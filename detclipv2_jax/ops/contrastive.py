@@ -1,13 +1,16 @@
-"""Word-region contrast: what image-text pairs teach, and which regions take part.
+"""Word-region contrast: the loss of image-text pairs, and the scores that select its regions.
 
-The method is DetCLIPv2's (arXiv 2304.04514, section 3). Concepts are the rows of the step's table,
-each once for the whole global batch; an image owns the rows in its line of `text_ids`, -1 where it
-has no more. Every image is compared with every concept once, and a text's similarity is gathered
-from its concepts' afterwards.
+The method of Yao et al. 2023 (arXiv 2304.04514, §3.3). Concepts are the rows of the step's table,
+each once for the whole global batch. The text of image b is made of the concepts `text_ids[b]`;
+-1 fills rows with fewer concepts. Every image is compared with every concept once; the similarity
+of a text is looked up from that of its concepts afterwards.
+
+Sizes: B images, P selected regions or K anchors per image, M concepts, C concepts per text, D
+features.
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +21,26 @@ from detclipv2_jax.common.errors import UserError
 Direction = Literal["text_to_image", "image_to_text", "both"]
 Matching = Literal["max", "soft", "max_size"]
 ProposalScore = Literal["batch", "sample", "classification", "centerness", "batch_centerness"]
-# Concepts compared at a time, so that no device holds the whole comparison of a 6144-image step:
-# against 192 images of 100 proposals a block takes 10 MB (all of it: 4 GB), and against their 2134
-# anchors at 320 x 320 pixels 210 MB (2.5 GB). Multiples of 128, the width of a TPU's matrix unit.
-_PROPOSAL_BLOCK = 128
+# Concepts compared at a time, so that no device has to store the comparison of a whole step. With
+# 6144 images on 32 devices, 192 images of 100 regions take 10 MB per block (4 GB without blocks),
+# and their 2134 anchors at 320×320 pixels 210 MB (2.5 GB). Multiples of 128, the width of a TPU's
+# matrix unit.
+_REGION_BLOCK = 128
 _ANCHOR_BLOCK = 128
-_NEVER = -1e30  # stands for minus infinity, and stays finite under subtraction
+_NEVER = -1e30  # acts as minus infinity, but stays finite under subtraction
 
 
 @dataclasses.dataclass(frozen=True)
 class ContrastiveConfig:
-    """L_cts; the defaults are the paper's, the other values its ablations.
+    """L_cts. The defaults are those of Yao et al. 2023, the other values their ablations.
 
-    direction: "text_to_image" asks of each text which image is its own, "image_to_text" the
+    direction: "text_to_image" asks for each text which image it belongs to, "image_to_text" the
         reverse, "both" takes the mean of the two.
-    matching: a concept's similarity to an image is that of its best region ("max"), the mean of its
-        similarities under their own softmax ("soft", 1-to-many), or that of the largest region
-        ("max_size", as in Detic).
-    temperature: divides the pooled similarities.
-    label_smoothing: share of the target spread evenly over all candidates.
+    matching: how the similarities of a concept to the regions of an image become one: "max" takes
+        the best region's, "soft" the mean weighted by their softmax (one to many), "max_size" that
+        of the largest region (as in Detic).
+    temperature: divides the similarities of images and texts.
+    label_smoothing: share of the target that is spread evenly over all candidates.
     soft_temperature: of the softmax over regions, in units of similarity; read by "soft" only.
     """
 
@@ -60,13 +64,19 @@ def word_region_contrastive(
     scale: Float[Array, ""] | float,
     cfg: ContrastiveConfig,
 ) -> Float[Array, ""]:
-    """L_cts in nats: the cross-entropy of finding each text's image (or the reverse) in the batch.
+    """Return L_cts in nats: the cross-entropy of finding each text's image (or the reverse).
 
-    The mean over the images that have a region and a text; the others are candidates of nobody.
-    With n such images, label smoothing gives each of the n its even share. 0 without any.
+    Yao et al. 2023, eq. 3-5. The mean over the images that have both a region and a text; other
+    images are not candidates either. With n such images, label smoothing gives each the share
+    1 / n. The loss of no images is 0.
 
-    regions, concepts: features whose dot product times `scale` is the similarity s.
-    areas: of the regions' boxes, any unit; read by "max_size" matching only.
+    Args:
+      regions, concepts: features; their dot product times `scale` is the similarity.
+      region_mask: False for padding.
+      areas: of the regions' boxes, in any unit; read by "max_size" matching only.
+      text_ids: rows of `concepts` that each image's text is made of; -1 pads.
+      scale: of the similarity.
+      cfg: the variant of the loss.
     """
     similarity = image_text_similarity(
         regions, region_mask, areas, concepts, text_ids, scale, cfg.matching, cfg.soft_temperature
@@ -92,11 +102,19 @@ def image_text_similarity(
     matching: Matching = "max",
     soft_temperature: float = 1.0,
 ) -> Float[Array, "B T"]:
-    """s(I, T): the mean, over a text's concepts, of their similarity to an image, float32.
+    """Return the similarity of every image with every text, float32.
 
-    Row b is image b, column t the text made of the concepts `text_ids[t]`. 0 for an image without a
-    region and for a text without a concept. On a mesh with the images sharded and the concepts
-    replicated, only ids and (B,) vectors travel forward, and the concepts' gradient back.
+    It is the mean over the text's concepts of their similarity to the image, which `matching`
+    derives from the regions (see `ContrastiveConfig`; Yao et al. 2023, eq. 3-4). It is 0 for an
+    image without regions and for a text without concepts.
+
+    On a mesh, with the images sharded and the concepts replicated, only ids and vectors of length B
+    are communicated forward, and the concepts' gradient backward.
+
+    Args:
+      regions, region_mask, areas, concepts, scale: as in `word_region_contrastive`.
+      text_ids: rows of `concepts` that each of T texts is made of; -1 pads.
+      matching, soft_temperature: as in `ContrastiveConfig`.
     """
     regions = regions.astype(jnp.float32) * scale
     concepts = concepts.astype(jnp.float32)
@@ -104,7 +122,7 @@ def image_text_similarity(
         largest = jnp.argmax(jnp.where(region_mask, areas, -1.0), axis=-1)
         regions = jnp.take_along_axis(regions, largest[:, None, None], axis=1)
         region_mask = region_mask.any(axis=-1, keepdims=True)
-    # (M, B): a text's concepts are then rows to gather, whole lines of memory.
+    # (M, B): a text's concepts are then contiguous rows.
     if matching == "soft":
         by_concept = _softly_matched(regions, region_mask, concepts, soft_temperature)
     else:
@@ -118,19 +136,28 @@ def image_text_similarity(
 def concept_pools(
     text_ids: Int[Array, "B C"], score: ProposalScore, group: int
 ) -> Int[Array, "G N"]:
-    """Which concepts score regions: row g holds those of the g-th B / G images; -1 pads.
+    """Return which concepts score the regions of each of G groups of images; -1 pads.
 
-    `group` consecutive images form a group, the paper's batch of one device: a number of the
-    recipe, so that the choice does not depend on the machine. It must divide B. "sample" pools
-    each image's concepts alone, "classification" those of the whole step.
+    "sample" pools the concepts of each image, "classification" those of all images, every other
+    score those of `group` consecutive images. In the paper (Yao et al. 2023, §3.3) such a group is
+    the batch of one device. Here its size is a number of the recipe, so that the selection does not
+    depend on the machine.
+
+    Args:
+      text_ids: each image's concepts, -1 pads.
+      score: as in `proposal_scores`.
+      group: images per group.
+
+    Raises:
+      UserError: `group` does not divide B, or `score` is unknown.
     """
-    _check_choice("proposal score", score, ProposalScore)
+    _check_choice("proposals.score", score, ProposalScore)
     images = len(text_ids)
     group = {"sample": 1, "centerness": 1, "classification": images}.get(score, group)
     if images % group:
         raise UserError(
-            f"proposal group: {group} images a group do not divide the batch of {images}; "
-            "choose a divisor of the batch size."
+            f"proposals.group: {group} images per group do not divide the batch of {images}. "
+            "Choose a divisor of the batch size."
         )
     return text_ids.reshape(images // group, -1)
 
@@ -145,15 +172,20 @@ def proposal_scores(
     scale: Float[Array, ""] | float = 1.0,
     bias: Float[Array, ""] | float = 0.0,
 ) -> Float[Array, "B K"]:
-    """Objectness that ranks an image's regions for the contrastive loss; no gradient passes.
+    """Return the scores that rank an image's regions for the contrastive loss; without gradient.
 
-    "batch" (the paper's choice): the highest similarity to any concept that belongs to an image of
-    the same group; "sample": of the image itself; "classification": of the whole step; all by
-    `concept_pools`. "centerness": the head's logit, as it comes. "batch_centerness": the product of
-    the sigmoids of "batch" and of centerness.
+    Yao et al. 2023, §3.3. "batch" (their choice) is the highest similarity to any concept of the
+    image's group, "sample" to any of the image's own concepts, "classification" to any concept of
+    the step; `concept_pools` makes the difference. "centerness" is the head's logit, unchanged.
+    "batch_centerness" is sigmoid("batch") · sigmoid(centerness).
 
-    Similarity is scale * dot + bias, the detection logit; the two matter to "batch_centerness"
-    only. A region without any concept to be compared with gets a very low score.
+    Args:
+      regions, concepts: features; scale · dot product + bias is the similarity, a detection logit.
+        Scale and bias change the ranking of "batch_centerness" only.
+      pools: what `concept_pools` returned. A region without any concept gets a very low score.
+      centerness: logits of the head.
+      score: the kind of score.
+      scale, bias: of the similarity.
     """
     regions, concepts, centerness, scale, bias = jax.lax.stop_gradient(
         (regions, concepts, centerness, scale, bias)
@@ -169,12 +201,13 @@ def proposal_scores(
 def _best_in_pool(
     regions: Float[Array, "B K D"], concepts: Float[Array, "M D"], ids: Int[Array, "G N"]
 ) -> Float[Array, "B K"]:
+    """Return the largest dot product of each region with a concept of its group, block by block."""
     images, anchors, features = regions.shape
     concepts = jnp.asarray(concepts)
     regions = regions.astype(jnp.float32).reshape(len(ids), -1, anchors, features)
     if ids.shape[1] >= len(concepts):
-        # Fewer rows in the whole table than names in the group: score each row once. A -1 lands in
-        # the column too many.
+        # The table has fewer rows than the group has ids: score each row once. An id of -1 sets
+        # the extra column, which is then cut off.
         owned = jax.vmap(lambda i: jnp.zeros(len(concepts) + 1, bool).at[i].set(True))(ids)[:, :-1]
         ids = jnp.broadcast_to(jnp.arange(len(concepts)), owned.shape)
     else:
@@ -188,7 +221,7 @@ def _best_in_pool(
         return jnp.maximum(best, dots.max(axis=-1)), None
 
     best = jnp.full(regions.shape[:-1], _NEVER)
-    blocks = (_split(ids.T, _ANCHOR_BLOCK), _split(owned.T, _ANCHOR_BLOCK))
+    blocks = (_in_blocks(ids.T, _ANCHOR_BLOCK), _in_blocks(owned.T, _ANCHOR_BLOCK))
     best, _ = jax.lax.scan(update, best, blocks)
     return best.reshape(images, anchors)
 
@@ -197,14 +230,23 @@ def _dots(regions: Float[Array, "B P D"], concepts: Float[Array, "M D"]) -> Floa
     return jnp.einsum("bpd,md->bpm", regions, concepts, preferred_element_type=jnp.float32)
 
 
+class _BestMatches(NamedTuple):
+    """What the backward pass of `_best_matched` needs."""
+
+    regions: Float[Array, "B P D"]
+    present: Bool[Array, " B"]  # images that have a region
+    concepts: Float[Array, "M D"]
+    which: Int[Array, "M B"]  # number of the best region
+
+
 @jax.custom_vjp
 def _best_matched(
     regions: Float[Array, "B P D"], region_mask: Bool[Array, "B P"], concepts: Float[Array, "M D"]
 ) -> Float[Array, "M B"]:
-    """The similarity of each concept to its best region of each image; 0 without a region.
+    """Return the similarity of each concept to its best region of each image; 0 without a region.
 
-    The first of equal regions is the best. The backward pass needs to know which it was, a small
-    number a concept and image, and no similarity: two matrix products, blocks again.
+    Of equal regions the first is the best. The backward pass needs the number of the best region,
+    a byte per concept and image, but no similarity: it is two matrix products, in blocks again.
     """
     return _best_matched_forward(regions, region_mask, concepts)[0]
 
@@ -219,26 +261,26 @@ def _best_matched_forward(regions, region_mask, concepts):
 
     best, which = (
         found.reshape(-1, len(regions))[: len(concepts)]
-        for found in jax.lax.map(compare, _split(concepts, _PROPOSAL_BLOCK))
+        for found in jax.lax.map(compare, _in_blocks(concepts, _REGION_BLOCK))
     )
     present = region_mask.any(axis=1)
-    return jnp.where(present, best, 0.0), (regions, present, concepts, which)
+    return jnp.where(present, best, 0.0), _BestMatches(regions, present, concepts, which)
 
 
-def _best_matched_backward(kept, gradient):
-    regions, present, concepts, which = kept
+def _best_matched_backward(saved, gradient):
+    regions, present, concepts, which = saved
     places = jnp.arange(regions.shape[1], dtype=which.dtype)
 
-    def spread(by_regions, part):
-        block, chosen, slope = part
+    def add_block(grad_regions, block):
+        rows, chosen, slope = block
         weights = jnp.where(chosen[..., None] == places, slope[..., None], 0.0)  # (block, B, P)
-        by_regions += jnp.einsum("mbp,md->bpd", weights, block)
-        return by_regions, jnp.einsum("mbp,bpd->md", weights, regions)
+        grad_regions += jnp.einsum("mbp,md->bpd", weights, rows)
+        return grad_regions, jnp.einsum("mbp,bpd->md", weights, regions)
 
     slope = jnp.where(present, gradient, 0.0)
-    parts = tuple(_split(rows, _PROPOSAL_BLOCK) for rows in (concepts, which, slope))
-    by_regions, by_concepts = jax.lax.scan(spread, jnp.zeros_like(regions), parts)
-    return by_regions, None, by_concepts.reshape(-1, concepts.shape[1])[: len(concepts)]
+    blocks = tuple(_in_blocks(rows, _REGION_BLOCK) for rows in (concepts, which, slope))
+    grad_regions, grad_concepts = jax.lax.scan(add_block, jnp.zeros_like(regions), blocks)
+    return grad_regions, None, grad_concepts.reshape(-1, concepts.shape[1])[: len(concepts)]
 
 
 _best_matched.defvjp(_best_matched_forward, _best_matched_backward)
@@ -250,9 +292,9 @@ def _softly_matched(
     concepts: Float[Array, "M D"],
     temperature: float,
 ) -> Float[Array, "M B"]:
-    """The mean similarity of each concept to an image's regions under their own softmax.
+    """Return the mean similarity of each concept to an image's regions, weighted by their softmax.
 
-    Blocks are computed again in the backward pass: one more matrix product instead of gigabytes.
+    The backward pass computes each block again: one more matrix product instead of gigabytes.
     """
 
     def compare(block):
@@ -260,12 +302,12 @@ def _softly_matched(
         weights = jax.nn.softmax(jnp.where(mask, similarity / temperature, _NEVER), axis=1)
         return jnp.sum(jnp.where(mask, weights * similarity, 0.0), axis=1).T
 
-    results = jax.lax.map(jax.checkpoint(compare), _split(concepts, _PROPOSAL_BLOCK))
+    results = jax.lax.map(jax.checkpoint(compare), _in_blocks(concepts, _REGION_BLOCK))
     return results.reshape(-1, len(regions))[: len(concepts)]
 
 
-def _split(rows: Array, block: int) -> Array:
-    """(M, ...) as (blocks, block, ...), the last one filled up with zeros."""
+def _in_blocks(rows: Array, block: int) -> Array:
+    """Return (M, ...) as (blocks, block, ...), with zeros at the end of the last block."""
     block = min(block, len(rows))
     padding = [(0, -len(rows) % block)] + [(0, 0)] * (rows.ndim - 1)
     return jnp.pad(rows, padding).reshape(-1, block, *rows.shape[1:])
@@ -274,7 +316,10 @@ def _split(rows: Array, block: int) -> Array:
 def _cross_entropy(
     logits: Float[Array, "B B"], valid: Bool[Array, " B"], smoothing: float
 ) -> Float[Array, ""]:
-    """Mean over valid rows of the smoothed cross-entropy with the diagonal, among valid columns."""
+    """Return the mean cross-entropy of valid rows with the diagonal, among the valid columns.
+
+    The target of row b has 1 - smoothing at column b, and smoothing / n at each of n columns.
+    """
     count = jnp.maximum(valid.sum(), 1)
     logits = jnp.where(valid, logits, _NEVER)
     log_p = jnp.where(valid, jax.nn.log_softmax(logits, axis=-1), 0.0)
@@ -282,6 +327,6 @@ def _cross_entropy(
     return jnp.where(valid, losses, 0.0).sum() / count
 
 
-def _check_choice(what: str, value: str, choices) -> None:
+def _check_choice(field: str, value: str, choices) -> None:
     if value not in get_args(choices):
-        raise UserError(f"{what}: {value!r} is none of {', '.join(get_args(choices))}.")
+        raise UserError(f"{field}: {value!r} is not one of {', '.join(get_args(choices))}.")

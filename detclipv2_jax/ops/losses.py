@@ -1,6 +1,11 @@
-"""The dense losses, elementwise and in float32, whatever comes in."""
+"""The losses of dense prediction, computed in float32 whatever the dtype of the inputs.
+
+The focal loss of the alignment between regions and concepts, the GIoU loss of boxes, and the binary
+cross-entropy of centerness. None of them is normalized here.
+"""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from detclipv2_jax.ops.boxes import giou
 
-ALPHA, GAMMA = 0.25, 2.0  # of the focal loss (Lin et al., ICCV 2017; ATSS's)
-_BLOCK_LOGITS = 1 << 20  # logits an image that are held at a time: 4 MB of float32
+ALPHA, GAMMA = 0.25, 2.0  # of the focal loss (Lin et al., ICCV 2017, §5.1), as in ATSS
+_BLOCK_LOGITS = 1 << 20  # logits per image that are in memory at a time: 4 MB of float32
 
 
 def sigmoid_focal(
@@ -18,13 +23,18 @@ def sigmoid_focal(
     alpha: float = ALPHA,
     gamma: float = GAMMA,
 ) -> Float[Array, "*n"]:
-    """Focal loss of each logit, in nats: -alpha_t (1 - p_t)^gamma log(p_t).
+    """Return the focal loss of each logit, in nats: -alpha_t (1 - p_t)^gamma log(p_t).
 
-    Lin et al., ICCV 2017, eq. 5. `targets` are 0 or 1 (or booleans). Finite, with a finite
-    gradient, for every finite logit.
+    Lin et al., ICCV 2017, eq. 5. The loss and its gradient are finite for every finite logit.
+
+    Args:
+      logits: before the sigmoid.
+      targets: 0 or 1, or booleans.
+      alpha: weight of targets that are 1; the others have the weight 1 - alpha.
+      gamma: exponent that reduces the weight of well-classified logits.
     """
     positive = targets.astype(bool)
-    # z is the logit towards the right answer, p_t its sigmoid.
+    # p_t = sigmoid(z) is the probability of the right answer.
     z = jnp.where(positive, logits, -logits).astype(jnp.float32)
     return jnp.where(positive, alpha, 1 - alpha) * _focal(z, gamma)
 
@@ -38,16 +48,23 @@ def alignment_loss(
     concept_mask: Bool[Array, " M"],
     block: int = 0,
 ) -> Float[Array, ""]:
-    """L_align before its normalizer: the focal loss summed over valid anchors and concepts.
+    """Return L_align before normalization: the focal loss summed over anchors and concepts.
 
-    The logits are regions · textsᵀ + bias: the texts come multiplied by the similarity's scale.
-    `matched_labels` is the concept (a row of the step's table) that an anchor should align with, -1
-    for none: then it should align with no concept.
+    The logits are regions · textsᵀ + bias (Yao et al. 2023, §3). The K × M logits
+    of an image are never in memory at once: they are computed for `block` anchors at a time. Since
+    the loss is a single sum, its gradient is taken from the same logits, with three matrix products
+    in all, as many as without blocks. What is saved for the backward pass has the sizes of the
+    inputs.
 
-    The K × M logits of an image are never held. They are made for `block` anchors at a time (0
-    chooses: about a million logits an image), and since the loss is one sum, its gradient is
-    taken while they are there: three matrix products in all, as without blocks. What is kept for
-    the backward pass has the sizes of the inputs.
+    Args:
+      regions: features of the anchors.
+      texts: features of the concepts, already multiplied by the similarity's scale.
+      bias: added to all logits.
+      matched_labels: the concept (a row of `texts`) that each anchor should align with. -1: none,
+        the anchor is a negative of all concepts.
+      anchor_mask: anchors that count.
+      concept_mask: concepts that count; others may hold anything, even NaN.
+      block: anchors per block; 0: about a million logits per image.
     """
     if not block:
         block = max(_BLOCK_LOGITS // max(len(texts), 1), 128)
@@ -59,40 +76,50 @@ def alignment_loss(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _alignment(regions, texts, bias, labels, anchor_mask, concept_mask, block):
-    def one(total, first):
-        _, part, positive, valid = _block(first, block, regions, labels, anchor_mask, concept_mask)
-        losses = sigmoid_focal(_logits(part, texts, bias), positive)
-        return total + jnp.sum(jnp.where(valid, losses, 0.0)), None
+    def add_block(total, first):
+        part = _take_block(first, block, regions, labels, anchor_mask, concept_mask)
+        losses = sigmoid_focal(_logits(part.regions, texts, bias), part.positive)
+        return total + jnp.sum(jnp.where(part.valid, losses, 0.0)), None
 
     firsts = jnp.arange(0, regions.shape[1], max(block, 1))
-    return jax.lax.scan(one, jnp.zeros((), jnp.float32), firsts)[0]
+    return jax.lax.scan(add_block, jnp.zeros((), jnp.float32), firsts)[0]
+
+
+class _Gradients(NamedTuple):
+    """Gradients of the alignment loss."""
+
+    regions: Float[Array, "B K D"]
+    texts: Float[Array, "M D"]
+    bias: Float[Array, ""]
 
 
 def _alignment_forward(regions, texts, bias, labels, anchor_mask, concept_mask, block):
-    """The loss and, from the same logits, its gradient by regions, texts and bias."""
+    """Return the loss and, from the same logits, its `_Gradients`."""
 
-    def one(carry, first):
-        total, by_regions, by_texts, by_bias = carry
-        start, part, positive, valid = _block(
-            first, block, regions, labels, anchor_mask, concept_mask
+    def add_block(carry, first):
+        total, grads = carry
+        part = _take_block(first, block, regions, labels, anchor_mask, concept_mask)
+        logits = _logits(part.regions, texts, bias)
+        losses, slope = _focal_and_slope(jnp.where(part.positive, logits, -logits), GAMMA)
+        weight = jnp.where(part.valid, jnp.where(part.positive, ALPHA, 1 - ALPHA), 0.0)
+        grad_logits = weight * jnp.where(part.positive, slope, -slope)
+        # Add, since the last block may start within the one before it; its gradient is zero for
+        # the anchors that they share.
+        here = jax.lax.dynamic_slice_in_dim(grads.regions, part.start, block, axis=1)
+        here += jnp.einsum("bkm,md->bkd", grad_logits, texts).astype(here.dtype)
+        grad_regions = jax.lax.dynamic_update_slice_in_dim(grads.regions, here, part.start, axis=1)
+        grad_texts = grads.texts + jnp.einsum(
+            "bkm,bkd->md", grad_logits, part.regions.astype(jnp.float32)
         )
-        logits = _logits(part, texts, bias)
-        losses, slope = _focal_and_slope(jnp.where(positive, logits, -logits), GAMMA)
-        weight = jnp.where(valid, jnp.where(positive, ALPHA, 1 - ALPHA), 0.0)
-        by_logits = weight * jnp.where(positive, slope, -slope)
-        # Adding, since the last block may begin within the one before it: zeros for those anchors.
-        place = jax.lax.dynamic_slice_in_dim(by_regions, start, block, axis=1)
-        place += jnp.einsum("bkm,md->bkd", by_logits, texts).astype(place.dtype)
-        by_regions = jax.lax.dynamic_update_slice_in_dim(by_regions, place, start, axis=1)
-        by_texts += jnp.einsum("bkm,bkd->md", by_logits, part.astype(jnp.float32))
         total += jnp.sum(weight * losses)
-        return (total, by_regions, by_texts, by_bias + jnp.sum(by_logits)), None
+        grad_bias = grads.bias + jnp.sum(grad_logits)
+        return (total, _Gradients(grad_regions, grad_texts, grad_bias)), None
 
     zero = jnp.zeros((), jnp.float32)
-    begin = (zero, jnp.zeros_like(regions), jnp.zeros(texts.shape, jnp.float32), zero)
+    zeros = _Gradients(jnp.zeros_like(regions), jnp.zeros(texts.shape, jnp.float32), zero)
     firsts = jnp.arange(0, regions.shape[1], max(block, 1))
-    (total, by_regions, by_texts, by_bias), _ = jax.lax.scan(one, begin, firsts)
-    return total, (by_regions, by_texts.astype(texts.dtype), by_bias)
+    (total, grads), _ = jax.lax.scan(add_block, (zero, zeros), firsts)
+    return total, grads._replace(texts=grads.texts.astype(texts.dtype))
 
 
 def _alignment_backward(block, gradients, cotangent):
@@ -103,18 +130,28 @@ def _alignment_backward(block, gradients, cotangent):
 _alignment.defvjp(_alignment_forward, _alignment_backward)
 
 
-def _block(first, block, regions, labels, anchor_mask, concept_mask):
-    """`block` anchors from `first` on, moved back where fewer are left.
+class _Block(NamedTuple):
+    """Some consecutive anchors of each image."""
 
-    Returns their start, their regions, which of their logits should be high, and which count: those
-    of anchors before `first` did already.
+    start: Int[Array, ""]  # index of the first of them
+    regions: Float[Array, "B block D"]
+    positive: Bool[Array, "B block M"]  # whether the target of a logit is 1
+    valid: Bool[Array, "B block M"]  # whether a logit counts
+
+
+def _take_block(first, block, regions, labels, anchor_mask, concept_mask) -> _Block:
+    """Return `block` anchors from `first` on.
+
+    Where fewer are left, the block starts earlier; logits of anchors before `first` do not count
+    again.
     """
     start = jnp.minimum(first, regions.shape[1] - block)
     cut = lambda array: jax.lax.dynamic_slice_in_dim(array, start, block, axis=1)
     new = cut(anchor_mask) & (start + jnp.arange(block) >= first)
     part = jnp.where(new[..., None], cut(regions), 0.0)
     columns = jnp.arange(len(concept_mask), dtype=labels.dtype)
-    return start, part, cut(labels)[..., None] == columns, new[..., None] & concept_mask
+    positive = cut(labels)[..., None] == columns
+    return _Block(start, part, positive, new[..., None] & concept_mask)
 
 
 def _logits(regions, texts, bias):
@@ -125,24 +162,31 @@ def _logits(regions, texts, bias):
 def giou_loss(
     predictions: Float[Array, "*n 4"], targets: Float[Array, "*n 4"]
 ) -> Float[Array, "*n"]:
-    """1 - GIoU of boxes pair by pair, in [0, 2)."""
+    """Return 1 - GIoU of corresponding boxes, in [0, 2) (Rezatofighi et al., CVPR 2019).
+
+    Boxes are (x_min, y_min, x_max, y_max) in any unit.
+    """
     return 1.0 - giou(predictions.astype(jnp.float32), targets.astype(jnp.float32))
 
 
 def binary_cross_entropy(
     logits: Float[Array, "*n"], targets: Float[Array, "*n"]
 ) -> Float[Array, "*n"]:
-    """Cross-entropy of each logit with its target in [0, 1], in nats."""
+    """Return the cross-entropy of each logit with its target in [0, 1], in nats.
+
+    -t log(sigmoid(z)) - (1 - t) log(1 - sigmoid(z)), computed without overflow.
+    """
     logits = logits.astype(jnp.float32)
     return jax.nn.softplus(logits) - logits * targets
 
 
-# The derivative is written out: it costs half of what differentiating the formula does, on the
-# largest array of a step, and never raises (1 - p) = 0 to a negative power.
+# The derivative is written out. On the largest array of a step it costs half of what automatic
+# differentiation of the formula costs, and it never raises (1 - p) = 0 to a negative power.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _focal(z: Float[Array, "*n"], gamma: float) -> Float[Array, "*n"]:
-    p, q, cost = _sigmoid_parts(z)
-    return q**gamma * cost
+    """Return -(1 - p)^gamma log(p) with p = sigmoid(z)."""
+    sigmoid = _sigmoid_parts(z)
+    return sigmoid.q**gamma * sigmoid.cost
 
 
 @_focal.defjvp
@@ -151,17 +195,28 @@ def _focal_jvp(gamma, primals, tangents):
     return value, slope * tangents[0]
 
 
-def _focal_and_slope(z: Float[Array, "*n"], gamma: float) -> tuple[Float[Array, "*n"], ...]:
+def _focal_and_slope(
+    z: Float[Array, "*n"], gamma: float
+) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
+    """Return `_focal` and its derivative by z."""
     p, q, cost = _sigmoid_parts(z)
     weight = q**gamma
     return weight * cost, -weight * (gamma * p * cost + q)
 
 
-def _sigmoid_parts(z: Float[Array, "*n"]) -> tuple[Float[Array, "*n"], ...]:
-    """p = sigmoid(z), 1 - p and -log(p), each to full precision, from one exponential."""
+class _Sigmoid(NamedTuple):
+    """The sigmoid of z and what derives from it, each to full precision."""
+
+    p: Float[Array, "*n"]  # sigmoid(z)
+    q: Float[Array, "*n"]  # 1 - p
+    cost: Float[Array, "*n"]  # -log(p)
+
+
+def _sigmoid_parts(z: Float[Array, "*n"]) -> _Sigmoid:
+    """Return `_Sigmoid` of z, computed from a single exponential."""
     small = jnp.exp(-jnp.abs(z))
     above = z > 0
     share = 1.0 / (1.0 + small)
     p = jnp.where(above, 1.0, small) * share
     q = jnp.where(above, small, 1.0) * share
-    return p, q, jnp.maximum(-z, 0.0) + jnp.log1p(small)
+    return _Sigmoid(p, q, jnp.maximum(-z, 0.0) + jnp.log1p(small))

@@ -1,10 +1,12 @@
-"""Non-maximum suppression with static shapes: exact, greedy, and made for vmap.
+"""Greedy non-maximum suppression (NMS) with static shapes: exact, and usable under `vmap`.
 
-A box is dropped where its IoU with a kept box of a higher score is *above* the threshold. Equal
-scores rank by index. A box without area overlaps nothing.
+A box is dropped if its IoU with a kept box of a higher score is *above* the threshold. Equal
+scores rank by index. A box without area overlaps nothing. Boxes are (x_min, y_min, x_max, y_max) in
+pixels.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from detclipv2_jax.ops.boxes import area
 
-_CLASSES_AT_ONCE = 32  # classes suppressed side by side
-_CHUNK = 32  # values of which the largest is looked at first
+_CLASSES_AT_ONCE = 32  # classes whose boxes are suppressed in parallel
+_CHUNK = 32  # values per chunk of `_top_k`
 
 
 def nms(
@@ -22,9 +24,15 @@ def nms(
     mask: Bool[Array, " N"],
     iou_threshold: float,
 ) -> Bool[Array, " N"]:
-    """Which of the boxes in `mask` greedy suppression keeps, whatever their classes. One image.
+    """Return which boxes of one image greedy suppression keeps, whatever their classes.
 
-    Memory: N^2 bytes.
+    Needs N² bytes of memory.
+
+    Args:
+      boxes: in pixels.
+      scores: in any order.
+      mask: boxes that take part.
+      iou_threshold: a box overlapping a kept box by more is dropped.
     """
     boxes, mask = jnp.asarray(boxes), jnp.asarray(mask)
     order = jnp.argsort(jnp.where(mask, -scores, jnp.inf), stable=True)
@@ -33,9 +41,9 @@ def nms(
     overlaps = _overlap_more(columns[:, :, None], columns[:, None], iou_threshold)
     suppresses = overlaps & (ranks[:, None] < ranks)
 
-    # A box stays unless a box that stays suppresses it. Applied again and again, the rule settles
-    # the ranks from the best down: after n rounds at least the n best are right for good, so the
-    # point where nothing changes is the greedy answer. Real images need about ten rounds.
+    # A box is kept unless a kept box suppresses it. Applied repeatedly, this rule settles the boxes
+    # from the best down: after n rounds at least the n best are final, so the state that no longer
+    # changes is the greedy result. Real images need about ten rounds.
     def settle(state):
         kept, _ = state
         new = alive & ~jnp.any(suppresses & kept[:, None], axis=0)
@@ -58,17 +66,30 @@ def class_nms(
 ) -> tuple[Float[Array, "B T 4"], Float[Array, "B T"], Int[Array, "B T"], Bool[Array, "B T"]]:
     """Return the best `max_detections` of each image; a box suppresses only boxes of its own class.
 
-    Of each class the best `pre_nms_top_k` anchors enter, if they score above `score_threshold`: no
-    class loses its place to another one's scores, which fixed AP, a measure a class, must not see.
-    Returns boxes, scores, labels and a mask, best first, padded with zeros to T = max_detections.
-    Equal scores rank by class, then by anchor.
+    Of each class the `pre_nms_top_k` best anchors are candidates, if they score above
+    `score_threshold`. The number is per class, so that no class loses candidates to the scores of
+    another: fixed AP (Dave et al. 2021) measures each class by itself. Equal scores rank by class,
+    then by anchor.
 
-    The classes come in blocks: arrays with one entry a block on their first axis, of which `score`
-    makes the scores of the C classes of one block. So the memory is that of one block, however many
-    there are. The score of the last detection kept so far is a bar for all that follow: what does
-    not pass it can neither be kept nor, ranking lower, suppress what is.
+    Classes are processed in blocks, so that the memory is that of one block, however many there
+    are. The score of the last detection found so far is a bar for all that follow: a candidate
+    below it can neither be kept nor, since it ranks lower, suppress one that is.
+
+    Args:
+      boxes: of the K anchors of each image, in pixels.
+      mask: anchors that take part.
+      score: receives one block and returns the scores of its C classes.
+      blocks: arrays whose first axis is the block.
+      iou_threshold: a box overlapping a better one of its class by more is dropped.
+      score_threshold: candidates score above it.
+      pre_nms_top_k: candidates per class.
+      max_detections: T, detections per image.
+
+    Returns:
+      Boxes, scores, labels (numbers of classes over all blocks) and a mask, best first, padded
+      with zeros.
     """
-    found = (
+    found = _Found(
         jnp.full((boxes.shape[0], max_detections), -jnp.inf),
         jnp.zeros((boxes.shape[0], max_detections), jnp.int32),
         jnp.zeros((boxes.shape[0], max_detections), jnp.int32),
@@ -83,43 +104,58 @@ def class_nms(
         return (first + scores.shape[1], found), None
 
     start = jnp.zeros((), jnp.int32)
-    (_, (values, anchors, labels)), _ = jax.lax.scan(add_block, (start, found), blocks)
-    there = values > -jnp.inf
+    (_, found), _ = jax.lax.scan(add_block, (start, found), blocks)
+    exists = found.scores > -jnp.inf
     return (
-        jnp.where(there[..., None], _rows(boxes, anchors), 0.0),
-        jnp.where(there, values, 0.0),
-        jnp.where(there, labels, 0),
-        there,
+        jnp.where(exists[..., None], _rows(boxes, found.anchors), 0.0),
+        jnp.where(exists, found.scores, 0.0),
+        jnp.where(exists, found.labels, 0),
+        exists,
     )
 
 
+class _Found(NamedTuple):
+    """The best detections so far, best first; the score of a missing one is minus infinity."""
+
+    scores: Float[Array, "B T"]
+    anchors: Int[Array, "B T"]
+    labels: Int[Array, "B T"]
+
+
 def _add_classes(
-    found: tuple[Float[Array, "B T"], Int[Array, "B T"], Int[Array, "B T"]],
+    found: _Found,
     boxes: Float[Array, "B K 4"],
     scores: Float[Array, "B C K"],
     first: Int[Array, ""],
     *,
     iou_threshold: float,
     pre_nms_top_k: int,
-) -> tuple[Float[Array, "B T"], Int[Array, "B T"], Int[Array, "B T"]]:
-    """The best scores, anchors and labels so far, and those of C classes from `first` on.
+) -> _Found:
+    """Return the best detections among those found so far and those of C more classes.
 
-    Only classes with a score above the bar are looked at, a few at a time, in their order: that is
-    what keeps equal scores in the order of their classes.
+    Only classes with a score above the bar are processed, a few at a time. They are taken in order,
+    so that equal scores stay in the order of their classes.
+
+    Args:
+      found: the best detections so far.
+      boxes: of all anchors, in pixels.
+      scores: of the C classes; minus infinity: not a candidate.
+      first: number of the first of the C classes.
+      iou_threshold, pre_nms_top_k: as in `class_nms`.
     """
-    max_detections, classes = found[0].shape[1], scores.shape[1]
+    max_detections, classes = found.scores.shape[1], scores.shape[1]
     few = min(classes, _CLASSES_AT_ONCE)
-    passes = jnp.max(scores, axis=-1) > found[0][:, -1:]
+    passes = jnp.max(scores, axis=-1) > found.scores[:, -1:]
     order = jnp.argsort(~passes, axis=-1, stable=True).astype(jnp.int32)
     order = jnp.pad(order, ((0, 0), (0, -classes % few)), mode="edge")
     rounds = -(-jnp.max(jnp.sum(passes, axis=-1)) // few)
 
     def add_few(number, found):
         picks = jax.lax.dynamic_slice_in_dim(order, number * few, few, axis=1)
-        # The last round may have more places than classes are left.
+        # The last round may have more places than there are classes left.
         fresh = number * few + jnp.arange(few) < classes
         values, anchors = _top_k(_rows(scores, picks), pre_nms_top_k)
-        alive = fresh[:, None] & (values > found[0][:, -1:, None])
+        alive = fresh[:, None] & (values > found.scores[:, -1:, None])
         corners = _rows(boxes, anchors.reshape(boxes.shape[0], -1)).reshape(*anchors.shape, 4)
         kept = _suppress_rows(_columns(corners), alive, iou_threshold)
         labels = jnp.broadcast_to((first + picks)[..., None], kept.shape)
@@ -129,23 +165,24 @@ def _add_classes(
             for old, x in zip(found, new)
         ]
         best, places = jax.lax.top_k(pool[0], max_detections)
-        return best, *(jnp.take_along_axis(x, places, axis=1) for x in pool[1:])
+        return _Found(best, *(jnp.take_along_axis(x, places, axis=1) for x in pool[1:]))
 
     return jax.lax.fori_loop(0, rounds, add_few, found)
 
 
 def _rows(table: Float[Array, "B N D"], picks: Int[Array, "B M"]) -> Float[Array, "B M D"]:
-    """Rows of each image's table."""
+    """Return the picked rows of each image's table."""
     return jnp.take_along_axis(table, picks[..., None], axis=1)
 
 
 def _top_k(
     values: Float[Array, "B R N"], k: int
 ) -> tuple[Float[Array, "B R k"], Int[Array, "B R k"]]:
-    """`jax.lax.top_k`, sooner where N is many times k: only the k best chunks are searched.
+    """Return `jax.lax.top_k`, faster where N is many times k: only the k best chunks are searched.
 
-    Each chunk before that of a value, by the largest in it and then by place, holds a value that
-    ranks before it: the k best values cannot lie but in the k best chunks.
+    Chunks are ranked by their largest value, equal ones by place. Every chunk that ranks before a
+    value's own chunk holds a value that ranks before it. So the k best values are in the k best
+    chunks.
     """
     batch, rows, total = values.shape
     chunks = -(-total // _CHUNK)
@@ -166,9 +203,12 @@ def _top_k(
 def _suppress_rows(
     columns: Float[Array, "5 *rows N"], alive: Bool[Array, "*rows N"], iou_threshold: float
 ) -> Bool[Array, "*rows N"]:
-    """What greedy suppression keeps of each row of boxes sorted best first, rows side by side.
+    """Return which boxes greedy suppression keeps in each row of boxes sorted best first.
 
-    `alive` boxes are the first of their row.
+    Args:
+      columns: see `_columns`.
+      alive: boxes that take part; they come first in their row.
+      iou_threshold: a box overlapping a better one of its row by more is dropped.
     """
     ranks = jnp.arange(alive.shape[-1])
 
@@ -191,16 +231,28 @@ def select_proposals(
     iou_threshold: float,
     k: int,
 ) -> tuple[Int[Array, " k"], Bool[Array, " k"]]:
-    """The `k` regions of one image that take part in the contrastive loss (DetCLIPv2, section 3.3).
+    """Select the `k` regions of one image for the contrastive loss (Yao et al. 2023, §3.3).
 
-    The best `pre_nms_per_level` of each level (`level_sizes`, fine to coarse, sum to K) enter one
-    class-agnostic suppression; the `k` best that it keeps are returned, best first, as indices into
-    the K anchors and a mask (False, with index 0, where fewer are left). No gradient passes.
+    The `pre_nms_per_level` best anchors of each level go through one class-agnostic suppression.
+    The selection has no gradient.
+
+    Args:
+      boxes: of the K anchors, in pixels.
+      objectness: ranks the anchors (`contrastive.proposal_scores`).
+      mask: anchors that take part.
+      level_sizes: anchors per level, fine to coarse; they sum to K.
+      pre_nms_per_level: candidates per level.
+      iou_threshold: a box overlapping a better one by more is dropped.
+      k: regions to select.
+
+    Returns:
+      Indices of the selected anchors, best first, and a mask: False, with index 0, where fewer
+      than k are left.
     """
     boxes, objectness = jax.lax.stop_gradient((boxes, objectness))
     costs = jnp.where(mask, -objectness, jnp.inf)
     indices = jnp.arange(len(costs), dtype=jnp.int32)
-    # The boxes travel with the sort: a TPU sorts six arrays sooner than it gathers from one.
+    # Sort the boxes along: a TPU sorts six arrays faster than it gathers from one.
     costs, indices, *columns = jax.lax.sort(
         (costs, indices, *_columns(boxes)), num_keys=2, is_stable=False
     )
@@ -221,12 +273,12 @@ def _pick_greedily(
     iou_threshold: float,
     count: int,
 ) -> tuple[Int[Array, " count"], Bool[Array, " count"]]:
-    """Positions of the first `count` boxes that suppression keeps of boxes sorted best first.
+    """Return the positions of the first `count` boxes that suppression keeps, and which exist.
 
-    One pick at a time: count * N overlaps and N booleans, where a matrix would be N^2 of both. On a
-    CPU that is five to fifty times faster for the sizes of a detector, and on a TPU all of it stays
-    in fast memory. The picked box is read by a masked sum: a gather would have its own layout, and
-    a TPU would copy all boxes between the two at each pick.
+    The boxes are sorted best first. They are picked one at a time, which takes count · N overlaps
+    and N booleans instead of N² of both. For the sizes of a detector that is five to fifty times
+    faster on a CPU, and on a TPU everything stays in VMEM. The picked box is read by a masked sum:
+    a gather would want another memory layout, and a TPU would copy all boxes at every pick.
     """
     total = columns.shape[1]
     positions = jnp.arange(total, dtype=jnp.int32)
@@ -244,14 +296,17 @@ def _pick_greedily(
 
 
 def _columns(boxes: Float[Array, "*n 4"]) -> Float[Array, "5 *n"]:
-    """The four coordinates and the area, each contiguous."""
+    """Return the four coordinates and the area of the boxes, each contiguous."""
     return jnp.stack([*jnp.moveaxis(jnp.asarray(boxes), -1, 0), area(boxes)])
 
 
 def _overlap_more(
     a: Float[Array, "5 *n"], b: Float[Array, "5 *n"], threshold: float
 ) -> Bool[Array, "*n"]:
-    """Whether the IoU exceeds the threshold, without a division; never for a box without area."""
+    """Return whether the IoU exceeds the threshold, computed without a division.
+
+    Never true for a box without area. `a` and `b` are `_columns`.
+    """
     width = jnp.maximum(jnp.minimum(a[2], b[2]) - jnp.maximum(a[0], b[0]), 0.0)
     height = jnp.maximum(jnp.minimum(a[3], b[3]) - jnp.maximum(a[1], b[1]), 0.0)
     intersection = width * height

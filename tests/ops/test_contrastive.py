@@ -130,7 +130,7 @@ def test_every_variant(direction, matching):
 def test_blocks_change_nothing(matching, monkeypatch):
     cfg = variant("both", matching)
     whole = loss_and_gradients(cfg, with_gaps(), 3.0)
-    monkeypatch.setattr(ops, "_PROPOSAL_BLOCK", 3)  # 7 concepts: two blocks and a third of one
+    monkeypatch.setattr(ops, "_REGION_BLOCK", 3)  # 7 concepts: two blocks and a third of one
     blocks = loss_and_gradients(cfg, with_gaps(), 3.0, compile_for(cfg))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, blocks)
 
