@@ -358,7 +358,7 @@ def test_no_gradient_passes_the_scores(score):
 
 def test_proposal_settings_are_checked():
     arrays = float32(*proposal_case())
-    with pytest.raises(UserError, match="4 images a group do not divide the batch of 6"):
+    with pytest.raises(UserError, match="4 images per group do not divide the batch of 6"):
         grouped_scores(*arrays, score="batch", group=4)
-    with pytest.raises(UserError, match="'iou' is none of batch, sample"):
+    with pytest.raises(UserError, match="'iou' is not one of batch, sample"):
         grouped_scores(*arrays, score="iou", group=2)

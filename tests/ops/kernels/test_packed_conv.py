@@ -1,6 +1,6 @@
 """A convolution of a packed map by the TPU kernel equals XLA's, in simulation; so does a head.
 
-The simulation fills memory that nobody wrote with NaN and raises at a read beyond an array.
+The simulation fills unwritten memory with NaN and raises an error for a read beyond an array.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
+from kernel_comparison import check_close
 
 from detclipv2_jax.models.atss_head import ATSSHead, DeformConv, HeadConfig
 from detclipv2_jax.models.initializers import Draws
@@ -43,25 +44,18 @@ def by_kernel(x, norm, kernel, packed):
     return jnp.where(packed.mask, y, 0), statistics.mean, statistics.variance
 
 
-def check_close(expected, found, tolerance=2e-6):
-    leaves = zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True)
-    for (path, a), b in leaves:
-        a, b = (np.asarray(v, np.float64) for v in (a, b))
-        assert np.abs(a - b).max() <= tolerance * np.abs(a).max(), jax.tree_util.keystr(path)
-
-
 @pytest.mark.parametrize(
     ("sizes", "images", "channels", "normed", "tokens"),
     [
-        (PYRAMID, 2, (8, 6), True, 48),  # bands of three rows on seven
+        (PYRAMID, 2, (8, 6), True, 48),  # bands of three rows, of seven rows
         (PYRAMID, 1, (8, 6), False, 2560),
         pytest.param(((1, 1),), 1, (4, 4), True, 16, marks=SLOW),
         pytest.param(((5, 16),), 3, (4, 8), True, 64, marks=SLOW),  # a whole tile wide
-        pytest.param(((9, 3),), 2, (4, 8), False, 16, marks=SLOW),  # a row a band
+        pytest.param(((9, 3),), 2, (4, 8), False, 16, marks=SLOW),  # one row per band
         pytest.param(((13, 17), (7, 9), (4, 5)), 2, (16, 130), True, 160, marks=SLOW),
     ],
 )
-def test_map_statistics_and_all_gradients_are_the_plain_ones(
+def test_map_statistics_and_gradients_equal_those_of_plain_jax(
     monkeypatch, sizes, images, channels, normed, tokens
 ):
     monkeypatch.setattr(packed_conv, "_TOKENS", tokens)
@@ -72,25 +66,25 @@ def test_map_statistics_and_all_gradients_are_the_plain_ones(
     x, kernel = noise(images, *packed.shape, inputs), noise(3, 3, inputs, outputs)
     pair = lambda width: [noise(images, levels, width) for _ in range(2)]
     norm = packed_conv.Norm(*pair(inputs)) if normed else None
-    slopes = noise(images, *packed.shape, outputs), *pair(outputs)
+    grad_outs = noise(images, *packed.shape, outputs), *pair(outputs)
 
     def everything(function, gaps):
         def run(x, norm, kernel):
             x = jnp.where(packed.mask, x, gaps)
             value, back = jax.vjp(lambda *args: function(*args, packed), x, norm, kernel)
-            by_x, by_norm, by_kernel = back(slopes)
+            by_x, by_norm, by_kernel = back(grad_outs)
             return value, jnp.where(packed.mask, by_x, 0), by_norm, by_kernel
 
         return jax.jit(run)(x, norm, kernel)
 
     expected = everything(plain, 0)
     with pltpu.force_tpu_interpret_mode():
-        found = everything(by_kernel, jnp.nan)  # whatever stands there has no influence
+        found = everything(by_kernel, jnp.nan)  # the contents of the gaps have no influence
     check_close(expected, found)
 
 
-def test_the_variance_of_values_far_from_zero_is_exact(monkeypatch):
-    """Where the mean of squares less the square of the mean would have no digit left."""
+def test_the_variance_of_values_far_from_zero_is_accurate(monkeypatch):
+    """The mean of squares minus the square of the mean would have no digits left."""
     monkeypatch.setattr(packed_conv, "_TOKENS", 64)
     random = np.random.default_rng(0)
     x = jnp.asarray(1000 + random.normal(size=(1, 11, 13, 4)), jnp.float32)
@@ -121,11 +115,11 @@ def both(graph, state, sizes, monkeypatch, dtype=jnp.float32):
     noise = lambda shape, dtype: jnp.asarray(random.normal(size=shape), dtype)
     levels = [noise((2, *size, 8), dtype) for size in sizes]
     shapes = jax.eval_shape(lambda: nnx.merge(graph, state)(levels))
-    slopes = jax.tree.map(lambda x: noise(x.shape, x.dtype), shapes)
+    grad_outs = jax.tree.map(lambda x: noise(x.shape, x.dtype), shapes)
 
     def run(state, levels):
         value, back = jax.vjp(lambda *args: nnx.merge(graph, args[0])(args[1]), state, levels)
-        return value, back(slopes)
+        return value, back(grad_outs)
 
     expected = jax.jit(run)(state, levels)
     with monkeypatch.context() as patch, pltpu.force_tpu_interpret_mode():
@@ -141,15 +135,15 @@ def both(graph, state, sizes, monkeypatch, dtype=jnp.float32):
         pytest.param(PYRAMID, {"deformable": False}, marks=SLOW),
     ],
 )
-def test_a_head_by_kernels_is_the_plain_one(monkeypatch, sizes, options):
+def test_a_head_with_kernels_equals_the_plain_head(monkeypatch, sizes, options):
     check_close(*both(*head(sizes, **options), sizes, monkeypatch), 1e-5)
 
 
 @SLOW
-def test_bfloat16_is_as_near_to_float32_as_the_plain_head(monkeypatch):
-    """Of all arrays together: a ReLU on the other side of zero decides the error of a single one.
+def test_bfloat16_head_is_as_accurate_as_without_kernels(monkeypatch):
+    """Compare the mean error of all arrays: a single one depends on which ReLUs flip.
 
-    Without the deformable convolution, where an offset beyond a pixel's border does the same.
+    Without the deformable convolution, where an offset across a pixel's border has that effect too.
     """
     sizes = ((16, 20), (8, 10), (4, 5), (2, 3), (2, 2))
     exact, _ = both(*head(sizes, deformable=False), sizes, monkeypatch)
@@ -163,12 +157,12 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_head(monkeypatch):
     assert np.exp(np.mean(np.log(ratios))) <= 1.1
 
 
-def test_what_the_kernels_cannot_do_is_left_to_the_compiler(monkeypatch):
+def test_unsupported_inputs_use_xla(monkeypatch):
     made = lambda **options: ATSSHead(
         256, 5, HeadConfig(), **{"dtype": jnp.bfloat16, "kernels": "auto"} | options, rngs=Draws()
     )
     shape = (4, 100, 253, 256)
-    assert not made().has_kernels(shape)  # no TPU here
+    assert not made().has_kernels(shape)  # the device is not a TPU
     monkeypatch.setattr(place, "vmem_budget", lambda: 0.95 * 2**26)
     assert made().has_kernels(shape)
     assert not made(kernels="xla").has_kernels(shape)
@@ -177,8 +171,8 @@ def test_what_the_kernels_cannot_do_is_left_to_the_compiler(monkeypatch):
     assert not made().has_kernels(shape)
 
 
-def test_the_head_becomes_kernels_of_a_tpu(monkeypatch):
-    """Lowered without one, forward and backward; XLA's part is left out."""
+def test_a_head_lowers_to_tpu_kernels(monkeypatch):
+    """Lower forward and backward for a TPU that is not there, without compiling."""
     use_kernels(monkeypatch)
     graph, state = head(PYRAMID, jnp.bfloat16)
     levels = [jnp.zeros((2, *size, 8), jnp.bfloat16) for size in PYRAMID]

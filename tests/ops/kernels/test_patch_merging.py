@@ -1,6 +1,6 @@
-"""Swin's patch merging by a kernel is the plain one, on a simulated TPU: value and all gradients.
+"""The patch merging kernel equals the plain layer on a simulated TPU: value and gradients.
 
-The simulation fills memory that nobody wrote with NaN and raises at a read beyond an array.
+The simulation fills unwritten memory with NaN and raises an error for a read beyond an array.
 """
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from without_and_with import without_and_with
+from kernel_comparison import check_as_accurate, check_close, without_and_with
 
 from detclipv2_jax.models.initializers import Draws
 from detclipv2_jax.models.swin import PatchMerging
@@ -21,19 +21,19 @@ def merging(width, dtype=jnp.float32):
     random = np.random.default_rng(0)
     draws = Draws(jnp.asarray(random.normal(size=9 * width * width), jnp.float32))
     graph, state = nnx.split(PatchMerging(width, dtype=dtype, kernels="auto", rngs=draws))
-    # The norm is a trained one: its initial ones and zeros would hide mistakes.
+    # Move the norm from its initial ones and zeros, which would hide mistakes.
     move = lambda leaf: leaf + 0.1 * jnp.asarray(random.normal(size=leaf.shape), leaf.dtype)
     return graph, jax.tree.map(move, state)
 
 
 def both(graph, state, size, width, monkeypatch, dtype=jnp.float32):
-    """Output and gradients without and with the kernel."""
+    """Return output and gradients without and with the kernel."""
     random = np.random.default_rng(1)
     batch, height, one_row = size
     x = jnp.asarray(3 + random.normal(size=(*size, width)), dtype)
     smaller = batch, (height + 1) // 2, (one_row + 1) // 2, 2 * width
-    slope = jnp.asarray(random.normal(size=smaller), dtype)
-    return without_and_with(graph, state, x, slope, monkeypatch)
+    grad_out = jnp.asarray(random.normal(size=smaller), dtype)
+    return without_and_with(graph, state, x, grad_out, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -48,31 +48,26 @@ def both(graph, state, size, width, monkeypatch, dtype=jnp.float32):
         pytest.param((1, 2, 2400), 4, marks=SLOW),  # a row is more than a step should take
     ],
 )
-def test_value_and_all_gradients_are_the_plain_ones(size, width, monkeypatch):
+def test_value_and_gradients_equal_those_without_the_kernel(size, width, monkeypatch):
     expected, found = both(*merging(width), size, width, monkeypatch)
-    leaves = zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True)
-    for (path, a), b in leaves:
-        a, b = (np.asarray(v, np.float64) for v in (a, b))
-        assert np.abs(a - b).max() <= 2e-6 * np.abs(a).max(), jax.tree_util.keystr(path)
+    check_close(expected, found)
 
 
 @SLOW
-def test_bfloat16_is_as_near_to_float32_as_the_plain_one(monkeypatch):
+def test_bfloat16_is_as_accurate_as_without_the_kernel(monkeypatch):
     size, width = (2, 14, 22), 96
     exact, _ = both(*merging(width), size, width, monkeypatch)
     half = merging(width, jnp.bfloat16)
     plain, kernel = both(*half, size, width, monkeypatch, jnp.bfloat16)
-    for a, b, c in zip(*map(jax.tree.leaves, (exact, plain, kernel)), strict=True):
-        a, b, c = (np.asarray(v, np.float64) for v in (a, b, c))
-        assert np.linalg.norm(c - a) <= 1.2 * np.linalg.norm(b - a) + 1e-3 * np.linalg.norm(a)
+    check_as_accurate(exact, plain, kernel)
 
 
-def test_what_the_kernel_cannot_do_is_left_to_the_compiler(monkeypatch):
+def test_unsupported_inputs_use_xla(monkeypatch):
     made = lambda **options: PatchMerging(
         96, rngs=Draws(jnp.zeros(10**5)), **{"dtype": jnp.bfloat16, "kernels": "auto"} | options
     )
     shape = (4, 200, 336, 96)
-    assert not made().has_kernels(shape)  # no TPU here
+    assert not made().has_kernels(shape)  # the device is not a TPU
     monkeypatch.setattr(place, "vmem_budget", lambda: 0.95 * 2**27)
     assert made().has_kernels(shape)
     assert not made(kernels="xla").has_kernels(shape)
@@ -89,12 +84,12 @@ def test_what_the_kernel_cannot_do_is_left_to_the_compiler(monkeypatch):
         (128, (4, 50, 84, 768), True),  # v5e
     ],
 )
-def test_the_room_that_is_asked_for(mebibytes, shape, fits):
+def test_vmem_bytes(mebibytes, shape, fits):
     assert (0.95 * mebibytes * 2**20 >= patch_merging.vmem_bytes(shape, 2 * shape[-1])) == fits
 
 
-def test_it_becomes_kernels_of_a_tpu(monkeypatch):
-    """Lowered without one, forward and backward; XLA's part is left out."""
+def test_it_lowers_to_tpu_kernels(monkeypatch):
+    """Lower forward and backward for a TPU that is not there, without compiling."""
     monkeypatch.setattr(PatchMerging, "has_kernels", lambda *_: True)
     graph, state = merging(192, jnp.bfloat16)
     loss = lambda state, x: nnx.merge(graph, state)(x).astype(jnp.float32).sum()
