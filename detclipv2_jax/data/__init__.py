@@ -1,1 +1,1 @@
-"""Prepared records to batches: index, vocabulary, dictionary, plan, transforms, pipeline."""
+"""From prepared records to batches: index, vocabulary, dictionary, plan, transforms, pipeline."""

@@ -1,17 +1,20 @@
-"""One prepared source on disk, opened: arrays are memory-mapped, records are only named here.
+"""One prepared source on disk, and its index: arrays that say what each record holds.
 
-    info.json                         what it is, how many records, what was dropped and why
+    info.json                         kind, number of records, shards, what was dropped and why
     NAME-train.array_record-00000-of-0000N   the shards, named as TFDS names them
-    index/height.npy width.npy        uint16 (n,): pixels of each stored picture
-    index/positives_offsets.npy       int64 (n+1,)
-    index/positives.npy               int32: [offsets[i] : offsets[i+1]] are local ids of record i's
-                                      concepts, in the record's own order
+    index/height.npy width.npy        uint16 (n,): pixels of each stored image
+    index/positives_offsets.npy       int64 (n + 1,)
+    index/positives.npy               int32: [offsets[i] : offsets[i + 1]] are the local ids of the
+                                      concepts of record i, in the record's own order
     concepts.jsonl                    {"name", "definition", "count", "vocabulary"}; line = local id
-    tokens.npy keys.npy vocabulary.npy   uint16 (c,16), uint64 (c,), bool (c,)
+    tokens.npy keys.npy vocabulary.npy   uint16 (c, 16), uint64 (c,), bool (c,)
 
 A record names its concepts by their texts; label k of record i is the local id
-`positives[offsets[i] + k]`. Written by `merge.py`. No TensorFlow and no strings are needed to
-plan a run. dataset_info.json and features.json beside it make it a dataset of TensorFlow Datasets.
+`positives[offsets[i] + k]`. `data/prepare/index_writer.py` writes these files. With
+dataset_info.json and features.json, written next to them, the directory is also a dataset of
+TensorFlow Datasets.
+
+Arrays are memory-mapped. Planning a run needs neither TensorFlow nor strings.
 """
 
 import dataclasses
@@ -27,8 +30,10 @@ from jaxtyping import Bool, Int32, Int64, UInt16, UInt64
 
 from detclipv2_jax.common.errors import UserError
 
-FORMAT = 2
-KINDS = ("detection", "grounding", "image_text")
+Kind = Literal["detection", "grounding", "image_text"]
+KINDS: tuple[Kind, ...] = ("detection", "grounding", "image_text")
+FORMAT = 2  # of info.json
+#: field of `Source` → file
 ARRAYS = {
     "height": "index/height.npy",
     "width": "index/width.npy",
@@ -41,37 +46,44 @@ ARRAYS = {
 
 
 def dataset_name(name: str) -> str:
-    """A source's name as TFDS takes one: letters, digits and _, a letter first."""
+    """Return a source's name as TFDS allows it: letters, digits and _, a letter first."""
     plain = re.sub(r"[^A-Za-z0-9_]", "_", name)
     return plain if plain[:1].isalpha() else f"source_{plain}"
 
 
 def shard_name(name: str, number: int, count: int) -> str:
-    """File name of a shard of a source's records."""
+    """Return the file name of one of `count` shards of a source."""
     return f"{dataset_name(name)}-train.array_record-{number:05d}-of-{count:05d}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """A prepared source. Record numbers 0 … len - 1 run through its shards in order."""
+    """An open prepared source of n records and c concepts.
+
+    Record numbers 0 … n - 1 run through the shards in order. Local ids 0 … c - 1 number the
+    concepts.
+    """
 
     directory: Path
     name: str
-    kind: str
+    kind: Kind
     info: Mapping[str, Any]
-    height: UInt16[np.ndarray, " n"]
+    height: UInt16[np.ndarray, " n"]  # of the stored images, in pixels
     width: UInt16[np.ndarray, " n"]
     positives_offsets: Int64[np.ndarray, " n+1"]
-    positives: Int32[
-        np.ndarray, " p"
-    ]  # of each record in its own order: unique; image_text: caption first
+    # Local ids of each record's concepts, each once; image_text: the caption first.
+    positives: Int32[np.ndarray, " p"]
     tokens: UInt16[np.ndarray, "c 16"]
-    keys: UInt64[np.ndarray, " c"]
+    keys: UInt64[np.ndarray, " c"]  # `tokenizer.key` of each concept
     vocabulary: Bool[np.ndarray, " c"]  # False: a whole caption, never drawn as a negative
 
     @classmethod
     def open(cls, directory: str | Path) -> "Source":
-        """Open a prepared directory; `UserError` if it is missing, damaged, of another format."""
+        """Open a prepared directory.
+
+        Raises:
+            UserError: it is missing, damaged or of another format.
+        """
         directory = Path(directory)
         info = _read_info(directory)
         arrays = {field: _map(directory, path) for field, path in ARRAYS.items()}
@@ -84,51 +96,53 @@ class Source:
 
     @property
     def shard_paths(self) -> tuple[str, ...]:
-        """Paths of the record files, in record order."""
+        """Paths of the shards, in record order."""
         return tuple(str(self.directory / file) for file in self.info["files"])
 
     @property
     def shard_starts(self) -> Int64[np.ndarray, " shards+1"]:
-        """Number of the first record of each shard, and the count of all at the end."""
+        """Number of the first record of each shard, then the number of all records."""
         return np.cumsum([0, *self.info["shards"]])
 
     def positives_of(self, record: int) -> Int32[np.ndarray, " k"]:
-        """Local ids of the concepts that record number `record` holds."""
+        """Return the local ids of the concepts of one record."""
         return self.positives[self.positives_offsets[record] : self.positives_offsets[record + 1]]
 
     @functools.cached_property
     def concepts(self) -> list[dict[str, Any]]:
-        """Rows of `concepts.jsonl` by local id, read on first use: for people's eyes."""
+        """Rows of `concepts.jsonl` by local id, read on first use."""
         with open(self.directory / "concepts.jsonl", encoding="utf-8") as lines:
             return [json.loads(line) for line in lines]
 
 
 def _remedy(directory: Path, more: str = "") -> str:
-    command = f"python scripts/prepare_data.py SOURCE --from=DIR --to={directory}{more}"
-    return f"prepare it with `{command}`"
+    return f"Prepare it with `detclip prepare SOURCE --from=DIR --to={directory}{more}`."
 
 
-def _again(directory: Path) -> str:
+def _remedy_again(directory: Path) -> str:
     return _remedy(directory, " --overwrite")
 
 
 def _read_info(directory: Path) -> dict[str, Any]:
     path = directory / "info.json"
     if not path.is_file():
-        raise UserError(f"{directory}: no prepared data here; {_remedy(directory)}")
+        raise UserError(f"{directory}: no prepared source here. {_remedy(directory)}")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         found, kind = info["format"], info["kind"]
         missing = {"name", "records", "files", "shards", "shard_bytes"} - info.keys()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: no valid description of a source; {_again(directory)}") from error
+        raise UserError(
+            f"{path}: not a valid description of a source. {_remedy_again(directory)}"
+        ) from error
     if found != FORMAT:
         raise UserError(
-            f"{path}: format {found!r}, this version reads {FORMAT}; {_again(directory)}"
+            f"{path}: format {found!r}, this version reads {FORMAT}. {_remedy_again(directory)}"
         )
     if kind not in KINDS or missing:
-        what = f'"kind" is {kind!r}' if kind not in KINDS else f"no field {sorted(missing)}"
-        raise UserError(f"{path}: {what}; {_again(directory)}")
+        names = ", ".join(sorted(missing))
+        what = f'"kind" is {kind!r}' if kind not in KINDS else f"fields are missing: {names}"
+        raise UserError(f"{path}: {what}. {_remedy_again(directory)}")
     return info
 
 
@@ -139,11 +153,11 @@ def _map(directory: Path, relative: str) -> np.ndarray:
         mode = "r" if path.stat().st_size > 128 else None
         return np.load(path, mmap_mode=mode, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: missing or damaged; {_again(directory)}") from error
+        raise UserError(f"{path}: missing or damaged. {_remedy_again(directory)}") from error
 
 
 def _check(source: Source) -> None:
-    """Refuse arrays and shards that do not belong together, before a run finds out late."""
+    """Raise `UserError` if arrays and shards do not belong together."""
     records, concepts = source.info["records"], len(source.keys)
     offsets = source.positives_offsets
     claims = {
@@ -169,9 +183,5 @@ def _check(source: Source) -> None:
         if not holds:
             raise UserError(
                 f"{source.directory / name}: missing or damaged, it does not fit the rest of the "
-                f"source; {_again(source.directory)}"
+                f"source. {_remedy_again(source.directory)}"
             )
-
-
-Kind = Literal["detection", "grounding", "image_text"]
-KINDS: tuple[Kind, ...] = ("detection", "grounding", "image_text")

@@ -1,9 +1,9 @@
-"""The unified triplet (image, boxes, concepts) as a record, and the writer of a prepared source.
+"""Records: the unified triplet (image, boxes, concepts), its serialized form, and shards of them.
 
-A record is a serialized `tf.train.Example` in an ArrayRecord file, readable by its number, the very
-bytes that TensorFlow Datasets writes for the same `features`. It names its concepts by
-their texts, so it means the same wherever it lies. The layout of the directory is told in
-`index.py`, which opens it again.
+A record is stored as a serialized `tf.train.Example` in an ArrayRecord file and can be read by its
+number. The bytes are those that TensorFlow Datasets writes for the same `features`. A record names
+its concepts by their texts, so it does not depend on the source that it is in. `index.py` describes
+the directory of a source.
 """
 
 import contextlib
@@ -26,34 +26,33 @@ if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 
-# A group of one record: any record is read alone. JPEGs do not compress, so it is not tried.
+# A group is one record, so that any record can be read alone. JPEGs do not compress.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _JPEG = b"\xff\xd8"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Record:
-    """One image with what is known of it. Concepts are texts as `concepts.normalize` leaves them.
+    """One image with its boxes and concepts.
 
-    Detection and grounding: `concepts` are the names or phrases of its boxes, in order of first
+    Detection and grounding: `concepts` are the names or phrases of the boxes, in order of first
     appearance. Image-text: the caption, then its phrases.
     """
 
     image: bytes  # JPEG
-    height: int  # pixels of the stored picture; EXIF orientation is ignored throughout
+    height: int  # of the stored image, in pixels; EXIF orientation is ignored throughout
     width: int
     image_id: str
-    boxes: Float32[
-        np.ndarray, "n 4"
-    ]  # (x_min, y_min, x_max, y_max), absolute pixels of the stored picture
-    labels: Int32[np.ndarray, " n"]  # a box's place in `concepts`
-    concepts: tuple[str, ...]  # each once
+    boxes: Float32[np.ndarray, "n 4"]  # (x_min, y_min, x_max, y_max), pixels of the stored image
+    labels: Int32[np.ndarray, " n"]  # each box's place in `concepts`
+    concepts: tuple[str, ...]  # normalized texts (`tokenizer.normalize`), each once
 
 
 def encode(record: Record) -> bytes:
-    """Serialize a record; `ValueError` if it contradicts itself (shapes, sizes, boxes outside).
+    """Return a record serialized. Equal records give equal bytes.
 
-    Equal records give equal bytes.
+    Raises:
+        ValueError: the record contradicts itself, e.g. a box is outside the image.
     """
     _check(record)
     features = {
@@ -72,7 +71,11 @@ def encode(record: Record) -> bytes:
 
 
 def decode(data: bytes) -> Record:
-    """The inverse of `encode`, in Python: for tests, browsing and tools. Training uses `parse`."""
+    """Return a record deserialized in Python, for tools and tests. Training uses `parse`.
+
+    Raises:
+        UserError: the bytes are not a record.
+    """
     try:
         feature = example_pb2.Example.FromString(data).features.feature
         return Record(
@@ -84,19 +87,18 @@ def decode(data: bytes) -> Record:
             labels=np.array(feature["labels"].int64_list.value, np.int32),
             concepts=tuple(text.decode() for text in feature["concepts"].bytes_list.value),
         )
-    except (
-        Exception
-    ) as error:  # protobuf's own error, a missing field, a count that is no multiple of four
-        raise UserError("not a valid record; prepare its source again") from error
+    except Exception as error:  # protobuf's own, a missing field, boxes not a multiple of 4 numbers
+        raise UserError("Not a valid record. Prepare its source again.") from error
 
 
 def parse(serialized: "tf.Tensor") -> dict[str, "tf.Tensor"]:
-    """`decode` as a TensorFlow graph.
+    """Return the fields of a serialized record in a TensorFlow graph.
 
-    Gives scalars `image`, `height`, `width`, `image_id`; `boxes` (n, 4), `labels` (n,), `concepts`
-    (c,).
+    Returns:
+        `image`, `height`, `width` and `image_id`, scalars; `boxes` (n, 4), `labels` (n,) and
+        `concepts` (c,).
     """
-    import tensorflow as tf  # nothing else here needs it
+    import tensorflow as tf  # slow to import, and only needed here
 
     features = {
         "image": tf.io.FixedLenFeature([], tf.string),
@@ -111,7 +113,7 @@ def parse(serialized: "tf.Tensor") -> dict[str, "tf.Tensor"]:
 
 
 def features() -> "tfds.features.FeaturesDict":
-    """The fields of a record in the terms of TensorFlow Datasets."""
+    """Return the fields of a record as TensorFlow Datasets describes them."""
     import tensorflow_datasets as tfds
 
     return tfds.features.FeaturesDict(
@@ -171,7 +173,7 @@ class ShardWriter:
         except RuntimeError as error:
             why = str(error).partition(";")[0]
             raise UserError(
-                f"{self._path}: {why}; make room, and give the command again"
+                f"{self._path}: {why}. Free disk space, then run the same command again."
             ) from error
 
 
@@ -186,18 +188,18 @@ def _bytes(values: Sequence[bytes]) -> feature_pb2.Feature:
 def _check(record: Record) -> None:
     where = f"record {record.image_id!r}"
     if not record.image.startswith(_JPEG):
-        raise ValueError(f"{where}: its image is no JPEG")
+        raise ValueError(f"{where}: the image is not a JPEG")
     if not (0 < record.height < 65536 and 0 < record.width < 65536):
-        raise ValueError(f"{where}: size {record.height}x{record.width} is out of 1 … 65535 pixels")
+        raise ValueError(f"{where}: size {record.height}x{record.width} is not in 1 … 65535 pixels")
     boxes = record.boxes
     if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) != len(record.labels):
         raise ValueError(f"{where}: {boxes.shape} boxes for {len(record.labels)} labels")
     concepts = record.concepts
     if len(set(concepts)) < len(concepts):
-        raise ValueError(f"{where}: a concept is there twice among {concepts}")
+        raise ValueError(f"{where}: a concept occurs twice in {concepts}")
     if len(record.labels) and not 0 <= record.labels.min() <= record.labels.max() < len(concepts):
-        raise ValueError(f"{where}: a label points to none of its {len(concepts)} concepts")
+        raise ValueError(f"{where}: a label is none of its {len(concepts)} concepts")
     limits = np.array([record.width, record.height] * 2, np.float32)
     # Written so that NaN fails too.
     if not ((boxes >= 0) & (boxes <= limits)).all() or not (boxes[:, 2:] > boxes[:, :2]).all():
-        raise ValueError(f"{where}: a box lies outside the picture or has no area")
+        raise ValueError(f"{where}: a box is outside the image or has no area")

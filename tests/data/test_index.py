@@ -54,7 +54,7 @@ def test_a_source_without_records_opens(tmp_path):
 
 @pytest.mark.parametrize("missing", ["nowhere", ""])
 def test_no_source_there(tmp_path, missing):
-    with pytest.raises(UserError, match="prepare_data.py") as caught:
+    with pytest.raises(UserError, match="detclip prepare") as caught:
         Source.open(tmp_path / missing)
     assert str(tmp_path / missing) in str(caught.value)
 
@@ -148,7 +148,7 @@ def pickled(path):
 )
 def test_damage_is_named(prepared, file, apply):
     apply(prepared)
-    with pytest.raises(UserError, match="prepare_data.py") as caught:
+    with pytest.raises(UserError, match="detclip prepare") as caught:
         Source.open(prepared)
     sentence = str(caught.value)
     assert str(prepared / file) in sentence and "\n" not in sentence

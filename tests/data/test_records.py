@@ -84,7 +84,7 @@ def test_round_trip(one):
         ({"boxes": np.array([[np.nan, 0, 6, 4]], np.float32)}, "outside"),
         ({"boxes": np.zeros((2, 4), np.float32)}, "2, 4"),
         ({"boxes": np.zeros(4, np.float32)}, "1 labels"),
-        ({"image": b"\x89PNG"}, "no JPEG"),
+        ({"image": b"\x89PNG"}, "not a JPEG"),
         ({"height": 0}, "0x60"),
         ({"width": 70_000}, "70000"),
     ],
@@ -96,7 +96,7 @@ def test_contradictions_are_refused(changes, told):
 
 @pytest.mark.parametrize("data", [b"", b"nonsense", encode(record())[:-7]])
 def test_damaged_record(data):
-    with pytest.raises(UserError, match="not a valid record"):
+    with pytest.raises(UserError, match="Not a valid record"):
         decode(data)
 
 
@@ -171,7 +171,7 @@ def test_writer_never_replaces_a_directory_of_something_else(tmp_path):
 def test_a_full_disk_is_told(tmp_path):
     path = tmp_path / "0.array_record"
     (tmp_path / f".0.array_record.{os.getpid()}.partial").symlink_to("/dev/full")
-    told = pytest.raises(UserError, match="No space left on device; make room")
+    told = pytest.raises(UserError, match="No space left on device. Free disk space")
     with told, ShardWriter(path) as writer:
         for _ in range(2000):
             writer.write(record())

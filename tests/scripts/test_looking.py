@@ -75,7 +75,7 @@ def test_statistics_of_every_kind(statistics_script, data, tmp_path, capsys):
 def test_statistics_say_what_is_wrong(statistics_script, data, tmp_path, capsys):
     one, output = str(data / "detection"), f"--output={tmp_path}"
     for arguments, message in (
-        ([str(tmp_path / "none"), output], "no prepared data here"),
+        ([str(tmp_path / "none"), output], "no prepared source here"),
         ([one, one, output], "another source is called"),
         ([one, output, "--evaluation=val.json"], "--evaluation needs --duplicates and --images"),
     ):

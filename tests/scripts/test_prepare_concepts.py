@@ -96,5 +96,5 @@ def test_what_is_wrong_is_said_in_a_sentence(data, tmp_path, capsys):
     assert "none.pt: no such file" in said(f"--from={data}", "--text=none.pt")
     assert "none.json: cannot be read" in said(f"--from={data}", "--lvis=none.json")
     (data / "detection" / "info.json").write_text("{")
-    assert "no valid description" in said(f"--from={data}")
+    assert "not a valid description" in said(f"--from={data}")
     assert not (tmp_path / "to").exists()
