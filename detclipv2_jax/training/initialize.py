@@ -63,8 +63,8 @@ def table(reports: Sequence[Report]) -> str:
         for what, names in (
             ("loaded", r.loaded),
             ("  of these resized", r.resized),
-            ("left as initialized", r.left),
-            ("in the file, not used", r.skipped),
+            ("left as initialized", r.not_loaded),
+            ("in the file, not used", r.unused),
         ):
             if names or what == "loaded":
                 shown = "" if what == "loaded" else "  " + _briefly(names)

@@ -1,5 +1,5 @@
-"""Published weights in: ImageNet's Swin backbones and CLIP's text towers, in everyone's layout.
+"""Published weights: Swin backbones trained on ImageNet and CLIP's text towers, in all layouts.
 
-`initialize.py` puts files into a model's parameters; `swin.py` and `clip.py` know what each
-publisher calls a parameter; `files.py` reads tensors and executes nothing.
+`files.py` reads tensors by name. `swin.py` and `clip.py` list each publisher's names. `convert.py`
+converts tensors to the model's parameters. `text_embedder.py` runs a text tower alone.
 """

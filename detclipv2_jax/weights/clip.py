@@ -1,7 +1,7 @@
-"""CLIP text towers: OpenAI's own checkpoints (and open_clip's), and Hugging Face's.
+"""Layouts of CLIP text towers: OpenAI's checkpoints (also open_clip's) and Hugging Face's.
 
-The tower reads the first `context` of CLIP's 77 positions; a projection to another width than
-CLIP's cannot be taken over and is trained anew.
+Of CLIP's 77 positions only the first `context` are loaded. CLIP's projection is loaded only if it
+has the model's width; otherwise the projection trains from scratch.
 """
 
 import numpy as np
@@ -10,6 +10,7 @@ from detclipv2_jax.weights.layouts import Layout, as_is, linear
 
 
 def _positions(tensors: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Return the first of CLIP's positions."""
     (positions,) = tensors
     return positions[: shape[0]]
 
@@ -20,7 +21,7 @@ _CONVERT = (
     (r".*/kernel", linear),
     (r".*", as_is),
 )
-# CLIP's is 512 wide and the detector's 256; a tower without its projection has none.
+# CLIP's projection is 512 wide and the detector's is 256. Some files have no projection.
 _OPTIONAL = (r"text_projection",)
 LAYOUTS = (
     Layout(

@@ -1,4 +1,4 @@
-"""What a publisher calls the tensors that one of our parameters is made of."""
+"""How a publisher names and arranges the tensors of a model."""
 
 import dataclasses
 import re
@@ -6,23 +6,29 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-# From a publisher's tensors, in the order of their names, to our parameter of a given shape.
+# Converts the publisher's tensors of one parameter, in the order of `Layout.names`, to our
+# parameter of the given shape.
 Convert = Callable[[list[np.ndarray], tuple[int, ...]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One publisher's way to name and arrange a model's tensors.
+    """One publisher's names and arrangement of a model's tensors.
+
+    Paths are those of our parameters within the part of the model, such as
+    "layers/0/blocks/1/attn/qkv/kernel"; names are the publisher's.
 
     Attributes:
-        publisher: for people.
-        anchor: the end of the name of a tensor that only this layout has; what stands before it is
-            the prefix of all names.
-        renames: (pattern on our path, its replacement), applied one after the other.
-        splits: a renamed path's pattern, and the names of the tensors that are joined to make it.
-        convert: by a pattern on our path, how tensors become the parameter; the first that matches.
-        optional: patterns on our paths that a file may lack or have in another shape; they are then
-            left as initialized.
+        publisher: for messages.
+        anchor: name of a tensor that only this layout has. A file may put a prefix before all
+            names; it is what precedes the anchor.
+        renames: (regex, replacement) pairs, applied one after another, that turn a path into a
+            name.
+        splits: a regex on the name, and its replacements, for parameters that the publisher stores
+            as several tensors; None if there are none.
+        convert: (regex on the path, conversion) pairs; the first that matches applies.
+        optional: regexes on paths of parameters that may keep their initial values if the file has
+            no tensor for them, or one of another shape.
     """
 
     publisher: str
@@ -33,14 +39,14 @@ class Layout:
     optional: tuple[str, ...] = ()
 
     def prefix(self, names: Iterable[str]) -> str | None:
-        """What the file puts before every name; None if it is not in this layout."""
+        """Return what a file puts before every name; None if it does not have this layout."""
         for name in names:
             if name == self.anchor or name.endswith("." + self.anchor):
                 return name.removesuffix(self.anchor)
         return None
 
     def names(self, path: str) -> list[str]:
-        """The publisher's names, without prefix, of the tensors behind our parameter `path`."""
+        """Return the names, without prefix, of the tensors of our parameter `path`."""
         name = path
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name)
@@ -49,19 +55,19 @@ class Layout:
         return [name]
 
     def is_optional(self, path: str) -> bool:
-        """May `path` be left as initialized?"""
+        """Return whether our parameter `path` may keep its initial values."""
         return any(re.fullmatch(pattern, path) for pattern in self.optional)
 
     def converter(self, path: str) -> Convert:
-        """How the tensors of `path` become our parameter."""
+        """Return the conversion of tensors to our parameter `path`."""
         return next(convert for pattern, convert in self.convert if re.fullmatch(pattern, path))
 
 
 def as_is(tensors: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """One tensor, or several end to end: norms, biases, embeddings."""
+    """Return one tensor, or several concatenated: norms, biases, embeddings."""
     return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
 
 
 def linear(tensors: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """PyTorch keeps (out, in), Flax (in, out); several kernels share their input."""
+    """Return one Flax kernel (in, out) of PyTorch's kernels (out, in), which share their input."""
     return np.concatenate(tensors).T

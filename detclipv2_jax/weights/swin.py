@@ -1,8 +1,7 @@
-"""Swin checkpoints: Microsoft's own, timm's, Hugging Face's and MMDetection's.
+"""Layouts of Swin checkpoints: the official code, timm, Hugging Face and MMDetection.
 
-All were trained with the same arithmetic; they differ in names, in where the patch merging is kept,
-in whether query, key and value are one tensor, and MMDetection in the order of the merged
-neighbors.
+All compute the same function. They differ in names, in the stage that holds a patch merging, in
+whether query, key and value are one tensor, and (MMDetection) in the order of merged neighbors.
 """
 
 import cv2
@@ -12,16 +11,17 @@ from detclipv2_jax.weights.layouts import Convert, Layout, as_is, linear
 
 
 def _patches(tensors: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """A (C, 3, p, p) convolution as a matrix of flattened patches (row, column, color)."""
+    """Return a (C, 3, p, p) convolution as a matrix of flattened patches (row, column, color)."""
     (kernel,) = tensors
     return kernel.transpose(2, 3, 1, 0).reshape(-1, len(kernel))
 
 
 def _bias_table(tensors: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """Relative position biases, resampled bicubically where the window has another size.
+    """Return relative position biases, resampled to the window size of the model.
 
-    ((2W - 1)², heads): every head's table is a picture of 2W - 1 pixels a side; half-pixel centers
-    and a = -0.75, as the official code's `F.interpolate(mode="bicubic")`.
+    A table is ((2W - 1)², heads). Each head's column is resampled as an image of 2W - 1 pixels per
+    side by bicubic interpolation with half-pixel centers and a = -0.75, which equals the official
+    code's `F.interpolate(mode="bicubic")`.
     """
     (table,) = tensors
     old, new = round(len(table) ** 0.5), round(shape[0] ** 0.5)
@@ -35,19 +35,21 @@ def _bias_table(tensors: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray
 
 
 def _merging(convert: Convert) -> Convert:
-    """MMDetection merges neighbors as `unfold` does: channel, row, column. Ours: column, row,
-    channel."""
+    """Return a conversion that reorders merged neighbors before `convert`.
 
-    def reordered(tensors: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    MMDetection orders them as `unfold` does: channel, row, column. Ours: column, row, channel.
+    """
+
+    def reorder_and_convert(tensors: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
         (tensor,) = tensors
         parts = tensor.reshape(*tensor.shape[:-1], -1, 2, 2)
         parts = np.moveaxis(parts, (-3, -2, -1), (-1, -2, -3))
         return convert([parts.reshape(tensor.shape)], shape)
 
-    return reordered
+    return reorder_and_convert
 
 
-# Ours are of the second to fourth stage; theirs count stages from nought.
+# Our norms 0 to 2 follow the second to fourth stage, which other layouts number 1 to 3.
 _STAGE_NORMS = ((r"^norms\.2", "norm3"), (r"^norms\.1", "norm2"), (r"^norms\.0", "norm1"))
 _LEAVES = ((r"/", "."), (r"\.(kernel|scale)$", ".weight"))
 _CONVERT = (
@@ -56,8 +58,8 @@ _CONVERT = (
     (r".*/kernel", linear),
     (r".*", as_is),
 )
-# Classifiers have no norm after the second and third stage, and their last one, which is tuned to a
-# pooled feature, has another name: detectors start these norms as identity.
+# Classifiers have no norms after the second and third stage. Their last norm has another name, and
+# is tuned to a pooled feature. So a detector starts these norms as the identity.
 _OPTIONAL = (r"norms/.*",)
 _HUGGING_FACE = (
     *_LEAVES,
@@ -71,7 +73,7 @@ _HUGGING_FACE = (
     (r"^norms\.2", "hidden_states_norms.stage4"),
 )
 LAYOUTS = (
-    # timm keeps a merging with the stage it leads to, so it has one of a fourth stage.
+    # timm stores a merging with the stage that follows it, so only timm has one in layers.3.
     Layout(
         "timm",
         "layers.3.downsample.reduction.weight",

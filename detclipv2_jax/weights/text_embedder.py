@@ -1,4 +1,4 @@
-"""A published CLIP text tower by itself, as a function of texts: to compare what they mean."""
+"""Text embeddings by a published CLIP text tower, to compare the meanings of texts."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +22,17 @@ _BATCH = 256
 
 
 def text_embedder(path: str | Path) -> Callable[[Sequence[str]], Float[np.ndarray, "n d"]]:
-    """The text tower in a file of CLIP weights (docs/weights.md), of any size of CLIP's.
+    """Return a function that embeds texts by the text tower in a file of CLIP weights.
 
-    Without a projection in the file, features are compared before it.
+    Args:
+        path: file of a CLIP of any size (docs/weights.md). If it has no projection, the embeddings
+            are the features before the projection.
+
+    Returns:
+        A function from n texts to n float32 embeddings, which are not normalized.
 
     Raises:
-        UserError: the file cannot be read, or holds no text tower of CLIP's.
+        UserError: the file cannot be read or contains no CLIP text tower.
     """
     tensors = files.read(path)
     config = _config(tensors)
@@ -35,7 +40,7 @@ def text_embedder(path: str | Path) -> Callable[[Sequence[str]], Float[np.ndarra
     leaves = {"text/" + "/".join(map(str, p)): (p, v.shape) for p, v in nnx.to_flat_state(state)}
     shapes = {name: shape for name, (_, shape) in leaves.items()}
     found, report = convert(tensors, clip.LAYOUTS, shapes, "text", str(path))
-    if "text/text_projection" in report.left:
+    if "text/text_projection" in report.not_loaded:
         found["text/text_projection"] = np.eye(config.width, dtype=np.float32)
     params = nnx.from_flat_state([(leaves[name][0], value) for name, value in found.items()])
     encode = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))
@@ -43,21 +48,21 @@ def text_embedder(path: str | Path) -> Callable[[Sequence[str]], Float[np.ndarra
     def embed(texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
         rows = tokenize(texts, config.context)
         rows = np.pad(rows, ((0, -len(rows) % _BATCH), (0, 0)))
-        starts = tqdm(range(0, len(rows), _BATCH), "encoding names", disable=None, leave=False)
-        pieces = [encode(params, rows[i : i + _BATCH]) for i in starts]
-        features = np.concatenate([np.asarray(piece) for piece in pieces] or [np.zeros((0, 1))])
+        starts = tqdm(range(0, len(rows), _BATCH), "encoding texts", disable=None, leave=False)
+        batches = [encode(params, rows[i : i + _BATCH]) for i in starts]
+        features = np.concatenate([np.asarray(batch) for batch in batches] or [np.zeros((0, 1))])
         return features[: len(texts)]
 
     return embed
 
 
 def _config(tensors: Mapping[str, Any]) -> TextConfig:
-    """The sizes of the tower in a file; the default's where it is in no known layout."""
+    """Return the sizes of the tower in a file; the default if its layout is unknown."""
     for layout in clip.LAYOUTS:
         prefix = layout.prefix(tensors)
         if prefix is not None:
             return _config_in(tensors, layout, prefix)
-    return TextConfig()  # `convert` says what is wrong
+    return TextConfig()  # `convert` reports the unknown layout
 
 
 def _config_in(tensors: Mapping[str, Any], layout: Layout, prefix: str) -> TextConfig:
@@ -74,8 +79,8 @@ def _config_in(tensors: Mapping[str, Any], layout: Layout, prefix: str) -> TextC
     return TextConfig(
         width=width,
         layers=sum(1 for _ in layers),
-        heads=max(width // 64, 1),  # in every CLIP
+        heads=max(width // 64, 1),  # the same for all CLIP models
         vocab=vocab,
-        # OpenAI keeps (in, out), Hugging Face (out, in).
+        # OpenAI stores (in, out), Hugging Face (out, in).
         embed_dim=next((size for size in projection if size != width), width),
     )

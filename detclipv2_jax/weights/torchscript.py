@@ -1,11 +1,13 @@
-"""The tensors of a TorchScript archive (OpenAI's CLIP files), without running what it holds.
+"""Read the tensors of a TorchScript archive (OpenAI's CLIP files) without executing its code.
 
-PyTorch opens such an archive by loading its code. Here its one pickle, `data.pkl`, is read with
-every class and function replaced by an inert stand-in: what can come out is numbers and tensors.
+PyTorch opens such an archive by loading its code. This module unpickles the archive's `data.pkl`
+with every class and function replaced by an inert placeholder, so that it yields only numbers and
+tensors.
 """
 
 import pickle
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ _STORAGES = {
 
 
 def is_archive(path: Path) -> bool:
-    """Is a file a zip archive that holds code beside its data?"""
+    """Return whether a file is a TorchScript archive: a zip archive that contains code."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any("/code/" in name for name in archive.namelist())
@@ -38,10 +40,10 @@ def is_archive(path: Path) -> bool:
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """Parameters and buffers by the dotted names that `state_dict()` would give them.
+    """Return parameters and buffers by their dotted names, as `state_dict()` does.
 
     Raises:
-        UserError: cut off, or not an archive of a module.
+        UserError: the archive is incomplete or does not contain a module.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -49,15 +51,15 @@ def read(path: Path) -> dict[str, np.ndarray]:
             root = pickled.removesuffix("data.pkl")
             with archive.open(pickled) as file:
                 module = _Reader(file, archive, f"{root}data/").load()
-    except Exception as error:  # whatever a damaged pickle or archive comes to
+    except Exception as error:  # a damaged pickle or archive can raise any type
         raise UserError(
-            f"{path}: not a whole TorchScript archive ({error}); download it again"
+            f"{path}: not a complete TorchScript archive ({error}). Download it again."
         ) from None
     return dict(_tensors(module, ""))
 
 
 class _Inert:
-    """Stands for an object of any class: it keeps its state and can do nothing."""
+    """Placeholder for an object of any class: it stores the state and has no behavior."""
 
     def __init__(self, *_: Any):
         self.state: Any = {}
@@ -67,14 +69,14 @@ class _Inert:
 
 
 class _Reader(pickle.Unpickler):
-    """Builds tensors from the archive's storages and stand-ins for everything else."""
+    """Unpickler that builds tensors from the archive's storages, and placeholders otherwise."""
 
     def __init__(self, file: Any, archive: zipfile.ZipFile, storages: str):
         super().__init__(file)
         self._archive, self._storages = archive, storages
 
     def find_class(self, module: str, name: str) -> Any:
-        """Never what the file names."""
+        """Return our replacement of a class or function, never the one that the file names."""
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _tensor
         if module == "torch" and name in _STORAGES:
@@ -82,7 +84,7 @@ class _Reader(pickle.Unpickler):
         return _Inert
 
     def persistent_load(self, pid: Any) -> np.ndarray:
-        """A storage: ('storage', type, key, device, number of elements)."""
+        """Return the storage of an id ('storage', type, key, device, number of elements)."""
         _, dtype, key, _, count = pid
         return np.frombuffer(self._archive.read(self._storages + key), dtype)[:count]
 
@@ -90,14 +92,15 @@ class _Reader(pickle.Unpickler):
 def _tensor(
     storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> np.ndarray:
-    """A strided view of a storage, copied; it cannot reach beyond the storage."""
-    place = np.full(size, offset, np.int64)
+    """Return a copy of a strided view; indexing fails for elements beyond the storage."""
+    index = np.full(size, offset, np.int64)
     for axis, (extent, step) in enumerate(zip(size, stride, strict=True)):
-        place += (np.arange(extent) * step).reshape(-1, *[1] * (len(size) - axis - 1))
-    return np.asarray(storage[place])
+        index += (np.arange(extent) * step).reshape(-1, *[1] * (len(size) - axis - 1))
+    return np.asarray(storage[index])
 
 
-def _tensors(node: Any, prefix: str):
+def _tensors(node: Any, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name, tensor) of a module and the modules in it."""
     state = node.state if isinstance(node, _Inert) else node
     if isinstance(state, np.ndarray):
         yield prefix, state

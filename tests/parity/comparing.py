@@ -69,7 +69,7 @@ def converted(params: dict, tensors: Mapping[str, np.ndarray], layouts: Sequence
     """Nested dicts like `params`, of a reference's tensors (parameters or their gradients)."""
     shapes = {name: leaf.shape for name, leaf in parameter_paths(_named(params)).items()}
     found, report = convert.convert(tensors, layouts, shapes, "part", "the reference")
-    assert not report.left and not report.resized
+    assert not report.not_loaded and not report.resized
 
     def pick(path, _):
         return found["/".join(str(entry.key) for entry in path)]

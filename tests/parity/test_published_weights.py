@@ -91,7 +91,7 @@ def test_hugging_face_backbone(tmp_path):
     model = randomized(SwinBackbone(their_config()))
     model.save_pretrained(tmp_path)
     ours, report = load_swin(tmp_path / "model.safetensors")
-    assert report.publisher == "Hugging Face" and not report.left
+    assert report.publisher == "Hugging Face" and not report.not_loaded
     on = "Hugging Face backbone.safetensors"
     compare("Weights in: Swin", "transformers SwinBackbone", on, ours, their_maps(model), 1e-4)
 
@@ -100,7 +100,7 @@ def test_hugging_face_names_of_transformers_5(tmp_path):
     model = randomized(SwinBackbone(their_config()))
     torch.save(model.state_dict(), tmp_path / "model.bin")
     ours, report = load_swin(tmp_path / "model.bin")
-    assert report.publisher == "Hugging Face (transformers 5)" and not report.left
+    assert report.publisher == "Hugging Face (transformers 5)" and not report.not_loaded
     on = "Hugging Face model.bin, names of version 5"
     compare("Weights in: Swin", "transformers SwinBackbone", on, ours, their_maps(model), 1e-4)
 
@@ -110,8 +110,8 @@ def test_hugging_face_classifier(tmp_path):
     model = randomized(SwinForImageClassification(their_config()))
     model.save_pretrained(tmp_path)
     ours, report = load_swin(tmp_path / "model.safetensors")
-    assert {n.split("/")[1] for n in report.left} == {"norms"} and len(report.left) == 6
-    assert set(report.skipped) == {
+    assert {n.split("/")[1] for n in report.not_loaded} == {"norms"} and len(report.not_loaded) == 6
+    assert set(report.unused) == {
         "classifier.weight",
         "classifier.bias",
         "swin.layernorm.weight",
@@ -173,7 +173,7 @@ def test_official(tmp_path):
     torch.save(content, tmp_path / "swin.pth")
     ours, report = load_swin(tmp_path / "swin.pth", picture=WHOLE)
     assert report.publisher == "the official code"
-    assert "head.weight" in report.skipped and "layers.0.blocks.1.attn_mask" in report.skipped
+    assert "head.weight" in report.unused and "layers.0.blocks.1.attn_mask" in report.unused
     compare(
         "Weights in: Swin",
         "timm SwinTransformer",
@@ -207,8 +207,8 @@ def test_mmdetection(tmp_path, half):
         state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     torch.save({"state_dict": state, "meta": {"epoch": 12}}, tmp_path / "atss_swin.pth")
     ours, report = load_swin(tmp_path / "atss_swin.pth")
-    assert report.publisher == "MMDetection" and not report.left and not report.resized
-    assert "bbox_head.atss_cls.weight" in report.skipped
+    assert report.publisher == "MMDetection" and not report.not_loaded and not report.resized
+    assert "bbox_head.atss_cls.weight" in report.unused
     on = f"detector .pth{', half precision' if half else ''}"
     compare("Weights in: Swin", "mmdet SwinTransformer", on, ours, their_maps(model), 1e-4)
 
@@ -218,7 +218,7 @@ def test_another_window(tmp_path, window):
     model = randomized(SwinBackbone(their_config()))
     model.save_pretrained(tmp_path)
     _, report = load_swin(tmp_path / "model.safetensors", window)
-    assert len(report.resized) == sum(SIZES["depths"]) and not report.left
+    assert len(report.resized) == sum(SIZES["depths"]) and not report.not_loaded
     rng = np.random.default_rng(1)
     table = rng.normal(size=(13 * 13, 6)).astype(np.float32)
     side = 2 * window - 1
@@ -254,7 +254,7 @@ def test_hugging_face_text(tmp_path):
     model = randomized(CLIPTextModelWithProjection(their))
     model.save_pretrained(tmp_path)
     ours, report = load_text(tmp_path / "model.safetensors", cfg)
-    assert report.publisher == "Hugging Face" and not report.left
+    assert report.publisher == "Hugging Face" and not report.not_loaded
     with torch.no_grad():
         theirs = model(input_ids=torch.from_numpy(tokenize(TEXTS).astype(np.int64))).text_embeds
     reference = "transformers CLIPTextModelWithProjection"
@@ -304,8 +304,8 @@ def test_openai_text(tmp_path, form):
         torch.jit.save(traced.half() if form == "half" else traced, path)
         whole.float()
     ours, report = load_text(path, cfg)
-    assert report.publisher == "OpenAI" and not report.left
-    assert set(report.skipped) == {"visual.weight", "visual.bias", "logit_scale"}
+    assert report.publisher == "OpenAI" and not report.not_loaded
+    assert set(report.unused) == {"visual.weight", "visual.bias", "logit_scale"}
     tokens = np.zeros((len(TEXTS), 77), np.int64)
     tokens[:, :16] = tokenize(TEXTS)
     with torch.no_grad():
@@ -325,5 +325,5 @@ def test_a_projection_of_another_width_is_left(tmp_path):
     CLIPTextModelWithProjection(their).save_pretrained(tmp_path)
     cfg = text.TextConfig(width=64, layers=2, heads=2, embed_dim=32)
     _, report = load_text(tmp_path / "model.safetensors", cfg)
-    assert report.left == ("text/text_projection",)
-    assert report.skipped == ("text_projection.weight",)
+    assert report.not_loaded == ("text/text_projection",)
+    assert report.unused == ("text_projection.weight",)
