@@ -1,160 +1,248 @@
 #!/usr/bin/env python
-"""Turn archives into prepared sources, which training reads.
+"""Turn annotated images into prepared sources, which training reads.
 
-    prepare_data.py SOURCE  --from=DIR --to=DIR   an archive as it was published, to one source
-    prepare_data.py custom  --from=DIR --to=DIR   all that a folder of yours has: COCO boxes, MDETR
-                                                  phrases, captions, to TO/detection and so on
-    prepare_data.py symbols --to=DIR              the built-in data, drawn and prepared
-    prepare_data.py index   --from=DIR            for training, beside what `tfds build` wrote
-    prepare_data.py minival --from=FILE --to=FILE LVIS minival, to evaluate on, out of LVIS's val
+    detclip prepare SOURCE   --from=DIR --to=DIR    a published archive, as one source
+    detclip prepare custom   --from=DIR --to=DIR    your own folder: COCO boxes, MDETR phrases and
+                                                    captions, as TO/detection, TO/grounding, ...
+    detclip prepare symbols  --to=DIR               the built-in data, drawn and prepared
+    detclip prepare concepts --from=DIR --to=DIR    the concept dictionary of prepared sources
+    detclip prepare index    --from=DIR             the index of a dataset that `tfds build` wrote
+    detclip prepare minival  --from=FILE --to=FILE  LVIS minival for evaluation, from LVIS's val
 
-A folder has its annotation files in it or in annotations/, its images in images/ (or --images=DIR).
-docs/data.md tells where each archive comes from and how it lies on disk.
+`python scripts/prepare_data.py` in the repository is the same command.
 
-All cores work on it. Stop it whenever you like, by Ctrl-C or worse: the same command goes on with
-what is missing, TO appears when it is whole, and the same command once more finds its work done.
-What was read, written and left out, and why, is told at the end and stays in TO/info.json.
+A folder has its annotation files directly in it or in annotations/, and its images in images/ (or
+--images=DIR). docs/data.md describes each archive: where to get it and its layout on disk.
+
+All cores are used. You can stop the command at any time: run it again to resume. TO appears when it
+is complete, and a source that is already prepared is not prepared again. The report at the end says
+what was read, written and dropped, and why; TO/info.json keeps it.
 """
 
 import argparse
-import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process a core: see phrases.noun_phrases
+# One thread per process, because there is one process per core: see phrases.noun_phrases.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# The rest is imported by the functions: --help answers at once, and worker processes, which import
-# this file again, start sooner.
+# Functions import the rest: --help answers at once, and worker processes, which import the main
+# module again, start faster.
 from detclipv2_jax.common.cli import refuse_renamed
 from detclipv2_jax.common.errors import UserError
 
-KINDS = ("detection", "grounding", "image_text")
-SYMBOLS_HELP = "the built-in data: symbols, drawn from a seed"
+EXAMPLES = {
+    "objects365": "--from=objects365 --to=data/objects365 --subset=660000",
+    "goldg": "--from=goldg --to=data/goldg",
+    "conceptual_captions": "--from=cc15m --to=data/cc15m --store_side=448",
+    "lvis": "--from=coco --to=data/lvis",
+    "coco": "--from=coco --to=data/coco",
+    "odinw": "--from=odinw --to=data/pothole \\\n"
+    "      --annotations=pothole/train/annotations_without_background.json",
+    "image_text": "--from=my_photos --to=data/my_captions",
+    "custom": "--from=my_photos --to=data/my_photos",
+    "symbols": "--to=data/symbols",
+    "concepts": "--from=data --to=data/concepts --text=ViT-B-32.pt --lvis=lvis_v1_train.json",
+    "index": "--from=data/objects365/1.0.0",
+    "minival": "--from=lvis_v1_val.json --to=lvis_v1_minival.json",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status.
+
+    Args:
+        arguments: of the command line; None: those of this process.
+
+    Returns:
+        0 if everything is prepared, 2 after a message about what the user can fix, 130 after
+        Ctrl-C.
+    """
+    args = build_parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or args.to}: {error.strerror or error}.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted. Run the same command again to resume.", file=sys.stderr)
+        return 130
+    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line: one subcommand a source."""
+    """Return the command line: one subcommand per source."""
     from detclipv2_jax.data.prepare.registry import SOURCES
 
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="detclip prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    subparsers = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
     for name, source in SOURCES.items():
-        one = _add(sources, name, source.about)
+        one = _add_command(subparsers, name, source.about, _run_archive)
+        _add_folders(one)
         one.add_argument(
             "--annotations",
             metavar="FILE",
             action="append",
             type=Path,
-            help=f"{source.kind} file; may be repeated (default: those found in --from)",
+            help=f"{source.kind} annotations; may be repeated (default: those found in --from)",
         )
-        for flag, settings in source.options.items():
-            one.add_argument(f"--{flag}", **settings)
-            if "_" in flag:
-                refuse_renamed(one, {f"--{flag.replace('_', '-')}": f"--{flag}"})
-        _add_phrases(one, source.kind == "image_text")
-    custom = _add(
-        sources, "custom", "a folder with COCO boxes, MDETR phrases, captions, or any of them"
+        for option, keywords in source.options.items():
+            one.add_argument(f"--{option}", **keywords)
+            if "_" in option:
+                refuse_renamed(one, {f"--{option.replace('_', '-')}": f"--{option}"})
+        if source.kind == "image_text":
+            _add_caption_options(one)
+    _add_custom(subparsers)
+    _add_symbols(subparsers)
+    _add_concepts(subparsers)
+    _add_index(subparsers)
+    _add_minival(subparsers)
+    return parser
+
+
+def _add_command(subparsers, name: str, about: str, run) -> argparse.ArgumentParser:
+    """Add a subcommand that calls `run(args)`."""
+    parser = subparsers.add_parser(
+        name,
+        help=about,
+        description=f"Prepare {about}." if run is _run_archive else f"{about}.",
+        epilog=f"example:\n  detclip prepare {name} {EXAMPLES[name]}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_custom(subparsers) -> None:
+    from detclipv2_jax.data.index import KINDS
+
+    about = "Prepare your own folder: COCO boxes, MDETR phrases, captions, or several of these"
+    parser = _add_command(subparsers, "custom", about, _run_custom)
+    _add_folders(parser)
     for kind in KINDS:
-        custom.add_argument(
+        parser.add_argument(
             f"--{kind}",
             metavar="FILE",
             action="append",
             type=Path,
-            help=f"{kind} file; where any file is named, only named ones are prepared",
+            help=f"{kind} annotations; may be repeated (default: all files found in --from, unless "
+            "one of any kind is named)",
         )
-    refuse_renamed(custom, {"--image-text": "--image_text"})
-    _add_phrases(custom, True)
-    index_help = "what training needs, beside the records of a dataset that `tfds build` wrote"
-    index = sources.add_parser("index", help=index_help, description=index_help)
-    index.add_argument(
-        "--from",
-        dest="to",
-        metavar="DIR",
-        type=Path,
-        required=True,
-        help="the dataset, such as DATA_DIR/objects365/1.0.0; its records stay as they are",
-    )
-    index.add_argument("--split", default="train", help="which of its splits (default: train)")
-    _add_jobs(index)
-    minival_help = "LVIS minival, to evaluate on: the part of LVIS v1 val that is COCO's val2017"
-    minival = sources.add_parser("minival", help=minival_help, description=minival_help)
-    for flag, field, help_text in (
-        ("--from", "origin", "lvis_v1_val.json"),
-        ("--to", "to", "the file to write, lvis_v1_minival.json"),
-    ):
-        minival.add_argument(
-            flag, dest=field, metavar="FILE", type=Path, required=True, help=help_text
-        )
-    symbols = sources.add_parser(
-        "symbols",
-        help=SYMBOLS_HELP,
-        description=f"{SYMBOLS_HELP}. Archives go to TO/archives, sources beside them.",
-    )
-    _add_common(symbols)
-    _add_phrases(symbols, True)
-    symbols.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
-    symbols.add_argument(
+    refuse_renamed(parser, {"--image-text": "--image_text"})
+    _add_caption_options(parser)
+
+
+def _add_symbols(subparsers) -> None:
+    about = "Draw the built-in data from a seed and prepare it; its archives are in TO/archives"
+    parser = _add_command(subparsers, "symbols", about, _run_symbols)
+    _add_target(parser)
+    _add_caption_options(parser)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes (default: 0)")
+    parser.add_argument(
         "--option",
         metavar="NAME=VALUE",
         action="append",
         default=[],
-        help="a field of SymbolsOptions (sources/symbols.py): --option=novel=60; may be repeated",
+        help="a field of SymbolsOptions (data/prepare/sources/symbols.py), such as "
+        "--option=novel=60; may be repeated",
     )
-    return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; 0 if all is prepared, 2 (and a sentence) if the user can mend it."""
-    args = build_parser().parse_args(arguments)
-    try:
-        others = {"custom": _custom, "symbols": _symbols, "index": _index, "minival": _minival}
-        run = others.get(args.source, _single)
-        run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or args.to}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _add(sources, name: str, help_text: str) -> argparse.ArgumentParser:
-    parser = sources.add_parser(name, help=help_text, description=help_text)
+def _add_concepts(subparsers) -> None:
+    about = (
+        "Write TO/dictionary.jsonl: the names and frequent phrases of all prepared sources in "
+        "--from, with definitions"
+    )
+    parser = _add_command(subparsers, "concepts", about, _run_concepts)
+    _add_path(parser, "--from", "origin", "DIR", "folder of prepared sources")
+    _add_path(parser, "--to", "to", "DIR", "directory of the dictionary")
     parser.add_argument(
-        "--from",
-        dest="origin",
-        metavar="DIR",
-        type=Path,
-        required=True,
-        help="folder of the archive",
+        "--min_count",
+        metavar="N",
+        type=int,
+        default=5,
+        help="mentions that a phrase needs; categories need none (default: %(default)s)",
     )
+    parser.add_argument(
+        "--size",
+        metavar="N",
+        type=int,
+        default=14_000,
+        help="largest number of concepts; the most frequent phrases are kept (default: "
+        "%(default)s, as in the paper)",
+    )
+    parser.add_argument(
+        "--lvis",
+        metavar="FILE",
+        type=Path,
+        help="LVIS v1 annotations, or its list of categories: use the synsets of its names",
+    )
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        type=Path,
+        help="CLIP weights: define a name that WordNet lacks by the nearest concept (default: by "
+        "its head noun)",
+    )
+    refuse_renamed(parser, {"--min-count": "--min_count"})
+
+
+def _add_index(subparsers) -> None:
+    about = "Write the index that training needs for a dataset that `tfds build` wrote"
+    parser = _add_command(subparsers, "index", about, _run_index)
+    _add_path(
+        parser,
+        "--from",
+        "to",
+        "DIR",
+        "the dataset, such as DATA_DIR/objects365/1.0.0; its records are not changed",
+    )
+    parser.add_argument("--split", default="train", help="split of the dataset (default: train)")
+    _add_jobs(parser)
+
+
+def _add_minival(subparsers) -> None:
+    about = "Write LVIS minival for evaluation: the images of LVIS v1 val that are in COCO val2017"
+    parser = _add_command(subparsers, "minival", about, _run_minival)
+    _add_path(parser, "--from", "origin", "FILE", "lvis_v1_val.json")
+    _add_path(parser, "--to", "to", "FILE", "file to write, lvis_v1_minival.json")
+
+
+def _add_path(parser, flag: str, dest: str, metavar: str, help_text: str) -> None:
+    parser.add_argument(flag, dest=dest, metavar=metavar, type=Path, required=True, help=help_text)
+
+
+def _add_folders(parser: argparse.ArgumentParser) -> None:
+    _add_path(parser, "--from", "origin", "DIR", "folder of the archive")
     parser.add_argument(
         "--images",
         metavar="DIR",
         type=Path,
-        help="folder of the images (default: FROM/images, FROM)",
+        help="folder of the images (default: FROM/images, then FROM)",
     )
-    _add_common(parser)
-    return parser
+    _add_target(parser)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    _add_path(parser, "--to", "to", "DIR", "directory to write")
     parser.add_argument(
-        "--to", metavar="DIR", type=Path, required=True, help="where it is prepared"
+        "--name", help="name of the source in counts and logs (default: last part of TO)"
     )
-    parser.add_argument("--name", help="of the source in counts and logs (default: TO's last part)")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace what is prepared there from other inputs"
+        "--overwrite",
+        action="store_true",
+        help="replace a source in TO that was prepared from other files or options",
     )
     _add_jobs(parser)
 
@@ -163,171 +251,110 @@ def _add_jobs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, help="processes (default: the number of cores)")
 
 
-def _add_phrases(parser: argparse.ArgumentParser, wanted: bool) -> None:
-    """Options of noun phrases, for the sources that take captions apart."""
-    if not wanted:
-        return
+def _add_caption_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for images with captions."""
     refuse_renamed(parser, {"--spacy-model": "--spacy_model", "--store-side": "--store_side"})
     parser.add_argument(
         "--spacy_model",
         metavar="NAME",
-        help="spaCy pipeline (default: en_core_web_sm or its re-upload)",
+        help="spaCy pipeline that finds noun phrases (default: en_core_web_sm or a package with "
+        "the same content)",
     )
     parser.add_argument(
         "--phrases",
         metavar="N",
         type=int,
         default=7,
-        help="noun phrases a caption at most (default: 7)",
+        help="most noun phrases per caption (default: 7)",
     )
     parser.add_argument(
         "--store_side",
         metavar="N",
         type=int,
-        help="store captioned pictures no larger than N pixels on their longer side, as JPEG of "
-        "quality 90; training decodes them faster and they take less room. It needs the side of "
-        "its canvas times the largest of `scales`: 448 for configs/pretrain.py, 320 times 1.4; "
-        "smaller pictures are kept as they are (default: all are)",
+        help="store captioned images with at most N pixels on their longer side, as JPEG of "
+        "quality 90: they take less space and are decoded faster. Training needs the side of its "
+        "canvas times the largest of `scales`, which is 448 (320 times 1.4) for "
+        "configs/pretrain.py. Smaller images are kept as they are (default: keep all)",
     )
 
 
-def _options(args: argparse.Namespace):
-    from detclipv2_jax.data.prepare.image_encoding import Options
-
-    if args.jobs is not None and args.jobs < 1:
-        raise UserError(f"--jobs={args.jobs}: give 1 or more processes")
-    if getattr(args, "phrases", 0) < 0:
-        raise UserError(f"--phrases={args.phrases}: give 0 or more phrases a caption")
-    if getattr(args, "store_side", None) is not None and args.store_side < 32:
-        raise UserError(f"--store_side={args.store_side}: give 32 or more pixels")
-    chosen = {"jobs": args.jobs} if args.jobs else {}
-    if hasattr(args, "phrases"):
-        chosen |= {"phrase_model": args.spacy_model, "phrase_limit": args.phrases}
-        chosen |= {"store_side": args.store_side}
-    return Options(**chosen)
-
-
-def _single(args: argparse.Namespace) -> None:
-    """An archive of SOURCES, its files into one source."""
+def _run_archive(args: argparse.Namespace) -> None:
+    from detclipv2_jax.data.prepare import commands
     from detclipv2_jax.data.prepare.registry import SOURCES
 
     source = SOURCES[args.source]
-    chosen = {flag: getattr(args, flag) for flag in source.options}
-    files = args.annotations or source.files(args.origin)
-    name = args.name or args.to.name
-    _prepare(args, source, files, args.origin, args.images, args.to, name, chosen)
+    commands.prepare_archive(
+        source,
+        args.origin,
+        _target(args),
+        annotations=args.annotations,
+        images=args.images,
+        reader_options={option: getattr(args, option) for option in source.options},
+    )
 
 
-def _custom(args: argparse.Namespace) -> None:
-    """Each kind that the folder has, into a source of its own."""
-    from detclipv2_jax.data.prepare.registry import OF_KIND, discovered
+def _run_custom(args: argparse.Namespace) -> None:
+    from detclipv2_jax.data.index import KINDS
+    from detclipv2_jax.data.prepare import commands
 
     named = {kind: getattr(args, kind) for kind in KINDS if getattr(args, kind)}
-    files = named or discovered(args.origin)
-    if not files:
-        raise UserError(
-            f"{args.origin}: no annotation file for training in it or in its annotations/; name "
-            "one with --detection=FILE, --grounding=FILE or --image_text=FILE"
-        )
-    name = args.name or args.to.name
-    for kind in KINDS:
-        if kind in files:
-            to, source = args.to / kind, OF_KIND[kind]
-            _prepare(args, source, files[kind], args.origin, args.images, to, f"{name}_{kind}")
-        else:
-            print(f"{kind}: no file for it in {args.origin}")
+    commands.prepare_folder(args.origin, _target(args), annotations=named, images=args.images)
 
 
-def _symbols(args: argparse.Namespace) -> None:
-    """Draw the archives, then prepare them as anybody's."""
-    from detclipv2_jax.data.prepare.registry import OF_KIND
-    from detclipv2_jax.data.prepare.sources.symbols import generate
+def _run_symbols(args: argparse.Namespace) -> None:
+    from detclipv2_jax.data.prepare import commands
 
-    options, archives = _options(args), args.to / "archives"
-    archives.parent.mkdir(parents=True, exist_ok=True)
-    generate(
-        archives, seed=args.seed, processes=options.jobs, options=_symbols_options(args.option)
+    commands.prepare_symbols(_target(args), seed=args.seed, settings=args.option)
+
+
+def _run_concepts(args: argparse.Namespace) -> None:
+    from detclipv2_jax.data.prepare.concepts import prepare_concepts
+
+    prepare_concepts(
+        args.origin,
+        args.to,
+        min_count=args.min_count,
+        size=args.size,
+        lvis=args.lvis,
+        text=args.text,
     )
-    files = {
-        "detection": "detection_train.json",
-        "grounding": "grounding_train.json",
-        "image_text": "image_text_train.jsonl",
-    }
-    name = args.name or args.to.name
-    for kind, file in files.items():
-        path = archives / "annotations" / file
-        _prepare(args, OF_KIND[kind], [path], archives, None, args.to / kind, f"{name}_{kind}")
 
 
-def _index(args: argparse.Namespace) -> None:
-    """What training needs, beside the records that TFDS wrote."""
-    from detclipv2_jax.data.prepare.prepare import report
-    from detclipv2_jax.data.prepare.tfds_index import add_index
+def _run_index(args: argparse.Namespace) -> None:
+    from detclipv2_jax.data.prepare import commands
 
-    print(report(add_index(args.to, split=args.split, jobs=_options(args).jobs)))
+    commands.add_index(args.to, split=args.split, jobs=_options(args).jobs)
 
 
-def _minival(args: argparse.Namespace) -> None:
-    """LVIS minival out of LVIS's val."""
-    from detclipv2_jax.data.prepare.sources.lvis import write_minival
+def _run_minival(args: argparse.Namespace) -> None:
+    from detclipv2_jax.data.prepare import commands
 
-    print(f"{args.to}: {write_minival(args.origin, args.to):,} images")
-
-
-def _symbols_options(settings: list[str]):
-    """NAME=VALUE settings as SymbolsOptions; a pair is written 24,64."""
-    from detclipv2_jax.data.prepare.sources.symbols import SymbolsOptions
-
-    defaults, chosen = dataclasses.asdict(SymbolsOptions()), {}
-    for setting in settings:
-        name, _, value = setting.partition("=")
-        if name not in defaults:
-            raise UserError(f"--option={setting}: no such option; there are {', '.join(defaults)}")
-        try:
-            if isinstance(defaults[name], tuple):
-                first, second = value.strip("()").split(",")
-                kind = type(defaults[name][0])
-                chosen[name] = (kind(first), kind(second))
-            else:
-                chosen[name] = type(defaults[name])(value)
-        except ValueError as error:
-            raise UserError(
-                f"--option={setting}: give a value like the default, {defaults[name]}"
-            ) from error
-    return SymbolsOptions(**chosen)
+    commands.write_minival(args.origin, args.to)
 
 
-def _prepare(
-    args: argparse.Namespace,
-    source,
-    files: list[Path],
-    origin: Path,
-    images: Path | None,
-    to: Path,
-    name: str,
-    chosen: dict[str, Any] | None = None,
-) -> None:
-    """Prepare files of an ArchiveSource, read with the options `chosen`."""
-    from detclipv2_jax.data.prepare import registry
-    from detclipv2_jax.data.prepare.examples import ImageFolder
-    from detclipv2_jax.data.prepare.prepare import left_behind, prepare, report
+def _target(args: argparse.Namespace):
+    from detclipv2_jax.data.prepare.commands import Target
 
-    if not origin.is_dir():
-        raise UserError(f"{origin}: no such directory; check --from")
-    # A file is named by its path, or as it lies in the archive.
-    places = (Path(), origin, origin / "annotations")
-    files = [next((p / file for p in places if (p / file).exists()), file) for file in files]
-    kind, options, chosen = source.kind, _options(args), chosen or {}
-    folder = ImageFolder(images) if images else registry.image_folder(origin, kind)
-    inputs = registry.fingerprint(files, folder, options if kind == "image_text" else None)
-    inputs |= {"reader": {flag: str(value) for flag, value in chosen.items()}} if chosen else {}
-    before = registry.prepared_before(to, inputs, overwrite=args.overwrite)
-    if before is not None:
-        left_behind(to, inputs)
-        print(f"{to}: already prepared, {len(before):,} records of {kind}")
-        return
-    opened = [source.read(path, folder, **chosen) for path in files]
-    print(report(prepare(opened, to, name=name, inputs=inputs, options=options)))
+    return Target(args.to, args.name, args.overwrite, _options(args))
+
+
+def _options(args: argparse.Namespace):
+    """Return the PrepareOptions of the command line; `UserError` for an invalid number."""
+    from detclipv2_jax.data.prepare.options import PrepareOptions
+
+    chosen: dict[str, Any] = {}
+    if args.jobs is not None:
+        if args.jobs < 1:
+            raise UserError(f"--jobs={args.jobs}: too small. Use 1 or more processes.")
+        chosen["jobs"] = args.jobs
+    if hasattr(args, "phrases"):
+        if args.phrases < 0:
+            raise UserError(f"--phrases={args.phrases}: negative. Use 0 or more.")
+        if args.store_side is not None and args.store_side < 32:
+            raise UserError(f"--store_side={args.store_side}: too small. Use 32 or more pixels.")
+        chosen |= {"phrase_model": args.spacy_model, "phrase_limit": args.phrases}
+        chosen |= {"store_side": args.store_side}
+    return PrepareOptions(**chosen)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Turn archives into prepared records, which training reads; the same as `detclip prepare`."""
+"""Turn annotated images into prepared sources; the same as `detclip prepare`."""
 
 import sys
 

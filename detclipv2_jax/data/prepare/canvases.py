@@ -1,8 +1,9 @@
-"""Static shapes chosen from the data: canvases that waste few pixels, tables that rarely overflow.
+"""Choose static shapes from the data: canvases that pad little, tables that rarely overflow.
 
-A picture of log aspect a (height over width) that is scaled to fit a canvas of log aspect c covers
-exp(-|a - c|) of it, whatever the canvas's area: so the nearest aspect is the best canvas, and the
-best set of K canvases is found exactly, by dynamic programming over the aspects that are to be had.
+An image of log aspect a (height over width) that is scaled to fit a canvas of log aspect c covers
+exp(-|a - c|) of the canvas, whatever its area. So the canvas of the nearest aspect is the best one
+for an image. The best set of K canvases is found exactly, by dynamic programming over the
+candidates.
 """
 
 import dataclasses
@@ -19,17 +20,17 @@ Shape = tuple[int, int]  # (height, width) in pixels
 
 @dataclasses.dataclass(frozen=True)
 class Padding:
-    """How well a set of canvases fits the pictures."""
+    """How well a set of canvases fits the images."""
 
-    efficiency: float  # pixels of pictures / pixels of their canvases, each scaled to fit
-    shares: tuple[float, ...]  # of the pictures, on each canvas
-    efficiencies: tuple[float, ...]  # of each canvas; 0 for one without a picture
+    efficiency: float  # pixels of the images, scaled to fit / pixels of their canvases
+    shares: tuple[float, ...]  # share of the images on each canvas
+    efficiencies: tuple[float, ...]  # of each canvas; 0 for a canvas without an image
 
 
 def padding(
     heights: Int[np.ndarray, " n"], widths: Int[np.ndarray, " n"], shapes: Sequence[Shape]
 ) -> Padding:
-    """The padding efficiency of canvases for n >= 1 pictures (pixels), each on its nearest."""
+    """Return the padding of n >= 1 images (sizes in pixels), each on its nearest canvas."""
     canvas = nearest_shape(heights, widths, shapes)
     count = np.bincount(canvas, minlength=len(shapes))
     aspects = _log_aspects(heights, widths)
@@ -52,32 +53,32 @@ def choose(
     multiple: int = 32,
     tolerance: float = 0.05,
 ) -> tuple[Shape, ...]:
-    """The `count` canvases on which the pictures cover the largest mean share of their canvas.
+    """Return the `count` canvases on which images cover the largest mean share of their canvas.
 
     Args:
-        heights: of the n >= 1 pictures, in pixels.
-        widths: likewise.
-        count: how many canvases.
-        area: pixels that a canvas should have; all within `tolerance` of it are considered.
-        multiple: of which both sides are.
-        tolerance: relative to `area`.
+        heights: of the n >= 1 images, in pixels.
+        widths: of the images, in pixels.
+        count: number of canvases.
+        area: target area of a canvas in pixels.
+        multiple: both sides of a canvas are multiples of this.
+        tolerance: how far the area of a canvas may be from `area`, relative to it.
 
     Returns:
-        (height, width) of each, widest first.
+        (height, width) of each canvas in pixels, widest first.
 
     Raises:
-        UserError: there are not so many canvases of this area.
+        UserError: there are fewer than `count` canvases of this area.
     """
     shapes = candidates(area, multiple, tolerance)
     if not 1 <= count <= len(shapes):
         raise UserError(
-            f"{count} canvases of {area} pixels with sides of a multiple of {multiple} were asked "
-            f"for, there are {len(shapes)}: ask for 1 to that"
+            f"cannot choose {count} canvases of about {area} pixels whose sides are multiples of "
+            f"{multiple}: there are {len(shapes)}. Choose 1 to {len(shapes)}."
         )
     aspects = np.sort(_log_aspects(heights, widths))
     targets = np.log([height / width for height, width in shapes])
     ends, between = _covered(aspects, targets)
-    best = ends[0]  # best[j]: what is covered below target j by a set whose last canvas is j
+    best = ends[0]  # best[j]: coverage of the aspects below target j if canvas j is the last one
     previous: list[np.ndarray] = []
     for _ in range(count - 1):
         reached = best[:, None] + between
@@ -90,9 +91,10 @@ def choose(
 
 
 def candidates(area: int, multiple: int = 32, tolerance: float = 0.05) -> list[Shape]:
-    """Canvases of about `area` pixels, widest first; of those of one aspect the nearest in area.
+    """Return the canvases of about `area` pixels, widest first.
 
-    Sides are at most eight times as long as one another.
+    Of several canvases with one aspect, the one nearest in area is kept. The longer side is at most
+    eight times the shorter one.
     """
     sides = range(multiple, int(np.sqrt(8 * (1 + tolerance) * area)) + 1, multiple)
     off = lambda shape: abs(shape[0] * shape[1] / area - 1)
@@ -110,17 +112,22 @@ def candidates(area: int, multiple: int = 32, tolerance: float = 0.05) -> list[S
 
 @dataclasses.dataclass(frozen=True)
 class TableUse:
-    """What a table of some rows costs over a number of steps."""
+    """How well a concept table of a given size fits a number of steps."""
 
-    rows: int
-    overflowing: float  # share of the steps whose concepts do not all find a row
-    dropped: float  # concepts without a row, a step
-    dropped_share: float  # of all concepts of these steps
-    filled: float  # mean share of the rows that positives take
+    rows: int  # size of the table
+    overflowing: float  # share of the steps with more concepts than rows
+    dropped: float  # concepts without a row, per step
+    dropped_share: float  # concepts without a row / all concepts
+    filled: float  # mean share of the rows that positives fill
 
 
 def table_use(wanted: Int[np.ndarray, " steps"], rows: Iterable[int]) -> list[TableUse]:
-    """Overflow of tables of several sizes, from the different positives of each of n >= 1 steps."""
+    """Return how often tables of several sizes overflow.
+
+    Args:
+        wanted: number of distinct positives of each of n >= 1 steps.
+        rows: sizes of the tables.
+    """
     wanted = np.asarray(wanted, np.int64)
     uses = []
     for size in rows:
@@ -146,10 +153,11 @@ def _log_aspects(
 def _covered(
     aspects: Float[np.ndarray, " n"], targets: Float[np.ndarray, " m"]
 ) -> tuple[Float[np.ndarray, "2 m"], Float[np.ndarray, "m m"]]:
-    """Sums of exp(-|a - c|) over ascending aspects.
+    """Return sums of the coverage exp(-|a - c|) over ranges of the ascending log aspects.
 
-    First, of those below and of those from each target on; second, of those from target i to
-    before target j with the nearer of the two (-inf unless i < j).
+    Returns:
+        Coverage by each target of the aspects below it, and of those at or above it. Coverage of
+        the aspects from target i up to target j, each by the nearer of the two (-inf unless i < j).
     """
     rising = np.concatenate([[0], np.cumsum(np.exp(aspects))])
     falling = np.concatenate([[0], np.cumsum(np.exp(-aspects))])

@@ -1,4 +1,8 @@
-"""What a reader of `sources/` yields before any image is opened, and what it leaves out."""
+"""Examples: the entries of an annotation file, before their images are opened.
+
+The readers in `sources/` yield `Example`s. `shards.py` turns them into records. `Drops` counts what
+both of them leave out.
+"""
 
 import dataclasses
 import functools
@@ -9,12 +13,12 @@ from typing import Any
 
 from detclipv2_jax.common.errors import UserError
 
-_EXPLAINED = 3  # of each reason for dropping something, so many are told in full
+_MAX_EXPLANATIONS = 3  # explanations that are kept for each reason
 
 
 @dataclasses.dataclass(frozen=True)
-class RawBox:
-    """An annotated box as its file has it: not yet clipped, not yet checked against the picture."""
+class Box:
+    """A box as annotated: not yet clipped or checked against the image."""
 
     xywh: tuple[float, float, float, float]  # left, top, width, height in pixels
     name: str
@@ -23,14 +27,18 @@ class RawBox:
 
 @dataclasses.dataclass(frozen=True)
 class ImageFile:
-    """Where an image's bytes are: a file, or a range of one (a member of a tar)."""
+    """An encoded image on disk: a file, or a range of bytes of one (a member of a tar)."""
 
     path: Path
-    offset: int = 0
-    size: int | None = None  # bytes; None: to the end
+    offset: int = 0  # bytes
+    size: int | None = None  # bytes; None: to the end of the file
 
     def read(self) -> bytes:
-        """The image as it is stored; `OSError` where the file cannot be read."""
+        """Return the encoded image.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read() if self.size is None else file.read(self.size)
@@ -40,94 +48,106 @@ class ImageFile:
 
 
 @dataclasses.dataclass(frozen=True)
-class RawExample:
-    """One image with its annotation. `caption` is for image_text, `boxes` for the other kinds."""
+class Example:
+    """One image with its annotation: `caption` for image_text, `boxes` for the other kinds."""
 
     image: ImageFile
     image_id: str
-    size: tuple[int, int] | None  # annotated (height, width), where the file tells
-    boxes: tuple[RawBox, ...] = ()
+    size: tuple[int, int] | None  # annotated (height, width) in pixels, if the file has it
+    boxes: tuple[Box, ...] = ()
     caption: str = ""
 
 
 class Drops:
-    """Counts what is left out or mended, by reason, and keeps the first few of each in words."""
+    """Counts what is dropped or changed, by reason, with the first explanations of each reason."""
 
     def __init__(self):
         self.dropped: Counter[str] = Counter()
-        self.mended: Counter[str] = Counter()
+        self.changed: Counter[str] = Counter()
         self.explained: dict[str, list[str]] = {}
 
     def drop(self, reason: str, explanation: str) -> None:
-        """Count one thing left out. `reason` starts with what it is: "images: missing"."""
+        """Count one thing that is left out. `reason` starts with its type: "images: missing"."""
         self.dropped[reason] += 1
         self._explain(reason, explanation)
 
-    def mend(self, reason: str, explanation: str) -> None:
-        """Count one thing kept in another form than it came."""
-        self.mended[reason] += 1
+    def change(self, reason: str, explanation: str) -> None:
+        """Count one thing that is kept, but not as it was in the archive."""
+        self.changed[reason] += 1
         self._explain(reason, explanation)
 
     def add(self, other: "Drops") -> None:
-        """Take in the counts of another part of the same source."""
+        """Add the counts of another shard or archive of the same source."""
         self.dropped.update(other.dropped)
-        self.mended.update(other.mended)
+        self.changed.update(other.changed)
         for reason, sentences in other.explained.items():
             for sentence in sentences:
                 self._explain(reason, sentence)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts under the names that info.json has for them."""
+        return {
+            "dropped": dict(self.dropped),
+            "mended": dict(self.changed),  # the stored name of `changed`
+            "explained": self.explained,
+        }
+
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Drops":
-        """The inverse of `vars`, which is as JSON takes it."""
+        """Return the counts that `to_json` gave."""
         drops = cls()
         drops.dropped.update(content["dropped"])
-        drops.mended.update(content["mended"])
+        drops.changed.update(content["mended"])
         drops.explained.update(content["explained"])
         return drops
 
     def first(self) -> str:
-        """An explanation of the most frequent reason; empty if nothing was dropped."""
+        """Return an explanation of the most frequent reason, or "" if nothing was dropped."""
         if not self.dropped:
             return ""
         return self.explained[self.dropped.most_common(1)[0][0]][0]
 
     def _explain(self, reason: str, explanation: str) -> None:
-        told = self.explained.setdefault(reason, [])
-        if len(told) < _EXPLAINED:
-            # It may quote the file, which may hold line ends, escapes, halves of characters.
-            told.append("".join(c if c.isprintable() else ascii(c)[1:-1] for c in explanation))
+        sentences = self.explained.setdefault(reason, [])
+        if len(sentences) < _MAX_EXPLANATIONS:
+            # An explanation may quote the file: line ends, escapes, halves of surrogate pairs.
+            sentences.append("".join(c if c.isprintable() else ascii(c)[1:-1] for c in explanation))
 
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """An annotation file, opened: examples to come, and `drops` that fill while they come."""
+    """An opened annotation file. `drops` fills up while `examples` is consumed."""
 
     path: Path
     kind: str  # "detection" | "grounding" | "image_text"
-    total: int  # examples, about: for the progress bar
-    examples: Iterator[RawExample]
+    total: int  # approximate number of examples, for the progress bar
+    examples: Iterator[Example]
     drops: Drops
-    names: tuple[str, ...] = ()  # detection: all categories, in the file's order, seen or not
+    names: tuple[str, ...] = ()  # detection: all categories in the file's order, used or not
 
 
 class ImageFolder:
-    """Finds the files that annotations name, in folders laid out a little unlike the original."""
+    """Finds the image files that annotations name, in folders that may be laid out differently."""
 
     def __init__(self, *roots: str | Path):
-        """Search `roots` in order; `UserError` where none of them is a directory."""
+        """Search the folders `roots` in order; those that do not exist are ignored.
+
+        Raises:
+            UserError: none of them is a directory.
+        """
         self.roots = [Path(root) for root in roots if Path(root).is_dir()]
         if not self.roots:
             tried = " or ".join(str(root) for root in roots)
             raise UserError(
-                f"{tried}: no such directory; name the images' folder with --images=DIR"
+                f"{tried}: no such directory. Name the folder of the images with --images=DIR."
             )
-        # Each place is looked for once and not for each image: on a network that would take hours.
+        # Each folder is looked up once, not once per image: on a network drive that takes hours.
         self._places = functools.lru_cache(maxsize=4096)(self._existing)
 
     def find(self, file_name: str) -> Path | None:
-        """Path of an image, or None.
+        """Return the path of an image, or None if it does not exist.
 
-        Leading folders of `file_name` are taken off one by one: Objects365's
+        Leading folders of `file_name` are removed one by one: Objects365's
         "images/v1/patch8/a.jpg" is found as ROOT/images/v1/patch8/a.jpg, ROOT/v1/patch8/a.jpg,
         ROOT/patch8/a.jpg or ROOT/a.jpg.
         """
@@ -137,11 +157,11 @@ class ImageFolder:
         try:
             paths = (place / name for place in self._places(tuple(folders)))
             return next((path for path in paths if path.is_file()), None)
-        except OSError:  # a name longer than the file system allows
+        except OSError:  # the name is longer than the file system allows
             return None
 
     def _existing(self, folders: tuple[str, ...]) -> list[Path]:
-        """Where a file in these folders may be, in the order to look."""
+        """Return the existing folders that may have a file of `folders`, in search order."""
         ends = (folders[first:] for first in range(len(folders) + 1))
         places = (root.joinpath(*end) for end in ends for root in self.roots)
         return [place for place in places if place.is_dir()]
@@ -151,9 +171,12 @@ class ImageFolder:
 
 
 def annotated_size(entry: dict[str, Any]) -> tuple[int, int] | None:
-    """(height, width) of an image entry, numbers or strings of numbers; None if not told.
+    """Return (height, width) of an image entry in pixels, or None if it has no size.
 
-    `ValueError` or `TypeError` where they are there but are no sizes.
+    The sizes may be numbers or strings of numbers.
+
+    Raises:
+        ValueError, TypeError: the fields are not valid sizes.
     """
     if entry.get("height") is None or entry.get("width") is None:
         return None
@@ -164,7 +187,11 @@ def annotated_size(entry: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def parse_xywh(value: Any) -> tuple[float, float, float, float]:
-    """A COCO "bbox". `ValueError` where it is no list of four numbers; NaN and infinity pass."""
+    """Return a COCO "bbox" as four floats; NaN and infinity are allowed here.
+
+    Raises:
+        ValueError: `value` is not a list of four numbers.
+    """
     if not isinstance(value, list) or len(value) != 4:
         raise ValueError(f'"bbox" is {str(value)[:60]}, not [x, y, width, height]')
     try:

@@ -1,51 +1,44 @@
-"""Image files opened: what a stored picture is, and what is said of one that is none."""
+"""Decode the image of an example and encode it as the JPEG that a record stores."""
 
 import dataclasses
 import io
-import os
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from detclipv2_jax.data.prepare.examples import ImageFile
-from detclipv2_jax.text import phrases as phrases_lib
 
 _JPEG_QUALITY = 95
-_SHRUNK_QUALITY = 90  # of a picture that is stored to be small
-_REDUCING_GAP = (
-    2.0  # the decoder shrinks to no less than twice the size, antialiasing does the rest
-)
+_SHRUNK_QUALITY = 90  # of an image that is stored smaller to save space
+# The JPEG decoder shrinks to no less than twice the target size; the resampling filter does the
+# rest without aliasing.
+_REDUCING_GAP = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """How a source is prepared, whatever it is made from."""
-
-    phrase_model: str | None = None  # spaCy pipeline; None: the first of phrases.MODELS
-    phrase_limit: int = phrases_lib.LIMIT  # noun phrases a caption, beside the caption itself
-    store_side: int | None = None  # pixels; a captioned picture's longer side is stored no larger
-    jobs: int = max(1, os.cpu_count() or 1)  # processes that decode images and parse captions
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """An image file, opened: JPEG bytes and their size, or what is wrong with it."""
+class StoredImage:
+    """An image as a record stores it, or the reason why it cannot be stored."""
 
     jpeg: bytes = b""
-    height: int = 0
+    height: int = 0  # pixels of `jpeg`
     width: int = 0
-    original_size: tuple[int, int] = (0, 0)  # (height, width) in the file
-    reencoded: bool = False  # the file was no JPEG in grey or RGB
-    shrunk: bool = False
-    problem: str = ""
+    original_size: tuple[int, int] = (0, 0)  # (height, width) of the file, in pixels
+    reencoded: bool = False  # the file was not a grayscale or RGB JPEG
+    shrunk: bool = False  # stored smaller than the file
+    problem: str = ""  # why the file cannot be decoded; "" if it can
 
 
-def open_image(file: ImageFile, store_side: int | None = None) -> Picture:
-    """Read and decode an image. A JPEG in grey or RGB is kept as it is, all else becomes one.
+def encode_image(file: ImageFile, store_side: int | None = None) -> StoredImage:
+    """Read and fully decode an image, and return it as JPEG.
 
-    With `store_side`, a picture whose longer side has more pixels is shrunk to it.
+    A grayscale or RGB JPEG keeps its bytes. Any other format is encoded as JPEG.
 
-    Never raises: whatever a decoder has to say about a file is the `problem`.
+    Args:
+        file: where the image is.
+        store_side: an image whose longer side has more pixels is shrunk to this side.
+
+    Returns:
+        The image. An image that cannot be decoded is returned with a `problem`, never raised.
     """
     try:
         data = file.read()
@@ -54,30 +47,30 @@ def open_image(file: ImageFile, store_side: int | None = None) -> Picture:
             kept = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
             shrunk = store_side is not None and max(size) > store_side
             if shrunk:
-                image = image if kept else _rgb(image)
+                image = image if kept else _to_rgb(image)
                 bounds = (store_side, store_side)
                 image.thumbnail(bounds, Image.Resampling.BICUBIC, reducing_gap=_REDUCING_GAP)
-                stored = _jpeg(image, _SHRUNK_QUALITY)
+                jpeg = _to_jpeg(image, _SHRUNK_QUALITY)
             elif kept:
                 image.load()
-                stored = data
+                jpeg = data
             else:
-                stored = _jpeg(_rgb(image), _JPEG_QUALITY, subsampling=0)
+                jpeg = _to_jpeg(_to_rgb(image), _JPEG_QUALITY, subsampling=0)
             width, height = image.size
-            return Picture(stored, height, width, size[::-1], not kept, shrunk)
+            return StoredImage(jpeg, height, width, size[::-1], not kept, shrunk)
     except UnidentifiedImageError:
-        return Picture(problem=f"{len(data)} bytes that are no image")
-    except Exception as error:  # decoders raise all there is: OSError, SyntaxError, struct.error, …
-        return Picture(problem=str(error) or type(error).__name__)
+        return StoredImage(problem=f"{len(data)} bytes that are no image")
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
+        return StoredImage(problem=str(error) or type(error).__name__)
 
 
-def _jpeg(image: Image.Image, quality: int, **options: int) -> bytes:
+def _to_jpeg(image: Image.Image, quality: int, **options: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, **options)
     return buffer.getvalue()
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel: PIL would cut, not scale
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits per pixel: PIL would clip instead of scaling
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     return image.convert("RGB")

@@ -1,14 +1,13 @@
-"""Indices of parts, and how the parts of a source become one (its layout: index.py).
+"""Write the index of a source from the indices of its shards (layout on disk: data/index.py).
 
-A source is prepared in parts, by processes that know nothing of each other. Beside the records of a
-part lies what the index needs to know of them, a `PartIndex`; merging gives the concepts their
-local ids. The outcome depends on the parts and their order alone.
+Processes that know nothing of each other prepare the shards of a source. Next to the records of
+each shard is a `ShardIndex`. Merging them gives every concept its local id. The result depends only
+on the shards and their order.
 """
 
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt16, UInt64
 
+from detclipv2_jax.common.atomic import replace_directory, replacing, write_json
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import ARRAYS, FORMAT, Source, dataset_name, shard_name
 from detclipv2_jax.text import tokenizer as tokenizer_lib
@@ -28,47 +28,47 @@ _SPLIT = "train"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PartIndex:
-    """The records of a part by size and concepts; concepts are numbered as they first appear."""
+class ShardIndex:
+    """Sizes and concepts of a shard's records. Concept ids follow the first appearance in it."""
 
-    height: UInt16[np.ndarray, " n"]
+    height: UInt16[np.ndarray, " n"]  # of the stored images, in pixels
     width: UInt16[np.ndarray, " n"]
     counts: Int32[np.ndarray, " n"]  # concepts of each record
-    positives: Int32[np.ndarray, " p"]  # those concepts, record after record
+    positives: Int32[np.ndarray, " p"]  # these concepts, record after record
     names: tuple[str, ...]
     keys: UInt64[np.ndarray, " c"]
     tokens: UInt16[np.ndarray, "c 16"]
     mentions: Int64[np.ndarray, " c"]
-    vocabulary: Bool[np.ndarray, " c"]
+    vocabulary: Bool[np.ndarray, " c"]  # False: a caption
 
-    def save(self, path: Path, about: Mapping[str, Any]) -> None:
-        """Write it, with `about` (anything that JSON takes), whole or not at all."""
+    def save(self, path: Path, summary: Mapping[str, Any]) -> None:
+        """Write the index atomically, together with `summary` (any JSON object)."""
         arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        arrays |= {"names": _characters(self.names), "about": _characters(about)}
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
+        arrays |= {"names": _json_bytes(self.names), "summary": _json_bytes(summary)}
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
-        os.replace(temporary, path)
 
     @classmethod
-    def load(cls, path: Path) -> "PartIndex":
-        """The inverse of `save`."""
+    def load(cls, path: Path) -> "ShardIndex":
+        """Read an index that `save` wrote."""
         with np.load(path, allow_pickle=False) as arrays:
             fields = {field.name: arrays[field.name] for field in dataclasses.fields(cls)}
         return cls(**fields | {"names": tuple(json.loads(fields["names"].tobytes()))})
 
 
-def about(path: Path) -> dict[str, Any]:
-    """What was saved beside a `PartIndex`, without reading the rest of the file."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return json.loads(arrays["about"].tobytes())
+def read_summary(path: Path) -> dict[str, Any]:
+    """Return the summary that was saved with a `ShardIndex`, without reading the rest."""
+    return json.loads(_read_array(path, "summary").tobytes())
 
 
 class Indexer:
-    """Makes the `PartIndex` of records that come one by one."""
+    """Collects the `ShardIndex` of records that are added one by one."""
 
     def __init__(self, kind: str, names: Iterable[str] = ()):
-        """`names`: concepts that come first, whether a record has them or not."""
+        """Start an index of records of one kind.
+
+        `names` are concepts that come first, whether or not a record has them.
+        """
         self._captioned = kind == "image_text"
         self._concepts = ConceptTable()
         for name in names:
@@ -81,25 +81,22 @@ class Indexer:
         return len(self._sizes)
 
     def add(self, record: "Record") -> None:
-        """Take in a record. A name counts once for each of its boxes, a text once a record."""
+        """Add a record. A name counts once per box, a caption or phrase once per record."""
         boxes = np.bincount(record.labels, minlength=len(record.concepts))
         for place, concept in enumerate(record.concepts):
-            self._positives.append(
-                self._concepts.add(
-                    concept,
-                    vocabulary=not (self._captioned and place == 0),  # the caption leads
-                    count=1 if self._captioned else int(boxes[place]),
-                )
-            )
+            is_caption = self._captioned and place == 0
+            mentions = 1 if self._captioned else int(boxes[place])
+            local_id = self._concepts.add(concept, vocabulary=not is_caption, count=mentions)
+            self._positives.append(local_id)
         self._counts.append(len(record.concepts))
         self._sizes.append((record.height, record.width))
 
-    def finish(self) -> PartIndex:
-        """The index of the records so far."""
+    def finish(self) -> ShardIndex:
+        """Return the index of all records added so far."""
         table = self._concepts
         sizes = np.array(self._sizes, np.uint16).reshape(-1, 2)
         texts = [tokenizer_lib.enriched(name, None) for name in table.names]
-        return PartIndex(
+        return ShardIndex(
             height=sizes[:, 0],
             width=sizes[:, 1],
             counts=np.array(self._counts, np.int32),
@@ -112,28 +109,60 @@ class Indexer:
         )
 
 
-def write_index(directory: Path, parts: Sequence[Path]) -> int:
-    """Write the index of saved parts, in their order, to `directory`; the number of its concepts.
+class ConceptTable:
+    """Collects and counts the concepts of one source during preparation.
 
-    Local ids follow the first appearance. Texts are never all in memory: 13 million captions take
-    some 32 bytes each, for their tokens, beside a few for their keys and counts.
+    Local ids follow the first appearance. `vocabulary` is True for names and phrases, which may be
+    drawn as negatives, and False for whole captions, which may not.
     """
-    keys = [_array(path, "keys") for path in parts]
+
+    def __init__(self):
+        self._ids: dict[str, int] = {}
+        self.names: list[str] = []
+        self.counts: list[int] = []
+        self.vocabulary: list[bool] = []
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def add(self, name: str, *, vocabulary: bool = True, count: int = 1) -> int:
+        """Count a name and return its local id. Spellings with the same normal form share an id."""
+        name = normalize(name)
+        local = self._ids.setdefault(name, len(self.names))
+        if local == len(self.names):
+            self.names.append(name)
+            self.counts.append(0)
+            self.vocabulary.append(False)
+        self.counts[local] += count
+        self.vocabulary[local] |= vocabulary
+        return local
+
+
+def write_index(directory: Path, shard_indices: Sequence[Path]) -> int:
+    """Merge saved shard indices, in their order, into the index of a source.
+
+    Local ids follow the first appearance. The texts are never all in memory at once: 13 million
+    captions take about 32 bytes each for their tokens, and a few more for keys and counts.
+
+    Returns:
+        The number of concepts.
+    """
+    keys = [_read_array(path, "keys") for path in shard_indices]
     starts = np.cumsum([0] + [len(some) for some in keys])
-    ids, first = _local_ids(np.concatenate(keys or [np.zeros(0, np.uint64)]))
+    local_ids, first = _number_concepts(np.concatenate(keys or [np.zeros(0, np.uint64)]))
     mentions, vocabulary = np.zeros(len(first), np.int64), np.zeros(len(first), bool)
     arrays = {field: [] for field in ("height", "width", "counts", "positives", "tokens", "keys")}
-    for start, path in zip(starts, parts):
-        part = PartIndex.load(path)
-        own = ids[start : start + len(part.keys)]
-        mentions[own] += part.mentions  # a part has each concept once
-        vocabulary[own] |= part.vocabulary
-        new = first[own] == np.arange(start, start + len(own))
-        arrays["positives"].append(own[part.positives])
-        arrays["tokens"].append(part.tokens[new])
-        arrays["keys"].append(part.keys[new])
+    for start, path in zip(starts, shard_indices):
+        shard = ShardIndex.load(path)
+        ids = local_ids[start : start + len(shard.keys)]
+        mentions[ids] += shard.mentions  # `ids` has no duplicates
+        vocabulary[ids] |= shard.vocabulary
+        new = first[ids] == np.arange(start, start + len(ids))
+        arrays["positives"].append(ids[shard.positives])
+        arrays["tokens"].append(shard.tokens[new])
+        arrays["keys"].append(shard.keys[new])
         for field in ("height", "width", "counts"):
-            arrays[field].append(getattr(part, field))
+            arrays[field].append(getattr(shard, field))
     merged = {field: np.concatenate(some) for field, some in arrays.items()}
     counts = merged.pop("counts")
     merged["positives_offsets"] = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
@@ -141,14 +170,78 @@ def write_index(directory: Path, parts: Sequence[Path]) -> int:
     (directory / "index").mkdir(parents=True, exist_ok=True)
     for field, path in ARRAYS.items():
         np.save(directory / path, merged[field], allow_pickle=False)
-    _write_concepts(directory / "concepts.jsonl", parts, starts, ids, first, mentions, vocabulary)
+    with open(directory / "concepts.jsonl", "w", encoding="utf-8") as lines:
+        for start, path in zip(starts, shard_indices):
+            names = json.loads(_read_array(path, "names").tobytes())
+            for entry, name in enumerate(names, start):
+                local = local_ids[entry]
+                if first[local] == entry:
+                    row = {"name": name, "definition": None, "count": int(mentions[local])}
+                    lines.write(json.dumps(row | {"vocabulary": bool(vocabulary[local])}) + "\n")
     return len(first)
+
+
+def _number_concepts(
+    keys: UInt64[np.ndarray, " e"],
+) -> tuple[Int32[np.ndarray, " e"], Int64[np.ndarray, " c"]]:
+    """Return the local id of each entry, by first appearance, and the first entry of each id."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    local_ids = np.empty(len(first), np.int32)
+    local_ids[order] = np.arange(len(first), dtype=np.int32)
+    return local_ids[inverse], first[order]
+
+
+def _json_bytes(content: Any) -> np.ndarray:
+    return np.frombuffer(json.dumps(content).encode(), np.uint8)
+
+
+def _read_array(path: Path, field: str) -> np.ndarray:
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays[field]
+
+
+def assemble(
+    directory: Path,
+    record_files: Sequence[tuple[Path, int]],
+    shard_indices: Sequence[Path],
+    *,
+    name: str,
+    kind: str,
+    info: Mapping[str, Any],
+) -> None:
+    """Turn `directory` into a source.
+
+    Args:
+        directory: an empty directory.
+        record_files: (path, number of records) of each file of records; the files are moved.
+        shard_indices: the saved `ShardIndex` files, in order.
+        name: of the source.
+        kind: of the source.
+        info: more fields of info.json.
+    """
+    write_index(directory, shard_indices)
+    count = len(record_files)
+    shards = {shard_name(name, i, count): records for i, (_, records) in enumerate(record_files)}
+    for (path, _), shard in zip(record_files, shards):
+        os.replace(path, directory / shard)
+    if shards:  # TFDS cannot open a dataset without files
+        write_tfds_metadata(directory, name, shards)
+    write_info(directory, name=name, kind=kind, shards=shards, more=info)
 
 
 def write_info(
     directory: Path, *, name: str, kind: str, shards: Mapping[str, int], more: Mapping[str, Any]
 ) -> None:
-    """Write info.json. `shards`: records of each file, in their order; `more`: further fields."""
+    """Write info.json.
+
+    Args:
+        directory: of the source.
+        name: of the source.
+        kind: of the source.
+        shards: file name -> number of records, in order.
+        more: further fields.
+    """
     info = {
         "format": FORMAT,
         "name": name,
@@ -159,14 +252,12 @@ def write_info(
         "shard_bytes": [(directory / file).stat().st_size for file in shards],
         **more,
     }
-    temporary = directory / "info.json.tmp"
-    temporary.write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, directory / "info.json")
+    write_json(directory / "info.json", info)
 
 
 def write_tfds_metadata(directory: Path, name: str, shards: Mapping[str, int]) -> None:
-    """Make the directory one that `tfds.builder_from_directory` opens, with one split, "train"."""
-    import tensorflow_datasets as tfds  # without TensorFlow itself
+    """Write what `tfds.builder_from_directory` needs to open a source; its split is "train"."""
+    import tensorflow_datasets as tfds  # does not import TensorFlow
 
     from detclipv2_jax.data.records import features
 
@@ -189,99 +280,28 @@ def write_tfds_metadata(directory: Path, name: str, shards: Mapping[str, int]) -
         split_infos=[split],
         version="1.0.0",
         filename_template=template,
-        check_data=False,  # which would import TensorFlow to read one record
+        check_data=False,  # the check would import TensorFlow to read one record
         description=f"{name}, prepared for detclipv2_jax",
     )
 
 
-def assemble(
-    directory: Path, files: Sequence[tuple[Path, int]], parts: Sequence[Path], *, name: str,
-    kind: str, info: Mapping[str, Any],
-) -> None:  # fmt: skip
-    """Make `directory` a source: files of records (moved here) with their counts, saved parts."""
-    write_index(directory, parts)
-    shards = {shard_name(name, i, len(files)): count for i, (_, count) in enumerate(files)}
-    for (path, _), shard in zip(files, shards):
-        os.replace(path, directory / shard)
-    if shards:  # TFDS knows no dataset without a file
-        write_tfds_metadata(directory, name, shards)
-    write_info(directory, name=name, kind=kind, shards=shards, more=info)
-
-
 def refuse_foreign(directory: Path) -> None:
-    """`UserError` where a source would replace a directory that holds something else."""
+    """Refuse to replace a directory that holds something other than a source.
+
+    Raises:
+        UserError: `directory` is not empty and has no info.json.
+    """
     occupied = directory.is_dir() and any(directory.iterdir())
     if occupied and not (directory / "info.json").is_file():
-        raise UserError(f"{directory}: not empty, and no prepared source; choose another")
+        raise UserError(
+            f"{directory}: not empty and not a prepared source. Name another directory."
+        )
 
 
 def put_in_place(new: Path, old: Path) -> Source:
-    """Put source `new` in the place of `old`, and open it.
+    """Move source `new` to the place of `old` and open it.
 
-    A reader sees one, the other, or briefly none.
+    A concurrent reader sees the old source, the new one or, for a moment, none.
     """
-    retired = old.with_name(old.name + ".old")
-    shutil.rmtree(retired, ignore_errors=True)
-    if old.exists():
-        os.replace(old, retired)
-    os.replace(new, old)
-    shutil.rmtree(retired, ignore_errors=True)
+    replace_directory(new, old)
     return Source.open(old)
-
-
-def _local_ids(keys: UInt64[np.ndarray, " e"]) -> tuple[np.ndarray, np.ndarray]:
-    """The local id of each entry, numbered by first appearance, and where each id appears first."""
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    place = np.empty(len(first), np.int32)
-    place[order] = np.arange(len(first), dtype=np.int32)
-    return place[inverse], first[order]
-
-
-def _write_concepts(path, parts, starts, ids, first, mentions, vocabulary) -> None:
-    with open(path, "w", encoding="utf-8") as lines:
-        for start, part in zip(starts, parts):
-            names = json.loads(_array(part, "names").tobytes())
-            for entry, name in enumerate(names, start):
-                local = ids[entry]
-                if first[local] == entry:
-                    row = {"name": name, "definition": None, "count": int(mentions[local])}
-                    lines.write(json.dumps(row | {"vocabulary": bool(vocabulary[local])}) + "\n")
-
-
-def _characters(content: Any) -> np.ndarray:
-    return np.frombuffer(json.dumps(content).encode(), np.uint8)
-
-
-def _array(path: Path, field: str) -> np.ndarray:
-    with np.load(path, allow_pickle=False) as arrays:
-        return arrays[field]
-
-
-class ConceptTable:
-    """Collects the concepts of one source while it is prepared, and counts them.
-
-    Local ids are given in the order of first appearance. `vocabulary` tells names and phrases,
-    which may be drawn as negatives, from whole captions, which may not.
-    """
-
-    def __init__(self):
-        self._ids: dict[str, int] = {}
-        self.names: list[str] = []
-        self.counts: list[int] = []
-        self.vocabulary: list[bool] = []
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def add(self, name: str, *, vocabulary: bool = True, count: int = 1) -> int:
-        """The local id of a name, made if it is new. Spellings of one normalized text are one."""
-        name = normalize(name)
-        local = self._ids.setdefault(name, len(self.names))
-        if local == len(self.names):
-            self.names.append(name)
-            self.counts.append(0)
-            self.vocabulary.append(False)
-        self.counts[local] += count
-        self.vocabulary[local] |= vocabulary
-        return local

@@ -1,9 +1,9 @@
-"""Annotation files and a folder of images become a source of records (its layout: index.py).
+"""Write the examples of archives as a source of records (layout on disk: data/index.py).
 
-The examples of the archives are cut into parts of one size, which processes write one by one
-to `TO.partial/parts`; at the end the parts are merged and `TO` appears whole. A run that was
-stopped, by Ctrl-C or for good, goes on with the parts that are missing. Same input, same bytes,
-whatever the number of processes and of interruptions.
+The examples are split into shards of one size. Processes write the shards one by one to
+`TO.partial/shards`. At the end the shards are merged, and `TO` appears complete. A run that was
+stopped, by Ctrl-C or SIGKILL, is resumed with the missing shards. The same input gives the same
+bytes, whatever the number of processes and interruptions.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,19 +21,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from detclipv2_jax.common.atomic import write_json
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import FORMAT, Source
 from detclipv2_jax.data.prepare import index_writer
-from detclipv2_jax.data.prepare.examples import Archive, Drops, RawExample
-from detclipv2_jax.data.prepare.image_encoding import Options
-from detclipv2_jax.data.prepare.shards import PartWriter
+from detclipv2_jax.data.prepare.examples import Archive, Drops, Example
+from detclipv2_jax.data.prepare.options import PrepareOptions
+from detclipv2_jax.data.prepare.shards import ShardBuilder
 from detclipv2_jax.data.prepare.workers import run
 from detclipv2_jax.text import phrases as phrases_lib
 
-# Examples a part at most, and so records a file: some ten seconds of work, 100 to 200 MB.
-PART_EXAMPLES = {"detection": 1024, "grounding": 1024, "image_text": 4096}
-_PARTS = 64  # of a smaller source, so that all cores have something to do
-_LEAST = 64  # examples a part, however small the source
+# Largest number of examples per shard: about ten seconds of work and 100 to 200 MB.
+SHARD_EXAMPLES = {"detection": 1024, "grounding": 1024, "image_text": 4096}
+_MIN_SHARDS = 64  # a small source has smaller shards, so that all cores have work,
+_MIN_SHARD_EXAMPLES = 64  # but none smaller than this
 
 
 def prepare(
@@ -41,104 +43,114 @@ def prepare(
     *,
     name: str,
     inputs: Mapping[str, Any] | None = None,
-    options: Options = Options(),  # noqa: B008 - frozen
+    options: PrepareOptions = PrepareOptions(),  # noqa: B008 - frozen
 ) -> Source:
-    """Write the examples of archives of one kind as a source; `inputs` goes to info.json as it is.
+    """Write the examples of archives of one kind as a source, and open it.
 
-    `to` appears when all is written. What an interrupted call wrote is used by the next one of the
-    same `inputs`, and removed where there are none. `UserError` where nothing usable is left, or
-    where another process prepares the same.
+    `to` appears when everything is written. What an interrupted call has written is used by the
+    next call with the same `inputs`; without `inputs` it is removed.
+
+    Args:
+        archives: of one kind.
+        to: directory of the source.
+        name: of the source, in counts and logs.
+        inputs: what the source is made from (`registry.fingerprint`), as info.json stores it.
+        options: how examples become records.
+
+    Raises:
+        UserError: nothing usable is left, or another process is preparing the same source.
     """
     (kind,) = {archive.kind for archive in archives}
     index_writer.refuse_foreign(to)
     if kind == "image_text":
-        phrases_lib.load(options.phrase_model)  # a missing model is said at once
-    size = sum(archive.total for archive in archives) // _PARTS
-    size = min(max(size, _LEAST), PART_EXAMPLES[kind])
+        phrases_lib.load(options.phrase_model)  # a missing model is reported at once
+    size = sum(archive.total for archive in archives) // _MIN_SHARDS
+    size = min(max(size, _MIN_SHARD_EXAMPLES), SHARD_EXAMPLES[kind])
     stamp = {"format": FORMAT, "kind": kind, "examples": size, "inputs": inputs}
-    with _workplace(to, stamp) as partial:
-        writer = PartWriter(partial / "parts", kind, options)
-        count = _write_parts(writer, archives, size, options.jobs, name)
-        said = _said(writer, archives, count)
+    with _workspace(to, stamp) as partial:
+        builder = ShardBuilder(partial / "shards", kind, options)
+        count = _build_shards(builder, archives, size, options.jobs, name)
+        totals = _sum_up(builder, archives, count)
         try:
-            _refuse_nothing(archives, kind, said)
+            _refuse_unusable(archives, kind, totals)
         except UserError:
             shutil.rmtree(partial)
             raise
-        names = partial / "parts" / "names.npz"
-        categories = itertools.chain.from_iterable(archive.names for archive in archives)
-        index_writer.Indexer(kind, categories).finish().save(names, {})
-        info = {
-            "images": said.images,
-            "dropped": dict(said.drops.dropped),
-            "mended": dict(said.drops.mended),
-            "explained": said.drops.explained,
-            "created_from": dict(inputs or {}),
-        }
-        _merge(writer, count, names, name, info)
+        info = {"images": totals.images, **totals.drops.to_json(), "created_from": inputs or {}}
+        _merge(builder, archives, count, name, info)
         source = index_writer.put_in_place(partial / "merged", to)
         shutil.rmtree(partial)
     return source
 
 
-def left_behind(to: Path, inputs: Mapping[str, Any]) -> None:
-    """Remove what a run that was stopped at the very end left beside its finished source."""
-    partial = _partial(to)
-    if _stamp_in(partial).get("inputs") == json.loads(json.dumps(inputs)):
-        with contextlib.suppress(UserError), _locked(partial):  # unless somebody is at it again
-            shutil.rmtree(partial)
+def split_into_shards(
+    archives: Sequence[Archive], size: int
+) -> Iterator[tuple[int, list[Example]]]:
+    """Yield (number, examples) of shards of `size` examples; the last one is smaller."""
+    examples = itertools.chain.from_iterable(archive.examples for archive in archives)
+    shards = iter(lambda: list(itertools.islice(examples, size)), [])
+    return enumerate(shards)
 
 
-def report(source: Source) -> str:
-    """A table for people: what was written, what was left out or mended and why."""
+def format_report(source: Source) -> str:
+    """Return a table of what was written, dropped and changed, and why."""
     info, concepts = source.info, len(source.keys)
-    left_out = sum(n for reason, n in info["dropped"].items() if not reason.startswith("boxes"))
-    rows = [("read", len(source) + left_out), ("records", len(source)), ("concepts", concepts)]
+    dropped = sum(n for reason, n in info["dropped"].items() if not reason.startswith("boxes"))
+    rows = [("read", len(source) + dropped), ("records", len(source)), ("concepts", concepts)]
     rows += [("of which captions", concepts - int(np.count_nonzero(source.vocabulary)))]
-    images = info.get("images", {})  # TFDS does not count them
-    rows += [("images stored anew as JPEG", images.get("reencoded", 0))]
+    images = info.get("images", {})  # missing where TFDS built the records
+    rows += [("images re-encoded as JPEG", images.get("reencoded", 0))]
     rows += [("images stored smaller", images.get("shrunk", 0))]
     lines = [f"{source.name} ({source.kind}) in {source.directory}"]
     lines += [f"  {label:<36}{count:>10,}" for label, count in rows if count or label == "records"]
-    for title, field in (("dropped", "dropped"), ("mended", "mended")):
+    for title, field in (("dropped", "dropped"), ("changed", "mended")):
         for reason, count in sorted(info[field].items()):
             lines.append(f"  {title + ' ' + reason:<36}{count:>10,}")
             lines += [f"      {sentence}" for sentence in info["explained"].get(reason, ())[:1]]
     return "\n".join(lines)
 
 
+def remove_leftovers(to: Path, inputs: Mapping[str, Any]) -> None:
+    """Remove `TO.partial` of a run that was killed just after it finished the source `to`."""
+    partial = _partial(to)
+    if _read_stamp(partial).get("inputs") == json.loads(json.dumps(inputs)):
+        # The lock fails if another process is preparing the source.
+        with contextlib.suppress(UserError), _locked(partial):
+            shutil.rmtree(partial)
+
+
 @contextlib.contextmanager
-def _workplace(to: Path, stamp: Mapping[str, Any]) -> Iterator[Path]:
-    """`TO.partial`, this process's alone, with what an earlier run of the same stamp finished."""
+def _workspace(to: Path, stamp: Mapping[str, Any]) -> Iterator[Path]:
+    """Lock `TO.partial` and yield it, with the finished shards of an earlier run of this stamp."""
     partial = _partial(to)
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
-        if stamp["inputs"] is None or _stamp_in(partial) != json.loads(json.dumps(stamp)):
+        if stamp["inputs"] is None or _read_stamp(partial) != json.loads(json.dumps(stamp)):
             _clear(partial)
-            (partial / "stamp.json.tmp").write_text(json.dumps(stamp), encoding="utf-8")
-            os.replace(partial / "stamp.json.tmp", partial / "stamp.json")
-        (partial / "parts").mkdir(exist_ok=True)
+            write_json(partial / "stamp.json", stamp)
+        (partial / "shards").mkdir(exist_ok=True)
         _undo_merge(partial)
-        for half_written in (partial / "parts").glob("*.tmp"):
-            half_written.unlink(missing_ok=True)
+        for path in (partial / "shards").iterdir():
+            if not re.fullmatch(r"\d{6}\.(array_record|npz)", path.name):
+                path.unlink()  # a temporary file that was not finished
         try:
             yield partial
         except BaseException:
-            if stamp["inputs"] is None:  # nothing to recognize it by
+            if stamp["inputs"] is None:  # a later run could not recognize it
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    """`UserError` while another process has the directory."""
+    """Lock a directory against other processes; `UserError` if one of them has the lock."""
     with open(partial / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"{partial}: another process prepares this; wait for it, or name another directory "
-                "with --to"
+                f"{partial}: another process is preparing this source. Wait for it, or name "
+                "another directory with --to."
             ) from error
         yield
 
@@ -147,8 +159,8 @@ def _partial(to: Path) -> Path:
     return to.with_name(to.name + ".partial")
 
 
-def _stamp_in(partial: Path) -> dict[str, Any]:
-    """What the parts in `TO.partial` were made from; empty if that is not told."""
+def _read_stamp(partial: Path) -> dict[str, Any]:
+    """Return what the shards in `TO.partial` were made from; {} if that is unknown."""
     try:
         stamp = json.loads((partial / "stamp.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -164,101 +176,99 @@ def _clear(partial: Path) -> None:
             path.unlink()
 
 
-def cut(archives: Sequence[Archive], size: int) -> Iterator[tuple[int, list[RawExample]]]:
-    """Numbered parts of `size` examples, the last one smaller."""
-    examples = itertools.chain.from_iterable(archive.examples for archive in archives)
-    parts = iter(lambda: list(itertools.islice(examples, size)), [])
-    return enumerate(parts)
-
-
-def _write_parts(
-    writer: PartWriter, archives: Sequence[Archive], size: int, jobs: int, name: str
+def _build_shards(
+    builder: ShardBuilder, archives: Sequence[Archive], size: int, jobs: int, name: str
 ) -> int:
-    """Write the parts that are missing, with a bar for people; how many parts there are."""
-    known = [int(path.stem) for path in writer.directory.glob("[0-9]*.npz")]
-    done = sum(about["examples"] for about in map(writer.about, known) if about)
+    """Build the shards that are missing, show a progress bar, and return the number of shards."""
+    known = [int(path.stem) for path in builder.directory.glob("[0-9]*.npz")]
+    done = sum(summary.examples for summary in map(builder.summary, known) if summary)
     if done:
-        tqdm.write(f"{name}: going on after {done:,} images that an earlier run has done")
+        tqdm.write(f"{name}: resuming, {done:,} images were prepared by an earlier run")
     total, count = sum(archive.total for archive in archives), 0
 
     def missing():
         nonlocal count
-        for number, examples in cut(archives, size):
+        for number, examples in split_into_shards(archives, size):
             count = number + 1
-            if not writer.finished(number, examples):
+            if not builder.finished(number, examples):
                 yield number, examples
 
     with tqdm(desc=name, total=total, initial=done, unit=" images", disable=None) as bar:
-        run(writer.write, missing(), jobs, bar.update)
+        run(builder.build, missing(), jobs, bar.update)
     return count
 
 
 @dataclasses.dataclass
-class _Said:
-    """What the parts and the archives say of themselves, together."""
+class _Totals:
+    """Sums over all shards of a source."""
 
     records: int
     boxes: int
-    images: dict[str, int]
+    images: dict[str, int]  # see ShardSummary
     drops: Drops
 
 
-def _said(writer: PartWriter, archives: Sequence[Archive], count: int) -> _Said:
-    said = _Said(0, 0, {"bytes": 0, "reencoded": 0, "shrunk": 0}, Drops())
+def _sum_up(builder: ShardBuilder, archives: Sequence[Archive], count: int) -> _Totals:
+    totals = _Totals(0, 0, {"bytes": 0, "reencoded": 0, "shrunk": 0}, Drops())
     for number in range(count):
-        about = writer.about(number)
-        said.records += about["records"]
-        said.boxes += about["boxes"]
-        said.drops.add(Drops.from_json(about["drops"]))
-        for field in said.images:
-            said.images[field] += about["images"][field]
+        summary = builder.summary(number)
+        totals.records += summary.records
+        totals.boxes += summary.boxes
+        totals.drops.add(Drops.from_json(summary.drops))
+        for field in totals.images:
+            totals.images[field] += summary.images[field]
     for archive in archives:
-        said.drops.add(archive.drops)
-    return said
+        totals.drops.add(archive.drops)
+    return totals
 
 
-def _merge(writer: PartWriter, count: int, names: Path, name: str, info: Mapping[str, Any]) -> None:
-    """Make the directory `merged` of the parts, in a way that `_undo_merge` can take back."""
-    counts = {number: writer.about(number)["records"] for number in range(count)}
-    files = [(writer.shard(number), records) for number, records in counts.items() if records]
-    merged = writer.directory.with_name("merged")
+def _refuse_unusable(archives: Sequence[Archive], kind: str, totals: _Totals) -> None:
+    """Refuse a source without records, or one whose boxes were all dropped: a wrong command."""
+    files = ", ".join(str(archive.path) for archive in archives)
+    drops = totals.drops
+    if not totals.records:
+        example = f", for example {drops.first()}" if drops.first() else ""
+        raise UserError(
+            f"{files}: nothing usable in it, {drops.dropped.total()} entries were dropped"
+            f"{example}. Check the file, and name the folder of its images with --images=DIR."
+        )
+    lost = [reason for reason in drops.dropped if reason.startswith("boxes")]
+    if kind == "detection" and lost and not totals.boxes:
+        raise UserError(
+            f"{files}: none of its boxes is usable, for example {drops.explained[lost[0]][0]}. "
+            "Fix the file."
+        )
+
+
+def _merge(
+    builder: ShardBuilder, archives: Sequence[Archive], count: int, name: str, info: dict[str, Any]
+) -> None:
+    """Merge the shards into the directory `merged`, in a way that `_undo_merge` can revert."""
+    names = builder.directory / "names.npz"
+    categories = itertools.chain.from_iterable(archive.names for archive in archives)
+    index_writer.Indexer(builder.kind, categories).finish().save(names, {})
+    counts = {number: builder.summary(number).records for number in range(count)}
+    files = [
+        (builder.record_file(number), records) for number, records in counts.items() if records
+    ]
+    merged = builder.directory.with_name("merged")
     merged.mkdir()
-    moves = [path.name for path, _ in files]
-    (merged.parent / "moves.json.tmp").write_text(json.dumps(moves))
-    os.replace(merged.parent / "moves.json.tmp", merged.parent / "moves.json")
+    write_json(merged.with_name("moves.json"), [path.name for path, _ in files])
     index_writer.assemble(
         merged,
         files,
-        [names, *(writer.index(number) for number in range(count))],
+        [names, *(builder.index_file(number) for number in range(count))],
         name=name,
-        kind=writer.kind,
+        kind=builder.kind,
         info=info,
     )
 
 
 def _undo_merge(partial: Path) -> None:
-    """Put the files of records back that a merger which was stopped has moved already."""
+    """Move back the files of records that an interrupted `_merge` has moved already."""
     merged = partial / "merged"
     for path in merged.glob("*.array_record-*-of-*"):
         number = int(path.name.split("-")[-3])
         moves = json.loads((partial / "moves.json").read_text())
-        os.replace(path, partial / "parts" / moves[number])
+        os.replace(path, partial / "shards" / moves[number])
     shutil.rmtree(merged, ignore_errors=True)
-
-
-def _refuse_nothing(archives: Sequence[Archive], kind: str, said: "_Said") -> None:
-    """A source without records, or boxes that all had to go, is a mistake in the call: say so."""
-    files = ", ".join(str(archive.path) for archive in archives)
-    drops = said.drops
-    if not said.records:
-        example = f", for example {drops.first()}" if drops.first() else ""
-        raise UserError(
-            f"{files}: nothing usable in it, {drops.dropped.total()} entries dropped{example}; "
-            "check the file, and --images=DIR for where its images are"
-        )
-    lost = [reason for reason in drops.dropped if reason.startswith("boxes")]
-    if kind == "detection" and lost and not said.boxes:
-        raise UserError(
-            f"{files}: not one of its boxes is usable, for example {drops.explained[lost[0]][0]}; "
-            "mend the file"
-        )

@@ -1,4 +1,4 @@
-"""Writing a prepared source record by record, in one process."""
+"""Write a prepared source record by record in one process, for tests and tools."""
 
 import contextlib
 import shutil
@@ -12,10 +12,10 @@ from detclipv2_jax.data.records import Record, ShardWriter
 
 
 class RecordWriter:
-    """Writes a source from records that come one by one, in one process: for tests and tools.
+    """Writes a source from records that are added one by one.
 
-    Everything goes to `directory + ".partial"` and is put in the place of `directory` by `finish`.
-    Use as a context manager: leaving it unfinished removes what was written.
+    Everything is written to `directory + ".partial"`; `finish` moves it to `directory`. Use as a
+    context manager: without `finish`, what was written is removed.
     """
 
     def __init__(
@@ -27,18 +27,23 @@ class RecordWriter:
         names: Sequence[str] = (),
         shard_records: int = 1024,
     ):
-        """Start an empty source of a kind, to be cut into shards of `shard_records`.
+        """Start an empty source.
 
-        `names`: concepts that come first whether a record has them or not (a file's categories).
+        Args:
+            directory: of the source.
+            name: of the source.
+            kind: one of `KINDS`.
+            names: concepts that come first, whether or not a record has them (categories).
+            shard_records: records per shard.
         """
         if kind not in KINDS:
-            raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
+            raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
         self.directory = Path(directory)
         index_writer.refuse_foreign(self.directory)
         self._partial = self.directory.with_name(self.directory.name + ".partial")
         self._name, self._kind, self._shard_records = name, kind, shard_records
         self._indexer = index_writer.Indexer(kind, names)
-        self._files: list[tuple[Path, int]] = []
+        self._files: list[tuple[Path, int]] = []  # (path, records) of each shard
         self._shard = contextlib.ExitStack()
         shutil.rmtree(self._partial, ignore_errors=True)
         (self._partial / "merged").mkdir(parents=True)
@@ -66,14 +71,14 @@ class RecordWriter:
         self._files[-1] = path, count + 1
 
     def finish(self, **info: Any) -> Source:
-        """Put the source in place and open it. `info`: more fields of info.json."""
+        """Move the source to its directory and open it. `info`: more fields of info.json."""
         self._shard.close()
-        part = self._partial / "part.npz"
-        self._indexer.finish().save(part, {})
+        index = self._partial / "index.npz"
+        self._indexer.finish().save(index, {})
         index_writer.assemble(
             self._partial / "merged",
             self._files,
-            [part],
+            [index],
             name=self._name,
             kind=self._kind,
             info=info,

@@ -1,8 +1,7 @@
-"""A part of a source: some examples, their images opened, made records. What workers do.
+"""Build one shard of a source: open the images of some examples and write their records.
 
-Every image is decoded once, so that a broken one is found now and not in a run. What is left out is
-counted by reason, the first few of each in words. Nothing here imports TensorFlow: the worker
-processes import this module and have no use for it.
+Worker processes run this. Every image is decoded once, so that broken ones are found now and not
+during training. Nothing here imports TensorFlow, which would slow down the start of each worker.
 """
 
 import contextlib
@@ -17,89 +16,122 @@ import numpy as np
 from jaxtyping import Float32
 
 from detclipv2_jax.data.prepare import index_writer
-from detclipv2_jax.data.prepare.examples import Drops, RawBox, RawExample
-from detclipv2_jax.data.prepare.image_encoding import Options, Picture, open_image
+from detclipv2_jax.data.prepare.examples import Box, Drops, Example
+from detclipv2_jax.data.prepare.image_encoding import StoredImage, encode_image
+from detclipv2_jax.data.prepare.options import PrepareOptions
 from detclipv2_jax.data.records import Record, ShardWriter
 from detclipv2_jax.text import phrases as phrases_lib
 from detclipv2_jax.text.tokenizer import normalize
 
 _MIN_SIDE = 1.0  # pixels; thinner boxes cannot be assigned or regressed
-_SLACK = 0.5  # pixels that a box may lie outside without being called so: rounding of exporters
-_TOLD = 32  # examples after which a worker tells how far it is
+_SLACK = 0.5  # pixels by which a box may exceed the image without being counted: exporters round
+_PROGRESS_EXAMPLES = 32  # examples between two reports of progress
 
 
 @dataclasses.dataclass(frozen=True)
-class PartWriter:
-    """Writes parts of one source to a directory: for each a file of records and its index.
+class ShardSummary:
+    """What the index file of a finished shard says about the shard."""
 
-    The bytes depend on the examples and the options alone.
+    examples: int
+    records: int
+    boxes: int
+    file_bytes: int  # of the file of records
+    images: dict[str, int]  # "bytes" of the stored images; "reencoded", "shrunk": how many
+    drops: dict[str, Any]  # Drops.to_json
+    digest: str  # of the examples
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardBuilder:
+    """Writes the shards of one source to a directory: a file of records and an index for each.
+
+    The bytes depend on the examples and the options only.
     """
 
     directory: Path
     kind: str
-    options: Options
+    options: PrepareOptions
 
-    def write(
+    def build(
         self,
         number: int,
-        examples: Sequence[RawExample],
-        told: Callable[[int], None] = lambda done: None,
+        examples: Sequence[Example],
+        progress: Callable[[int], None] = lambda done: None,
     ) -> None:
-        """Write part `number`; `told` hears every so often how many more examples are done."""
+        """Write shard `number`.
+
+        Args:
+            number: of the shard, from 0.
+            examples: of the shard.
+            progress: called every so often with the number of examples done since the last call.
+        """
         drops, indexer = Drops(), index_writer.Indexer(self.kind)
         images, boxes = {"bytes": 0, "reencoded": 0, "shrunk": 0}, 0
-        with ShardWriter(self.shard(number)) as shard:
-            made = records_of(examples, self.kind, self.options, drops)
-            for done, (picture, record) in enumerate(made, 1):
+        with ShardWriter(self.record_file(number)) as writer:
+            records = make_records(examples, self.kind, self.options, drops)
+            for done, (image, record) in enumerate(records, 1):
                 if record is not None:
-                    shard.write(record)
+                    writer.write(record)
                     indexer.add(record)
                     boxes += len(record.boxes)
                     images["bytes"] += len(record.image)
-                    images["reencoded"] += picture.reencoded
-                    images["shrunk"] += picture.shrunk
-                if done % _TOLD == 0 or done == len(examples):
-                    told((done - 1) % _TOLD + 1)
-        about = {"examples": len(examples), "records": len(indexer), "boxes": boxes}
-        about |= {"shard_bytes": self._shard_bytes(number), "images": images}
-        about |= {"drops": vars(drops), "digest": _digest(examples)}
-        indexer.finish().save(self.index(number), about)  # last: with it, the part is finished
+                    images["reencoded"] += image.reencoded
+                    images["shrunk"] += image.shrunk
+                if done % _PROGRESS_EXAMPLES == 0 or done == len(examples):
+                    progress((done - 1) % _PROGRESS_EXAMPLES + 1)
+        summary = ShardSummary(
+            examples=len(examples),
+            records=len(indexer),
+            boxes=boxes,
+            file_bytes=self._file_bytes(number),
+            images=images,
+            drops=drops.to_json(),
+            digest=_digest(examples),
+        )
+        # The index comes last: a shard that has one is finished.
+        indexer.finish().save(self.index_file(number), dataclasses.asdict(summary))
 
-    def about(self, number: int) -> dict[str, Any] | None:
-        """What a part says of itself; None if it is not finished."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            about = index_writer.about(self.index(number))
-            if about["shard_bytes"] == self._shard_bytes(number):
-                return about
+    def summary(self, number: int) -> ShardSummary | None:
+        """Return the summary of a shard, or None if the shard is not finished."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            summary = ShardSummary(**index_writer.read_summary(self.index_file(number)))
+            if summary.file_bytes == self._file_bytes(number):
+                return summary
         return None
 
-    def finished(self, number: int, examples: Sequence[RawExample]) -> bool:
-        """Whether a part is finished, of these very examples: images may have come or gone."""
-        about = self.about(number)
-        return about is not None and about["digest"] == _digest(examples)
+    def finished(self, number: int, examples: Sequence[Example]) -> bool:
+        """Return whether a shard was built from exactly these examples.
 
-    def shard(self, number: int) -> Path:
-        """The file of a part's records; not there if it has none."""
+        They can differ between two runs of the same annotations: images may appear or disappear.
+        """
+        summary = self.summary(number)
+        return summary is not None and summary.digest == _digest(examples)
+
+    def record_file(self, number: int) -> Path:
+        """Return the path of a shard's records. The file does not exist if there are none."""
         return self.directory / f"{number:06d}.array_record"
 
-    def index(self, number: int) -> Path:
-        """The file of a part's index."""
+    def index_file(self, number: int) -> Path:
+        """Return the path of a shard's index."""
         return self.directory / f"{number:06d}.npz"
 
-    def _shard_bytes(self, number: int) -> int:
-        path = self.shard(number)
+    def _file_bytes(self, number: int) -> int:
+        path = self.record_file(number)
         return path.stat().st_size if path.is_file() else 0
 
 
-def _digest(examples: Sequence[RawExample]) -> str:
+def _digest(examples: Sequence[Example]) -> str:
     names = "\n".join(f"{example.image_id}\0{example.image}" for example in examples)
     return hashlib.blake2b(names.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def records_of(
-    examples: Iterable[RawExample], kind: str, options: Options, drops: Drops
-) -> Iterator[tuple[Picture, Record | None]]:
-    """Each example's picture and record; None, counted in `drops`, where it is of no use."""
+def make_records(
+    examples: Iterable[Example], kind: str, options: PrepareOptions, drops: Drops
+) -> Iterator[tuple[StoredImage, Record | None]]:
+    """Yield the image and the record of each example.
+
+    The record is None where the example cannot be used; the reason is counted in `drops`.
+    """
     examples, captioned = itertools.tee(examples)
     phrases: Iterable[Sequence[str]] = itertools.repeat(())
     if kind == "image_text":
@@ -108,54 +140,24 @@ def records_of(
             captions, model=options.phrase_model, limit=options.phrase_limit
         )
     else:
-        del captioned  # or tee would keep every example for it
+        del captioned  # otherwise tee keeps every example for it
+    store_side = options.store_side if kind == "image_text" else None
     for example, found in zip(examples, phrases):
-        picture = open_image(example.image, options.store_side if kind == "image_text" else None)
-        yield picture, _record(example, picture, found, kind, drops)
+        image = encode_image(example.image, store_side)
+        yield image, _make_record(example, image, found, kind, drops)
 
 
-def clip_boxes(
-    boxes: Sequence[RawBox], height: int, width: int, where: str, drops: Drops
-) -> tuple[Float32[np.ndarray, "n 4"], list[str]]:
-    """Boxes as (x_min, y_min, x_max, y_max) within the picture, and their names.
-
-    A box that reaches outside is clipped; one that is not finite, or that has (or keeps) no area,
-    is dropped; both are counted.
-    """
-    kept, names = [], []
-    limits = np.array([width, height, width, height], np.float64)
-    for box in boxes:
-        x, y, w, h = box.xywh
-        told = f"{where}, {box.origin}: box {[round(v, 2) for v in box.xywh]}"
-        if not np.isfinite(box.xywh).all():
-            drops.drop("boxes: not finite", f"{told} is not finite")
-            continue
-        if min(w, h) < _MIN_SIDE:
-            drops.drop("boxes: no area", f"{told} has a side under {_MIN_SIDE:g} pixel")
-            continue
-        corners = np.array([x, y, x + w, y + h])
-        inside = np.clip(corners, 0.0, limits)
-        if (inside[2:] - inside[:2]).min() < _MIN_SIDE:
-            drops.drop("boxes: outside the image", f"{told} lies outside {width}x{height} pixels")
-            continue
-        if np.abs(corners - inside).max() > _SLACK:
-            drops.mend("boxes: clipped", f"{told} reached out of {width}x{height} pixels")
-        kept.append(inside)
-        names.append(box.name)
-    return np.array(kept, np.float32).reshape(-1, 4), names
-
-
-def _record(
-    example: RawExample, picture: Picture, phrases: Sequence[str], kind: str, drops: Drops
+def _make_record(
+    example: Example, image: StoredImage, phrases: Sequence[str], kind: str, drops: Drops
 ) -> Record | None:
-    """The record of an example, or None (counted) where it is of no use."""
+    """Return the record of an example, or None (counted in `drops`) if it cannot be used."""
     where = f"{example.image} (image {example.image_id})"
-    if picture.problem:
-        drops.drop("images: unreadable", f"{where}: {picture.problem}")
+    if image.problem:
+        drops.drop("images: unreadable", f"{where}: {image.problem}")
         return None
-    size = picture.original_size
+    size = image.original_size
     if example.size is not None and example.size != size:
-        # Its boxes are in pixels of another picture: a turned one (EXIF), or another resolution.
+        # The boxes are in pixels of a different image: one rotated by EXIF, or resized.
         annotated = f"annotated as {example.size[1]}x{example.size[0]}"
         drops.drop(
             "images: another size", f"{where}: {annotated}, the file has {size[1]}x{size[0]}"
@@ -171,11 +173,49 @@ def _record(
         texts = [normalize(text) for text in (example.caption, *phrases)]
     concepts = tuple(dict.fromkeys(texts))
     return Record(
-        image=picture.jpeg,
-        height=picture.height,
-        width=picture.width,
+        image=image.jpeg,
+        height=image.height,
+        width=image.width,
         image_id=example.image_id,
         boxes=boxes,
         labels=np.array([concepts.index(name) for name in names], np.int32),
         concepts=concepts,
     )
+
+
+def clip_boxes(
+    boxes: Sequence[Box], height: int, width: int, where: str, drops: Drops
+) -> tuple[Float32[np.ndarray, "n 4"], list[str]]:
+    """Return boxes as (x_min, y_min, x_max, y_max) inside the image, and their names.
+
+    A box that reaches outside is clipped. A box that is not finite, or has no area before or after
+    clipping, is dropped. Both are counted.
+
+    Args:
+        boxes: as annotated, in pixels.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        where: the image, for explanations.
+        drops: counts the boxes that are dropped or clipped.
+    """
+    kept, names = [], []
+    limits = np.array([width, height, width, height], np.float64)
+    for box in boxes:
+        x, y, w, h = box.xywh
+        shown = f"{where}, {box.origin}: box {[round(v, 2) for v in box.xywh]}"
+        if not np.isfinite(box.xywh).all():
+            drops.drop("boxes: not finite", f"{shown} is not finite")
+            continue
+        if min(w, h) < _MIN_SIDE:
+            drops.drop("boxes: no area", f"{shown} has a side under {_MIN_SIDE:g} pixel")
+            continue
+        corners = np.array([x, y, x + w, y + h])
+        inside = np.clip(corners, 0.0, limits)
+        if (inside[2:] - inside[:2]).min() < _MIN_SIDE:
+            drops.drop("boxes: outside the image", f"{shown} lies outside {width}x{height} pixels")
+            continue
+        if np.abs(corners - inside).max() > _SLACK:
+            drops.change("boxes: clipped", f"{shown} reached out of {width}x{height} pixels")
+        kept.append(inside)
+        names.append(box.name)
+    return np.array(kept, np.float32).reshape(-1, 4), names

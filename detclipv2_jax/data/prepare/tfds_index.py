@@ -1,6 +1,7 @@
-"""A dataset that TensorFlow Datasets built becomes a source that training reads, where it lies.
+"""Write the index of a dataset that TensorFlow Datasets built, so that training can read it.
 
-Only what training needs beside the records is written (index.py): the records stay as they are.
+Only what training needs in addition to the records is written (data/index.py). The records are not
+touched.
 """
 
 import contextlib
@@ -20,20 +21,29 @@ from detclipv2_jax.data.prepare import index_writer
 from detclipv2_jax.data.prepare.workers import run
 from detclipv2_jax.data.records import decode, features
 
-_TOLD = 64  # records after which a worker tells how far it is
+_PROGRESS_RECORDS = 64  # records between two reports of progress
 _PARTIAL = "index.partial"
 
 
 def add_index(directory: Path, *, split: str = "train", jobs: int = 1) -> Source:
-    """Write the index of a split of a dataset that `builders.py` built, and open it.
+    """Write the index of one split of a dataset that `tfds_builders.py` built, and open it.
 
-    What an interrupted call finished is used by the next one. `UserError` where the directory is
-    no such dataset.
+    Shards that an interrupted call has indexed are not read again.
+
+    Args:
+        directory: of the dataset, such as DATA_DIR/objects365/1.0.0.
+        split: which split of the dataset.
+        jobs: processes.
+
+    Raises:
+        UserError: the directory is not such a dataset, or a record is damaged.
     """
-    dataset = _dataset(directory)
+    dataset = _open_dataset(directory)
     kind, metadata = dataset.metadata["kind"], dataset.metadata
     if split not in dataset.splits:
-        raise UserError(f"{directory}: no split {split!r}; it has {', '.join(dataset.splits)}")
+        raise UserError(
+            f"{directory}: no split {split!r}. Choose --split from {', '.join(dataset.splits)}."
+        )
     lengths = dataset.splits[split].shard_lengths
     shards = {path.name: count for path, count in zip(dataset.splits[split].filepaths, lengths)}
     if (source := _indexed_before(directory, list(shards))) is not None:
@@ -50,7 +60,8 @@ def add_index(directory: Path, *, split: str = "train", jobs: int = 1) -> Source
         run(indexer.write, missing, jobs, bar.update)
     names = partial / "names.npz"
     index_writer.Indexer(kind, metadata.get("names", ())).finish().save(names, {})
-    index_writer.write_index(partial, [names, *(indexer.index(i) for i in range(len(shards)))])
+    indices = [names, *(indexer.index_file(number) for number in range(len(shards)))]
+    index_writer.write_index(partial, indices)
     (directory / "index").mkdir(exist_ok=True)
     for path in (*ARRAYS.values(), "concepts.jsonl"):
         os.replace(partial / path, directory / path)
@@ -63,14 +74,14 @@ def add_index(directory: Path, *, split: str = "train", jobs: int = 1) -> Source
 
 @dataclasses.dataclass(frozen=True)
 class _ShardIndexer:
-    """Writes the index of a file of records to a directory."""
+    """Writes the index of each shard of records to a directory."""
 
     directory: Path
     kind: str
 
-    def write(self, number: int, shard: Path, told: Callable[[int], None]) -> None:
-        """Index `shard`, which is the source's file `number`."""
-        indexer, about = index_writer.Indexer(self.kind), _about(shard)
+    def write(self, number: int, shard: Path, progress: Callable[[int], None]) -> None:
+        """Index `shard`, the shard of this number; see `workers.run` for `progress`."""
+        indexer, identity = index_writer.Indexer(self.kind), _identity(shard)
         reader = array_record_module.ArrayRecordReader(str(shard))
         try:
             for done in range(1, reader.num_records() + 1):
@@ -78,52 +89,56 @@ class _ShardIndexer:
                     indexer.add(decode(reader.read([done - 1])[0]))
                 except (RuntimeError, ValueError) as error:
                     raise UserError(
-                        f"{shard}, record {done - 1}: {error}; build the dataset again"
+                        f"{shard}, record {done - 1}: {error}. Build the dataset again."
                     ) from error
-                if done % _TOLD == 0 or done == reader.num_records():
-                    told((done - 1) % _TOLD + 1)
+                if done % _PROGRESS_RECORDS == 0 or done == reader.num_records():
+                    progress((done - 1) % _PROGRESS_RECORDS + 1)
         finally:
             reader.close()
-        indexer.finish().save(self.index(number), about)
+        indexer.finish().save(self.index_file(number), identity)
 
     def finished(self, number: int, shard: Path) -> bool:
-        """Whether `shard` is indexed already."""
+        """Return whether `shard` is indexed and unchanged since."""
         with contextlib.suppress(OSError, ValueError, KeyError):
-            return index_writer.about(self.index(number)) == _about(shard)
+            return index_writer.read_summary(self.index_file(number)) == _identity(shard)
         return False
 
-    def index(self, number: int) -> Path:
-        """The file of a shard's index."""
+    def index_file(self, number: int) -> Path:
+        """Return the path of a shard's index."""
         return self.directory / f"{number:06d}.npz"
 
 
-def _about(shard: Path) -> dict[str, Any]:
-    """What tells a file from another one of its name."""
+def _identity(shard: Path) -> dict[str, Any]:
+    """Return what distinguishes a file from an earlier one of the same name."""
     status = shard.stat()
     return {"shard": shard.name, "bytes": status.st_size, "modified": status.st_mtime_ns}
 
 
-def _dataset(directory: Path) -> Any:
-    """The `tfds.core.DatasetInfo` of a directory, if it is of our records."""
-    import tensorflow_datasets as tfds  # without TensorFlow itself
+def _open_dataset(directory: Path) -> Any:
+    """Return the `tfds.core.DatasetInfo` of a directory; `UserError` if it lacks our records."""
+    import tensorflow_datasets as tfds  # does not import TensorFlow
 
     if not (directory / "dataset_info.json").is_file():
         raise UserError(
-            f"{directory}: no dataset of TensorFlow Datasets; name the folder that has its "
-            "dataset_info.json, such as DATA_DIR/objects365/1.0.0"
+            f"{directory}: not a dataset of TensorFlow Datasets. Name the folder that has its "
+            "dataset_info.json, such as DATA_DIR/objects365/1.0.0."
         )
+    builders = "detclipv2_jax.data.prepare.tfds_builders"
     info = tfds.builder_from_directory(directory).info
     if info.file_format.value != "array_record":
         raise UserError(
-            f"{directory}: its files are {info.file_format.value}; build it as array_record"
+            f"{directory}: its files are {info.file_format.value}. Build it as array_record."
         )
     if info.features.get_serialized_info() != features().get_serialized_info():
-        raise UserError(f"{directory}: its features are not those of builders.py; build it again")
+        raise UserError(
+            f"{directory}: its features are not those of {builders}. Build it again with "
+            f"--imports={builders}."
+        )
     kind = (info.metadata or {}).get("kind")
     if kind not in KINDS:
         raise UserError(
-            f'{directory}: "kind" in its metadata.json is {kind!r}, none of {", ".join(KINDS)}; '
-            "build it with detclipv2_jax.data.builders"
+            f'{directory}/metadata.json: "kind" is {kind!r}, not one of {", ".join(KINDS)}. '
+            f"Build it again with --imports={builders}."
         )
     return info
 

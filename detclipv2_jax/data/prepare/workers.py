@@ -1,4 +1,4 @@
-"""Work spread over processes that end when they should, with word of how far it is."""
+"""Run tasks in worker processes that report progress and stop together with their parent."""
 
 import concurrent.futures
 import concurrent.futures.process
@@ -12,71 +12,82 @@ from typing import Any
 
 from detclipv2_jax.common.errors import UserError
 
-_AHEAD = 1  # tasks waiting beside those that are worked on: bounds the memory that they take
-_LOOK = 0.5  # seconds between looks at how far the processes are
+_WAITING_TASKS = 1  # tasks submitted beyond those that run: bounds the memory of their arguments
+_POLL_SECONDS = 0.5  # seconds between two readings of the workers' progress
 
+#: What a worker does: work(number of the task, task, progress).
 Work = Callable[[int, Any, Callable[[int], None]], None]
 
 
-def run(work: Work, tasks: Iterator[tuple[int, Any]], jobs: int, told: Callable[[int], Any]):
-    """Call `work(number, task, told)` for each task, in `jobs` processes, or here if that is one.
+def run(
+    work: Work, tasks: Iterator[tuple[int, Any]], jobs: int, progress: Callable[[int], Any]
+) -> None:
+    """Call `work(number, task, progress)` for each task, in `jobs` processes.
 
-    `work` must be picklable, and calls its `told` every so often with the count of what it did
-    since; the sum of these reaches the `told` given here. Tasks are taken as they are begun.
-    `UserError` where a process was killed. An error or Ctrl-C here ends the processes soon.
+    With one job everything runs in this process. An error or Ctrl-C here stops the workers soon.
+
+    Args:
+        work: picklable. It calls its own `progress` every so often with the amount of work done
+            since the last call.
+        tasks: (number, task); taken from the iterator only when they are about to run.
+        jobs: processes.
+        progress: receives the amounts that all workers report.
+
+    Raises:
+        UserError: a worker process was killed.
     """
     if jobs == 1:
         for number, task in tasks:
-            work(number, task, told)
+            work(number, task, progress)
         return
-    # Fresh processes, not forked ones: spaCy's and JAX's threads do not survive a fork.
+    # Spawned, not forked: the threads of spaCy and JAX do not survive a fork.
     context = multiprocessing.get_context("spawn")
     done, stopped = context.Value("q", 0), context.Event()
     pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, context, initializer=_start, initargs=(done, stopped)
+        jobs, context, initializer=_start_worker, initargs=(done, stopped)
     )
-    shown, working = 0, set()
+    reported, running = 0, set()
     try:
         for task in itertools.chain(tasks, [None]):
             if task is not None:
-                working.add(pool.submit(_work, work, *task))
-            while len(working) >= jobs + _AHEAD or (task is None and working):
-                ready, working = concurrent.futures.wait(
-                    working, timeout=_LOOK, return_when=concurrent.futures.FIRST_COMPLETED
+                running.add(pool.submit(_run_task, work, *task))
+            while len(running) >= jobs + _WAITING_TASKS or (task is None and running):
+                ready, running = concurrent.futures.wait(
+                    running, timeout=_POLL_SECONDS, return_when=concurrent.futures.FIRST_COMPLETED
                 )
-                now = done.value
-                told(now - shown)
-                shown = now
+                total = done.value
+                progress(total - reported)
+                reported = total
                 for future in ready:
                     future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
         raise UserError(
-            "a worker process was killed, probably for lack of memory; use fewer with "
-            f"--jobs={max(1, jobs // 2)}, what was finished is kept"
+            "a worker process was killed, probably because memory ran out. Use fewer processes "
+            f"with --jobs={max(1, jobs // 2)}; what is finished is kept."
         ) from error
     finally:
         stopped.set()
         pool.shutdown(cancel_futures=True)
 
 
-def _start(done, stopped) -> None:
-    """A worker leaves Ctrl-C to its parent, and ends when that is gone, even by SIGKILL."""
+def _start_worker(done, stopped) -> None:
+    """Leave Ctrl-C to the parent, and exit when the parent is gone, even after SIGKILL."""
     global _done, _stopped
     _done, _stopped = done, stopped
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def follow():
+    def exit_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def _work(work: Work, number: int, task: Any) -> None:
-    def told(more: int) -> None:
+def _run_task(work: Work, number: int, task: Any) -> None:
+    def progress(amount: int) -> None:
         if _stopped.is_set():
             raise InterruptedError
         with _done.get_lock():
-            _done.value += more
+            _done.value += amount
 
-    work(number, task, told)
+    work(number, task, progress)

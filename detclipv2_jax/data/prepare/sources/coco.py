@@ -1,4 +1,4 @@
-"""COCO's `instances` JSON, which Objects365, LVIS and most exporters write too: named boxes."""
+"""Read COCO's `instances` JSON, which Objects365, LVIS and most labeling tools write too."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -6,17 +6,17 @@ from typing import Any
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.json_stream import read_lists
-from detclipv2_jax.data.prepare.examples import Archive, Drops, ImageFolder, RawExample, parse_xywh
+from detclipv2_jax.data.prepare.examples import Archive, Drops, Example, ImageFolder, parse_xywh
 from detclipv2_jax.data.prepare.sources.entries import (
-    BROKEN,
-    Boxes,
+    MALFORMED,
+    BoxTable,
     ImageEntries,
-    annotation,
-    find,
-    problem,
-    shortly,
-    text,
-    widened,
+    add_folders,
+    annotation_label,
+    check_text,
+    describe,
+    find_image,
+    shorten,
 )
 
 
@@ -27,78 +27,83 @@ def read(
     names: Mapping[str, str] | None = None,
     choose: Callable[[Iterable[Any]], set] | None = None,
 ) -> Archive:
-    """Open an `instances` file: detection examples, one an image, boxless images too.
+    """Open an `instances` file: one detection example per image, also for images without boxes.
 
-    The file is read twice, entry by entry: boxes may stand before the images they are of. Images
-    are looked for under `images`, then beside the file. Crowd boxes (`iscrowd` 1) are dropped: they
-    are no single object.
+    The file is read twice, entry by entry, because boxes may come before their images. Images are
+    searched for in `images`, then next to the file. Crowd boxes (`iscrowd` 1) are dropped: they are
+    not single objects.
 
     Args:
-      path: the JSON.
+      path: the JSON file.
       images: where its images are.
-      names: other names for categories, by the file's own in lower case.
-      choose: the ids to keep, of all ids of images; the others are dropped and counted.
+      names: replacements for category names, by the file's name in lower case.
+      choose: returns the image ids to keep, of all ids; the others are dropped and counted.
 
     Raises:
-      UserError: the file is no such JSON; entries that are broken one by one are dropped.
+      UserError: the file is not such JSON. Single malformed entries are dropped instead.
     """
     path, drops = Path(path), Drops()
     entries, categories = ImageEntries(path, drops), []
     for field, number, entry in read_lists(path, ("images", "annotations", "categories")):
         if field == "images":
-            entries.read(number, entry)
+            entries.add(number, entry)
         elif field == "categories":
             categories.append(entry)
-    category_names = _categories(path, categories, names or {})
+    category_names = _read_categories(path, categories, names or {})
     left_out = _leave_out(path, entries, choose, drops) if choose else frozenset()
-    boxes = _boxes(path, category_names, entries, left_out, drops)
+    boxes = _read_boxes(path, category_names, entries, left_out, drops)
     return Archive(
         path=path,
         kind="detection",
         total=len(entries),
-        examples=_examples(path, entries, boxes, widened(images, path.parent), drops),
+        examples=_examples(path, entries, boxes, add_folders(images, path.parent), drops),
         drops=drops,
         names=tuple(category_names.values()),
     )
 
 
 def _leave_out(path: Path, entries: ImageEntries, choose: Callable, drops: Drops) -> set:
+    """Remove the entries that are not chosen, and return their ids."""
     chosen = choose(entries)
     left_out = [image_id for image_id in entries if image_id not in chosen]
     for image_id in left_out:
         del entries[image_id]
-        drops.drop("images: not in the subset", f"{path}: image {shortly(image_id)}")
+        drops.drop("images: not in the subset", f"{path}: image {shorten(image_id)}")
     return set(left_out)
 
 
-def _categories(path: Path, categories: list, names: Mapping[str, str]) -> dict[Any, str]:
+def _read_categories(path: Path, categories: list, names: Mapping[str, str]) -> dict[Any, str]:
+    """Return the categories' names by id."""
     found = {}
     for number, category in enumerate(categories):
+        where = f"{path}: categories[{number}]"
         if not isinstance(category, dict) or not isinstance(category.get("name"), str):
-            raise UserError(f'{path}: categories[{number}] has no text "name"; give it one')
+            raise UserError(f'{where} has no "name" that is a string. Add one.')
         if not isinstance(category.get("id"), int | str):
-            raise UserError(f'{path}: categories[{number}] has no "id"; give it one')
+            raise UserError(f'{where} has no "id" that is a number or string. Add one.')
         if category["id"] in found:
             raise UserError(
-                f'{path}: categories[{number}]: "id" {shortly(category["id"])} is taken already; '
-                "give each category its own"
+                f'{where}: "id" {shorten(category["id"])} is already used. Give each category its '
+                "own id."
             )
         try:
-            # LVIS has "hot_dog" and "mouse_(computer_equipment)": the text tower reads words.
-            name = text(category["name"], "name").replace("_", " ").strip()
+            # LVIS has "hot_dog" and "mouse_(computer_equipment)"; the text tower expects words.
+            name = check_text(category["name"], "name").replace("_", " ").strip()
         except ValueError as error:
-            raise UserError(f"{path}: categories[{number}]: {error}; mend it") from error
+            raise UserError(f"{where}: {error}. Fix the name.") from error
         if not name:
-            raise UserError(f'{path}: categories[{number}] has an empty "name"; give it one')
+            raise UserError(f'{where} has an empty "name". Add a name.')
         found[category["id"]] = names.get(name.lower(), name)
     return found
 
 
-def _boxes(path: Path, names: dict, entries: ImageEntries, left_out: set, drops: Drops) -> Boxes:
-    boxes = Boxes()
+def _read_boxes(
+    path: Path, names: dict[Any, str], entries: ImageEntries, left_out: set, drops: Drops
+) -> BoxTable:
+    boxes = BoxTable()
 
     def drop(reason: str, why: str) -> None:
-        drops.drop(f"boxes: {reason}", f"{path}: {annotation(number, place)}: {why}")
+        drops.drop(f"boxes: {reason}", f"{path}: {annotation_label(number, place)}: {why}")
 
     for _, place, entry in read_lists(path, ("annotations",)):
         number = None
@@ -108,22 +113,22 @@ def _boxes(path: Path, names: dict, entries: ImageEntries, left_out: set, drops:
                 drop("crowd", "a crowd (iscrowd 1)")
             elif category not in names:
                 drop(
-                    "unknown category", f'"category_id" {shortly(category)} is not in "categories"'
+                    "unknown category", f'"category_id" {shorten(category)} is not in "categories"'
                 )
             elif image in entries:
                 xywh = parse_xywh(entry["bbox"])
                 boxes.add(entries[image].row, xywh, names[category], number, place)
             elif image not in left_out:
-                drop("unknown image", f'"image_id" {shortly(image)} is not among "images"')
-        except BROKEN as error:
-            drops.drop("boxes: malformed entry", f"{path}: annotations[{place}]: {problem(error)}")
+                drop("unknown image", f'"image_id" {shorten(image)} is not among "images"')
+        except MALFORMED as error:
+            drops.drop("boxes: malformed entry", f"{path}: annotations[{place}]: {describe(error)}")
     return boxes
 
 
 def _examples(
-    path: Path, entries: ImageEntries, boxes: Boxes, images: ImageFolder, drops: Drops
-) -> Iterator[RawExample]:
-    for image_id, entry, of_it in boxes.by_image(entries):
-        image = find(entry, str(path), images, drops)
+    path: Path, entries: ImageEntries, table: BoxTable, images: ImageFolder, drops: Drops
+) -> Iterator[Example]:
+    for image_id, entry, boxes in table.by_image(entries):
+        image = find_image(entry, str(path), images, drops)
         if image is not None:
-            yield RawExample(image=image, image_id=str(image_id), size=entry.size, boxes=of_it)
+            yield Example(image=image, image_id=str(image_id), size=entry.size, boxes=boxes)

@@ -1,7 +1,7 @@
-"""Images with captions, no boxes: JSON lines, TSV (Conceptual Captions), COCO's captions JSON.
+"""Read images with captions: JSON lines, TSV (Conceptual Captions), COCO's captions JSON.
 
 An image with several captions gives several examples: the paper's image-text data are pairs.
-What img2dataset left of the downloads is read by img2dataset.py.
+The output of img2dataset is read by img2dataset.py.
 """
 
 import json
@@ -11,20 +11,20 @@ from typing import Any
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.json_stream import read_lists
-from detclipv2_jax.data.prepare.examples import Archive, Drops, ImageFile, ImageFolder, RawExample
+from detclipv2_jax.data.prepare.examples import Archive, Drops, Example, ImageFile, ImageFolder
 from detclipv2_jax.data.prepare.sources.entries import (
-    BROKEN,
+    MALFORMED,
     ImageEntries,
-    find,
-    missing_image,
-    problem,
-    shortly,
-    text,
-    widened,
+    add_folders,
+    check_text,
+    describe,
+    explain_missing,
+    find_image,
+    shorten,
 )
-from detclipv2_jax.data.prepare.sources.img2dataset import checked_caption
+from detclipv2_jax.data.prepare.sources.img2dataset import check_caption
 
-# Where a JSON line may name its image and its captions; the first field that is there counts.
+# Fields of a JSON line that may hold the image and the captions; the first one present is used.
 IMAGE_FIELDS = ("image", "file_name", "path")
 CAPTION_FIELDS = ("caption", "captions", "text")
 
@@ -32,14 +32,17 @@ CAPTION_FIELDS = ("caption", "captions", "text")
 def read_json_lines(path: str | Path, images: ImageFolder) -> Archive:
     """Open a file of lines {"image": FILE, "caption": TEXT} or {…, "captions": [TEXT, …]}.
 
-    The fields may also be called as IMAGE_FIELDS and CAPTION_FIELDS say. Broken lines are dropped
-    and counted; `UserError` where the file cannot be read.
+    IMAGE_FIELDS and CAPTION_FIELDS list other accepted field names. Malformed lines are dropped and
+    counted.
+
+    Raises:
+        UserError: the file cannot be read.
     """
     return _read_lines(Path(path), images, _parse_json)
 
 
 def read_tsv(path: str | Path, images: ImageFolder) -> Archive:
-    """Open a file of "caption<TAB>image file" lines, Conceptual Captions' order."""
+    """Open a file of "caption<TAB>image file" lines, the order of Conceptual Captions."""
     return _read_lines(Path(path), images, _parse_tsv)
 
 
@@ -49,14 +52,14 @@ def read_coco_captions(path: str | Path, images: ImageFolder) -> Archive:
     entries, total = ImageEntries(path, drops), 0
     for field, number, entry in read_lists(path, ("images", "annotations")):
         if field == "images":
-            entries.read(number, entry)
+            entries.add(number, entry)
         else:
             total += 1
     return Archive(
         path=path,
         kind="image_text",
         total=total,
-        examples=_from_annotations(path, entries, widened(images, path.parent), drops),
+        examples=_from_annotations(path, entries, add_folders(images, path.parent), drops),
         drops=drops,
     )
 
@@ -68,29 +71,29 @@ def _read_lines(
     return Archive(
         path=path,
         kind="image_text",
-        total=_count(path, parse),
+        total=_estimate_captions(path, parse),
         examples=_from_lines(path, parse, images, drops),
         drops=drops,
     )
 
 
-def _count(path: Path, parse: Callable[[str], tuple[str, list]]) -> int:
-    """Captions in a file, about: each line is taken to have as many as the first."""
+def _estimate_captions(path: Path, parse: Callable[[str], tuple[str, list]]) -> int:
+    """Estimate the number of captions in a file: assume as many per line as in the first line."""
     try:
         with open(path, "rb") as file:
             first = file.readline()
             lines = (1 if first.strip() else 0) + sum(1 for line in file if line.strip())
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
     try:
         return lines * len(parse(first.decode("utf-8"))[1])
-    except BROKEN:
+    except MALFORMED:
         return lines
 
 
 def _from_lines(
     path: Path, parse: Callable[[str], tuple[str, list]], images: ImageFolder, drops: Drops
-) -> Iterator[RawExample]:
+) -> Iterator[Example]:
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             if not raw.strip():
@@ -98,12 +101,12 @@ def _from_lines(
             where = f"{path}, line {number}"
             try:
                 name, captions = parse(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except BROKEN as error:  # of which undecodable text is one
-                drops.drop("images: malformed line", f"{where}: {problem(error)}")
+            except MALFORMED as error:  # includes text that cannot be decoded
+                drops.drop("images: malformed line", f"{where}: {describe(error)}")
                 continue
             found = images.find(name)
             if found is None:
-                drops.drop("images: missing", missing_image(where, name, images))
+                drops.drop("images: missing", explain_missing(where, name, images))
                 continue
             for i, caption in enumerate(captions):
                 image_id = name if len(captions) == 1 else f"{name}#{i}"
@@ -112,21 +115,21 @@ def _from_lines(
 
 def _from_annotations(
     path: Path, entries: ImageEntries, images: ImageFolder, drops: Drops
-) -> Iterator[RawExample]:
+) -> Iterator[Example]:
     for _, place, annotation in read_lists(path, ("annotations",)):
         where = f"{path}: annotations[{place}]"
         try:
             image_id, caption = annotation["image_id"], annotation["caption"]
             entry = entries.get(image_id)
-            full_id = text(f"{image_id}#{annotation.get('id', place)}", "id")
-        except BROKEN as error:
-            drops.drop("captions: malformed entry", f"{where}: {problem(error)}")
+            full_id = check_text(f"{image_id}#{annotation.get('id', place)}", "id")
+        except MALFORMED as error:
+            drops.drop("captions: malformed entry", f"{where}: {describe(error)}")
             continue
         if entry is None:
-            why = f'{where}: "image_id" {shortly(image_id)} is not among "images"'
+            why = f'{where}: "image_id" {shorten(image_id)} is not among "images"'
             drops.drop("captions: unknown image", why)
             continue
-        image = find(entry, where, images, drops)
+        image = find_image(entry, where, images, drops)
         if image is not None:
             yield from _example(image, full_id, entry.size, caption, where, drops)
 
@@ -138,13 +141,14 @@ def _example(
     caption: Any,
     where: str,
     drops: Drops,
-) -> Iterator[RawExample]:
+) -> Iterator[Example]:
+    """Yield an example, or nothing (counted) if the caption is not usable."""
     try:
-        caption = checked_caption(caption)
+        caption = check_caption(caption)
     except ValueError as error:
         drops.drop("captions: empty", f"{where}: {error}")
         return
-    yield RawExample(image=image, image_id=image_id, size=size, caption=caption)
+    yield Example(image=image, image_id=image_id, size=size, caption=caption)
 
 
 def _parse_json(line: str) -> tuple[str, list]:

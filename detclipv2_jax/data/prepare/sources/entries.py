@@ -1,4 +1,4 @@
-"""What the COCO-like files share: image entries by id, and boxes by image in little memory."""
+"""Shared by the readers of COCO-like files: image entries by id, and boxes stored compactly."""
 
 import dataclasses
 from array import array
@@ -9,154 +9,168 @@ from typing import Any
 import numpy as np
 
 from detclipv2_jax.data.prepare.examples import (
+    Box,
     Drops,
     ImageFile,
     ImageFolder,
-    RawBox,
     annotated_size,
 )
 
-# What looking into a broken entry may raise: a field that is missing, of another type, too large,
-# nested too deep.
-BROKEN = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+# What a malformed entry may raise while it is read: a field is missing, of another type, too large,
+# or nested too deeply.
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImageEntry:
-    """One entry of "images", as far as it is needed."""
+    """The fields of one entry of "images" that are needed."""
 
-    row: int  # its place among the entries
-    file_names: tuple[str, ...]  # where its file may be, in the order to look
-    size: tuple[int, int] | None  # (height, width), where the file tells
+    row: int  # position among the valid entries
+    file_names: tuple[str, ...]  # where its file may be, in search order
+    size: tuple[int, int] | None  # (height, width) in pixels, if the file has it
     caption: str | None
-    collection: str | None  # MDETR's files: which archive the picture is of
-
-
-def problem(error: Exception) -> str:
-    """One of BROKEN in words."""
-    return f"no field {error}" if isinstance(error, KeyError) else str(error)
-
-
-def text(value: Any, field: str) -> str:
-    """`value` if it is a text that can be written; else `ValueError`."""
-    if not isinstance(value, str):
-        raise ValueError(f'"{field}" is {shortly(value)}, not a text')
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, as "\\ud800" gives
-        raise ValueError(f'"{field}" is {shortly(value)}, not valid Unicode') from error
-    return value
-
-
-def shortly(value: Any) -> str:
-    """A value for a message."""
-    shown = ascii(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+    collection: str | None  # MDETR: the archive that the image comes from
 
 
 class ImageEntries(dict[Any, ImageEntry]):
-    """Image entries by id, in the file's order; those without a usable id, name or size dropped."""
+    """Image entries by id, in the order of the file.
+
+    Entries without a valid id, name or size are dropped and counted.
+    """
 
     def __init__(self, path: Path, drops: Drops):
         super().__init__()
         self._path, self._drops = path, drops
 
-    def read(self, number: int, entry: Any) -> None:
-        """Take in entry `number` of the file, or drop and count it."""
+    def add(self, number: int, entry: Any) -> None:
+        """Add entry `number` of the file, or drop and count it."""
         where = f"{self._path}: images[{number}]"
         try:
             if entry["id"] in self:
-                told = f'{where}: "id" {shortly(entry["id"])} is taken already'
-                self._drops.drop("images: id given twice", told)
+                explanation = f'{where}: "id" {shorten(entry["id"])} is taken already'
+                self._drops.drop("images: id given twice", explanation)
                 return
-            text(str(entry["id"]), "id")
+            check_text(str(entry["id"]), "id")
             caption = entry.get("caption")
             self[entry["id"]] = ImageEntry(
                 row=len(self),
                 file_names=file_names(entry),
                 size=annotated_size(entry),
-                caption=None if caption is None else text(caption, "caption"),
+                caption=None if caption is None else check_text(caption, "caption"),
                 collection=_collection(entry),
             )
-        except BROKEN as error:
-            self._drops.drop("images: malformed entry", f"{where}: {problem(error)}")
+        except MALFORMED as error:
+            self._drops.drop("images: malformed entry", f"{where}: {describe(error)}")
 
 
 def _collection(entry: dict[str, Any]) -> str | None:
-    told = [entry.get(field) for field in ("data_source", "dataset_name")]
-    return next((name for name in told if isinstance(name, str)), None)
+    fields = [entry.get(field) for field in ("data_source", "dataset_name")]
+    return next((name for name in fields if isinstance(name, str)), None)
 
 
 def file_names(entry: dict[str, Any]) -> tuple[str, ...]:
-    """Where an image entry says its file is.
+    """Return the file names of an image entry.
 
-    COCO names "000000391895.jpg" and by its `coco_url` tells the folder too; LVIS has that alone.
+    COCO has `file_name` "000000391895.jpg" and a `coco_url` with the folder; LVIS has only
+    `coco_url`.
     """
-    names, address = [], entry.get("coco_url")
-    if "file_name" in entry or not address:
-        names.append(text(entry["file_name"], "file_name"))
-    if address:
-        names.append("/".join(text(address, "coco_url").split("/")[-2:]))
+    names, url = [], entry.get("coco_url")
+    if "file_name" in entry or not url:
+        names.append(check_text(entry["file_name"], "file_name"))
+    if url:
+        names.append("/".join(check_text(url, "coco_url").split("/")[-2:]))
     return tuple(dict.fromkeys(names))
 
 
-def widened(images: ImageFolder, *folders: str) -> ImageFolder:
-    """The same roots, and behind them these folders of theirs."""
+def add_folders(images: ImageFolder, *folders: str) -> ImageFolder:
+    """Return an ImageFolder that also searches these folders of each root, after the roots."""
     return ImageFolder(*images.roots, *(root / name for root in images.roots for name in folders))
 
 
-def find(entry: ImageEntry, where: str, images: ImageFolder, drops: Drops) -> ImageFile | None:
-    """The file of an image, or None (counted)."""
+def find_image(
+    entry: ImageEntry, where: str, images: ImageFolder, drops: Drops
+) -> ImageFile | None:
+    """Return the file of an image, or None (counted) if it does not exist."""
     for name in entry.file_names:
         path = images.find(name)
         if path is not None:
             return ImageFile(path)
-    drops.drop("images: missing", missing_image(where, entry.file_names[0], images))
+    drops.drop("images: missing", explain_missing(where, entry.file_names[0], images))
     return None
 
 
-def missing_image(where: str, name: str, images: ImageFolder) -> str:
-    """The sentence for an image that is not there."""
+def explain_missing(where: str, name: str, images: ImageFolder) -> str:
+    """Return the explanation for an image that does not exist."""
     if "://" in name:
         return f"{where}: {name} is an address, not a file; download it and name the file"
-    shown = shortly(name).strip("'")
+    shown = shorten(name).strip("'")
     return f"{where}: no file {shown} under {images}"
 
 
-class Boxes:
-    """The boxes of many images, 48 bytes each: Objects365 has 25 million, 700 bytes in its JSON."""
+class BoxTable:
+    """The boxes of many images in 48 bytes each. In JSON the 25 million of Objects365 take 700 each."""
 
     def __init__(self):
         self._rows, self._names, self._numbers = array("i"), array("i"), array("q")
         self._xywh = array("d")
-        self._texts: dict[str, int] = {}
+        self._name_ids: dict[str, int] = {}
 
     def add(self, row: int, xywh: Sequence[float], name: str, number: Any, place: int) -> None:
-        """A box of the image entry `row`; `number` is its "id", `place` where it is in the list."""
-        told = isinstance(number, int) and 0 <= number < 1 << 62
-        self._numbers.append(number if told else -1 - place)
+        """Add a box.
+
+        Args:
+            row: of its image entry.
+            xywh: left, top, width and height in pixels.
+            name: of the object.
+            number: "id" of the annotation, or anything if it has none.
+            place: position of the annotation in its list.
+        """
+        has_id = isinstance(number, int) and 0 <= number < 1 << 62
+        self._numbers.append(number if has_id else -1 - place)
         self._rows.append(row)
-        self._names.append(self._texts.setdefault(name, len(self._texts)))
+        self._names.append(self._name_ids.setdefault(name, len(self._name_ids)))
         self._xywh.extend(xywh)
 
-    def by_image(self, entries: "ImageEntries") -> Iterator[tuple[Any, ImageEntry, tuple]]:
-        """(id, entry, its boxes) of each image entry, boxless ones too, in the file's order."""
+    def by_image(self, entries: ImageEntries) -> Iterator[tuple[Any, ImageEntry, tuple[Box, ...]]]:
+        """Yield (id, entry, boxes) of every image entry in the file's order, also without boxes."""
         rows, wanted = np.frombuffer(self._rows, np.int32), [e.row for e in entries.values()]
         order = np.argsort(rows, kind="stable")
         starts, ends = (
             np.searchsorted(rows, wanted, side, sorter=order).tolist() for side in ("left", "right")
         )
         xywh = np.frombuffer(self._xywh, np.float64).reshape(-1, 4)
-        names = list(self._texts)
+        names = list(self._name_ids)
         for (image_id, entry), start, end in zip(entries.items(), starts, ends):
             boxes = []
             for i in order[start:end].tolist():
                 number = self._numbers[i]
-                origin = annotation(number if number >= 0 else None, -1 - number)
-                boxes.append(RawBox(tuple(xywh[i].tolist()), names[self._names[i]], origin))
+                origin = annotation_label(number if number >= 0 else None, -1 - number)
+                boxes.append(Box(tuple(xywh[i].tolist()), names[self._names[i]], origin))
             yield image_id, entry, tuple(boxes)
 
 
-def annotation(number: Any, place: int) -> str:
-    """How messages call a box: by its "id" or, where it has none, by its place in the list."""
-    return f"annotation number {place}" if number is None else f"annotation {shortly(number)}"
+def annotation_label(number: Any, place: int) -> str:
+    """Return what messages call an annotation: its "id" or, without one, its place in the list."""
+    return f"annotation number {place}" if number is None else f"annotation {shorten(number)}"
+
+
+def describe(error: Exception) -> str:
+    """Return one of MALFORMED in words."""
+    return f"no field {error}" if isinstance(error, KeyError) else str(error)
+
+
+def check_text(value: Any, field: str) -> str:
+    """Return `value` if it is a string that can be encoded; otherwise raise `ValueError`."""
+    if not isinstance(value, str):
+        raise ValueError(f'"{field}" is {shorten(value)}, not a text')
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, such as "\\ud800"
+        raise ValueError(f'"{field}" is {shorten(value)}, not valid Unicode') from error
+    return value
+
+
+def shorten(value: Any) -> str:
+    """Return a value as at most 60 ASCII characters, for a message."""
+    shown = ascii(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -1,13 +1,13 @@
-"""Captioned images as img2dataset left them: shards of tars, of folders, or of parquet alone.
+"""Read the output of img2dataset: images with captions in shards of tar, folder or parquet format.
 
-    DIR/00000.tar      KEY.jpg, KEY.txt (the caption) and KEY.json of each image that was fetched
+    DIR/00000.tar      KEY.jpg, KEY.txt (the caption) and KEY.json of each downloaded image
     DIR/00000/         the same as files
-    DIR/00000.parquet  a row an address, the dead ones too; in the parquet format also "jpg"
+    DIR/00000.parquet  one row per URL, also of failed downloads; in the parquet format with "jpg"
 
-Nothing is unpacked: an image in a tar is a range of bytes of it. Entries that failed, that lack
-their image or caption, and pictures that came before are dropped and counted. What came before is
-told by 8 bytes of the picture's hash: the one that img2dataset noted of what it fetched, or else
-one of the bytes here. Sites answer dead addresses with one and the same placeholder.
+Nothing is unpacked: an image in a tar is read as a range of its bytes. Entries that failed, lack
+their image or caption, or repeat an earlier image are dropped and counted. Repeated images are
+found by 8 bytes of a hash: of the hash that img2dataset recorded for the download, or else of the
+stored bytes. They are common, because sites answer dead URLs with one placeholder image.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.data.prepare.examples import Archive, Drops, ImageFile, RawExample
-from detclipv2_jax.data.prepare.sources.entries import BROKEN, problem, shortly, text
+from detclipv2_jax.data.prepare.examples import Archive, Drops, Example, ImageFile
+from detclipv2_jax.data.prepare.sources.entries import MALFORMED, check_text, describe, shorten
 
-LONGEST_CAPTION = 10_000  # characters; alt texts that are longer are whole pages
+LONGEST_CAPTION = 10_000  # characters; longer alt texts are whole pages
 _FIELDS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image")
-_FIELDS |= {"txt": "caption", "json": "metadata"}  # by the ends of files' names
+_FIELDS |= {"txt": "caption", "json": "metadata"}  # suffix of a file -> field of _Entry
 _COLUMNS = ("key", "url", "caption", "status", "error_message", "sha256", "md5")
 _LARGEST_TEXT = 1 << 20  # bytes of a .txt or .json
 _BLOCK = tarfile.BLOCKSIZE
@@ -41,15 +41,15 @@ _FAILED = {
 
 @dataclasses.dataclass(frozen=True)
 class ParquetImage:
-    """An image that is a value in a parquet file: what `ImageFile` is for a file."""
+    """An encoded image that is a value of a parquet file; it has the methods of `ImageFile`."""
 
     path: Path
-    group: int
-    row: int
+    group: int  # row group
+    row: int  # in the row group
 
     def read(self) -> bytes:
-        """The image as it is stored; raises what pyarrow raises where it cannot be read."""
-        return _jpg_column(self.path, self.group)[self.row].as_py() or b""
+        """Return the encoded image; pyarrow may raise any exception if it cannot be read."""
+        return _read_jpg_column(self.path, self.group)[self.row].as_py() or b""
 
     def __str__(self) -> str:
         return f"{self.path}, row group {self.group}, row {self.row}"
@@ -57,24 +57,24 @@ class ParquetImage:
 
 @dataclasses.dataclass
 class _Entry:
-    """What a shard has of one key."""
+    """What a shard has for one key."""
 
     image: ImageFile | ParquetImage | None = None
     caption: bytes | None = None  # .txt
     metadata: bytes | None = None  # .json
-    row: Mapping[str, Any] | None = None  # of the parquet beside
+    row: Mapping[str, Any] | None = None  # of the shard's parquet file
 
 
-class Seen:
-    """Which 8-byte hashes came before, in 8 bytes each: 13 million pictures are 0.1 GB."""
+class SeenHashes:
+    """A set of 8-byte hashes that takes 8 bytes each: 0.1 GB for 13 million images."""
 
-    _BATCH = 1 << 20
+    _BATCH = 1 << 20  # new hashes that are collected before they are sorted in
 
     def __init__(self):
         self._sorted, self._new = np.empty(0, np.uint64), set()
 
     def add(self, key: int) -> bool:
-        """Whether a hash is new; from now on it is not."""
+        """Add a hash, and return whether it is new."""
         at = np.searchsorted(self._sorted, np.uint64(key))
         if key in self._new or (at < len(self._sorted) and self._sorted[at] == np.uint64(key)):
             return False
@@ -86,7 +86,7 @@ class Seen:
 
 
 def shards(directory: Path) -> list[Path]:
-    """Shards in a folder or in its folders, in order, each by its path without the suffix."""
+    """Return the shards in a folder and its folders, sorted, as paths without suffix."""
     found = {
         path.with_suffix("")
         for pattern in ("*.tar", "*/*.tar", "*.parquet", "*/*.parquet")
@@ -100,127 +100,131 @@ def shards(directory: Path) -> list[Path]:
 def read(directory: str | Path) -> Archive:
     """Open an output folder of img2dataset, or a folder of several: image-text examples.
 
-    `UserError` where there is no shard. A shard that cannot be read, or not to its end, is counted;
-    what came before the damage is good.
+    A shard that is damaged is counted, and what comes before the damage is used.
+
+    Raises:
+        UserError: there is no shard.
     """
     directory, drops = Path(directory), Drops()
     found = shards(directory)
     if not found:
-        raise UserError(f"{directory}: no shard (00000.tar, 00000.parquet) in it; check the folder")
+        raise UserError(
+            f"{directory}: no shard (00000.tar, 00000.parquet) in it. Check the folder."
+        )
     return Archive(
         path=directory,
         kind="image_text",
-        total=_estimate(found),
+        total=_estimate_entries(found),
         examples=_examples(directory, found, drops),
         drops=drops,
     )
 
 
-def _estimate(found: list[Path]) -> int:
-    """Entries of all shards, about: each is taken to have as many as the first."""
-    return sum(map(len, _shard(found[0], Drops()))) * len(found)
+def _estimate_entries(found: list[Path]) -> int:
+    """Estimate the number of entries: assume as many per shard as in the first one."""
+    return sum(map(len, _read_shard(found[0], Drops()))) * len(found)
 
 
-def _examples(directory: Path, found: Iterable[Path], drops: Drops) -> Iterator[RawExample]:
-    seen = Seen()
+def _examples(directory: Path, found: Iterable[Path], drops: Drops) -> Iterator[Example]:
+    seen = SeenHashes()
     for shard in found:
         name = shard.relative_to(directory)
-        for entries in _shard(shard, drops):
+        for entries in _read_shard(shard, drops):
             for key, entry in entries.items():
-                # Names in tars and folders may be bytes that are no text.
+                # File names in tars and folders may be bytes that are not valid text.
                 image_id = f"{name}/{key}".encode("utf-8", "backslashreplace").decode()
                 example = _example(image_id, entry, seen, drops)
                 if example is not None:
                     yield example
 
 
-def _shard(shard: Path, drops: Drops) -> Iterator[dict[str, _Entry]]:
-    """The entries of a shard by key, in one piece or, of the parquet format, in several."""
+def _read_shard(shard: Path, drops: Drops) -> Iterator[dict[str, _Entry]]:
+    """Yield the entries of a shard by key: all at once, or one row group at a time for parquet."""
     tar, parquet = shard.with_name(shard.name + ".tar"), shard.with_name(shard.name + ".parquet")
     if tar.is_file():
-        yield _joined(_in_tar(tar, drops), parquet, drops)
+        yield _add_rows(_read_tar(tar, drops), parquet, drops)
     elif shard.is_dir():
-        yield _joined(_in_folder(shard, drops), parquet, drops)
+        yield _add_rows(_read_folder(shard, drops), parquet, drops)
     else:
-        yield from _in_parquet(parquet, drops)
+        yield from _read_parquet(parquet, drops)
 
 
-def _joined(entries: dict[str, _Entry], parquet: Path, drops: Drops) -> dict[str, _Entry]:
-    """Entries with their rows of the parquet beside, those that have nothing else behind them."""
+def _add_rows(entries: dict[str, _Entry], parquet: Path, drops: Drops) -> dict[str, _Entry]:
+    """Add the rows of the shard's parquet file; rows without another entry come last."""
     if parquet.is_file():
-        for rows in _rows(parquet, drops):
+        for rows in _read_rows(parquet, drops):
             for _, _, row in rows:
                 entries.setdefault(str(row["key"]), _Entry()).row = row
     return entries
 
 
-def _example(name: str, entry: _Entry, seen: Seen, drops: Drops) -> RawExample | None:
-    """The example of an entry, or None (counted)."""
+def _example(name: str, entry: _Entry, seen: SeenHashes, drops: Drops) -> Example | None:
+    """Return the example of an entry, or None (counted) if it is not usable."""
     where = f"{name}" if entry.image is None else f"{entry.image} ({name})"
-    facts = _facts(entry, where, drops)
-    status = facts.get("status")
+    metadata = _read_metadata(entry, where, drops)
+    status = metadata.get("status")
     if status is not None and status != "success":
         reason = _FAILED.get(str(status), "images: failed")
-        drops.drop(reason, f"{where}: {shortly(facts.get('error_message') or status)}")
+        drops.drop(reason, f"{where}: {shorten(metadata.get('error_message') or status)}")
         return None
     if entry.image is None:
         drops.drop("images: missing", f"{where}: there is a caption or a row, but no image")
         return None
     try:
-        caption = _caption(entry, facts)
-    except BROKEN as error:
-        drops.drop("captions: empty", f"{where}: {problem(error)}")
+        caption = _read_caption(entry, metadata)
+    except MALFORMED as error:
+        drops.drop("captions: empty", f"{where}: {describe(error)}")
         return None
     try:
-        new = seen.add(_hash(entry.image, facts))
-    except Exception as error:  # a parquet file that is broken here: pyarrow raises all there is
-        drops.drop("images: unreadable", f"{where}: {shortly(str(error))}")
+        new = seen.add(_hash(entry.image, metadata))
+    except Exception as error:  # pyarrow raises many types of errors for a damaged file
+        drops.drop("images: unreadable", f"{where}: {shorten(str(error))}")
         return None
     if not new:
         drops.drop("images: duplicate", f"{where}: the same picture came before")
         return None
-    return RawExample(image=entry.image, image_id=name, size=None, caption=caption)
+    return Example(image=entry.image, image_id=name, size=None, caption=caption)
 
 
-def _facts(entry: _Entry, where: str, drops: Drops) -> Mapping[str, Any]:
-    """What is noted of an entry: its parquet row, else its .json, else nothing."""
+def _read_metadata(entry: _Entry, where: str, drops: Drops) -> Mapping[str, Any]:
+    """Return what img2dataset recorded of an entry: its parquet row, else its .json, else {}."""
     if entry.row is not None or entry.metadata is None:
         return entry.row or {}
     try:
-        facts = json.loads(entry.metadata.decode())
-        if not isinstance(facts, dict):
+        metadata = json.loads(entry.metadata.decode())
+        if not isinstance(metadata, dict):
             raise ValueError("not a JSON object")
-        return facts
-    except BROKEN as error:
-        drops.mend("images: metadata not read", f"{where}: its .json: {problem(error)}")
+        return metadata
+    except MALFORMED as error:
+        drops.change("images: metadata not read", f"{where}: its .json: {describe(error)}")
         return {}
 
 
-def _caption(entry: _Entry, facts: Mapping[str, Any]) -> str:
-    """The caption; `ValueError` where it is empty, too long, or no text."""
-    return checked_caption(
-        facts.get("caption") if entry.caption is None else entry.caption.decode()
+def _read_caption(entry: _Entry, metadata: Mapping[str, Any]) -> str:
+    """Return the caption of an entry; see `check_caption` and `bytes.decode` for errors."""
+    return check_caption(
+        metadata.get("caption") if entry.caption is None else entry.caption.decode()
     )
 
 
-def checked_caption(caption: Any) -> str:
-    """`caption` if it is one; `ValueError` where it is empty, too long, or no text."""
-    if not text(caption, "caption").strip():
-        raise ValueError(f"its caption is {shortly(caption)}, not a text")
+def check_caption(caption: Any) -> str:
+    """Return `caption`; raise `ValueError` if it is empty, too long, or not text."""
+    if not check_text(caption, "caption").strip():
+        raise ValueError(f"its caption is {shorten(caption)}, not a text")
     if len(caption) > LONGEST_CAPTION:
         raise ValueError(f"its caption has {len(caption):,} characters")
     return caption
 
 
-def _hash(image: ImageFile | ParquetImage, facts: Mapping[str, Any]) -> int:
-    """8 bytes of the picture's hash as a number."""
-    noted = facts.get("sha256") or facts.get("md5")
-    told = noted.encode() if isinstance(noted, str) else image.read()
-    return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "little")
+def _hash(image: ImageFile | ParquetImage, metadata: Mapping[str, Any]) -> int:
+    """Return 8 bytes of a hash that identifies the image, as a number."""
+    recorded = metadata.get("sha256") or metadata.get("md5")
+    identity = recorded.encode() if isinstance(recorded, str) else image.read()
+    return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "little")
 
 
-def _part_of(name: str) -> tuple[str, str]:
-    """What a file of a shard is: its key, which ends at the first dot, and its field of _Entry."""
+def _split_name(name: str) -> tuple[str, str]:
+    """Return the key of a file in a shard, up to the first dot, and its field of _Entry or ""."""
     folder, slash, base = name.rpartition("/")
     key, _, suffix = base.partition(".")
     return folder + slash + key, _FIELDS.get(suffix.lower(), "") if key else ""
@@ -231,30 +235,30 @@ def _put(entries: dict[str, _Entry], key: str, field: str, value: Any, drops: Dr
     if getattr(entry, field) is None:
         setattr(entry, field, value)
     elif field == "image":
-        drops.drop("images: key given twice", f"{value}: a second {shortly(key)}")
+        drops.drop("images: key given twice", f"{value}: a second {shorten(key)}")
 
 
-def _in_folder(folder: Path, drops: Drops) -> dict[str, _Entry]:
-    """What a folder has; a text that cannot be read is taken for empty."""
+def _read_folder(folder: Path, drops: Drops) -> dict[str, _Entry]:
+    """Return the entries of a folder. A text file that cannot be read counts as empty."""
     entries: dict[str, _Entry] = {}
     for name in sorted(os.listdir(folder)):
-        key, field = _part_of(name)
+        key, field = _split_name(name)
         if field == "image":
             _put(entries, key, field, ImageFile(folder / name), drops)
         elif field:
-            _put(entries, key, field, _start_of(folder / name), drops)
+            _put(entries, key, field, _read_text(folder / name), drops)
     return entries
 
 
-def _start_of(path: Path) -> bytes:
+def _read_text(path: Path) -> bytes:
     try:
         return ImageFile(path, size=_LARGEST_TEXT).read()
     except OSError:
         return b""
 
 
-def _in_tar(path: Path, drops: Drops) -> dict[str, _Entry]:
-    """What a tar has, up to its end or its first damage; of images only where they are."""
+def _read_tar(path: Path, drops: Drops) -> dict[str, _Entry]:
+    """Return the entries of a tar up to its end or its first damage; images as byte ranges."""
     entries: dict[str, _Entry] = {}
     try:
         with open(path, "rb") as file:
@@ -262,27 +266,27 @@ def _in_tar(path: Path, drops: Drops) -> dict[str, _Entry]:
             for member in _members(file):
                 if member.offset_data + member.size > length:
                     raise tarfile.ReadError("unexpected end of data")
-                key, field = _part_of(member.name)
+                key, field = _split_name(member.name)
                 value: Any = ImageFile(path, member.offset_data, member.size)
                 if field and field != "image":
                     file.seek(member.offset_data)
                     value = file.read(min(member.size, _LARGEST_TEXT))
                 if field:
                     _put(entries, key, field, value, drops)
-    except Exception as error:  # tarfile raises all there is on damaged headers
-        told = f"{path}: {shortly(str(error))} behind {len(entries)} images"
-        drops.drop("shards: damaged", told)
+    except Exception as error:  # tarfile raises many types of errors for damaged headers
+        explanation = f"{path}: {shorten(str(error))} behind {len(entries)} images"
+        drops.drop("shards: damaged", explanation)
     return entries
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Files of a tar in order; raises at damage, which tarfile would take for the end."""
-    before = -1
+    """Yield the files of a tar in order; raise at damage, which tarfile would take for the end."""
+    previous = -1  # offset of the last header
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
-            if not before < member.offset < member.offset_data or member.size < 0:
+            if not previous < member.offset < member.offset_data or member.size < 0:
                 raise tarfile.ReadError("a header that leads back")
-            before, tar.members = member.offset, []  # which grows otherwise
+            previous, tar.members = member.offset, []  # the list would grow without bound
             if member.isreg() and not member.issparse():
                 yield member
         file.seek(tar.offset)
@@ -290,10 +294,15 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
             raise tarfile.ReadError("no valid header")
 
 
-def _rows(path: Path, drops: Drops, *needed: str) -> Iterator[list]:
-    """A parquet file by row groups: (group, row, the fields of _COLUMNS that it has) of each."""
+def _read_rows(
+    path: Path, drops: Drops, *needed: str
+) -> Iterator[list[tuple[int, int, dict[str, Any]]]]:
+    """Yield each row group of a parquet file: (group, row, fields of _COLUMNS that exist).
+
+    A file that is damaged or lacks a `needed` column is counted.
+    """
     try:
-        import pyarrow.parquet  # 0.2 s, needed by this source alone
+        import pyarrow.parquet  # takes 0.2 s; only this source needs it
 
         file = pyarrow.parquet.ParquetFile(path)
         has = set(file.schema_arrow.names)
@@ -304,13 +313,13 @@ def _rows(path: Path, drops: Drops, *needed: str) -> Iterator[list]:
         for group in range(file.num_row_groups):
             rows = file.read_row_group(group, columns=columns).to_pylist()
             yield [(group, number, row) for number, row in enumerate(rows)]
-    except Exception as error:  # pyarrow raises all there is on damaged files
-        drops.drop("shards: damaged", f"{path}: {shortly(str(error))}")
+    except Exception as error:  # pyarrow raises many types of errors for damaged files
+        drops.drop("shards: damaged", f"{path}: {shorten(str(error))}")
 
 
-def _in_parquet(path: Path, drops: Drops) -> Iterator[dict[str, _Entry]]:
-    """Entries of img2dataset's parquet format, a row group at a time."""
-    for rows in _rows(path, drops, "jpg"):
+def _read_parquet(path: Path, drops: Drops) -> Iterator[dict[str, _Entry]]:
+    """Yield the entries of img2dataset's parquet format, one row group at a time."""
+    for rows in _read_rows(path, drops, "jpg"):
         entries: dict[str, _Entry] = {}
         for group, number, row in rows:
             entry = _Entry(ParquetImage(path, group, number), row=row)
@@ -322,8 +331,8 @@ def _in_parquet(path: Path, drops: Drops) -> Iterator[dict[str, _Entry]]:
 
 
 @functools.lru_cache(maxsize=2)
-def _jpg_column(path: Path, group: int) -> Any:
-    """The images of a row group: whoever reads one, reads the next ones soon."""
+def _read_jpg_column(path: Path, group: int) -> Any:
+    """Return the images of a row group. Cached: they are read one after the other."""
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(path).read_row_group(group, columns=["jpg"]).column(0)

@@ -1,8 +1,8 @@
-"""Objects365, both releases: COCO's format, names to correct, and the paper's 0.66 M pictures.
+"""Read Objects365 v2 and v1: COCO's format, with misspelled names and an optional subset.
 
-v2 is `zhiyuan_objv2_train.json` with pictures in 51 patches, v1 (2019) `objects365_train.json` with
-pictures in one folder. Their categories differ in ids, spelling and partly in kind, so names are
-corrected by name and never by id.
+v2 is `zhiyuan_objv2_train.json` with images in 51 patches. v1 (2019) is `objects365_train.json`
+with images in one folder. Their categories differ in ids, in spelling and partly in meaning, so
+spelling is corrected by name, never by id.
 """
 
 import functools
@@ -15,19 +15,18 @@ import numpy as np
 
 from detclipv2_jax.data.prepare.examples import Archive, ImageFolder
 from detclipv2_jax.data.prepare.sources import coco
-from detclipv2_jax.data.prepare.sources.entries import widened
+from detclipv2_jax.data.prepare.sources.entries import add_folders
 
-SUBSET = 660_000  # pictures that DetCLIPv2 samples for pre-training (paper.md §4)
 TRAINING_FILES = (
     "zhiyuan_objv2_train.json",
     "objects365_train.json",
     "objects365_train_20190423.json",
 )
-# "images/v1/patch8/objects365_v1_00420917.jpg" lies in train/patch8/ where people unpack a split.
+# "images/v1/patch8/objects365_v1_00420917.jpg" is in train/patch8/ if each split is unpacked alone.
 IMAGE_FOLDERS = ("train", "images/train", "train/images")
 
-#: Published name, in lower case -> its correction. Those that Detic's Objects365_names_fix.csv
-#: (Apache-2.0) corrects in v2, then three of ours. What a name means stays as it is published.
+#: Published name, in lower case -> corrected name: those of Detic's Objects365_names_fix.csv
+#: (Apache-2.0) for v2, then three of ours. Only the spelling is corrected, not the meaning.
 NAMES = {
     "moniter/tv": "Monitor/TV",
     "bakset": "Basket",
@@ -49,9 +48,9 @@ NAMES = {
 
 
 def training_files(directory: Path) -> list[Path]:
-    """The training annotations in a folder, its annotations/ or train/: v2's, else v1's.
+    """Return the training annotations in a folder, its annotations/ or train/: v2's, else v1's.
 
-    Val's are never taken; the two releases share pictures, so they are not mixed either.
+    The two releases share images, so they are never mixed. Val is never used.
     """
     folders = (directory, directory / "annotations", directory / "train")
     places = (folder / name for name in TRAINING_FILES for folder in folders)
@@ -61,22 +60,27 @@ def training_files(directory: Path) -> list[Path]:
 def read(
     path: str | Path, images: ImageFolder, *, subset: int | None = None, seed: int = 0
 ) -> Archive:
-    """Open a release's annotations: detection examples; see `coco.read` for what is dropped.
+    """Open the annotations of one release: detection examples (see `coco.read`).
 
-    `subset` keeps so many pictures, the same ones whatever their order in the file and whichever of
-    them are on disk; a smaller subset of a seed is part of a larger one.
+    Args:
+        path: the annotations.
+        images: where the images are.
+        subset: keep this many images (DetCLIPv2 samples 0.66 million for pre-training: Yao et al.
+            2023, §4). The choice depends on the image ids and `seed` only, not on their order or on
+            which images are on disk. A smaller subset is part of a larger one of the same seed.
+        seed: of the subset.
     """
     choose = None if subset is None else functools.partial(choose_ids, count=subset, seed=seed)
-    return coco.read(path, widened(images, *IMAGE_FOLDERS), names=NAMES, choose=choose)
+    return coco.read(path, add_folders(images, *IMAGE_FOLDERS), names=NAMES, choose=choose)
 
 
 def choose_ids(ids: Iterable[Any], *, count: int, seed: int) -> set:
-    """The `count` ids whose hashes with the seed are the smallest; all, if there are fewer."""
+    """Return the `count` ids with the smallest hashes of (seed, id), or all if there are fewer."""
     ids = list(ids)
-    keys = np.array([_key(image_id, seed) for image_id in ids], np.uint64)
-    return {ids[i] for i in np.argsort(keys, kind="stable")[:count].tolist()}
+    hashes = np.array([_hash(image_id, seed) for image_id in ids], np.uint64)
+    return {ids[i] for i in np.argsort(hashes, kind="stable")[:count].tolist()}
 
 
-def _key(image_id: Any, seed: int) -> int:
+def _hash(image_id: Any, seed: int) -> int:
     digest = hashlib.blake2b(f"{seed}:{image_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")

@@ -1,8 +1,8 @@
-"""The 13 sets of Object Detection in the Wild, COCO format in the layout that GLIP publishes.
+"""Read the 13 sets of Object Detection in the Wild: COCO format, in the layout that GLIP publishes.
 
-ROOT/DIRECTORY/{train,valid,test}/annotations_without_background.json with the pictures beside it:
-Roboflow exports from which the empty category 0 was taken away. Paths, names and prompts are those
-of GLIP's configs/odinw_35.
+The files are ROOT/DIRECTORY/{train,valid,test}/annotations_without_background.json, with the images
+next to them: Roboflow exports without the empty category 0. Paths, names and prompts are those of
+GLIP's configs/odinw_35.
 """
 
 import dataclasses
@@ -10,34 +10,33 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from detclipv2_jax.common.atomic import replacing
+from detclipv2_jax.common.atomic import write_text
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.json_stream import read_json
 from detclipv2_jax.data.prepare.examples import Archive, ImageFolder
 from detclipv2_jax.data.prepare.sources import coco
-from detclipv2_jax.data.prepare.sources.entries import BROKEN, problem
+from detclipv2_jax.data.prepare.sources.entries import MALFORMED, describe
 
 SPLITS = ("train", "valid", "test")
 _FILE = "annotations_without_background.json"
 
 
-def _none() -> Mapping[str, str]:
-    return dataclasses.field(default_factory=dict)
-
-
 @dataclasses.dataclass(frozen=True)
 class OdinwSet:
-    """One of the sets; `directory` is its place under the root."""
+    """One of the 13 sets."""
 
     name: str
-    directory: str
-    evaluation: str = "valid/" + _FILE  # what GLIP measures zero-shot detection on
-    files: Mapping[str, str] = _none()  # splits that lie elsewhere than SPLIT/_FILE
-    names: Mapping[str, str] = _none()  # the benchmark's names, by the file's in lower case
-    prompts: Mapping[str, str] = _none()  # GLIP's prompt for a name, where it is not the name
+    directory: str  # relative to the root
+    evaluation: str = "valid/" + _FILE  # on which GLIP measures zero-shot detection
+    # Split -> its file, where that is not SPLIT/_FILE.
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # Name in the file, in lower case -> the benchmark's name.
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # Name -> GLIP's prompt, where that is not the name.
+    prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def annotation_file(self, split: str) -> str:
-        """The file of "train", "valid" or "test", relative to the set's directory."""
+        """Return the file of a split (one of SPLITS), relative to the set's directory."""
         return self.files.get(split, f"{split}/{_FILE}")
 
 
@@ -65,7 +64,7 @@ SETS = (
         names={"cow": "flat mushroom", "chanterelle": "yellow mushroom"},
     ),
     OdinwSet("Packages", "Packages/Raw", prompts={"package": "there is a package on the porch"}),
-    # It has no test split: GLIP names valid for both.
+    # It has no test split; GLIP uses valid for both.
     OdinwSet("PascalVOC", "PascalVOC", files={"test": "valid/" + _FILE}),
     OdinwSet(
         "pistols",
@@ -86,36 +85,38 @@ SETS = (
 
 
 def find(name: str) -> OdinwSet:
-    """The set of a name; `UserError` where there is none."""
+    """Return the set of a name (case is ignored); `UserError` if there is none."""
     for one in SETS:
         if one.name.lower() == name.lower():
             return one
-    raise UserError(f"{name}: no such set; ODinW's are {', '.join(one.name for one in SETS)}")
+    raise UserError(f"{name}: not a set of ODinW. Use one of {', '.join(s.name for s in SETS)}.")
 
 
 def set_of(path: str | Path) -> OdinwSet | None:
-    """The set that a file belongs to by the folders it is in; None if to none."""
+    """Return the set whose directory a file is in, or None."""
     place = Path(path).absolute().as_posix()
     return next((one for one in SETS if f"/{one.directory}/" in place), None)
 
 
 def training_files(root: Path) -> list[Path]:
-    """The training annotations of those sets that are there."""
+    """Return the training annotations of the sets that exist under `root`."""
     files = [root / one.directory / one.annotation_file("train") for one in SETS]
     return [path for path in files if path.is_file()]
 
 
 def read(path: str | Path, images: ImageFolder) -> Archive:
-    """Open a file of a set: detection examples with the benchmark's names; see `coco.read`."""
-    one, beside = set_of(path), ImageFolder(Path(path).parent, *images.roots)
-    return coco.read(path, beside, names=one.names if one else None)
+    """Open a file of a set: detection examples with the benchmark's names (see `coco.read`)."""
+    one, folder = set_of(path), ImageFolder(Path(path).parent, *images.roots)
+    return coco.read(path, folder, names=one.names if one else None)
 
 
 def write_evaluation(root: str | Path, to: str | Path) -> dict[str, Path]:
-    """Write the file to evaluate each set on, as TO/NAME.json; returns them by the sets' names.
+    """Write the evaluation file of each set, as TO/NAME.json, and return their paths by set name.
 
-    They have the benchmark's names, and where each picture is on this machine. `UserError` where a
-    set is missing or broken.
+    The files have the benchmark's names and the absolute paths of the images.
+
+    Raises:
+        UserError: a set is missing or damaged.
     """
     files = {}
     for one in SETS:
@@ -126,9 +127,8 @@ def write_evaluation(root: str | Path, to: str | Path) -> dict[str, Path]:
                 entry["file_name"] = str(path.parent.absolute() / entry["file_name"])
             for category in content["categories"]:
                 category["name"] = one.names.get(category["name"].lower(), category["name"])
-        except BROKEN as error:
-            raise UserError(f"{path}: {problem(error)}; unpack ODinW's sets anew") from error
+        except MALFORMED as error:
+            raise UserError(f"{path}: {describe(error)}. Unpack ODinW again.") from error
         files[one.name] = Path(to) / f"{one.name}.json"
-        with replacing(files[one.name]) as temporary:
-            temporary.write_text(json.dumps(content), encoding="utf-8")
+        write_text(files[one.name], json.dumps(content))
     return files

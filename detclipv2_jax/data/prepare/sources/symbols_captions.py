@@ -1,4 +1,4 @@
-"""Sentences about a scene of symbols, with the span of every phrase and the boxes it owns."""
+"""Write captions for a scene of symbols, with the span and the objects of every phrase."""
 
 import dataclasses
 import re
@@ -15,16 +15,16 @@ _NEXT = 16.0  # pixels between two symbols that are "next to" each other
 
 @dataclasses.dataclass(frozen=True)
 class Mention:
-    """Objects of one name that a phrase speaks of together; `color` only if it is named."""
+    """Objects of one symbol that a single phrase names."""
 
-    symbol: int
-    color: str | None
-    members: tuple[int, ...]  # positions in `Scene.objects`: all that the phrase fits
+    symbol: int  # position in `load_symbols()`
+    color: str | None  # None: the phrase does not name the color
+    members: tuple[int, ...]  # positions in `Scene.objects` of all objects that the phrase fits
 
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-    """A sentence; `spans[i]` is the [start, end) of the characters that say `mentions[i]`."""
+    """A caption; `spans[i]` is the range [start, end) of the characters of `mentions[i]`."""
 
     text: str
     mentions: tuple[Mention, ...]
@@ -34,14 +34,14 @@ class Caption:
 def mentions_of(
     rng: np.random.Generator, objects: Sequence[Placed], color_share: float
 ) -> list[Mention]:
-    """All objects as mentions in random order, each object in exactly one.
+    """Group all objects into mentions, in random order; each object is in exactly one.
 
-    Equal symbols of one color stay together and are called by it in `color_share` of the cases;
-    those of several colors are named together without, or apart by their colors.
+    With probability `color_share` the objects of one symbol get one mention per color, which names
+    the color. Otherwise they share one mention without color.
     """
     mentions = []
-    for symbol in dict.fromkeys(thing.symbol for thing in objects):
-        members = [i for i, thing in enumerate(objects) if thing.symbol == symbol]
+    for symbol in dict.fromkeys(placed.symbol for placed in objects):
+        members = [i for i, placed in enumerate(objects) if placed.symbol == symbol]
         colors = list(dict.fromkeys(objects[i].color for i in members))
         if rng.random() < color_share:
             for color in colors:
@@ -53,7 +53,7 @@ def mentions_of(
 
 
 def phrase(mention: Mention, article: str) -> str:
-    """ "a red anchor", "the red anchor", "two umbrellas"; `article` is "a", "the" or "" (none)."""
+    """Return "a red anchor", "the red anchor" or "two umbrellas"; `article`: "a", "the" or ""."""
     symbol = load_symbols()[mention.symbol]
     count = len(mention.members)
     words = ([mention.color] if mention.color else []) + [
@@ -61,14 +61,14 @@ def phrase(mention: Mention, article: str) -> str:
     ]
     if count > 1:
         words.insert(0, _NUMBERS[count] if count < len(_NUMBERS) else str(count))
-    elif article and symbol.name != "scissors":  # a plural in itself
+    elif article and symbol.name != "scissors":  # always plural
         an = article == "a" and _AN.match(words[0])
         words.insert(0, "an" if an else article)
     return " ".join(words)
 
 
 def relation(first: Mention, second: Mention, objects: Sequence[Placed]) -> list[str]:
-    """Every relation that holds between all members of `first` and all of `second`."""
+    """Return every relation that holds between all members of `first` and all of `second`."""
     a, b = _hull(first, objects), _hull(second, objects)
     found = []
     if a[2] <= b[0]:
@@ -91,7 +91,7 @@ def _hull(mention: Mention, objects: Sequence[Placed]) -> tuple[float, float, fl
     return float(low[0]), float(low[1]), float(high[0]), float(high[1])
 
 
-# A sentence under construction: words, and (mention, article) where a phrase belongs.
+# A caption under construction: words, and (mention, article) in the place of each phrase.
 _Pieces = list[str | tuple[Mention, str]]
 
 
@@ -120,7 +120,7 @@ def _assemble(pieces: _Pieces, capital: bool) -> Caption:
 
 
 def _related(rng: np.random.Generator, scene: Scene, mentions: list[Mention]) -> _Pieces | None:
-    """ "the red anchor left of two umbrellas with a sun"; None where no relation holds."""
+    """Return "the red anchor left of two umbrellas, with a sun"; None if no relation holds."""
     for i, j in rng.permutation(
         [(i, j) for i in range(len(mentions)) for j in range(len(mentions))]
     ):
@@ -135,12 +135,12 @@ def _related(rng: np.random.Generator, scene: Scene, mentions: list[Mention]) ->
 
 
 def _ground(rng: np.random.Generator, scene: Scene) -> str:
-    """ " on a striped background": the background in words."""
+    """Return " on a striped background": the background in words."""
     return f" on a {scene.background} {('background', 'ground')[rng.integers(2)]}"
 
 
 def grounded_caption(rng: np.random.Generator, scene: Scene, color_share: float) -> Caption:
-    """A sentence that mentions every object of the scene, for phrase grounding."""
+    """Return a caption that mentions every object of the scene, for phrase grounding."""
     mentions = mentions_of(rng, scene.objects, color_share)
     style = rng.random()
     if style < 0.5 and (related := _related(rng, scene, mentions)):
@@ -156,7 +156,7 @@ def grounded_caption(rng: np.random.Generator, scene: Scene, color_share: float)
 
 
 def image_caption(rng: np.random.Generator, scene: Scene, color_share: float) -> Caption:
-    """A sentence or an alt text as people put beside pictures; it mentions every object."""
+    """Return a caption or alt text in the style of the web; it mentions every object."""
     mentions = mentions_of(rng, scene.objects, color_share)
     listing = _listing(mentions, "a")
     style = rng.random()

@@ -1,7 +1,7 @@
-"""The pictures of the built-in data: which symbols there are, and how one scene of them is drawn.
+"""Draw the images of the built-in data: symbols, backgrounds and scenes.
 
-A symbol is a pictograph of DejaVu Sans, the font that matplotlib ships. A scene is a soft
-background with colored, scaled and rotated symbols on it; it knows the tight box of each.
+A symbol is a pictograph of DejaVu Sans, the font that matplotlib ships. A scene is a background
+with colored, scaled and rotated symbols on it, and the tight box of each.
 """
 
 import csv
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from detclipv2_jax.common.errors import UserError
 
-# Named colors, far enough apart that a person agrees with the name.
+# Named colors, different enough that people agree with the names.
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 30, 38),
     "blue": (28, 78, 216),
@@ -31,8 +31,8 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "brown": (118, 68, 24),
     "cyan": (16, 192, 216),
 }
-# What a background starts from: six light, three middling, six dark tones, so that every color has
-# grounds to stand out from (white and cyan need dark ones).
+# Base tones of backgrounds: six light, three medium and six dark ones, so that every color stands
+# out from some of them (white and cyan need dark ones).
 TONES: tuple[tuple[int, int, int], ...] = (
     *((242, 238, 226), (222, 232, 242), (226, 240, 222), (244, 226, 230), (236, 236, 236)),
     (240, 232, 208),
@@ -40,18 +40,20 @@ TONES: tuple[tuple[int, int, int], ...] = (
     *((58, 62, 74), (72, 54, 60), (42, 66, 60), (52, 48, 76), (48, 48, 48), (70, 62, 44)),
 )
 BACKGROUNDS = ("plain", "gradient", "striped", "checked", "speckled", "blotchy")
-# Between a symbol and both tones of its background, in CIELAB units: distance and lightness alone.
+# Least difference between a symbol and both tones of its background, in CIELAB units: distance,
+# and difference in lightness alone.
 MIN_CONTRAST, MIN_LIGHTNESS = 40.0, 18.0
 
-_MASTER = 192  # long side in pixels of the drawing that all sizes of a symbol are made from
-_THIN = 0.055  # strokes thinner than this share of the long side are thickened ...
-_MAX_STROKE = 3  # ... by at most so many pixels of the master a side, or inner detail would clog
-_INK = 64  # alpha from which a pixel counts as the symbol's own (of 255)
+_MASTER = 192  # pixels; long side of the mask from which all sizes of a symbol are resampled
+_THIN = 0.055  # strokes thinner than this share of the long side are thickened
+# Most pixels of the master mask that are added on each side of a stroke; more would hide detail.
+_MAX_STROKE = 3
+_INK = 64  # a pixel with at least this alpha (of 255) belongs to the symbol
 
 
 @dataclasses.dataclass(frozen=True)
 class Symbol:
-    """One pictograph; `name` is a lowercase singular noun, unique among the symbols."""
+    """One pictograph; `name` is a unique lower-case singular noun."""
 
     codepoint: int
     name: str
@@ -60,43 +62,43 @@ class Symbol:
 
     @property
     def character(self) -> str:
-        """The pictograph itself, as text."""
+        """The pictograph as text."""
         return chr(self.codepoint)
 
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """A symbol in a scene. `box` is the tight xyxy of its ink in pixels of the picture."""
+    """A symbol in a scene."""
 
     symbol: int  # position in `load_symbols()`
-    color: str
-    box: tuple[float, float, float, float]
+    color: str  # a key of COLORS
+    box: tuple[float, float, float, float]  # tight (x_min, y_min, x_max, y_max) in pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a picture shows: sizes in pixels, `background` one of `BACKGROUNDS`."""
+    """What an image shows."""
 
-    height: int
+    height: int  # pixels
     width: int
-    background: str
+    background: str  # one of BACKGROUNDS
     objects: tuple[Placed, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class SceneStyle:
-    """How scenes of one kind look. Lengths in pixels, `rotation` in degrees either way."""
+    """How scenes of one kind look; see `SymbolsOptions` for the fields."""
 
-    objects: tuple[int, int]
-    size: tuple[float, float]
-    rotation: float
+    objects: tuple[int, int]  # fewest and most
+    size: tuple[float, float]  # smallest and largest long side of a symbol, in pixels
+    rotation: float  # degrees, in both directions
     overlap: float
     difficulty: float
 
 
 @functools.cache
 def load_symbols() -> tuple[Symbol, ...]:
-    """All symbols, in the order of the asset `symbols.csv`."""
+    """Return all symbols in the order of `symbols.csv`."""
     path = Path(__file__).with_name("symbols.csv")
     with path.open(encoding="utf-8", newline="") as lines:
         return tuple(
@@ -111,7 +113,7 @@ def load_symbols() -> tuple[Symbol, ...]:
 
 
 def plural(name: str) -> str:
-    """The regular English plural of a noun phrase."""
+    """Return the regular English plural of a noun phrase."""
     if name.endswith(("s", "x", "ch", "sh", "z")):
         return name + "es"
     if name.endswith("y") and name[-2] not in "aeiou":
@@ -120,10 +122,10 @@ def plural(name: str) -> str:
 
 
 def novel_symbols(symbols: tuple[Symbol, ...], count: int, seed: int) -> frozenset[int]:
-    """Positions of the `count` symbols that never get a training box.
+    """Return the positions of the `count` symbols that never have a training box.
 
-    Every family gives its share: each symbol gets a random place in (0, 1) such that the members of
-    a family lie evenly, and the first `count` places of all are novel.
+    Each family contributes its share: every symbol gets a random place in (0, 1), evenly spread
+    within its family, and the symbols with the `count` smallest places are novel.
     """
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
     places = np.empty(len(symbols))
@@ -134,19 +136,19 @@ def novel_symbols(symbols: tuple[Symbol, ...], count: int, seed: int) -> frozens
 
 
 def font_path() -> Path:
-    """Where matplotlib keeps DejaVu Sans; raises `UserError` where it is not installed."""
-    spec = importlib.util.find_spec("matplotlib")  # importing it would cost half a second a process
+    """Return the path of matplotlib's DejaVu Sans; `UserError` if matplotlib is not installed."""
+    spec = importlib.util.find_spec("matplotlib")  # importing it takes half a second per process
     if spec is None or spec.origin is None:
         raise UserError(
-            "The symbols are drawn with the font that matplotlib ships, and matplotlib is not "
-            "installed: run `pip install matplotlib`."
+            "symbols: they are drawn with the font that matplotlib ships, and matplotlib is not "
+            "installed. Run `pip install matplotlib`."
         )
     return Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
 
 
 @functools.lru_cache(maxsize=512)
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    # The basic layout engine needs no libraqm, so all machines draw alike.
+    # The basic layout engine does not need libraqm, so all machines draw the same.
     return ImageFont.truetype(str(font_path()), size, layout_engine=ImageFont.Layout.BASIC)
 
 
@@ -162,14 +164,14 @@ def _ink(character: str, size: int, stroke: int = 0) -> Image.Image:
 
 @functools.cache
 def master(character: str) -> Image.Image:
-    """The symbol's alpha mask, long side `_MASTER` pixels, hairlines thickened."""
+    """Return a symbol's alpha mask with a long side of `_MASTER` pixels, thin strokes thickened."""
     probe = _ink(character, 256)
     size = max(8, round(256 * _MASTER / max(probe.size)))
     image = _ink(character, size)
     solid = np.asarray(image) >= 128
     padded = np.pad(solid, 1)
     inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    # A stroke of thickness t and length n has t*n pixels, 2n of them on its edges.
+    # A stroke of thickness t and length n has t*n pixels, 2n of which are on its edges.
     thickness = 2 * solid.sum() / max(1, (solid & ~inner).sum())
     stroke = min(_MAX_STROKE, math.ceil((_THIN * _MASTER - thickness) / 2))
     if stroke > 0:
@@ -179,9 +181,10 @@ def master(character: str) -> Image.Image:
 
 
 def draw_symbol(character: str, size: float, angle: float) -> Image.Image:
-    """Alpha mask of a symbol, cropped to its ink: long side `size` pixels before the rotation.
+    """Return the alpha mask of a symbol, cropped; its long side is `size` pixels before rotation.
 
-    Drawn at twice the size and halved, so that the rotation leaves no jagged edge.
+    `angle` is in degrees. The mask is drawn at twice the size and reduced, so that rotation leaves
+    no jagged edges.
     """
     full = master(character)
     scale = 2 * size / max(full.size)
@@ -211,9 +214,9 @@ def _lab(rgb: np.ndarray) -> np.ndarray:
 
 
 def readable_colors(tones: Float[np.ndarray, "n 3"]) -> list[str]:
-    """Names of the colors that stand out from every tone (sRGB); the best one, at worst.
+    """Return the names of the colors that stand out from every tone (sRGB), at least the best one.
 
-    Lightness must differ by itself too, because fine detail is seen by lightness.
+    Lightness must differ too, because fine detail is seen by lightness.
     """
     palette = _lab_palette()
     difference = np.abs(palette[:, None] - _lab(np.asarray(tones, float))[None])
@@ -227,7 +230,7 @@ def readable_colors(tones: Float[np.ndarray, "n 3"]) -> list[str]:
 def _pattern(
     rng: np.random.Generator, kind: str, height: int, width: int
 ) -> Float[np.ndarray, "h w"]:
-    """How much of the second tone each pixel has, 0..1."""
+    """Return the share of the second tone in each pixel, 0 to 1."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     angle, period = rng.uniform(0, np.pi), rng.uniform(8, 26)
     u = x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle))
@@ -251,9 +254,9 @@ def _pattern(
 def draw_background(
     rng: np.random.Generator, kind: str, height: int, width: int, difficulty: float
 ) -> tuple[Image.Image, Float[np.ndarray, "2 3"]]:
-    """A picture without symbols, and its two tones (sRGB) between which all its pixels lie."""
+    """Return an image without symbols and its two tones (sRGB); all pixels are between them."""
     first = np.array(TONES[rng.integers(len(TONES))], float)
-    # Away from the nearer end of the scale, a little off in hue: soft at 0, garish at 1.
+    # Darker or lighter, away from the nearer end of the scale, with a small change of hue.
     step = (16 + 64 * difficulty) * (1 if first.mean() < 128 else -1)
     second = np.clip(first + step + rng.uniform(-12, 12, 3), 0, 255)
     tones = np.rint([first, first if kind == "plain" else second])
@@ -269,7 +272,17 @@ def _cast(
     colors: list[str],
     first: int | None,
 ) -> list[tuple[int, str]]:
-    """Draws `count` (symbol, color): some symbols twice or thrice, half of those in one color."""
+    """Draw `count` (symbol, color) pairs.
+
+    Some symbols appear two or three times, and more than half of those in one color.
+
+    Args:
+        rng: random generator.
+        chances: probability of each symbol, up to a factor.
+        count: number of pairs.
+        colors: to choose from.
+        first: symbol of the first pair; None: drawn like the others.
+    """
     cumulative = np.cumsum(chances)
     chosen: list[tuple[int, str]] = []
     while len(chosen) < count:
@@ -278,7 +291,7 @@ def _cast(
             symbol = first
         if any(symbol == other for other, _ in chosen):
             if np.count_nonzero(chances) <= len({other for other, _ in chosen}):
-                break  # a world with fewer symbols than places
+                break  # all symbols of the world are used
             continue
         copies = 1 if rng.random() < 0.78 else int(rng.integers(2, 4))
         shared = rng.random() < 0.6
@@ -289,7 +302,7 @@ def _cast(
 
 
 def _overlaps(box: tuple[float, ...], others: list[Placed], limit: float) -> bool:
-    """Whether `box` and another share more than `limit` of the smaller one's area."""
+    """Return whether `box` and another box share more than `limit` of the smaller one's area."""
     area = (box[2] - box[0]) * (box[3] - box[1])
     for other in others:
         x0, y0, x1, y1 = other.box
@@ -309,10 +322,20 @@ def draw_scene(
     style: SceneStyle,
     first: int | None = None,
 ) -> tuple[Scene, Image.Image]:
-    """Draws one scene of `height` x `width` pixels; symbol i is as likely as `chances[i]` says.
+    """Draw one scene.
 
-    Symbol `first`, if given, is there in any case. Returns what the scene shows and the RGB
-    picture. A symbol that finds no room is left out; the first always finds some.
+    A symbol that does not fit is left out; the first one always fits.
+
+    Args:
+        rng: random generator.
+        chances: probability of each symbol, up to a factor.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        style: of the scene.
+        first: symbol that must be in the scene, if any.
+
+    Returns:
+        The scene and its RGB image.
     """
     symbols = load_symbols()
     background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
@@ -341,6 +364,7 @@ def _find_room(
     placed: list[Placed],
     overlap: float,
 ) -> tuple[float, float, float, float] | None:
+    """Return a random box of `size` (width, height) on a canvas (height, width), or None."""
     w, h = size
     height, width = canvas
     if w > width or h > height:
