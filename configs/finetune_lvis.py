@@ -10,8 +10,8 @@ CPU cores: it trains runs/quickstart for another epoch on the boxes of `symbols`
 the workdir of a run or an exported safetensors file.
 
 A share of the pre-training data is rehearsed [ours]; kinds that are not prepared under `data/` are
-skipped. Minival is measured before training, which is zero-shot, and after it. To measure what
-remains of the zero-shot ability, name a set whose names LVIS lacks:
+skipped. Minival is evaluated before training (zero-shot) and after it. To measure how much of the
+zero-shot ability remains, name a set whose names LVIS lacks:
 `--config.eval.zero_shot=FILE --config.eval.zero_shot_images=DIR`.
 """
 

@@ -82,8 +82,8 @@ def swin_l() -> ConfigDict:
 def nano() -> ConfigDict:
     """Nano: the built-in data on two CPU cores, with every part of the model at a small size.
 
-    Its towers have no pretrained weights. What that changes is explained in
-    docs/paper_vs_ours.md, "nano starts from noise". All values are ours.
+    Its towers start without pretrained weights; docs/paper_vs_ours.md explains what that changes.
+    All values are ours.
     """
     config = swin_t()
     config.model = ConfigDict(sizes.NANO.to_dict())

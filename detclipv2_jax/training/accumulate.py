@@ -94,7 +94,7 @@ def loss_and_gradient(
 
 
 class _Images(NamedTuple):
-    """What the image tower reads, images first."""
+    """Inputs of the image tower, with the images along the first axis."""
 
     pixels: UInt8[Array, "B H W 3"]
     drop_path_factors: Float[Array, "B N 2"] | None
@@ -108,7 +108,7 @@ class _Images(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What is the same for all micro-batches and static for the compiler."""
+    """Settings that are the same for all micro-batches, and static for the compiler."""
 
     graphdef: Any
     config: LossConfig
@@ -131,7 +131,7 @@ class _Accumulated(NamedTuple):
 
 
 class _Annotations(NamedTuple):
-    """What the assignment reads of images."""
+    """Inputs of the assignment."""
 
     sizes: Int[Array, "B 2"]
     boxes: Float[Array, "B N 4"]
@@ -144,7 +144,7 @@ class _AssignedImages(NamedTuple):
 
 
 class _Fixed(NamedTuple):
-    """What the dense loss of every micro-batch needs of the whole batch."""
+    """Inputs of the dense loss that are the same for all micro-batches, without gradient."""
 
     divisors: objective.Normalizers
     token_mask: Bool[Array, " M"]
@@ -210,7 +210,7 @@ def _image_text(
 ) -> _Accumulated:
     """Return the image-text loss of a batch, in which every text is compared with every image.
 
-    The loss is no sum over images, so the chain rule is applied in two passes, as in GradCache
+    The loss is not a sum over images, so the chain rule is applied in two passes, as in GradCache
     (Gao et al., RepL4NLP 2021). With F(θ), the features of the selected regions of all images:
 
         1. F, without gradient, micro-batch by micro-batch
@@ -283,7 +283,7 @@ def map_micro_batches(
 
     Args:
       fn: returns arrays whose first axis is that of the micro-batch.
-      shared: what every micro-batch needs; every device holds all of it.
+      shared: further input, the same for all micro-batches; every device holds all of it.
       images: arrays whose first axis is split over all devices, and there into micro-batches.
       micro_batches: their number on each device; they are computed one after another.
       mesh: the devices; None for one.
@@ -311,8 +311,8 @@ def sum_micro_batches(
 
     Args:
       fn: the loss of a micro-batch.
-      learned: what the gradient is taken by; every device holds all of it.
-      fixed: what every micro-batch needs without gradient; every device holds all of it.
+      learned: the variables of the gradient; every device holds all of them.
+      fixed: further input without gradient; every device holds all of it.
       images: as for `map_micro_batches`, and so are the other arguments.
     """
 

@@ -126,7 +126,7 @@ def encode_concepts(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """What each anchor of a detection or grounding batch should predict."""
+    """Training targets of the anchors of a detection or grounding batch."""
 
     positive: Bool[Array, "B K"]  # matched with a box
     label: Int[Array, "B K"]  # the concept's row of the step's table; -1: none
@@ -178,7 +178,7 @@ def assign_targets(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Normalizers:
-    """What the sums of a global batch's losses are divided by, as in ATSS."""
+    """Divisors of the loss sums of a global batch, as in ATSS."""
 
     centerness: Float[Array, ""]  # sum of the centerness targets: for L_box
     positives: Float[Array, ""]  # number of positive anchors: for L_align and L_ctr

@@ -87,7 +87,7 @@ class Updated(NamedTuple):
 
 
 class _Scalars(NamedTuple):
-    """What is the same for all parameters in a step."""
+    """The scalars of a step, the same for all parameters."""
 
     clip: Float[Array, ""]  # factor on the gradient
     ema_rate: Float[Array, ""]  # 1 - decay of the moving average

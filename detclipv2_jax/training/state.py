@@ -14,7 +14,7 @@ from detclipv2_jax.training.spikes import UsualNorms
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a checkpoint stores of a run.
+    """The state of a run, as a checkpoint stores it.
 
     The data needs nothing stored: it is a function of the config's seed and `step`.
     """

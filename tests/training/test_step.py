@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -103,3 +104,17 @@ def test_four_devices_compute_what_one_computes(kind, mesh):
     jax.tree.map(close, one.moments.mean, four.moments.mean)
     split = {leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(four.ema)}
     assert split == ({True} if mesh[1] == 1 else {True, False})
+
+
+SCOPES = {
+    "detection": ("assignment", "alignment_loss", "box_loss", "centerness_loss"),
+    "image_text": ("select_regions", "word_region_similarity", "contrastive_loss"),
+}
+
+
+@pytest.mark.parametrize("kind", SCOPES)
+def test_the_stages_of_a_step_are_named_in_a_profile(kind):
+    fn, start = _train_step()
+    program = jax.jit(fn).lower(start, make_batch(kind)).as_text(debug_info=True)
+    for scope in (*SCOPES[kind], "encode_concepts", "optimizer", "moving_average"):
+        assert re.search(rf'loc\("[^"]*\b{scope}\b', program), scope
