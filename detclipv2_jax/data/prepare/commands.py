@@ -1,0 +1,174 @@
+"""The commands of `detclip prepare`: prepare an archive, a folder of your own, the built-in data.
+
+Each function prints what it did. All raise `UserError` for what the user can fix.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.data.index import KINDS
+from detclipv2_jax.data.prepare import registry
+from detclipv2_jax.data.prepare.examples import ImageFolder
+from detclipv2_jax.data.prepare.options import PrepareOptions
+from detclipv2_jax.data.prepare.prepare import format_report, prepare, remove_leftovers
+from detclipv2_jax.data.prepare.registry import ArchiveSource
+from detclipv2_jax.data.prepare.sources import lvis, symbols
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where a source is written, and how."""
+
+    to: Path  # directory of the source, or of several sources
+    name: str | None = None  # of the source; None: the last part of `to`
+    overwrite: bool = False  # replace a source that was made from other inputs
+    options: PrepareOptions = PrepareOptions()
+
+
+def prepare_archive(
+    source: ArchiveSource,
+    origin: Path,
+    target: Target,
+    *,
+    annotations: Sequence[Path] | None = None,
+    images: Path | None = None,
+    reader_options: Mapping[str, Any] | None = None,
+) -> None:
+    """Prepare a published archive as one source.
+
+    Args:
+        source: one of `registry.SOURCES`.
+        origin: folder of the archive.
+        target: where to write.
+        annotations: annotation files; None: those that are found in `origin`.
+        images: folder of the images; None: `origin`/images, then `origin`.
+        reader_options: options of `source.read`.
+    """
+    files = annotations or source.files(origin)
+    name = target.name or target.to.name
+    target = dataclasses.replace(target, name=name)
+    _prepare_files(source, files, origin, target, images=images, reader_options=reader_options)
+
+
+def prepare_folder(
+    origin: Path,
+    target: Target,
+    *,
+    annotations: Mapping[str, Sequence[Path]] | None = None,
+    images: Path | None = None,
+) -> None:
+    """Prepare each kind of data that a folder has, as TO/KIND.
+
+    Args:
+        origin: the folder.
+        target: where to write.
+        annotations: annotation files by kind; if any are named, only these are prepared.
+        images: folder of the images; None: `origin`/images, then `origin`.
+    """
+    files = annotations or registry.discover_and_report(origin)
+    if not files:
+        raise UserError(
+            f"{origin}: no annotation file for training here or in annotations/. Name one with "
+            "--detection=FILE, --grounding=FILE or --image_text=FILE."
+        )
+    for kind in KINDS:
+        if kind in files:
+            source = registry.OF_KIND[kind]
+            _prepare_files(source, files[kind], origin, _of_kind(target, kind), images=images)
+        else:
+            print(f"{kind}: no annotation file in {origin}")
+
+
+def prepare_symbols(target: Target, *, seed: int, settings: Sequence[str]) -> None:
+    """Draw the built-in data as archives in TO/archives, and prepare each kind as TO/KIND.
+
+    Args:
+        target: where to write.
+        seed: of the scenes.
+        settings: "NAME=VALUE" of fields of `SymbolsOptions`.
+    """
+    options, archives = parse_symbols_options(settings), target.to / "archives"
+    archives.parent.mkdir(parents=True, exist_ok=True)
+    symbols.generate(archives, seed=seed, processes=target.options.jobs, options=options)
+    files = {
+        "detection": "detection_train.json",
+        "grounding": "grounding_train.json",
+        "image_text": "image_text_train.jsonl",
+    }
+    for kind, file in files.items():
+        path = archives / "annotations" / file
+        _prepare_files(registry.OF_KIND[kind], [path], archives, _of_kind(target, kind))
+
+
+def parse_symbols_options(settings: Sequence[str]) -> symbols.SymbolsOptions:
+    """Return the SymbolsOptions of "NAME=VALUE" settings; a pair is written 24,64."""
+    defaults, chosen = dataclasses.asdict(symbols.SymbolsOptions()), {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if name not in defaults:
+            raise UserError(
+                f"--option={setting}: unknown option. Use one of {', '.join(defaults)}."
+            )
+        default = defaults[name]
+        try:
+            if isinstance(default, tuple):
+                first, second = value.strip("()").split(",")
+                chosen[name] = (type(default[0])(first), type(default[0])(second))
+            else:
+                chosen[name] = type(default)(value)
+        except ValueError as error:
+            raise UserError(
+                f"--option={setting}: invalid value. Give one like the default, {default}."
+            ) from error
+    return symbols.SymbolsOptions(**chosen)
+
+
+def add_index(dataset: Path, *, split: str, jobs: int) -> None:
+    """Write the index of a dataset that TensorFlow Datasets built; see `tfds_index.add_index`."""
+    from detclipv2_jax.data.prepare import tfds_index
+
+    print(format_report(tfds_index.add_index(dataset, split=split, jobs=jobs)))
+
+
+def write_minival(val: Path, to: Path) -> None:
+    """Write LVIS minival, extracted from LVIS's val; see `lvis.write_minival`."""
+    print(f"{to}: {lvis.write_minival(val, to):,} images")
+
+
+def _of_kind(target: Target, kind: str) -> Target:
+    """Return the target of one kind out of several."""
+    name = f"{target.name or target.to.name}_{kind}"
+    return dataclasses.replace(target, to=target.to / kind, name=name)
+
+
+def _prepare_files(
+    source: ArchiveSource,
+    files: Sequence[Path],
+    origin: Path,
+    target: Target,
+    *,
+    images: Path | None = None,
+    reader_options: Mapping[str, Any] | None = None,
+) -> None:
+    """Prepare annotation files as one source, unless that was done before."""
+    if not origin.is_dir():
+        raise UserError(f"{origin}: no such directory. Check --from.")
+    # A file may be named by its path, or relative to the archive or its annotations/.
+    folders = (Path(), origin, origin / "annotations")
+    files = [next((f / file for f in folders if (f / file).exists()), file) for file in files]
+    kind, reader_options = source.kind, dict(reader_options or {})
+    folder = ImageFolder(images) if images else registry.image_folder(origin, kind)
+    inputs = registry.fingerprint(files, folder, target.options if kind == "image_text" else None)
+    if reader_options:
+        inputs["reader"] = {option: str(value) for option, value in reader_options.items()}
+    existing = registry.prepared_before(target.to, inputs, overwrite=target.overwrite)
+    if existing is not None:
+        remove_leftovers(target.to, inputs)
+        print(f"{target.to}: already prepared, {len(existing):,} records of {kind}")
+        return
+    archives = [source.read(path, folder, **reader_options) for path in files]
+    source = prepare(archives, target.to, name=target.name, inputs=inputs, options=target.options)
+    print(format_report(source))
