@@ -1,8 +1,8 @@
-"""ATSS against plain loops in float64.
+"""ATSS compared with plain loops in float64.
 
-Coordinates are multiples of 1/4 on a canvas of at most 256 pixels: distances are then exact in
-float32 too, so that equal distances tie on both sides. The loops refuse cases where a comparison of
-overlaps is closer than rounding can tell.
+Coordinates are multiples of 1/4 on a canvas of at most 256 pixels. Distances are then exact in
+float32 too, so that both sides see the same ties. The loops reject cases where two overlaps are so
+close that rounding decides.
 """
 
 import jax
@@ -22,7 +22,7 @@ jitted = jax.jit(lambda mask, boxes, box_mask: atss_assign(ANCHORS, mask, LEVELS
 
 
 def assign(boxes, mask=EVERYWHERE):
-    """The jitted function on boxes padded to BOXES, the padding filled with garbage."""
+    """Call the jitted function on boxes padded to BOXES; the padding holds arbitrary values."""
     boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
     padded = np.full((BOXES, 4), np.nan, np.float32)
     padded[len(boxes) :: 2] = [0, 0, 96, 96]
@@ -90,7 +90,7 @@ def test_crowd(seed):
     rng = np.random.default_rng(seed)
     boxes = np.round((np.array([40, 30, 80, 70]) + rng.normal(0, 4, (BOXES, 4))) * 4) / 4
     got = check(boxes)
-    # They fight for a few anchors: some of them get none.
+    # They compete for a few anchors, so that some boxes get none.
     assert 1 < len(set(got) - {-1}) < BOXES
 
 
@@ -99,7 +99,7 @@ def test_tiny_boxes():
     got = check(boxes)
     boxes[:4] = [[44, 44, 45, 45], [43.75, 43.75, 44.25, 44.25], [48, 48, 48.5, 48.5], [0, 0, 1, 1]]
     got = check(boxes)
-    # 44 is the center of an anchor of 64 pixels: a box of half a pixel around it gets that anchor.
+    # 44 is the center of an anchor of 64 pixels; a box of half a pixel around it gets that anchor.
     assert 1 in got and 2 not in got and 3 not in got
 
 
@@ -109,7 +109,7 @@ def test_huge_boxes():
     assert {0, 1} <= set(got)
 
 
-def test_duplicate_boxes_leave_all_to_the_first():
+def test_of_duplicate_boxes_the_first_gets_the_anchors():
     boxes = np.repeat(random_boxes(3, 4, 20, 60), 3, axis=0)
     got = check(boxes)
     assert set(got) <= {-1, 0, 3, 6, 9}
@@ -129,30 +129,30 @@ def test_no_boxes():
     assert got.shape == EVERYWHERE.shape and (np.asarray(got) == -1).all()
 
 
-def test_boxes_without_area_are_not_learnt():
+def test_boxes_without_area_get_no_anchor():
     assert (assign([[44, 44, 44, 44], [20, 30, 60, 30], [0, 0, 0, 0]]) == -1).all()
 
 
 @pytest.mark.parametrize("size", [(96, 60), (40, 128), (64, 52), (70, 70)])
-def test_only_anchors_on_the_picture_take_part(size):
+def test_only_anchors_inside_the_image_take_part(size):
     mask = np.asarray(anchors_inside(ANCHORS, np.array([size])))[0]
     boxes = random_boxes(5, BOXES, 4, min(size), *size)
     got = check(boxes, mask)
     assert (got[~mask] == -1).all() and (got >= 0).any()
-    # The mask matters: with all anchors, other ones would be taken.
+    # The mask matters: without it, other anchors are assigned.
     assert (got != assign(boxes)).any()
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_few_scattered_anchors(seed):
-    # Most levels have fewer than nine left, so that the nearest are filled up with masked ones.
+    # Most levels have fewer than nine anchors left, so that masked ones fill up the candidates.
     mask = np.random.default_rng(seed).random(len(ANCHORS)) < 0.03
     boxes = random_boxes(seed, BOXES, 20, 100)
     got = check(boxes, mask)
     assert (got >= 0).any() and (got[~mask] == -1).all()
 
 
-def test_a_lone_anchor_takes_its_box():
+def test_a_single_anchor_gets_its_box():
     mask = np.zeros_like(EVERYWHERE)
     mask[np.flatnonzero((ANCHORS == [12, 12, 76, 76]).all(axis=1))] = True
     assert mask.sum() == 1
@@ -160,12 +160,12 @@ def test_a_lone_anchor_takes_its_box():
     assert (got >= 0).sum() == 1
 
 
-def test_no_anchor_at_all():
+def test_no_anchors():
     assert (assign(random_boxes(0, 4, 10, 50), np.zeros_like(EVERYWHERE)) == -1).all()
 
 
 def test_equal_overlaps_pass_their_own_mean():
-    # Seven anchors of one level, all in a huge box: mean + 0 must not round above their overlap.
+    # Seven anchors of one level, all inside a huge box: mean + 0 must not exceed their overlap.
     x = 10 * np.arange(7, dtype=np.float32)
     anchors = np.stack([x, 0 * x, x + 7, 0 * x + 7], axis=1)
     run = jax.jit(lambda box: atss_assign(anchors, np.ones(7, bool), (7,), box, np.ones(1, bool)))
@@ -174,7 +174,7 @@ def test_equal_overlaps_pass_their_own_mean():
         assert (np.asarray(got) == 0).all()
 
 
-def test_a_center_must_lie_more_than_a_hundredth_inside():
+def test_a_center_must_be_more_than_a_hundredth_of_a_pixel_inside():
     anchors = np.array([[0, 0, 8, 8]], np.float32)  # its center is (4, 4)
     run = jax.jit(lambda box: atss_assign(anchors, np.ones(1, bool), (1,), box, np.ones(1, bool)))
     for edge, expected in [(4.0, -1), (4.009, -1), (4.02, 0), (3.0, -1)]:

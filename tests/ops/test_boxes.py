@@ -1,3 +1,5 @@
+"""Box operations compared with plain Python."""
+
 import math
 
 import jax
@@ -15,11 +17,11 @@ centerness_targets = jax.jit(ops.centerness_targets)
 
 
 def slope(function):
-    """Gradients of the sum of an elementwise function of two arrays."""
+    """Return the gradients of the sum of an elementwise function of two arrays."""
     return jax.jit(jax.grad(lambda a, b: function(a, b).sum(), (0, 1)))
 
 
-# Ordinary, contained, touching, disjoint, identical, without area, inside out.
+# Ordinary, contained, touching, disjoint, identical, without area, with negative sides.
 BOXES = np.array(
     [
         [0, 0, 10, 20],
@@ -83,7 +85,7 @@ def test_giou():
     assert min(expected) < -0.9 and max(expected) == 1
 
 
-def test_giou_gradient_against_differences():
+def test_giou_gradient_equals_finite_differences():
     rng = np.random.default_rng(0)
     corner, sides = rng.uniform(0, 50, (2, 40, 2)), rng.uniform(3, 40, (2, 40, 2))
     a, b = np.concatenate([corner, corner + sides], axis=-1)
@@ -103,11 +105,11 @@ def test_overlap_gradients_are_finite_for_degenerate_boxes():
             assert np.isfinite(gradient).all()
 
 
-def test_decode_against_loops():
+def test_decode_equals_plain_loops():
     rng = np.random.default_rng(1)
     anchors = ops.anchor_grid(64, 64, ops.AnchorConfig())
     deltas = rng.normal(0, 8, (len(anchors), 4)).astype(np.float32)
-    deltas[0] = [0, 0, 1e4, -1e4]  # clamped: growth by 1000 / 16, either way
+    deltas[0] = [0, 0, 1e4, -1e4]  # clamped to 1000 / 16 in both directions
     got = decode_deltas(anchors, deltas)
     limit = math.log(1000 / 16)
     for (x1, y1, x2, y2), (dx, dy, dw, dh), box in zip(anchors, deltas, np.asarray(got)):
@@ -121,7 +123,7 @@ def test_decode_against_loops():
     np.testing.assert_allclose(got[0, 3] - got[0, 1], 64 / 62.5, rtol=1e-4)
 
 
-def test_decode_keeps_float32_of_bfloat16_deltas():
+def test_decode_of_bfloat16_deltas_is_float32():
     anchors = ops.anchor_grid(32, 32, ops.AnchorConfig())
     deltas = np.ones((len(anchors), 4), jnp.bfloat16)
     got = decode_deltas(anchors, deltas)
@@ -173,7 +175,7 @@ def test_anchor_config_moves_and_scales():
 
 
 def test_level_sizes_match_a_pyramid_of_halvings():
-    # P6 and P7 are halved from P5 with the odd row kept: the sizes must come out the same.
+    # P6 and P7 are P5 halved once and twice, rounded up; level_sizes must give the same sizes.
     cfg = ops.AnchorConfig()
     for height, width in [(800, 1333), (33, 65), (1, 1), (511, 513)]:
         h, w = -(-height // 8), -(-width // 8)
@@ -190,7 +192,7 @@ def test_anchors_inside():
         for k, (x1, y1, x2, y2) in enumerate(anchors):
             assert got[b, k] == ((x1 + x2) / 2 < width and (y1 + y2) / 2 < height)
     assert not got[1].any() and got[0].sum() > got[2].sum() > 0
-    assert not got[4].any()  # a picture too small to hold a center
+    assert not got[4].any()  # an image too small to contain a center
 
 
 def test_centerness_targets():

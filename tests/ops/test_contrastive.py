@@ -1,4 +1,4 @@
-"""The contrastive loss and the proposals' scores against plain loops in float64."""
+"""The contrastive loss and the proposal scores compared with plain loops in float64."""
 
 import functools
 import itertools
@@ -29,7 +29,7 @@ def case(seed=0):
 
 
 def with_gaps(seed=0):
-    """An image without a region and another one without a text."""
+    """Return a case with an image without regions and another without a text."""
     regions, region_mask, areas, concepts, text_ids = case(seed)
     region_mask[1] = False
     text_ids[3] = -1
@@ -78,7 +78,7 @@ def float32(*arrays):
 
 
 def variant(direction="both", matching="max"):
-    """One config for each variant, no number its default, so that each compiles once for all."""
+    """Return one config per variant, so that each is compiled once; no number is the default."""
     return ops.ContrastiveConfig(
         direction, matching, 0.4, label_smoothing=0.2, soft_temperature=0.7
     )
@@ -101,7 +101,7 @@ def loss_and_gradients(cfg, arrays, scale, function=None):
 
 
 def check_differences(got, arrays, scale, cfg, indices):
-    """`got` = d loss / d (regions, concepts, scale) at a few places against central differences."""
+    """Compare d loss / d (regions, concepts, scale) with central differences at a few places."""
     arrays, step = list(arrays), 1e-5
     for which, array in ((0, arrays[0]), (1, arrays[3])):
         for flat in indices:
@@ -135,13 +135,13 @@ def test_blocks_change_nothing(matching, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, blocks)
 
 
-@pytest.mark.parametrize("regions_an_image", [1, 256, 257])
-def test_the_best_match_is_a_plain_maximum(regions_an_image):
-    """Values and gradients, also where the best region's number needs more than a byte."""
-    rng = np.random.default_rng(regions_an_image)
-    regions = rng.normal(size=(3, regions_an_image, 8)).astype(np.float32)
-    concepts = rng.normal(size=(150, 8)).astype(np.float32)  # more than a block
-    mask = rng.random((3, regions_an_image)) < 0.9
+@pytest.mark.parametrize("regions_per_image", [1, 256, 257])
+def test_the_best_match_equals_a_plain_maximum(regions_per_image):
+    """Values and gradients agree, also where a region's number needs more than a byte."""
+    rng = np.random.default_rng(regions_per_image)
+    regions = rng.normal(size=(3, regions_per_image, 8)).astype(np.float32)
+    concepts = rng.normal(size=(150, 8)).astype(np.float32)  # more than one block
+    mask = rng.random((3, regions_per_image)) < 0.9
     mask[0, 0], mask[2] = True, False
     pull = rng.normal(size=(150, 3)).astype(np.float32)
 
@@ -160,7 +160,7 @@ def test_the_best_match_is_a_plain_maximum(regions_an_image):
     assert not np.asarray(got[1])[2].any()
 
 
-def test_of_equal_regions_the_first_learns():
+def test_of_equal_regions_the_first_gets_the_gradient():
     regions = np.ones((1, 3, 2), np.float32)
     mask = np.array([[False, True, True]])
     run = jax.jit(jax.grad(lambda r: ops._best_matched(r, mask, np.ones((1, 2), np.float32)).sum()))
@@ -179,7 +179,7 @@ def test_similarity_of_images_with_other_texts():
     assert not got[1].any() and not got[:, 1].any() and got[0, 0] != 0
 
 
-def test_alike_images_cannot_be_told_apart():
+def test_identical_images_have_the_loss_of_a_random_guess():
     regions, mask, areas, concepts, ids = case()
     regions[:], mask[:] = regions[0], True
     cfg = variant("text_to_image")
@@ -211,14 +211,14 @@ def test_nothing_to_contrast(missing, matching):
         mask[1:] = False
     cfg = variant("both", matching)
     loss, gradients = loss_and_gradients(cfg, (regions, mask, areas, concepts, ids), 3.0)
-    # One image is its own only candidate: log 1, up to the rounding of its similarity.
+    # An image that is its only candidate has the loss log 1, up to rounding.
     tolerance = 1e-6 if missing == "all but one" else 0
     assert abs(loss) <= tolerance
     assert all((np.abs(g) <= tolerance).all() for g in gradients)
 
 
-def test_disjoint_halves_never_meet():
-    # Regions and texts present, but never in one image.
+def test_images_have_either_regions_or_a_text():
+    # There are regions and texts, but no image has both.
     regions, mask, areas, concepts, ids = case()
     mask[:2], ids[2:] = False, -1
     loss, gradients = loss_and_gradients(
@@ -247,7 +247,7 @@ def test_half_precision_features_give_a_float32_loss():
 
 
 @pytest.mark.parametrize("field", ["direction", "matching"])
-def test_a_misspelt_choice_is_refused(field):
+def test_a_misspelled_choice_is_an_error(field):
     with pytest.raises(UserError, match=f"{field}.*'txt2img'.*(max_size|image_to_text)"):
         ops.ContrastiveConfig(**{field: "txt2img"})
 
@@ -261,7 +261,7 @@ def proposal_case(seed=0, images=6):
     rng = np.random.default_rng(seed)
     regions = rng.normal(0, 1, (images, ANCHORS, DIM))
     concepts = rng.normal(0, 1, (CONCEPTS, DIM))
-    ids = rng.choice(np.int32([-1, 0, 2, 3, 5]), (images, TEXTS))  # 1, 4 and 6 are nobody's
+    ids = rng.choice(np.int32([-1, 0, 2, 3, 5]), (images, TEXTS))  # 1, 4 and 6 belong to no image
     return regions, concepts, ids, rng.normal(0, 1, (images, ANCHORS))
 
 
@@ -271,7 +271,7 @@ def grouped_scores(regions, concepts, ids, centerness, *, score, group, **rest):
 
 
 def score_function():
-    # A function of its own: jit remembers functions, and a test changes a constant under it.
+    # A new function each time, since jit caches by function and a test changes a constant.
     run = jax.jit(lambda *a, **k: grouped_scores(*a, **k), static_argnames=("score", "group"))
     return lambda *a, scale=2.0, bias=-1.5, **k: np.asarray(run(*a, scale=scale, bias=bias, **k))
 
@@ -306,7 +306,7 @@ SCORES = ("batch", "sample", "classification", "centerness", "batch_centerness")
     [*((score, 2) for score in SCORES), ("batch", 1), ("batch", 6), ("batch_centerness", 6)],
 )
 def test_proposal_scores(score, group):
-    # 3 texts an image against 7 concepts: small groups gather rows, large ones score the table.
+    # 3 texts per image, 7 concepts: small groups gather rows, large ones score the whole table.
     arrays = proposal_case()
     got = proposal_scores(*float32(*arrays), score=score, group=group)
     expected = reference_scores(*arrays, score, group, 2.0, -1.5)
@@ -322,7 +322,7 @@ def test_proposal_blocks_change_nothing(group, monkeypatch):
     np.testing.assert_allclose(blocks, whole, rtol=1e-6)
 
 
-def test_another_group_has_no_say():
+def test_other_groups_have_no_influence():
     regions, concepts, ids, centerness = proposal_case()
     run = lambda ids: proposal_scores(
         *float32(regions, concepts, ids, centerness), score="batch", group=2
@@ -344,7 +344,7 @@ def test_a_group_without_concepts_scores_very_low():
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_no_gradient_passes_the_scores(score):
+def test_scores_have_no_gradient(score):
     arrays = float32(*proposal_case())
     run = jax.grad(
         lambda r, t, c, a: grouped_scores(
@@ -356,7 +356,7 @@ def test_no_gradient_passes_the_scores(score):
     assert not any(np.asarray(g).any() for g in gradients)
 
 
-def test_proposal_settings_are_checked():
+def test_invalid_group_and_score_are_errors():
     arrays = float32(*proposal_case())
     with pytest.raises(UserError, match="4 images per group do not divide the batch of 6"):
         grouped_scores(*arrays, score="batch", group=4)

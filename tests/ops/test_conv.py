@@ -1,3 +1,5 @@
+"""The 3×3 convolution and its gradients compared with their definition."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 from detclipv2_jax.ops import conv
 
 RNG = np.random.default_rng(0)
-# One pixel, one row, one column, odd sizes; blocks that end with the map and blocks that do not.
+# One pixel, one row, one column, odd sizes; heights that are a multiple of the block and not.
 SHAPES = [(1, 1, 1, 3, 2), (2, 1, 6, 2, 3), (2, 7, 1, 3, 1), (3, 5, 9, 4, 6), (2, 65, 96, 5, 4)]
 
 
@@ -16,7 +18,7 @@ def case(batch, height, width, channels, out):
 
 
 def definition(x, kernel, gradient):
-    """The convolution and its two gradients, tap by tap, float64."""
+    """Return the convolution and its two gradients, tap by tap, in float64."""
     x, kernel, gradient = (a.astype(np.float64) for a in (x, kernel, gradient))
     height, width = x.shape[1:3]
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -45,8 +47,8 @@ def test_values_and_gradients_equal_the_definition(shape, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_products_equal_the_convolution(shape):
-    """Each against float64, within the same bounds."""
+def test_both_kernel_gradients_equal_the_definition(shape):
+    """Both are compared with float64, within the same bounds."""
     x, kernel, gradient = case(*shape)
     expected = definition(x, kernel, gradient)[2]
     for way in (conv.kernel_gradient_by_products, conv.kernel_gradient_by_convolution):
@@ -54,15 +56,15 @@ def test_the_products_equal_the_convolution(shape):
 
 
 def test_bfloat16_sums_in_float32():
-    """Of 5,000 ones a bfloat16 sum would stop at 256."""
+    """A bfloat16 sum of 5,000 ones would stop at 256."""
     ones = jnp.ones((1, 50, 100, 1), jnp.bfloat16)
     total = jax.jit(conv.kernel_gradient_by_products)(ones, ones)
     assert total.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float32(total[1, 1, 0, 0]), 5000, rtol=4e-3)
 
 
-def test_only_large_maps_on_cpus_take_the_products():
-    """Lowered on a CPU for a TPU or a GPU it is XLA's own; either program holds one way alone."""
+def test_only_large_maps_on_cpus_use_products():
+    """TPUs and GPUs use XLA's convolution; no program contains both implementations."""
 
     def by_kernel(x, kernel, gradient):
         return jax.vjp(conv.conv3x3, x, kernel)[1](gradient)[1]

@@ -1,3 +1,5 @@
+"""Losses compared with plain Python, gradients with finite differences."""
+
 import math
 
 import jax
@@ -23,7 +25,7 @@ LOGITS = np.array([-30.0, -5.0, -1.5, -1e-3, 0.0, 0.7, 4.0, 25.0])
 
 
 def reference_focal(logit, target, alpha, gamma):
-    # -log(p) and 1 - p of the right answer's probability, precise on both sides in float64.
+    # -log(p) and 1 - p, with p the probability of the target, accurate for large |z| in float64.
     z = logit if target else -logit
     miss, q = np.logaddexp(0, -z), 1 / (1 + math.exp(z))
     return (alpha if target else 1 - alpha) * q**gamma * miss
@@ -39,11 +41,13 @@ def test_focal(alpha, gamma):
     logits, targets = grid(LOGITS)
     got = focal(np.float32(logits), targets, alpha=alpha, gamma=gamma)
     expected = [reference_focal(z, t, alpha, gamma) for z, t in zip(logits, targets)]
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1.2e-38)  # float32's least normal
+    np.testing.assert_allclose(
+        got, expected, rtol=1e-5, atol=1.2e-38
+    )  # the smallest normal float32
 
 
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.5, 0.0), (0.9, 0.5), (0.25, 3.0)])
-def test_focal_gradient_against_differences(alpha, gamma):
+def test_focal_gradient_equals_finite_differences(alpha, gamma):
     logits, targets = grid(LOGITS)
     got = focal_slope(np.float32(logits), targets, alpha=alpha, gamma=gamma)
     for z, t, g in zip(logits, targets, got):
@@ -52,13 +56,13 @@ def test_focal_gradient_against_differences(alpha, gamma):
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-def test_focal_is_finite_at_the_ends(gamma):
+def test_focal_is_finite_for_extreme_logits(gamma):
     logits, targets = grid([-1e30, -1e4, -200.0, 200.0, 1e4, 1e30])
     value = focal(np.float32(logits), targets, gamma=gamma)
     gradient = focal_slope(np.float32(logits), targets, gamma=gamma)
     assert np.isfinite(value).all() and np.isfinite(gradient).all()
-    assert value[0] == 0 and value[-1] == 0  # certain and right
-    assert gradient[-6] == pytest.approx(-0.25)  # certain and wrong: the slope of -log p
+    assert value[0] == 0 and value[-1] == 0  # confident and right
+    assert gradient[-6] == pytest.approx(-0.25)  # confident and wrong: the slope of -log p
 
 
 def test_focal_in_any_type():
@@ -97,7 +101,7 @@ def test_alignment_loss():
 
 
 def plain_alignment(regions, texts, bias, labels, anchor_mask, concept_mask):
-    """All logits at once, differentiated by JAX."""
+    """Return the loss from all logits at once, to be differentiated by JAX."""
     logits = jnp.einsum("bkd,md->bkm", regions, texts) + bias
     targets = labels[..., None] == jnp.arange(len(texts))
     valid = anchor_mask[..., None] & concept_mask
@@ -105,7 +109,7 @@ def plain_alignment(regions, texts, bias, labels, anchor_mask, concept_mask):
 
 
 @pytest.mark.parametrize("block", [0, 1, 64, 300, 1000])
-def test_alignment_by_blocks_is_the_plain_formula(block):
+def test_alignment_in_blocks_equals_the_plain_formula(block):
     case = alignment_case(3, 300, 70, 16)
     expected = jax.jit(jax.value_and_grad(plain_alignment, (0, 1, 2)))(*case)
     for got, wanted in zip(
@@ -117,7 +121,7 @@ def test_alignment_by_blocks_is_the_plain_formula(block):
     np.testing.assert_allclose(alone, expected[0], rtol=1e-5)
 
 
-def test_alignment_passes_the_outer_gradient_on_and_keeps_types():
+def test_alignment_scales_its_gradients_and_keeps_dtypes():
     regions, texts, bias, labels, anchor_mask, concept_mask = alignment_case()
     halves = jnp.bfloat16(regions), jnp.bfloat16(texts)
     loss = lambda r, t, b: 3.0 * losses.alignment_loss(r, t, b, labels, anchor_mask, concept_mask)
@@ -130,7 +134,7 @@ def test_alignment_passes_the_outer_gradient_on_and_keeps_types():
         assert error < 0.05 * np.abs(wanted).max()
 
 
-def test_alignment_ignores_what_is_masked_even_if_not_finite():
+def test_alignment_ignores_masked_values_even_if_not_finite():
     regions, texts, bias, labels, anchor_mask, concept_mask = alignment_case()
     value, gradients = alignment(regions, texts, bias, labels, anchor_mask, concept_mask)
     poisoned = (
@@ -165,14 +169,14 @@ def test_giou_loss():
     assert giou_loss(jnp.bfloat16(a), jnp.bfloat16(b)).dtype == jnp.float32
 
 
-def test_giou_loss_pulls_a_disjoint_box_nearer():
+def test_giou_loss_moves_a_disjoint_box_closer():
     target = np.float32([[50, 50, 60, 60]])
     box = np.float32([[0, 0, 10, 10]])
     loss = jax.jit(jax.value_and_grad(lambda box: losses.giou_loss(box, target).sum()))
     value, gradient = loss(box)
     gradient = np.asarray(gradient)
     assert loss(box - 10 * gradient)[0] < value
-    assert (gradient[0, 2:] < 0).all()  # the near edges go right and down
+    assert (gradient[0, 2:] < 0).all()  # the near edges move right and down
 
 
 @pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
@@ -182,13 +186,13 @@ def test_binary_cross_entropy(target):
     slope = cross_entropy_slope(np.float32(LOGITS), targets)
     for z, value, gradient in zip(LOGITS, got, slope):
         cross = lambda z: target * np.logaddexp(0, -z) + (1 - target) * np.logaddexp(0, z)
-        # The terms are of the logit's size, and so is their rounding.
+        # The rounding error is proportional to the logit.
         assert value == pytest.approx(cross(z), rel=1e-5, abs=6e-8 * max(abs(z), 1))
         difference = (cross(z + 1e-5) - cross(z - 1e-5)) / 2e-5
         assert gradient == pytest.approx(difference, rel=1e-4, abs=1e-6)
 
 
-def test_binary_cross_entropy_at_the_ends():
+def test_binary_cross_entropy_of_extreme_logits():
     logits = np.float32([-1e30, -1e3, 1e3, 1e30])
     value = cross_entropy(logits, np.float32([0, 0, 1, 1]))
     gradient = cross_entropy_slope(logits, np.float32([0.5] * 4))

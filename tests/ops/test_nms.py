@@ -1,4 +1,4 @@
-"""Suppression against the textbook loop in float64. Coordinates are multiples of 1/4, so exact."""
+"""Suppression compared with the textbook loop in float64; coordinates are multiples of 1/4."""
 
 import functools
 
@@ -21,7 +21,7 @@ def iou(a, b):
 
 
 def greedy(boxes, scores, mask, threshold, labels=None):
-    """Indices that are kept, best first."""
+    """Return the indices of the kept boxes, best first."""
     boxes = np.asarray(boxes, np.float64)
     order = sorted(np.flatnonzero(mask), key=lambda i: (-scores[i], i))
     kept = []
@@ -33,7 +33,7 @@ def greedy(boxes, scores, mask, threshold, labels=None):
 
 
 def clustered(seed, count=COUNT):
-    """Boxes in piles, scores with many ties, some boxes twice, some without area."""
+    """Return overlapping boxes with many tied scores; some are duplicates, some have no area."""
     rng = np.random.default_rng(seed)
     piles = rng.uniform(0, 100, (6, 2))
     centers = piles[rng.integers(0, 6, count)] + rng.normal(0, 4, (count, 2))
@@ -63,7 +63,7 @@ def test_nms(seed, threshold):
 
 
 def test_nms_settles_a_long_chain():
-    # Each box overlaps its neighbors only: every second one stays, decided one after the other.
+    # Each box overlaps only its neighbors, so that every second one is kept, one after another.
     x = np.arange(COUNT, dtype=np.float32)
     boxes = np.stack([x, 0 * x, x + 1.9, 0 * x + 1], axis=1)
     kept = suppress(boxes, -x, np.ones(COUNT, bool), 0.3)
@@ -105,7 +105,7 @@ def test_nms_under_vmap():
 
 @functools.partial(jax.jit, static_argnames=("block", "pre_nms_top_k", "max_detections"))
 def run_class_nms(boxes, scores, mask, block, **options):
-    """Of tables (B, K, C) that are there already, `block` classes at a time."""
+    """Run `class_nms` on a table of scores (B, K, C), `block` classes at a time."""
     classes = scores.shape[2]
     blocks = jnp.pad(scores, ((0, 0), (0, 0), (0, -classes % block)), constant_values=-1.0)
     blocks = blocks.reshape(*scores.shape[:2], -1, block).transpose(2, 0, 3, 1)
@@ -113,7 +113,7 @@ def run_class_nms(boxes, scores, mask, block, **options):
 
 
 def class_nms(*arrays, block=256, **options):
-    """Of one image: boxes (K, 4), scores (K, C), mask (K,)."""
+    """Run `class_nms` on one image: boxes (K, 4), scores (K, C), mask (K,)."""
     found = run_class_nms(*(np.asarray(x)[None] for x in arrays), block=block, **options)
     return [x[0] for x in jax.device_get(found)]
 
@@ -121,7 +121,7 @@ def class_nms(*arrays, block=256, **options):
 def reference_class_nms(
     boxes, scores, mask, iou_threshold, score_threshold, pre_nms_top_k, max_detections
 ):
-    """(anchor, class, score) of the detections, best first."""
+    """Return (anchor, class, score) of the detections, best first."""
     pairs = []
     for c in range(scores.shape[1]):
         anchors = sorted(np.flatnonzero(mask), key=lambda k: -scores[k, c])  # stable: index order
@@ -144,10 +144,10 @@ def reference_class_nms(
         # classes, pre_nms_top_k, max_detections, score_threshold
         (5, 16, 30, 0.1),
         (5, 1000, 60, 0.0),  # more candidates than anchors
-        (5, 4, 50, 0.0),  # more asked for than enter
+        (5, 4, 50, 0.0),  # more detections than candidates
         (1, 40, 20, 0.3),
         (40, 1, 10, 0.5),
-        (700, 3, 500, 0.5),  # blocks of classes, the last one not full
+        (700, 3, 500, 0.5),  # several blocks, the last one not full
     ],
 )
 @pytest.mark.parametrize("block", [7, 256])
@@ -196,7 +196,7 @@ def test_class_nms_suppresses_within_a_class_only():
 
 
 def test_class_nms_gives_every_class_its_own_candidates():
-    """A class whose scores are all low is not crowded out by one whose scores are all high."""
+    """A class with low scores keeps its candidates next to a class with high scores."""
     boxes = np.float32([[9 * i, 0, 9 * i + 8, 8] for i in range(6)])
     scores = np.stack([np.linspace(0.9, 0.8, 6), np.linspace(0.02, 0.01, 6)], 1).astype(np.float32)
     _, _, labels, mask = class_nms(
@@ -211,7 +211,7 @@ def test_class_nms_gives_every_class_its_own_candidates():
     np.testing.assert_array_equal(labels[mask], [0, 0, 0, 1, 1, 1])
 
 
-def test_class_nms_wants_more_than_the_threshold():
+def test_class_nms_needs_more_than_the_threshold():
     boxes = np.float32([[9 * i, 0, 9 * i + 8, 8] for i in range(4)])
     scores = np.float32([[0.75, 0.25], [0.5, 0.5], [0.25, 0.5], [0.125, 0.625]])
     everything = np.ones(4, bool)
@@ -235,11 +235,11 @@ def test_class_nms_of_nothing():
     assert not any(np.asarray(x).any() for x in result)
 
 
-def test_class_nms_of_several_images_is_that_of_each():
+def test_class_nms_of_several_images_equals_that_of_each():
     cases = [clustered(seed) for seed in range(3)]
     boxes, _, mask = (np.stack(x) for x in zip(*cases))
     scores = np.random.default_rng(0).random((3, COUNT, 90)).astype(np.float32)
-    scores[1] *= 0.2  # one image's bar must not be another one's
+    scores[1] *= 0.2  # the bar of one image must not affect another
     options = {
         "iou_threshold": 0.5,
         "score_threshold": 0.1,
@@ -253,8 +253,8 @@ def test_class_nms_of_several_images_is_that_of_each():
 
 
 @pytest.mark.parametrize("ascending", [False, True])
-def test_class_nms_among_equal_scores_takes_the_first_classes_and_anchors(ascending):
-    """Few scores, so many are equal to the bar; the first blocks hold the worst or the best."""
+def test_class_nms_breaks_ties_by_class_then_anchor(ascending):
+    """Few distinct scores, so that many equal the bar; the first blocks have the worst or best."""
     boxes = np.float32([[9 * i, 0, 9 * i + 8, 8] for i in range(COUNT)])
     scores = np.random.default_rng(0).integers(1, 4, (COUNT, 100)).astype(np.float32)
     scores = np.sort(scores, axis=1) if ascending else -np.sort(-scores, axis=1)
@@ -277,12 +277,12 @@ def test_class_nms_among_equal_scores_takes_the_first_classes_and_anchors(ascend
         np.testing.assert_array_equal(got[0], boxes[anchors])
 
 
-def test_top_k_by_chunks_is_top_k():
+def test_top_k_by_chunks_equals_top_k():
     rng = np.random.default_rng(0)
     for total, k in ((1000, 3), (999, 15), (4000, 60), (50, 20), (64, 1)):
         for values in (
             rng.random((2, 3, total)),
-            rng.integers(0, 3, (2, 3, total)),  # ties within chunks and between them
+            rng.integers(0, 3, (2, 3, total)),  # ties within and between chunks
             np.sort(rng.random((2, 3, total))),
             np.full((2, 3, total), -np.inf),
         ):
@@ -352,7 +352,7 @@ def test_select_proposals_of_an_empty_image():
     assert not found.any()
 
 
-def test_no_gradient_passes_the_choice():
+def test_selection_has_no_gradient():
     boxes, objectness, mask = proposal_case(1)
 
     def chosen_sum(boxes, objectness):
