@@ -15,8 +15,7 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import KINDS
 from detclipv2_jax.models import detclip, parameters
 from detclipv2_jax.ops.contrastive import ContrastiveConfig
-from detclipv2_jax.training import accumulate, programs, sharding
-from detclipv2_jax.training import inputs as inputs_lib
+from detclipv2_jax.training import accumulate, prefetch, programs, sharding
 from detclipv2_jax.training.objective import LossConfig, ProposalConfig
 
 IMAGES = 16
@@ -61,7 +60,7 @@ def result(kind, count, mesh=(1, 1), loss=LOSS, images=IMAGES, seed=3):
         in_shardings=(shardings, layout),
         out_shardings=accumulate.LossAndGradient(whole, shardings),
     )
-    return run(jax.device_put(params, shardings), inputs_lib.put_batch(batch, layout))
+    return run(jax.device_put(params, shardings), prefetch.put_batch(batch, layout))
 
 
 def assert_same(found, expected):
