@@ -58,7 +58,7 @@ def _inputs(served: ServedModel, rows: int | str) -> dict[str, list[dict[str, An
 def _outputs(max_detections: int) -> list[dict[str, Any]]:
     shape = ("batch", max_detections)
     return [
-        _array("boxes", (*shape, 4), "float32", "x_min, y_min, x_max, y_max in pixels"),
+        _array("boxes", (*shape, 4), "float32", "x_min, y_min, x_max, y_max in canvas pixels"),
         _array("scores", shape, "float32", "0 to 1, best first"),
         _array("labels", shape, "int32", "index of the name, from 0"),
         _array("mask", shape, "bool", "false: padding, not a detection"),

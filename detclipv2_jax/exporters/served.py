@@ -130,7 +130,7 @@ def served_model(
         config=detector.predictor.config,
     )
     if names is None:
-        return dataclasses.replace(served, prompts=detector.prompts.dictionary_prompts())
+        return dataclasses.replace(served, prompts=detector.prompter.dictionary_prompts())
     encoded = detector.encode(names)
     return dataclasses.replace(
         served,

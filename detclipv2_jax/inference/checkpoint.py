@@ -140,16 +140,16 @@ def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
             step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target))
         ).model
     return LoadedModel(
-        graphdef,
-        params,
-        model,
-        detect_config(run["eval"]),
-        step,
-        meta["names"],
-        meta.get("definitions", {}),  # old checkpoints have none
-        run.get("data", {}).get("template", TEMPLATE),
-        meta.get("total_steps"),
-        run,
+        graphdef=graphdef,
+        params=params,
+        model=model,
+        detect=detect_config(run["eval"]),
+        step=step,
+        names=meta["names"],
+        definitions=meta.get("definitions", {}),  # old checkpoints have none
+        template=run.get("data", {}).get("template", TEMPLATE),
+        total_steps=meta.get("total_steps"),
+        run=run,
     )
 
 

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
                 failed.append(_report_failure(file, error))
     settings = {
         **dataclasses.asdict(detector.predictor.config),
-        **detector.prompts.settings(encoded),
+        **detector.prompter.settings(encoded),
     }
     write_json(
         output / "detections.json",

@@ -31,12 +31,12 @@ class Detector:
 
     The canvas size, suppression and prompts are those of the training run's config. Embeddings of
     names are kept in memory, and those of 64 or more names on disk. The first call compiles the
-    model; a call with many more names than before compiles it again.
+    model; a later call with many more names compiles it again.
 
     Attributes:
       step: training step of the checkpoint.
       predictor: the compiled model (`Predictor`).
-      prompts: how names become prompts (`Prompter`).
+      prompter: turns names into prompts (`Prompter`).
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Detector:
             score_threshold=score_threshold,
             max_detections=max_detections,
         )
-        self.prompts = Prompter.for_model(
+        self.prompter = Prompter.for_model(
             checkpoint.detect, checkpoint.definitions, checkpoint.template, definitions, prompts
         )
         directory = default_cache_directory() if cache is None else cache
@@ -154,4 +154,4 @@ class Detector:
         names = list(names)
         check_names(names)
         check_distinct(names)
-        return self.prompts.encode(self.predictor, names)
+        return self.prompter.encode(self.predictor, names)

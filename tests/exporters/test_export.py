@@ -313,7 +313,7 @@ def test_the_card(loaded, tmp_path):
     )
     assert "| | standard | fixed |\n|---|---|---|\n| AP | 0.2500 | 0.5000 |\n| APr | – |" in card
     assert "7 steps of a run of 2 epochs" in card and "| detection | objects365 |" in card
-    assert "1 names\nand 3 definitions. Initial weights: `swin.pth` (backbone)." in card
+    assert "data: 1\n(definitions: 3). Initial weights: `swin.pth` (backbone)." in card
     assert card.endswith("## License\n\napache-2.0\n")
     assert "/somewhere" not in card
 
