@@ -1,1 +1,1 @@
-"""Shared by all rooms: errors, atomic writes, config conversion, processes, command lines, plots."""
+"""Shared by all rooms: errors, atomic writes, configs, processes, commands, plots."""

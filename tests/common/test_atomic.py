@@ -71,6 +71,6 @@ def test_a_directory_is_replaced_as_a_whole(tmp_path):
 
 def test_a_directory_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file/model: cannot be written"):
-        with atomic.replacing_directory(tmp_path / "file" / "model"):
-            pass
+    failure = pytest.raises(UserError, match="file/model: cannot be written")
+    with failure, atomic.replacing_directory(tmp_path / "file" / "model"):
+        pass
