@@ -2,7 +2,7 @@
 
     python scripts/benchmarks/benchmark_conv.py [--rounds=5]
 
-Of 256 channels on the head's canvas of an 800×1344 and a 320² image and of four of the latter, and
+Of 256 channels on the head's packed levels of an 800×1344 and a 320² image and of four of the latter, and
 of the nano model's. Prints milliseconds by the clock and of all cores, and the forward pass for
 comparison.
 """

@@ -20,7 +20,7 @@ def levels():
 
 
 def make(cfg=CONFIG, levels=5, **kwargs):
-    """Graph and pure state of a head whose parameters are all drawn anew."""
+    """Return the graph and state of a head with random parameters."""
     head = ATSSHead(4, levels, cfg, rngs=Draws(), **kwargs)
     graph, state = nnx.split(head)
     rng = np.random.default_rng(1)
@@ -34,8 +34,8 @@ def head():
     return state, jax.jit(lambda state, levels: nnx.merge(graph, state)(levels))
 
 
-def test_levels_are_answered_one_by_one_in_anchor_order(head):
-    """The head of all levels equals that of each level alone, with that level's scale."""
+def test_outputs_of_all_levels_are_in_anchor_order(head):
+    """The outputs for all levels equal those for each level alone, with that level's scale."""
     state, run = head
     x = levels()
     outputs = run(state, x)
@@ -56,7 +56,7 @@ def test_levels_are_answered_one_by_one_in_anchor_order(head):
     assert outputs.centerness.shape == (2, start)
 
 
-def test_scales_act_on_the_boxes_of_their_level_only(head):
+def test_a_scale_changes_only_the_boxes_of_its_level(head):
     state, run = head
     x = levels()
     before = run(state, x)
@@ -77,7 +77,7 @@ def gradients(cfg, loss, **kwargs):
 
 
 @pytest.mark.parametrize("deformable", [True, False])
-def test_embeddings_teach_the_regression_branch_through_the_deformable_convolution(deformable):
+def test_embeddings_train_the_regression_branch_through_the_deformable_convolution(deformable):
     cfg = dataclasses.replace(CONFIG, deformable=deformable)
     grad = gradients(cfg, lambda outputs: jnp.sum(jnp.sin(outputs.embeddings)))
     reached = [bool((g != 0).any()) for g in jax.tree.leaves(grad["reg_convs"])]
@@ -85,14 +85,14 @@ def test_embeddings_teach_the_regression_branch_through_the_deformable_convoluti
     assert not np.any(grad["box"]["kernel"])
 
 
-def test_boxes_do_not_reach_the_classification_branch():
+def test_boxes_do_not_train_the_classification_branch():
     grad = gradients(CONFIG, lambda o: jnp.sum(jnp.sin(o.deltas)) + jnp.sum(jnp.sin(o.centerness)))
     for part in ("cls_convs", "dcn", "embed"):
         assert not any(np.any(g) for g in jax.tree.leaves(grad[part]))
     assert np.any(grad["reg_convs"][0]["conv"]["kernel"])
 
 
-def test_bfloat16_answers_in_float32():
+def test_bfloat16_outputs_are_float32():
     graph, state = make(dtype=jnp.bfloat16)
     run = jax.jit(lambda levels: nnx.merge(graph, state)(levels))
     outputs = run([x.astype(jnp.bfloat16) for x in levels()])

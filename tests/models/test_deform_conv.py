@@ -11,7 +11,7 @@ RNG = np.random.default_rng(0)
 
 
 def naive(x, offsets, mask, kernel):
-    """The definition, point by point, float64."""
+    """Compute the definition point by point in float64."""
     batch, height, width, channels = x.shape
     out = np.zeros((batch, height, width, kernel.shape[-1]))
     for b, i, j in np.ndindex(batch, height, width):
@@ -69,8 +69,8 @@ def test_gradients_equal_finite_differences():
             np.testing.assert_allclose(gradient[place], expected, rtol=1e-3, atol=1e-3)
 
 
-def test_tap_by_tap_is_the_same():
-    """Values and gradients by map, offsets, mask and kernel, on two levels."""
+def test_tap_by_tap_equals_all_taps_together():
+    """Values and gradients of map, offsets, mask and kernel, on two levels."""
     packed = PackedLevels(((4, 5), (2, 3)))
     pixels = 4 * 5 + 2 * 3
     levels = single((RNG.normal(size=(2, 4, 5, 3)), RNG.normal(size=(2, 2, 3, 3))))
@@ -122,7 +122,7 @@ def test_far_points_sample_zero_with_finite_gradients():
     assert all(np.isfinite(g).all() for g in gradients)
 
 
-def test_bfloat16_places_points_in_float32():
+def test_bfloat16_has_float32_coordinates():
     width = 400
     x = jnp.arange(width, dtype=jnp.float32)[None, None, :, None] % 7
     offsets = jnp.zeros((1, 1, width, 18))

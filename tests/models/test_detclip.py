@@ -32,7 +32,7 @@ def counts(cfg):
 
 
 def test_parameter_counts_are_the_papers():
-    """paper.md §2: 27.5 + about 9 + 63.3, about 100 M for Swin-T and about 268 M for Swin-L."""
+    """About 27.5 + 9 + 63.3 = 100 M for Swin-T and 268 M for Swin-L (Yao et al. 2023)."""
     total, parts = counts(sizes.SWIN_T)
     assert parts["backbone"] == pytest.approx(27.5, rel=0.02)
     assert parts["neck"] + parts["head"] == pytest.approx(9, rel=0.05)
@@ -47,7 +47,7 @@ def test_every_parameter_has_its_own_path(model):
     assert len(paths) == len(jax.tree.leaves(params))
     assert "backbone/layers/0/blocks/0/attn/qkv/kernel" in paths
     assert all(isinstance(leaf, jax.Array) and leaf.dtype == jnp.float32 for leaf in paths.values())
-    # Nothing of the model lives outside the parameters, and the way there and back loses nothing.
+    # The parameters are the model's whole state, and the round trip keeps them.
     again, rebuilt = detclip._split(detclip.build(graph, params))
     assert again == graph
     assert all(
@@ -55,7 +55,7 @@ def test_every_parameter_has_its_own_path(model):
     )
 
 
-def test_abstract_is_create_without_arrays(model):
+def test_abstract_has_the_shapes_of_create(model):
     graph, params, _ = model
     abstract_graph, shapes = detclip.abstract(CONFIG)
     assert abstract_graph == graph
@@ -78,7 +78,7 @@ def test_the_seed_decides_every_drawn_parameter(model):
 
 
 def test_initial_deviations_are_the_references(model):
-    """Per layer, so that no two parameters share a piece of the draw."""
+    """Checked per layer, so that no two parameters share a slice of the draw."""
     wide = dataclasses.replace(
         CONFIG,
         neck_channels=32,
@@ -121,7 +121,7 @@ def test_initial_deviations_are_the_references(model):
 
 
 @pytest.mark.parametrize("size", [(64, 96), (97, 33)])
-def test_one_output_an_anchor_for_any_size(model, size):
+def test_one_output_per_anchor_for_any_size(model, size):
     _, params, encode = model
     outputs = encode(params, images(2, *size))
     assert outputs.deltas.shape == (2, len(anchor_grid(*size, CONFIG.anchors)), 4)
@@ -130,25 +130,25 @@ def test_one_output_an_anchor_for_any_size(model, size):
 
 
 def outputs_and_gradients(cfg):
-    """Of a black picture and a random one."""
+    """Return loss, outputs and gradients for a black image and a random one."""
     graph, params = detclip.create(cfg, 0)
-    pictures = np.concatenate([np.zeros((1, 64, 64, 3), np.uint8), images(1, 64, 64)])
+    batch = np.concatenate([np.zeros((1, 64, 64, 3), np.uint8), images(1, 64, 64)])
 
     def loss(params):
         model = detclip.build(graph, params)
-        drop_path_factors = model.backbone.draw_drop_path(jax.random.key(0), len(pictures))
-        regions = model.encode_image(pictures, drop_path_factors)
+        drop_path_factors = model.backbone.draw_drop_path(jax.random.key(0), len(batch))
+        regions = model.encode_image(batch, drop_path_factors)
         texts = model.encode_text(TOKENS)
         logits = model.logits(regions.embeddings, texts)
         total = jnp.mean(logits) + jnp.mean(regions.deltas**2) + jnp.mean(regions.centerness)
         return total, (regions, texts, logits)
 
-    # Compiled without optimization, which takes longest here and does not change what is tested.
+    # Optimization would take most of the time and does not change what is tested.
     options = {"xla_backend_optimization_level": 0}
     return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=options)(params)
 
 
-def test_a_black_picture_is_finite_and_rematerialization_changes_nothing():
+def test_a_black_image_is_finite_and_rematerialization_changes_nothing():
     plain = jax.tree.leaves(outputs_and_gradients(CONFIG))
     for remat in ("dots", "blocks"):
         again = outputs_and_gradients(dataclasses.replace(CONFIG, remat=remat))
@@ -177,29 +177,29 @@ def test_blocks_in_a_loop_change_nothing_but_the_size_of_the_program():
     assert lines(True) < 0.5 * lines(False)
 
 
-def test_rematerialization_keeps_as_little_as_it_says():
-    """The arrays that wait for the backward pass: fewer from policy to policy."""
+def test_each_policy_stores_fewer_activations():
+    """Counts the values that the forward pass stores for the backward pass."""
 
-    def kept(remat):
+    def stored(remat):
         graph, params = detclip.abstract(dataclasses.replace(CONFIG, remat=remat))
-        pictures = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
+        batch = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
 
-        def pullback(params, pictures):
-            run = lambda p: detclip.build(graph, p).encode_image(pictures)
+        def pullback(params, batch):
+            run = lambda p: detclip.build(graph, p).encode_image(batch)
             return jax.vjp(run, params)[1]
 
-        shapes = jax.tree.leaves(jax.eval_shape(pullback, params, pictures))
+        shapes = jax.tree.leaves(jax.eval_shape(pullback, params, batch))
         return sum(leaf.size for leaf in shapes)
 
-    assert kept("blocks") < kept("dots") < kept("none")
+    assert stored("blocks") < stored("dots") < stored("none")
 
 
-def test_a_policy_that_nobody_knows():
+def test_an_unknown_policy_is_refused():
     with pytest.raises(UserError, match="remat is 'all'. Choose one of none, dots, blocks"):
         dataclasses.replace(CONFIG, remat="all")
 
 
-def test_bfloat16_answers_in_float32_with_finite_gradients():
+def test_bfloat16_outputs_are_float32_with_finite_gradients():
     cfg = dataclasses.replace(CONFIG, dtype="bfloat16", similarity="dot")
     for x in jax.tree.leaves(outputs_and_gradients(cfg)):
         assert x.dtype == jnp.float32
@@ -250,7 +250,7 @@ def test_an_untrained_model_starts_at_its_prior():
     assert float(dot["logit_scale"]) == 0
 
 
-def test_pictures_are_normalized_as_published_weights_expect():
+def test_images_are_normalized_as_published_weights_expect():
     x = np.asarray([[[[0, 128, 255]]]], np.uint8)
     expected = (np.asarray([0, 128, 255]) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(detclip.normalize_images(x)[0, 0, 0], expected, atol=1e-5)

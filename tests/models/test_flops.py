@@ -1,4 +1,4 @@
-"""The count of arithmetic against what JAX counts in the traced program."""
+"""Validates the FLOPs formulas against the count of XLA for the lowered program."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ def model(cfg):
 
 
 def test_an_image_of_swin_t():
-    """224×224 fills windows of 7, and the compiler counts what is not a product too: a little."""
+    """224×224 fills windows of 7. XLA also counts a few operations that are not products."""
     build, params = model(sizes.SWIN_T)
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8)
     counted = flops.backbone(sizes.SWIN_T.swin, 224, 224)
@@ -53,8 +53,8 @@ def test_a_step_by_part():
     assert "contrastive loss" in captioned and "alignment loss" not in captioned
 
 
-def test_encoding_the_step_s_concepts_once_saves_what_the_design_says():
-    """Paper §4.1: 150 concepts an image in detection, 100 in grounding, batches of 128."""
+def test_encoding_the_concepts_of_a_step_once_saves_most_of_the_work():
+    """Yao et al. 2023, §4.1: 150 concepts per image in detection, 100 in grounding, batch 128."""
     text = flops.text(sizes.SWIN_T.text)
     from detclipv2_jax.training.recipes import load
 

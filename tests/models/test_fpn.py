@@ -15,7 +15,7 @@ def draws(seed=0):
 
 
 def naive_conv(x, kernel, bias, stride):
-    """3×3 with a frame of zeros, float64."""
+    """Convolve 3×3 with one pixel of zero padding, in float64."""
     batch, height, width, _ = x.shape
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     out = np.zeros((batch, -(-height // stride), -(-width // stride), kernel.shape[-1]))
@@ -39,7 +39,7 @@ def test_convolutions_pad_both_sides(size, stride):
 def test_upsampling_is_nearest_interpolation_to_the_finer_size(fine):
     coarse = tuple(-(-n // 2) for n in fine)
     x = RNG.normal(size=(1, *coarse, 2)).astype(np.float32)
-    # PyTorch's rule, to which the published models were trained: source = floor(i · in / out).
+    # PyTorch's rule, with which the published models were trained: source = floor(i · in / out).
     rows, columns = (np.arange(n) * m // n for n, m in zip(fine, coarse))
     expected = x[:, rows][:, :, columns]
     np.testing.assert_array_equal(upsample_to(jnp.asarray(x), jnp.zeros((1, *fine, 2))), expected)

@@ -21,7 +21,7 @@ def naive_layer_norm(x, scale, bias):
 
 
 def naive_group_norm(x, scale, bias, groups=2):
-    """On the anchors-first layout (B, K, C) of the levels; JAX or NumPy."""
+    """Normalize in the layout (B, K, C) of the levels; JAX or NumPy."""
     levels, start = [], 0
     for height, width in PACKED.sizes:
         level = x[:, start : start + height * width]
@@ -48,7 +48,7 @@ def test_layer_norm_survives_a_large_mean(offset, tolerance):
     np.testing.assert_allclose(norm(x), expected, atol=tolerance)
 
 
-def test_group_norm_takes_each_level_by_itself():
+def test_group_norm_has_statistics_per_level():
     norm, scale, bias = parameters(GroupNorm(6, 2), 6)
     pixels = RNG.normal(size=(2, 52, 6)).astype(np.float32)
     expected = naive_group_norm(pixels.astype(np.float64), scale, bias)
@@ -56,7 +56,7 @@ def test_group_norm_takes_each_level_by_itself():
     @jax.jit
     def run(pixels):
         x = PACKED.unflatten(pixels)
-        x = jnp.where(PACKED.mask, x, 1e4)  # what stands in the gaps must not matter
+        x = jnp.where(PACKED.mask, x, 1e4)  # values in the gaps must not matter
         return PACKED.flatten(norm(x, PACKED))
 
     np.testing.assert_allclose(run(pixels), expected, atol=1e-5)
@@ -82,7 +82,7 @@ def test_gradients_are_those_of_autodiff():
         np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
-def test_bfloat16_comes_back_with_float32_statistics():
+def test_bfloat16_has_float32_statistics():
     x = jnp.asarray(RNG.normal(size=(2, 4096)) + 50, jnp.bfloat16)
     y = LayerNorm(4096)(x)
     assert y.dtype == jnp.bfloat16

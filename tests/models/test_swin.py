@@ -17,7 +17,7 @@ TINY = swin.SwinConfig(
 
 
 def randomize(module, seed=0, scale=0.3):
-    """The module with every parameter drawn anew: no scale of 1 or bias of 0 hides a mistake."""
+    """Return the module with random parameters: a scale of 1 or a bias of 0 may hide a mistake."""
     graph, state = nnx.split(module)
     rng = np.random.default_rng(seed)
     draw = lambda x: jnp.asarray(rng.normal(0, scale, x.shape), jnp.float32)
@@ -45,10 +45,10 @@ def gelu(x):
 
 
 def naive_block(block, x, window, heads):
-    """A Swin block token by token, without rolls, windows or masks.
+    """Compute a Swin block token by token, without rolls, windows or masks.
 
-    The shifted partition cuts each axis at shift, shift + window, …: two tokens see each other if
-    they lie between the same cuts.
+    The shifted partition cuts each axis at shift, shift + window, …. Two tokens attend to each
+    other if they are between the same cuts.
     """
     batch, height, width, channels = x.shape
     normed = np.zeros(
@@ -172,6 +172,6 @@ def test_a_dropped_block_is_the_identity_for_that_sample_only():
         ({"drop_path": 1.0}, "drop_path"),
     ],
 )
-def test_impossible_sizes_are_refused_by_name(change, field):
+def test_invalid_sizes_are_refused_by_name(change, field):
     with pytest.raises(UserError, match=f"config.model.swin.*{field}"):
         swin.SwinConfig(**change)

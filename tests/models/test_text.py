@@ -28,7 +28,7 @@ def tower():
 
 
 def naive(state, tokens):
-    """CLIP's text transformer, one concept and one head at a time, float64."""
+    """Compute CLIP's text transformer one concept and one head at a time, in float64."""
     p = jax.tree.map(np.float64, nnx.to_pure_dict(state))
 
     def norm(x, q):
@@ -40,7 +40,7 @@ def naive(state, tokens):
     features = []
     for row in tokens:
         end = list(row).index(END)
-        # Nothing behind [EOS] can matter, so it is left away altogether.
+        # Tokens after [EOS] have no effect, so they are left out.
         x = p["token_embedding"][row[: end + 1]] + p["positional_embedding"][: end + 1]
         for block in p["resblocks"].values():
             qkv = np.split(linear(norm(x, block["ln_1"]), block["attn"]["in_proj"]), 3, axis=-1)
@@ -64,7 +64,7 @@ def test_equals_the_definition(tower):
     np.testing.assert_allclose(features, naive(state, TOKENS), atol=1e-5)
 
 
-def test_what_stands_behind_the_end_cannot_matter(tower):
+def test_tokens_after_the_end_have_no_effect(tower):
     run, state = tower
     changed = TOKENS.copy()
     changed[0, 4:], changed[1, 2:] = 11, 12
@@ -73,7 +73,7 @@ def test_what_stands_behind_the_end_cannot_matter(tower):
     assert not np.allclose(run(state, TOKENS)[0], run(state, changed)[0])
 
 
-def test_an_unused_row_of_the_table_is_finite(tower):
+def test_a_row_of_padding_is_finite(tower):
     run, state = tower
     assert np.isfinite(run(state, np.zeros((3, 7), np.int32))).all()
 

@@ -1,4 +1,4 @@
-"""Rows of the parity table, and reference weights in our modules."""
+"""Rows of the parity table, and our modules with the weights of reference packages."""
 
 import contextlib
 import importlib.metadata
@@ -16,13 +16,17 @@ from detclipv2_jax.weights.layouts import Layout
 
 
 def compare(part: str, reference: str, on: str, ours, theirs, tolerance: float) -> None:
-    """Asserts that arrays agree to `tolerance` of the largest reference value; notes it as a row.
+    """Assert that arrays agree with a reference, and add a row to the parity table.
+
+    The file of rows is named by the environment variable PARITY_ROWS; without it none are written.
 
     Args:
         part: what is compared.
-        reference: the package it is held against, or a description where there is none.
+        reference: the package that computes the reference, or a description.
         on: the inputs.
-        ours, theirs: equal structures of arrays; 0 as tolerance wants them equal.
+        ours: tree of arrays.
+        theirs: tree of arrays of the same structure.
+        tolerance: of the largest error over the largest reference value; 0 requires equality.
     """
     ours, theirs = jax.tree.leaves(ours), jax.tree.leaves(theirs)
     assert len(ours) == len(theirs) > 0
@@ -33,11 +37,11 @@ def compare(part: str, reference: str, on: str, ours, theirs, tolerance: float) 
             a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
             assert np.isfinite(b).all(), "the reference itself is not finite"
             error = max(error, np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
-    _note(part, reference, on, error, tolerance)
+    _write_row(part, reference, on, error, tolerance)
     assert error <= tolerance, f"{part} on {on}: error {error:.2g}, allowed {tolerance:g}"
 
 
-def _note(part: str, reference: str, on: str, error: float, tolerance: float) -> None:
+def _write_row(part: str, reference: str, on: str, error: float, tolerance: float) -> None:
     if "PARITY_ROWS" in os.environ:
         package = reference.split()[0]
         with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
@@ -50,7 +54,7 @@ def _note(part: str, reference: str, on: str, error: float, tolerance: float) ->
 
 
 def to_numpy(tensors) -> dict[str, np.ndarray]:
-    """A PyTorch state dict (or gradients by name) in NumPy."""
+    """Convert a PyTorch state dict (or gradients by name) to NumPy."""
     return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
 
 
@@ -59,14 +63,14 @@ def filled(
     tensors: Mapping[str, np.ndarray],
     layouts: Sequence[Layout],
 ) -> tuple[nnx.GraphDef, dict]:
-    """Our module's graph, and its parameters as nested dicts made of a reference's tensors."""
+    """Return our module's graph, and its parameters as nested dicts of a reference's tensors."""
     graphdef, state = nnx.split(nnx.eval_shape(build))
     params = nnx.to_pure_dict(state)
     return graphdef, converted(params, tensors, layouts)
 
 
 def converted(params: dict, tensors: Mapping[str, np.ndarray], layouts: Sequence[Layout]) -> dict:
-    """Nested dicts like `params`, of a reference's tensors (parameters or their gradients)."""
+    """Return nested dicts like `params` of a reference's tensors (parameters or gradients)."""
     shapes = {name: leaf.shape for name, leaf in parameter_paths(_named(params)).items()}
     found, report = convert.convert(tensors, layouts, shapes, "part", "the reference")
     assert not report.not_loaded and not report.resized
@@ -84,13 +88,13 @@ def _named(tree):
 
 
 def apply(graphdef: nnx.GraphDef, params: dict, *args):
-    """Our module's answer."""
+    """Return our module's output."""
     run = lambda params, *args: nnx.merge(graphdef, nnx.State(params))(*args)
     return jax.jit(run)(params, *args)
 
 
 def randomized(module, seed: int = 0, scale: float = 0.2):
-    """A PyTorch module with all parameters drawn: no 1 and no 0 hides a mistake."""
+    """Return a PyTorch module with random parameters: a 1 or a 0 may hide a mistake."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

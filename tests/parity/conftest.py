@@ -1,4 +1,4 @@
-"""Prepares the reference packages; where one is missing nothing here is collected."""
+"""Prepares the reference packages; if one is missing, no test of this folder is collected."""
 
 import importlib.util
 

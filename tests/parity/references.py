@@ -1,7 +1,7 @@
-"""The reference packages, importable without their compiled parts.
+"""Makes the reference packages importable without their compiled parts.
 
-MMDetection wants mmcv's compiled operators and timm wants torchvision; neither is called by what
-is compared here, so both get a module that says so if it is called after all.
+MMDetection imports mmcv's compiled operators, and timm imports torchvision. The parity tests call
+neither, so both are replaced by a module that raises an error if it is called.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ _TORCHVISION = (
 
 @contextlib.contextmanager
 def _empty_torchvision():
-    """While timm and open_clip are imported; transformers would take it for the real one."""
+    """Replace torchvision only for some imports: transformers would mistake it for the real one."""
     modules = {name: _Absent(name) for name in _TORCHVISION}
     for name, module in modules.items():
         parent, _, child = name.rpartition(".")

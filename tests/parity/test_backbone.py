@@ -1,4 +1,4 @@
-"""The backbone against Hugging Face's, weights copied by the code that imports checkpoints."""
+"""Validates the backbone against Hugging Face's, with weights loaded by `weights/`."""
 
 import jax
 import jax.numpy as jnp

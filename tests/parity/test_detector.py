@@ -1,4 +1,4 @@
-"""Neck, head, boxes, assignment and losses against MMDetection's own classes."""
+"""Validates neck, head, boxes, assignment and losses against MMDetection."""
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +115,7 @@ def head_values(head):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_head(size):
-    """MMDetection's head as it is, its classes read as the dimensions of our embeddings."""
+    """MMDetection's unchanged head; its classes correspond to our embedding dimensions."""
     theirs = their_head()
     cfg = HeadConfig(channels=32, convs=3, groups=8, embed_dim=24, deformable=False)
     graphdef, params = set_params(lambda: ATSSHead(32, 5, cfg, rngs=Draws()), head_values(theirs))
@@ -134,7 +134,7 @@ def test_head(size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_deformable_head(size):
-    """The classification branch sees what the deformable convolution samples, level by level."""
+    """MMDetection's head with a deformable convolution before the classification branch."""
     theirs = their_head()
     rng = np.random.default_rng(8)
     draw = lambda *shape: rng.normal(0, 0.1, shape).astype(np.float32)
@@ -201,7 +201,7 @@ KINDS = ("mixed", "crowd", "tiny", "huge", "duplicate", "edge", "none")
 
 
 def random_boxes(rng, count, width, height, kind):
-    """float32 boxes (count, 4) within the picture."""
+    """Return float32 boxes (count, 4) inside the image."""
     low, high = {"tiny": (1, 6), "huge": (0.7, 1.0), "crowd": (10, 40)}.get(kind, (2, 1.0))
     limit = np.array([width, height])
     low = low * limit if kind == "huge" else np.full(2, low)
@@ -313,7 +313,7 @@ def test_focal_loss():
 def test_giou_loss():
     rng = np.random.default_rng(6)
     a, b = (random_boxes(rng, 300, 320, 256, kind) for kind in ("mixed", "tiny"))
-    # Touching, nested, equal and far apart beside the random ones.
+    # Random boxes, and touching, nested, equal and distant ones.
     a = np.concatenate([a, [[0, 0, 4, 4], [0, 0, 9, 9], [2, 2, 5, 5]]]).astype(np.float32)
     b = np.concatenate([b, [[4, 0, 8, 4], [3, 3, 4, 4], [900, 2, 905, 5]]]).astype(np.float32)
     their_loss = GIoULoss(eps=0.0, reduction="none")

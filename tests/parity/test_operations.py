@@ -1,4 +1,4 @@
-"""Deformable convolution, the contrastive loss and suppression against PyTorch in float64."""
+"""Validates deformable convolution, contrastive loss and NMS against PyTorch in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def test_deformable_convolution(size, spread, on):
 
 
 def their_contrastive(regions, concepts, scale, mask, areas, ids, cfg):
-    """Equations 3 to 5, pair by pair."""
+    """Compute Yao et al. 2023, equations 3 to 5, pair by pair."""
     images = [b for b in range(len(regions)) if mask[b].any()]
     texts = [b for b in images if (ids[b] >= 0).any()]
     rows = []
@@ -106,7 +106,7 @@ def test_contrastive_loss(direction, matching):
 
 
 def their_nms(boxes, scores, threshold):
-    """Greedy suppression, a stable sort and a loop."""
+    """Compute greedy NMS by a stable sort and a loop."""
     boxes = boxes.double()
     order = torch.sort(scores, descending=True, stable=True).indices.tolist()
     area = lambda b: (b[2] - b[0]).clamp(min=0) * (b[3] - b[1]).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Checkpoints of every publisher: a reference model saved to disk, read here, equal features."""
+"""A reference model of each publisher, saved to disk and loaded here, gives equal features."""
 
 import collections
 import re
@@ -38,7 +38,7 @@ STAGES = ["stage2", "stage3", "stage4"]
 
 
 def load(path, build, layouts, part):
-    """Our module with a file's weights: (graph, parameters, report); what is left is as built."""
+    """Return (graph, parameters, report) of our module with a file's weights."""
     graphdef, state = nnx.split(nnx.eval_shape(build))
     params = _map(nnx.to_pure_dict(state), str)
     flat = parameter_paths(params)
@@ -128,7 +128,7 @@ def timm_model():
 
 
 def timm_maps(model):
-    """timm's stages by its own blocks, its classifier's norm not applied."""
+    """Return the maps of timm's stages, without the classifier's norm."""
     with torch.no_grad():
         x = model.patch_embed(torch.from_numpy(WHOLE.transpose(0, 3, 1, 2)))
         maps = []
@@ -155,7 +155,7 @@ def test_timm(tmp_path):
 
 
 def official_names(state):
-    """Microsoft's names: timm's, with each merging in the stage before and constant buffers."""
+    """Return the official names: timm's, with each merging one stage earlier, and buffers."""
     names = {}
     for name, tensor in state.items():
         found = re.match(r"layers\.(\d)\.downsample", name)
@@ -197,7 +197,7 @@ def mmdet_model():
 
 @pytest.mark.parametrize("half", [False, True])
 def test_mmdetection(tmp_path, half):
-    """A detector's file: another order of merged neighbors, a prefix, other parts beside it."""
+    """A detector's file: another order of merged neighbors, a prefix and other parts."""
     model = mmdet_model()
     if half:  # the model that the file then holds
         model.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
@@ -262,7 +262,7 @@ def test_hugging_face_text(tmp_path):
 
 
 class Whole(torch.nn.Module):
-    """A CLIP as OpenAI ships it: a picture's side and a few loose values beside the text tower."""
+    """A CLIP as OpenAI publishes it: an image tower, a text tower and a few other values."""
 
     def __init__(self, tower):
         super().__init__()
@@ -314,7 +314,7 @@ def test_openai_text(tmp_path, form):
     compare("Weights in: CLIP", "open_clip_torch TextTransformer", on, ours, theirs, 1e-4)
 
 
-def test_a_projection_of_another_width_is_left(tmp_path):
+def test_a_projection_of_another_width_is_not_loaded(tmp_path):
     their = CLIPTextConfig(
         hidden_size=64,
         intermediate_size=256,

@@ -1,4 +1,4 @@
-"""The text tower and the tokenizer against Hugging Face's, OpenAI's (in open_clip) and a third."""
+"""Validates text tower and tokenizer against Hugging Face, OpenAI (open_clip) and a third."""
 
 import csv
 import json
@@ -47,7 +47,7 @@ HOSTILE = [
 def shared_texts():
     root = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
     if not root.is_dir():
-        pytest.skip(f"the captions and names of {root} are not there (SHARED_DATA names it)")
+        pytest.skip(f"{root} with captions and names does not exist. Set SHARED_DATA.")
     names = (root / "clip_text/Objects365_names_fix.csv").read_text().splitlines()
     texts = [text for row in csv.reader(names) for text in row[1:]]
     for info in json.loads((root / "clip_text/lvis_v1_train_cat_info.json").read_text()):

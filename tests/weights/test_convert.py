@@ -1,4 +1,4 @@
-"""Files of weights, good and bad, made here in the publishers' names; no reference package."""
+"""Loading of valid and invalid files, written here with the publishers' names."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def arrays(seed):
 
 
 def backbone_file(path, dtype=np.float32, change=lambda tensors: None, publisher=swin.LAYOUTS[1]):
-    """The backbone of seed 1 as the official code names and arranges it."""
+    """Write the backbone of seed 1 as the official code names and arranges it."""
     tensors = {}
     for name, value in arrays(1).items():
         if name.startswith("backbone/") and "/norms/" not in name:
@@ -140,7 +140,7 @@ def cut(path, share):
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
-def test_a_truncated_file_is_told(tmp_path, share):
+def test_a_truncated_file_is_refused(tmp_path, share):
     path = tmp_path / "swin.safetensors"
     backbone_file(path)
     cut(path, share)
@@ -148,7 +148,7 @@ def test_a_truncated_file_is_told(tmp_path, share):
         start(backbone=str(path))
 
 
-def test_files_of_something_else_are_told(tmp_path):
+def test_files_of_something_else_are_refused(tmp_path):
     with pytest.raises(UserError, match="nowhere.safetensors: no such file"):
         start(backbone=str(tmp_path / "nowhere.safetensors"))
     (tmp_path / "weights.h5").write_bytes(b"")
@@ -164,7 +164,7 @@ def test_files_of_something_else_are_told(tmp_path):
         start(text=backbone_file(tmp_path / "swin.safetensors"))
 
 
-def test_out_and_in_again_is_bit_equal(tmp_path, monkeypatch, capsys):
+def test_export_and_load_are_bit_equal(tmp_path, monkeypatch, capsys):
     graphdef, params = create(tiny_model.CONFIG, 1)
     loaded = dataclasses.replace(tiny_model.loaded(), params=params)
     monkeypatch.setattr("detclipv2_jax.inference.checkpoint.load_model", lambda *_: loaded)
@@ -179,7 +179,7 @@ def test_out_and_in_again_is_bit_equal(tmp_path, monkeypatch, capsys):
         assert found[name].tobytes() == value.tobytes(), name
 
 
-def test_an_export_of_another_model_is_told(tmp_path):
+def test_an_export_of_another_model_is_refused(tmp_path):
     params = tiny_model.parts(1)[1]
     flat = {n.replace("/", "."): np.asarray(v) for n, v in parameter_paths(params).items()}
     del flat["head.scales"]

@@ -1,4 +1,4 @@
-"""A text tower alone from a file of weights: against the tower itself."""
+"""Text embeddings from a file of weights equal those of the tower itself."""
 
 import jax
 import numpy as np
@@ -18,14 +18,14 @@ OPENAI = clip.LAYOUTS[1]
 
 
 def tower(width=128, embed_dim=24):
-    """Two heads of 64: as in every CLIP."""
+    """Return a tower with heads of 64 channels, as in every CLIP."""
     config = TextConfig(width=width, layers=3, heads=width // 64, embed_dim=embed_dim)
     draw = jax.random.normal(jax.random.key(0), (8_000_000,))
     return nnx.jit(lambda draw: TextTower(config, rngs=Draws(draw)))(draw)
 
 
 def tensors(model, *, projection=True):
-    """Its parameters as OpenAI names and arranges them, behind a prefix and among others."""
+    """Return its parameters as OpenAI names and arranges them, among those of other parts."""
     found = {"visual.conv1.weight": np.zeros((3, 3), np.float32)}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         local = "/".join(map(str, path))
@@ -40,7 +40,7 @@ def tensors(model, *, projection=True):
 
 
 @pytest.mark.parametrize("projection", [True, False])
-def test_embeddings_are_the_tower_s(tmp_path, projection):
+def test_embeddings_equal_the_towers(tmp_path, projection):
     model = tower()
     save_file(tensors(model, projection=projection), tmp_path / "clip.safetensors")
     if not projection:
@@ -55,7 +55,7 @@ def test_embeddings_are_the_tower_s(tmp_path, projection):
     assert len(embed([])) == 0
 
 
-def test_a_file_without_a_text_tower_is_told(tmp_path):
+def test_a_file_without_a_text_tower_is_refused(tmp_path):
     save_file({"conv1.weight": np.zeros(3, np.float32)}, tmp_path / "resnet.safetensors")
     with pytest.raises(UserError, match=r"resnet.safetensors: .*match no known layout"):
         text_embedder(tmp_path / "resnet.safetensors")
