@@ -21,7 +21,7 @@ from PIL import Image
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.prepare import image_encoding
 from detclipv2_jax.data.prepare.examples import Drops, ImageFile, ImageFolder
-from detclipv2_jax.data.prepare.image_encoding import Options
+from detclipv2_jax.data.prepare.options import PrepareOptions
 from detclipv2_jax.data.prepare.prepare import prepare
 from detclipv2_jax.data.prepare.shards import clip_boxes
 from detclipv2_jax.data.prepare.sources import (
@@ -332,7 +332,7 @@ def test_tars(tmp_path, parquet, seeds):
             for example in examples:
                 assert example.image.offset + example.image.size <= len(changed)
                 assert len(example.image.read()) == example.image.size
-            found = img2dataset._shard(whole.with_suffix(""), Drops())
+            found = img2dataset._read_shard(whole.with_suffix(""), Drops())
             twice = archive.drops.dropped["images: key given twice"]
             shard_counts(archive, examples, sum(map(len, found)) + twice)
 
@@ -363,7 +363,7 @@ def test_folders_of_shards(tmp_path, seeds):
                 (root / "00000.parquet").unlink()
             archive = img2dataset.read(root)
             examples = check(archive)
-            (found,) = img2dataset._shard(folder, Drops())
+            (found,) = img2dataset._read_shard(folder, Drops())
             shard_counts(archive, examples, len(found))
 
 
@@ -385,7 +385,7 @@ def test_parquet(tmp_path, form, seeds):
                 path.with_suffix(".tar").write_bytes(tar)
             archive = img2dataset.read(root)
             for example in check(archive):
-                opened = image_encoding.open_image(example.image)
+                opened = image_encoding.encode_image(example.image)
                 assert opened.problem or opened.jpeg[:2] == b"\xff\xd8"
 
 
@@ -410,7 +410,7 @@ def test_jpegs(tmp_path, seeds):
             warnings.simplefilter("ignore")  # PIL's about sizes and EXIF
             path = tmp_path / "image"
             path.write_bytes(damaged(rng, rng.choice(kinds[:3] * 3 + kinds)))
-            opened = image_encoding.open_image(ImageFile(path))
+            opened = image_encoding.encode_image(ImageFile(path))
             if opened.problem:
                 assert opened.problem.encode() and not opened.jpeg
                 continue
@@ -442,7 +442,7 @@ def test_prepared(tmp_path, seeds):
                     picture.write_bytes(damaged(rng, picture.read_bytes()))
             try:
                 archive = read(path)
-                kept = prepare([archive], root / "to", name="x", options=Options(jobs=1))
+                kept = prepare([archive], root / "to", name="x", options=PrepareOptions(jobs=1))
             except UserError as error:
                 assert "\n" not in str(error)
                 continue

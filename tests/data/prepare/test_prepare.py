@@ -1,7 +1,6 @@
-"""From an archive to a source: what is kept, mended, dropped, and how it is said."""
+"""From an archive to a source: what is kept, changed or dropped, and what is reported."""
 
 import dataclasses
-import importlib.util
 import io
 import json
 import os
@@ -13,19 +12,20 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from miniature_archives import coco, jpeg, mdetr, picture, write_images, write_json
 from PIL import Image
 
+from detclipv2_jax import prepare as door
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.prepare import image_encoding, registry
-from detclipv2_jax.data.prepare.examples import Drops, ImageFile, ImageFolder, RawBox
-from detclipv2_jax.data.prepare.image_encoding import Options
-from detclipv2_jax.data.prepare.prepare import prepare, report
+from detclipv2_jax.data.prepare.examples import Box, Drops, ImageFile, ImageFolder
+from detclipv2_jax.data.prepare.options import PrepareOptions
+from detclipv2_jax.data.prepare.prepare import format_report, prepare
 from detclipv2_jax.data.prepare.shards import clip_boxes
 from detclipv2_jax.data.records import decode
 from detclipv2_jax.text import phrases
 
 ROOT = Path(__file__).resolve().parents[3]
 PHOTOS = ROOT.parent / "shared" / "data" / "photos"
-ONE = Options(jobs=1)
+ONE = PrepareOptions(jobs=1)
 
 
 @pytest.fixture
@@ -45,15 +45,6 @@ def spacy_model():
         phrases.load()
     except UserError as error:
         pytest.skip(f"no English spaCy pipeline: {error}")
-
-
-@pytest.fixture(scope="session")
-def script():
-    """scripts/prepare_data.py as a module."""
-    spec = importlib.util.spec_from_file_location("prepare_data", ROOT / "scripts/prepare_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def prepared(folder, document, kind="detection", options=ONE, name="annotations.json") -> Source:
@@ -81,7 +72,7 @@ def test_detection(folder):
     assert first.image_id == "0"
     assert last.boxes.shape == (0, 4) and source.positives_of(2).size == 0
     assert source.info["dropped"] == {"boxes: crowd": 1} and source.info["mended"] == {}
-    table = report(source)
+    table = format_report(source)
     assert "dropped boxes: crowd" in table and "annotation 99" in table
 
 
@@ -124,13 +115,15 @@ def test_phrase_limit(folder, spacy_model):
     opened = registry.open_archives(
         [folder / "pairs.jsonl"], ImageFolder(folder / "images"), "image_text"
     )
-    source = prepare(opened, folder / "out", name="p", options=Options(jobs=1, phrase_limit=1))
+    source = prepare(
+        opened, folder / "out", name="p", options=PrepareOptions(jobs=1, phrase_limit=1)
+    )
     assert max(len(record.concepts) for record in records(source)) == 2
 
 
 def test_boxes_are_clipped_dropped_and_counted():
     def box(*xywh):
-        return RawBox(xywh, f"name {xywh[0]}", f"annotation {xywh[0]}")
+        return Box(xywh, f"name {xywh[0]}", f"annotation {xywh[0]}")
 
     drops = Drops()
     boxes, names = clip_boxes(
@@ -169,7 +162,7 @@ def test_boxes_are_clipped_dropped_and_counted():
         ),
     )
     assert names == ["name 1", "name 33.3", "name -5", "name 50", "name 0"]
-    assert drops.mended == {"boxes: clipped": 1}
+    assert drops.changed == {"boxes: clipped": 1}
     assert drops.dropped == {
         "boxes: no area": 3,
         "boxes: outside the image": 3,
@@ -202,7 +195,7 @@ def test_images_of_all_kinds(tmp_path):
         (encoded("BMP", "RGB"), False),
     ):
         path.write_bytes(data)
-        opened = image_encoding.open_image(ImageFile(path))
+        opened = image_encoding.encode_image(ImageFile(path))
         assert opened.problem == "" and (opened.height, opened.width) == (40, 60)
         assert opened.reencoded != kept and (opened.jpeg == data) == kept
         stored = Image.open(io.BytesIO(opened.jpeg))
@@ -217,7 +210,7 @@ def test_pixels_survive_the_new_jpeg(tmp_path):
     Image.fromarray(deep).save(tmp_path / "b.png")
     for name, channel in (("a.png", smooth), ("b.png", smooth)):
         stored = Image.open(
-            io.BytesIO(image_encoding.open_image(ImageFile(tmp_path / name)).jpeg)
+            io.BytesIO(image_encoding.encode_image(ImageFile(tmp_path / name)).jpeg)
         ).convert("RGB")
         difference = np.asarray(stored)[..., 0].astype(int) - channel
         assert np.abs(difference).mean() < 3
@@ -232,7 +225,7 @@ def test_pixels_survive_the_new_jpeg(tmp_path):
 def test_pictures_stored_smaller(tmp_path, size, stored, kind):
     ramp = np.add.outer(np.linspace(0, 120, size[0]), np.linspace(0, 120, size[1]))
     Image.fromarray(np.stack([ramp] * 3, -1).astype(np.uint8)).save(tmp_path / "a", kind)
-    opened = image_encoding.open_image(ImageFile(tmp_path / "a"), store_side=40)
+    opened = image_encoding.encode_image(ImageFile(tmp_path / "a"), store_side=40)
     assert opened.problem == "" and opened.original_size == size
     assert opened.shrunk == (stored is not None) and opened.reencoded == (kind == "PNG")
     assert (opened.height, opened.width) == (stored or size)
@@ -248,17 +241,17 @@ def test_pictures_stored_smaller(tmp_path, size, stored, kind):
 def test_shrinking_antialiases(tmp_path):
     stripes = np.tile(np.array([0, 255], np.uint8), (400, 200))  # one pixel wide
     Image.fromarray(stripes).save(tmp_path / "a.png")
-    opened = image_encoding.open_image(ImageFile(tmp_path / "a.png"), store_side=90)
+    opened = image_encoding.encode_image(ImageFile(tmp_path / "a.png"), store_side=90)
     assert np.abs(np.asarray(Image.open(io.BytesIO(opened.jpeg)).convert("L")) - 127.5).max() < 25
 
 
 def test_only_captioned_pictures_are_stored_smaller(folder, spacy_model):
-    options = Options(jobs=1, store_side=32)
+    options = PrepareOptions(jobs=1, store_side=32)
     images = ImageFolder(folder / "images")
     pairs = registry.open_archives([folder / "pairs.jsonl"], images, "image_text")
     source = prepare(pairs, folder / "pairs", name="p", options=options)
     assert set(source.width.tolist()) == {32} and set(source.height.tolist()) == {21}
-    assert source.info["images"]["shrunk"] == 8 and "images stored smaller" in report(source)
+    assert source.info["images"]["shrunk"] == 8 and "images stored smaller" in format_report(source)
     one = options, dataclasses.replace(options, store_side=None)
     a, b = (registry.fingerprint([folder / "pairs.jsonl"], images, o) for o in one)
     assert a != b
@@ -267,9 +260,9 @@ def test_only_captioned_pictures_are_stored_smaller(folder, spacy_model):
 def test_an_image_in_a_file_of_many(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"before" + jpeg(seed=3) + b"after")
     inside = ImageFile(tmp_path / "a.tar", 6, len(jpeg(seed=3)))
-    assert image_encoding.open_image(inside).jpeg == jpeg(seed=3) and "byte 6" in str(inside)
+    assert image_encoding.encode_image(inside).jpeg == jpeg(seed=3) and "byte 6" in str(inside)
     beyond = ImageFile(tmp_path / "a.tar", 10**6, 100)
-    assert "no image" in image_encoding.open_image(beyond).problem
+    assert "no image" in image_encoding.encode_image(beyond).problem
 
 
 def test_unreadable_images(tmp_path):
@@ -282,10 +275,10 @@ def test_unreadable_images(tmp_path):
     }
     for name, data in cases.items():
         (tmp_path / name).write_bytes(data)
-        problem = image_encoding.open_image(ImageFile(tmp_path / name)).problem
+        problem = image_encoding.encode_image(ImageFile(tmp_path / name)).problem
         assert problem and "0x" not in problem, name
-    assert image_encoding.open_image(ImageFile(tmp_path / "none")).problem
-    assert image_encoding.open_image(ImageFile(tmp_path)).problem
+    assert image_encoding.encode_image(ImageFile(tmp_path / "none")).problem
+    assert image_encoding.encode_image(ImageFile(tmp_path)).problem
 
 
 def test_broken_images_are_dropped_and_counted(folder):
@@ -323,7 +316,7 @@ def test_nothing_usable_is_an_error(folder):
     for annotation in document["annotations"]:
         del annotation["bbox"]
         annotation["iscrowd"] = 0
-    with pytest.raises(UserError, match="not one of its boxes is usable.*bbox"):
+    with pytest.raises(UserError, match="none of its boxes is usable.*bbox"):
         prepared(folder, document)
     with pytest.raises(UserError, match="nothing usable"):
         prepared(folder, {"images": [], "annotations": [], "categories": []})
@@ -349,13 +342,13 @@ def test_discover(folder):
     write_json(folder / "captions.json", {"annotations": [{"caption": "x"}], "images": []})
     (folder / "notes.txt").write_text("x")
     (folder / "cc.tsv").write_text("a\tb.jpg\n")
-    found, left_out = registry.discover(folder)
+    found, skipped = registry.discover(folder)
     assert {kind: sorted(path.name for path in paths) for kind, paths in found.items()} == {
         "detection": ["instances_train.json"],
         "grounding": ["phrases_train.json"],
         "image_text": ["captions.json", "cc.tsv", "pairs.jsonl"],
     }
-    reasons = {path.name: reason for path, reason in left_out.items()}
+    reasons = {path.name: reason for path, reason in skipped.items()}
     assert set(reasons) == {"instances_val.json", "lvis.json", "package.json"}
     assert "evaluation" in reasons["instances_val.json"]
     with pytest.raises(UserError, match="no such directory"):
@@ -365,10 +358,10 @@ def test_discover(folder):
 def test_a_file_of_another_kind(folder):
     images = ImageFolder(folder / "images")
     with pytest.raises(
-        UserError, match="MDETR by its fields; detection data come as COCO instances"
+        UserError, match="its fields are those of MDETR, but detection data must be COCO instances"
     ):
         registry.open_archives([folder / "annotations" / "phrases_train.json"], images, "detection")
-    with pytest.raises(UserError, match="COCO instances by its fields; image_text data"):
+    with pytest.raises(UserError, match="those of COCO instances, but image_text data"):
         registry.open_archives(
             [folder / "annotations" / "instances_train.json"], images, "image_text"
         )
@@ -378,13 +371,13 @@ def test_a_file_of_another_kind(folder):
         registry.open_archives([bad], images, "detection")
 
 
-def run(script, *arguments) -> int:
-    return script.main([*map(str, arguments), "--jobs=1"])
+def run(*arguments) -> int:
+    return door.main([*map(str, arguments), "--jobs=1"])
 
 
-def test_command_custom_and_again(folder, script, spacy_model, capsys):
+def test_command_custom_and_again(folder, spacy_model, capsys):
     arguments = ("custom", f"--from={folder}", f"--to={folder / 'out'}")
-    assert run(script, *arguments) == 0
+    assert run(*arguments) == 0
     counts = {}
     for kind in ("detection", "grounding", "image_text"):
         source = Source.open(folder / "out" / kind)
@@ -393,45 +386,45 @@ def test_command_custom_and_again(folder, script, spacy_model, capsys):
     assert counts == {"detection": 4, "grounding": 8, "image_text": 8}
     assert "records" in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")}
-    assert run(script, *arguments) == 0
+    assert run(*arguments) == 0
     assert capsys.readouterr().out.count("already prepared") == 3
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")}
 
 
-def test_command_other_inputs(folder, script, capsys):
+def test_command_other_inputs(folder, capsys):
     arguments = ["coco", f"--from={folder}", f"--to={folder / 'out'}"]
-    assert run(script, *arguments) == 0
+    assert run(*arguments) == 0
     write_json(folder / "annotations" / "instances_train.json", coco(["0.jpg", "1.jpg"]))
-    assert run(script, *arguments) == 2
+    assert run(*arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error:") and error.count("\n") == 1 and "--overwrite" in error
     assert len(Source.open(folder / "out")) == 4
-    assert run(script, *arguments, "--overwrite") == 0
+    assert run(*arguments, "--overwrite") == 0
     assert len(Source.open(folder / "out")) == 2
 
 
-def test_command_where_an_older_format_lies(folder, script, capsys):
+def test_command_where_an_older_format_lies(folder, capsys):
     arguments = ["coco", f"--from={folder}", f"--to={folder / 'out'}"]
-    assert run(script, *arguments) == 0
+    assert run(*arguments) == 0
     info = folder / "out" / "info.json"
     info.write_text(json.dumps({**json.loads(info.read_text()), "format": 1}))
-    assert run(script, *arguments) == 2
+    assert run(*arguments) == 2
     assert "format 1, this version reads 2" in (error := capsys.readouterr().err)
     assert error.endswith(f"--to={folder / 'out'} --overwrite`\n")
-    assert run(script, *arguments, "--overwrite") == 0
+    assert run(*arguments, "--overwrite") == 0
     assert len(Source.open(folder / "out")) == 4
 
 
-def test_command_one_kind_and_named_files(folder, script):
+def test_command_one_kind_and_named_files(folder):
     base = (f"--from={folder}", f"--images={folder / 'images'}")
     named = "--grounding=annotations/phrases_train.json"
-    assert run(script, "custom", *base, f"--to={folder / 'a'}", named) == 0
+    assert run("custom", *base, f"--to={folder / 'a'}", named) == 0
     assert [path.name for path in (folder / "a").iterdir()] == ["grounding"]
     path = write_json(folder / "elsewhere" / "instances_val.json", coco(["0.jpg", "1.jpg"]))
-    assert run(script, "coco", *base, f"--to={folder / 'b'}", f"--annotations={path}") == 0
+    assert run("coco", *base, f"--to={folder / 'b'}", f"--annotations={path}") == 0
     to = f"--to={folder / 'c'}"
-    assert run(script, "goldg", *base, to, "--name=flickr") == 2  # is it COCO's? nobody can tell
-    assert run(script, "goldg", *base, to, "--name=flickr", "--keep_coco") == 0
+    assert run("goldg", *base, to, "--name=flickr") == 2  # is it COCO's? nobody can tell
+    assert run("goldg", *base, to, "--name=flickr", "--keep_coco") == 0
     assert Source.open(folder / "c").name == "flickr"
 
 
@@ -440,54 +433,74 @@ def test_command_one_kind_and_named_files(folder, script):
     [
         (("coco", "--from=nowhere", "--to=out"), "nowhere: no such directory"),
         (("coco", "--from=.", "--to=out", "--annotations=no.json"), "no.json: no such file"),
-        (("goldg", "--from=images", "--to=out"), "no grounding file"),
+        (("goldg", "--from=images", "--to=out"), "no grounding file for training"),
         (("custom", "--from=images", "--to=out"), "--detection=FILE"),
         (("coco", "--from=.", "--to=out", "--images=nowhere"), "--images=DIR"),
-        (("coco", "--from=.", "--to=images"), "no prepared source"),
-        (("coco", "--from=.", "--to=images", "--overwrite"), "no prepared source"),
+        (("coco", "--from=.", "--to=images"), "not a prepared source"),
+        (("coco", "--from=.", "--to=images", "--overwrite"), "not a prepared source"),
         (("image_text", "--from=.", "--to=out", "--spacy_model=xx_none"), "xx_none"),
         (("image_text", "--from=.", "--to=out", "--phrases=-1"), "--phrases=-1"),
         (("index", "--from=images"), "dataset_info.json"),
         (("image_text", "--from=.", "--to=out", "--store_side=3"), "--store_side=3"),
-        (("symbols", "--to=out", "--option=size=3"), "no such option"),
+        (("symbols", "--to=out", "--option=size=3"), "unknown option"),
         (("symbols", "--to=out", "--option=novel=many"), "like the default, 45"),
     ],
 )
-def test_command_bad_input(folder, script, capsys, monkeypatch, arguments, told):
+def test_command_bad_input(folder, capsys, monkeypatch, arguments, told):
     monkeypatch.chdir(folder)
-    assert run(script, *arguments) == 2
+    assert run(*arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and told in error and error.count("\n") == 1
     assert len(list((folder / "images").iterdir())) == 4  # nobody's files were touched
 
 
-def test_command_symbols(tmp_path, script, spacy_model, capsys):
+def test_command_symbols(tmp_path, spacy_model, capsys):
     few = [
         f"--option={split}_scenes=6" for split in ("detection", "grounding", "image_text", "val")
     ]
-    assert run(script, "symbols", f"--to={tmp_path / 's'}", "--seed=3", *few) == 0
+    assert run("symbols", f"--to={tmp_path / 's'}", "--seed=3", *few) == 0
     for kind in ("detection", "grounding", "image_text"):
         source = Source.open(tmp_path / "s" / kind)
         assert len(source) >= 6 and source.kind == kind
         assert not [reason for reason in source.info["dropped"] if reason.startswith("images")]
     assert (tmp_path / "s" / "archives" / "annotations" / "lvis_val.json").is_file()
     capsys.readouterr()
-    assert run(script, "symbols", f"--to={tmp_path / 's'}", "--seed=3", *few) == 0
+    assert run("symbols", f"--to={tmp_path / 's'}", "--seed=3", *few) == 0
     assert capsys.readouterr().out.count("already prepared") == 3
 
 
-def test_script_help(script, capsys):
-    commands = [*registry.SOURCES, "custom", "symbols", "index", "minival"]
+def test_help_of_every_command(capsys):
+    commands = [*registry.SOURCES, "custom", "symbols", "concepts", "index", "minival"]
+    assert set(commands) == set(door.EXAMPLES)
     for arguments in (["--help"], *([command, "--help"] for command in commands)):
         with pytest.raises(SystemExit) as stopped:
-            script.main(arguments)
+            door.main(arguments)
         assert stopped.value.code == 0
-    told = capsys.readouterr().out
-    assert "--detection" in told and "448" in told and all(name in told for name in commands)
+    printed = capsys.readouterr().out
+    assert "--detection" in printed and "448" in printed
+    assert all(f"detclip prepare {name} -" in printed for name in commands)
+
+
+@pytest.mark.parametrize("command", list(door.EXAMPLES))
+def test_examples_of_the_help_are_valid(command):
+    arguments = door.EXAMPLES[command].replace("\\\n", " ").split()
+    door.build_parser().parse_args([command, *arguments])
+
+
+def test_old_flags_name_the_new_ones(capsys):
+    for arguments, new in (
+        (("goldg", "--keep-coco"), "--keep_coco"),
+        (("custom", "--image-text=a"), "--image_text"),
+        (("image_text", "--store-side=448"), "--store_side"),
+        (("concepts", "--min-count=4"), "--min_count"),
+    ):
+        with pytest.raises(SystemExit):
+            door.main([*arguments, "--from=a", "--to=b"])
+        assert f"is now {new}" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"the real photos are not at {PHOTOS}")
-def test_real_photos(tmp_path, script, spacy_model):
+def test_real_photos(tmp_path, spacy_model):
     """All three kinds of real annotations; of the photos every tenth, to be quick."""
     archive = tmp_path / "photos"
     (archive / "annotations").mkdir(parents=True)
@@ -502,7 +515,7 @@ def test_real_photos(tmp_path, script, spacy_model):
         write_json(archive / "annotations" / name, document)
     rows = (PHOTOS / "annotations" / "image_text.jsonl").read_text().splitlines()[::10]
     (archive / "annotations" / "image_text.jsonl").write_text("\n".join(rows))
-    assert run(script, "custom", f"--from={archive}", f"--to={tmp_path / 'out'}") == 0
+    assert run("custom", f"--from={archive}", f"--to={tmp_path / 'out'}") == 0
     detection = Source.open(tmp_path / "out" / "detection")
     grounding = Source.open(tmp_path / "out" / "grounding")
     pairs = Source.open(tmp_path / "out" / "image_text")

@@ -1,26 +1,18 @@
-"""The command prepares every archive in its original form, and says what it left out."""
-
-import importlib.util
-from pathlib import Path
+"""The command prepares every archive in its published form and reports what it dropped."""
 
 import miniature_archives as miniature
 import pytest
 from test_published_sources import write_odinw
 
+from detclipv2_jax import prepare as door
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.prepare import registry
 from detclipv2_jax.text import phrases
 
-ROOT = Path(__file__).resolve().parents[3]
 
-
-@pytest.fixture(scope="module")
-def command():
-    spec = importlib.util.spec_from_file_location("prepare_data", ROOT / "scripts/prepare_data.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return lambda *arguments: script.main([*map(str, arguments)])
+def command(*arguments) -> int:
+    return door.main([*map(str, arguments)])
 
 
 def webdataset(root):
@@ -39,7 +31,7 @@ ARCHIVES = {
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
-def test_an_archive_as_it_was_published(name, command, tmp_path, capsys):
+def test_an_archive_as_it_was_published(name, tmp_path, capsys):
     write, count = ARCHIVES[name]
     if name == "conceptual_captions":
         try:
@@ -56,7 +48,7 @@ def test_an_archive_as_it_was_published(name, command, tmp_path, capsys):
     assert "already prepared" in capsys.readouterr().out
 
 
-def test_options_of_a_reader_belong_to_the_inputs(command, tmp_path, capsys):
+def test_options_of_a_reader_belong_to_the_inputs(tmp_path, capsys):
     miniature.objects365_v2(tmp_path / "from")
     to = f"--to={tmp_path / 'to'}"
     arguments = ("objects365", f"--from={tmp_path / 'from'}", to, "--jobs=1")
@@ -68,16 +60,16 @@ def test_options_of_a_reader_belong_to_the_inputs(command, tmp_path, capsys):
     assert len(Source.open(tmp_path / "to")) == 3
 
 
-def test_roboflow(command, tmp_path, capsys):
+def test_roboflow(tmp_path, capsys):
     miniature.roboflow(tmp_path / "from")
     to = f"--to={tmp_path / 'to'}"
     assert command("custom", f"--from={tmp_path / 'from'}", to, "--jobs=1") == 0
     assert len(Source.open(tmp_path / "to" / "detection")) == 2
-    told = capsys.readouterr().out
-    assert told.count("left out, by its name it is for evaluation") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("skipped, its name says that it is for evaluation") == 2
 
 
-def test_minival(command, tmp_path, capsys):
+def test_minival(tmp_path, capsys):
     _, val = miniature.lvis(tmp_path / "from")
     to = tmp_path / "minival.json"
     assert command("minival", f"--from={val}", f"--to={to}") == 0
@@ -86,7 +78,7 @@ def test_minival(command, tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
 
 
-def test_captions_in_shards_or_beside_folders_of_pictures(tmp_path):
+def test_captions_in_shards_or_next_to_folders_of_images(tmp_path):
     webdataset(tmp_path / "cc")
     (tmp_path / "cc" / "cc12m.tsv").write_text("http://a.b/c.jpg\ta caption\n")
     source = registry.SOURCES["conceptual_captions"]
@@ -94,14 +86,14 @@ def test_captions_in_shards_or_beside_folders_of_pictures(tmp_path):
     assert source.open_all(tmp_path / "cc")[0].kind == "image_text"
     (tmp_path / "cc" / "cc12m.tsv").unlink()
     assert registry.discover(tmp_path / "cc") == ({"image_text": [tmp_path / "cc"]}, {})
-    (tmp_path / "mine" / "2021").mkdir(parents=True)  # pictures by their year are no shards
+    (tmp_path / "mine" / "2021").mkdir(parents=True)  # images by year are not shards
     assert registry.discover(tmp_path / "mine") == ({}, {})
     pairs = tmp_path / "mine" / "pairs.jsonl"
     pairs.write_text('{"image": "2021/a.jpg", "caption": "a cat"}\n')
     assert registry.discover(tmp_path / "mine") == ({"image_text": [pairs]}, {})
 
 
-def test_a_folder_of_shards_is_known_by_what_is_in_it(tmp_path):
+def test_the_fingerprint_of_a_folder_of_shards_depends_on_its_files(tmp_path):
     webdataset(tmp_path)
     images = registry.image_folder(tmp_path, "image_text")
     before = registry.fingerprint([tmp_path], images, None)

@@ -10,7 +10,7 @@ import pytest
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.prepare.examples import ImageFolder
-from detclipv2_jax.data.prepare.image_encoding import Options
+from detclipv2_jax.data.prepare.options import PrepareOptions
 from detclipv2_jax.data.prepare.prepare import prepare
 from detclipv2_jax.data.prepare.sources import coco, goldg, img2dataset, lvis, objects365, odinw
 from detclipv2_jax.evaluation import coco as coco_evaluation
@@ -363,7 +363,7 @@ def test_good_dead_and_broken_entries_in_one_tar(tmp_path):
         "images: missing": 1,
         "images: key given twice": 1,
     }
-    assert archive.drops.mended == {"images: metadata not read": 1}
+    assert archive.drops.changed == {"images: metadata not read": 1}
 
 
 @pytest.mark.parametrize("parquet", [False, True])
@@ -413,7 +413,7 @@ def test_seen():
     keys = np.random.default_rng(0).integers(0, 1 << 64, 3000, dtype=np.uint64, endpoint=False)
     keys[1000:1500] = keys[:500]
     keys[2999] = (1 << 64) - 1
-    seen, before = img2dataset.Seen(), set()
+    seen, before = img2dataset.SeenHashes(), set()
     seen._BATCH = 256
     for key in keys.tolist():
         assert seen.add(key) == (key not in before)
@@ -455,6 +455,8 @@ def test_prepared(tmp_path):
         "cc12m": 3,
     }  # fmt: skip
     for name, archives in open_all(tmp_path / "from").items():
-        source = prepare(archives, tmp_path / "to" / name, name=name, options=Options(jobs=1))
+        source = prepare(
+            archives, tmp_path / "to" / name, name=name, options=PrepareOptions(jobs=1)
+        )
         assert len(source) == records[name], name
         assert not {"images: unreadable", "images: another size"} & source.info["dropped"].keys()

@@ -1,4 +1,4 @@
-"""Preparation in parts: the same bytes whatever the processes, kills and interruptions."""
+"""Preparation shard by shard: the same bytes whatever the processes, kills and interruptions."""
 
 import fcntl
 import json
@@ -19,36 +19,33 @@ from detclipv2_jax.data import records
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.prepare import index_writer, prepare, registry, shards
 from detclipv2_jax.data.prepare.examples import ImageFolder
-from detclipv2_jax.data.prepare.image_encoding import Options
+from detclipv2_jax.data.prepare.options import PrepareOptions
 from detclipv2_jax.text import tokenizer
 
-ROOT = Path(__file__).resolve().parents[3]
-# The command with small parts that tells if it or a worker imports TensorFlow; it may be told
-# to die, or to wait, when it comes to a function of merge.py.
+# The command with small shards. It prints a line if it or a worker imports TensorFlow. DEADLY and
+# WAITING name a function of index_writer.py at which it kills itself or waits.
 COMMAND = """
-import importlib.util, os, sys, time
+import os, sys, time
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "tensorflow.python":
             print("imports TensorFlow", file=sys.stderr)
 sys.meta_path.insert(0, Watch())
-spec = importlib.util.spec_from_file_location("prepare_data", {script!r})
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+from detclipv2_jax.prepare import main
 if __name__ == "__main__":
-    from detclipv2_jax.data.prepare import index_writer as merge, prepare
-    prepare.PART_EXAMPLES["detection"] = 4
+    from detclipv2_jax.data.prepare import index_writer, prepare
+    prepare.SHARD_EXAMPLES["detection"] = 4
     if deadly := os.environ.get("DEADLY"):
-        setattr(merge, deadly, lambda *args, **options: os.kill(os.getpid(), 9))
+        setattr(index_writer, deadly, lambda *args, **options: os.kill(os.getpid(), 9))
     if waiting := os.environ.get("WAITING"):
-        setattr(merge, waiting, lambda *args, **options: time.sleep(100))
-    sys.exit(script.main(sys.argv[1:]))
+        setattr(index_writer, waiting, lambda *args, **options: time.sleep(100))
+    sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    """62 pictures, so that the last part is smaller; two are broken, one is missing."""
+    """62 pictures, so that the last shard is smaller; two are damaged, one is missing."""
     folder = tmp_path_factory.mktemp("archive")
     names = write_images(folder, 62, 300, 400)
     (folder / "images" / "5.jpg").write_bytes(b"nothing")
@@ -58,7 +55,7 @@ def archive(tmp_path_factory):
     for entry in document["images"]:
         entry |= {"height": 300, "width": 400}
     write_json(folder / "annotations" / "train.json", document)
-    (folder / "command.py").write_text(COMMAND.format(script=str(ROOT / "scripts/prepare_data.py")))
+    (folder / "command.py").write_text(COMMAND)
     return folder
 
 
@@ -76,7 +73,7 @@ def start(archive, to, jobs, **environment):
 def finish(process) -> str:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err[-3000:]
-    assert "imports TensorFlow" not in err  # ten seconds a process, and for nothing
+    assert "imports TensorFlow" not in err  # it takes ten seconds per process and is not needed
     return out
 
 
@@ -108,8 +105,8 @@ def test_three_processes_write_the_same(archive, undisturbed, tmp_path):
     assert content(tmp_path / "out") == content(undisturbed)
 
 
-def finished_parts(to) -> int:
-    return len(list((to.parent / "out.partial" / "parts").glob("*.npz")))
+def finished_shards(to) -> int:
+    return len(list((to.parent / "out.partial" / "shards").glob("*.npz")))
 
 
 def test_killed_again_and_again(archive, undisturbed, tmp_path):
@@ -117,7 +114,7 @@ def test_killed_again_and_again(archive, undisturbed, tmp_path):
     kills = 0
     for wanted in (1, 5, 9):
         process = start(archive, to, 2)
-        while process.poll() is None and finished_parts(to) < wanted:
+        while process.poll() is None and finished_shards(to) < wanted:
             time.sleep(0.002)
         time.sleep(moments.random() * 0.1)
         process.send_signal(signal.SIGKILL)
@@ -129,7 +126,7 @@ def test_killed_again_and_again(archive, undisturbed, tmp_path):
         assert process.returncode == -signal.SIGKILL
         assert not to.exists()
     assert kills
-    assert "going on after 61 images" in finish(start(archive, to, 3))
+    assert "resuming, 61 images were prepared by an earlier run" in finish(start(archive, to, 3))
     assert content(to) == content(undisturbed)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -145,21 +142,21 @@ def test_killed_when_all_was_done(archive, undisturbed, tmp_path):
 
 
 def test_interrupted(archive, undisturbed, tmp_path):
-    process = start(archive, tmp_path / "out", 2, WAITING="write_index")  # or it might be done
-    while process.poll() is None and finished_parts(tmp_path / "out") < 1:
+    process = start(archive, tmp_path / "out", 2, WAITING="write_index")  # or it might be finished
+    while process.poll() is None and finished_shards(tmp_path / "out") < 1:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert error.strip().splitlines()[-1] == "interrupted: the same command goes on from here"
+    assert error.strip().splitlines()[-1] == "interrupted. Run the same command again to resume."
     assert "Traceback" not in error
     finish(start(archive, tmp_path / "out", 2))
     assert content(tmp_path / "out") == content(undisturbed)
 
 
 @pytest.fixture
-def small_parts(monkeypatch):
-    monkeypatch.setitem(prepare.PART_EXAMPLES, "detection", 4)
+def small_shards(monkeypatch):
+    monkeypatch.setitem(prepare.SHARD_EXAMPLES, "detection", 4)
 
 
 def run(archive, to, *, document="train.json", options=None):
@@ -171,25 +168,25 @@ def run(archive, to, *, document="train.json", options=None):
         to,
         name="mini",
         inputs=registry.fingerprint([path], images, None),
-        options=options or Options(jobs=1),
+        options=options or PrepareOptions(jobs=1),
     )
 
 
 def stop_after(monkeypatch, count):
-    """Has the picture after `count` stop the run; the list fills with the images opened."""
-    opened, real = [], shards.open_image
+    """Interrupt the run at the image after `count`; return the list that the opened files fill."""
+    opened, real = [], shards.encode_image
 
-    def open_image(file, *args):
+    def encode_image(file, *args):
         if len(opened) == count:
             raise KeyboardInterrupt
         opened.append(file)
         return real(file, *args)
 
-    monkeypatch.setattr(shards, "open_image", open_image)
+    monkeypatch.setattr(shards, "encode_image", encode_image)
     return opened
 
 
-def test_finished_parts_are_not_opened_again(archive, undisturbed, tmp_path, small_parts):
+def test_finished_shards_are_not_opened_again(archive, undisturbed, tmp_path, small_shards):
     with pytest.MonkeyPatch.context() as patch:
         first = stop_after(patch, 22)
         with pytest.raises(KeyboardInterrupt):
@@ -204,24 +201,24 @@ def test_finished_parts_are_not_opened_again(archive, undisturbed, tmp_path, sma
     assert all(written[file] == content(undisturbed)[file] for file in records_of)
 
 
-def test_a_lost_file_of_a_finished_part_is_written_again(
-    archive, undisturbed, tmp_path, small_parts
+def test_a_lost_file_of_a_finished_shard_is_written_again(
+    archive, undisturbed, tmp_path, small_shards
 ):
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 22)
         with pytest.raises(KeyboardInterrupt):
             run(archive, tmp_path / "out")
-    lost = tmp_path / "out.partial" / "parts"
+    lost = tmp_path / "out.partial" / "shards"
     (lost / "000000.array_record").unlink()
     (lost / "000001.array_record").write_bytes(b"short")
     (lost / "000002.npz").write_bytes(b"short")
-    (lost / "000009.array_record.77.tmp").write_bytes(b"half written")
+    (lost / ".000009.array_record.77.partial").write_bytes(b"half written")
     assert len(run(archive, tmp_path / "out")) == 59
     assert set(content(tmp_path / "out")) == set(content(undisturbed))
 
 
-def test_images_that_came_while_it_lay_still(archive, tmp_path, small_parts):
-    """The annotations are the same, and yet parts have other examples than before."""
+def test_images_that_appear_between_two_runs(archive, tmp_path, small_shards):
+    """The annotations are the same, but the shards have other examples than before."""
     hidden = archive / "images" / "9.jpg"
     content_then = hidden.read_bytes()
     hidden.unlink()
@@ -235,12 +232,12 @@ def test_images_that_came_while_it_lay_still(archive, tmp_path, small_parts):
     with pytest.MonkeyPatch.context() as patch:
         opened = stop_after(patch, None)
         run(archive, tmp_path / "out")
-    assert len(opened) == 61 - 8  # two parts are before the picture that came
+    assert len(opened) == 61 - 8  # two shards come before the new image
     run(archive, tmp_path / "afresh")
     assert content(tmp_path / "out") == content(tmp_path / "afresh")
 
 
-def test_other_inputs_start_over(archive, tmp_path, small_parts):
+def test_other_inputs_start_over(archive, tmp_path, small_shards):
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 22)
         with pytest.raises(KeyboardInterrupt):
@@ -254,42 +251,42 @@ def test_other_inputs_start_over(archive, tmp_path, small_parts):
     assert content(tmp_path / "b") == content(tmp_path / "c")
 
 
-def test_two_at_once_are_refused(archive, tmp_path, small_parts):
+def test_two_processes_at_once_are_refused(archive, tmp_path, small_shards):
     (tmp_path / "out.partial").mkdir()
     with open(tmp_path / "out.partial" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process prepares this"):
+        with pytest.raises(UserError, match="another process is preparing this"):
             run(archive, tmp_path / "out")
     assert len(run(archive, tmp_path / "out")) == 59
 
 
-def test_memory_is_bounded_by_parts(archive, tmp_path, small_parts):
-    """Examples are taken from the archive as parts are begun, never all of them."""
+def test_memory_is_bounded_by_shards(archive, tmp_path, small_shards):
+    """Examples are taken from the archive shard by shard, never all at once."""
     opened = registry.open_archives(
         [archive / "annotations" / "train.json"], ImageFolder(archive / "images"), "detection"
     )
-    taken = [(number, len(examples)) for number, examples in prepare.cut(opened, 25)]
+    taken = [(number, len(examples)) for number, examples in prepare.split_into_shards(opened, 25)]
     assert taken == [(0, 25), (1, 25), (2, 11)]
     first = iter(range(10**9))
     one = registry.Archive(Path("x"), "detection", 10**9, first, None)
-    stream = prepare.cut([one], 10)
+    stream = prepare.split_into_shards([one], 10)
     next(stream)
     assert next(first) == 10
 
 
-def test_a_part_without_records_is_no_file(tmp_path):
+def test_a_shard_without_records_has_no_file(tmp_path):
     folder = tmp_path
     names = write_images(folder, 12)
     for name in names[4:8]:
         (folder / "images" / name).write_bytes(b"nothing")
     write_json(folder / "annotations" / "train.json", coco(names))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(prepare.PART_EXAMPLES, "detection", 4)
+        patch.setitem(prepare.SHARD_EXAMPLES, "detection", 4)
         source = run(folder, folder / "out")
     assert source.info["shards"] == [4, 4] and len(source.shard_paths) == 2
 
 
-def test_a_small_source_has_parts_for_many_processes(tmp_path):
+def test_a_small_source_has_shards_for_many_processes(tmp_path):
     write_json(tmp_path / "annotations" / "train.json", coco(write_images(tmp_path, 130, 8, 8)))
     document = json.loads((tmp_path / "annotations" / "train.json").read_text())
     for entry in document["images"]:
@@ -299,8 +296,8 @@ def test_a_small_source_has_parts_for_many_processes(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["detection", "image_text"])
-def test_merged_parts_equal_one_table(kind, tmp_path):
-    """As one ConceptTable gives ids and counts that sees all records in order."""
+def test_merged_shards_equal_one_table(kind, tmp_path):
+    """The ids and counts are those of one ConceptTable that sees all records in order."""
     rng = np.random.default_rng(0)
     words = [f"word {i}" for i in range(40)]
     table = index_writer.ConceptTable()
@@ -323,7 +320,7 @@ def test_merged_parts_equal_one_table(kind, tmp_path):
                 positives.append(local)
         paths.append(tmp_path / f"{number}.npz")
         indexer.finish().save(paths[-1], {"number": number})
-        assert index_writer.about(paths[-1]) == {"number": number}
+        assert index_writer.read_summary(paths[-1]) == {"number": number}
     assert index_writer.write_index(tmp_path / "out", paths) == len(table)
     lines = (tmp_path / "out" / "concepts.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

@@ -27,20 +27,20 @@ def bits(a, b):
 
 
 def test_a_look_survives_scaling_and_compression_and_tells_pictures_apart():
-    first = [statistics.look(encoded(photo(seed))) for seed in range(20)]
+    first = [statistics.image_hash(encoded(photo(seed))) for seed in range(20)]
     for seed, look in enumerate(first):
         small = cv2.resize(photo(seed), (100, 75), interpolation=cv2.INTER_AREA)
-        assert bits(look, statistics.look(encoded(small, 60))) <= 3
-        assert bits(look, statistics.look(encoded(photo(seed), 50))) <= 3
+        assert bits(look, statistics.image_hash(encoded(small, 60))) <= 3
+        assert bits(look, statistics.image_hash(encoded(photo(seed), 50))) <= 3
     assert min(bits(a, b) for i, a in enumerate(first) for b in first[:i]) > 8
 
 
 def test_what_shows_nothing_is_like_nothing():
-    flat = statistics.look(encoded(np.full((50, 60, 3), 128, np.uint8)))
-    broken = [statistics.look(content) for content in (b"", b"\xff\xd8", jpeg()[:40])]
+    flat = statistics.image_hash(encoded(np.full((50, 60, 3), 128, np.uint8)))
+    broken = [statistics.image_hash(content) for content in (b"", b"\xff\xd8", jpeg()[:40])]
     assert flat == 0 and not any(broken)
     zeros = np.zeros(3, np.uint64)
-    assert len(statistics.alike(zeros, zeros)) == 0 and statistics.repeated(zeros) == 0
+    assert len(statistics.match_hashes(zeros, zeros)) == 0 and statistics.count_repeated(zeros) == 0
 
 
 @pytest.mark.parametrize("distance", [0, 1, 2, 3])
@@ -53,34 +53,34 @@ def test_alike_finds_every_pair(n, m, distance):
         turned = rng.choice(64, int(rng.integers(0, 6)), replace=False)
         first[i] = second[i] ^ np.uint64(sum(1 << int(bit) for bit in turned))
     expected = [(i, j) for i in range(n) for j in range(m) if bits(first[i], second[j]) <= distance]
-    assert statistics.alike(first, second, distance).tolist() == sorted(map(list, expected))
+    assert statistics.match_hashes(first, second, distance).tolist() == sorted(map(list, expected))
 
 
 def test_alike_of_many_equal_ones_is_cut_into_portions():
     counts = np.array([5, 0, 7, 1, 1, 100, 2])
-    slices = list(statistics._portions(counts, 8))
+    slices = list(statistics._chunks(counts, 8))
     assert [s.stop for s in slices[:-1]] == [s.start for s in slices[1:]]
     assert slices[0].start == 0 and slices[-1].stop == len(counts)
     assert all(counts[s].sum() <= 8 or s.stop - s.start == 1 for s in slices)
-    assert list(statistics._portions(np.zeros(0, int), 8)) == []
+    assert list(statistics._chunks(np.zeros(0, int), 8)) == []
     with pytest.raises(ValueError, match="distance 4"):
-        statistics.alike(np.zeros(1, np.uint64), np.zeros(1, np.uint64), 4)
+        statistics.match_hashes(np.zeros(1, np.uint64), np.zeros(1, np.uint64), 4)
 
 
 def test_repeats_and_overlaps_are_counted():
     a = np.array([5, 5, 9, 0, 0, 5], np.uint64)
     b = np.array([9, 1 << 40], np.uint64)
-    assert statistics.repeated(a) == 2
+    assert statistics.count_repeated(a) == 2
     # 5 and 9 differ in two bits, so all of a but the flat ones look like the second picture.
-    assert statistics.overlaps({"a": a, "b": b}) == {("a", "b"): 4}
-    assert statistics.overlaps({"a": a}) == {}
+    assert statistics.count_overlaps({"a": a, "b": b}) == {("a", "b"): 4}
+    assert statistics.count_overlaps({"a": a}) == {}
 
 
 def test_boxes_are_sorted_into_cocos_sizes():
     boxes = np.array([[0, 0, 16, 16], [0, 0, 32, 32], [0, 0, 95, 95], [0, 0, 96, 96]], np.float32)
-    found = statistics.of_boxes(np.array([3, 1, 0]), boxes)
+    found = statistics.box_statistics(np.array([3, 1, 0]), boxes)
     assert (found["small"], found["medium"], found["large"]) == (0.25, 0.5, 0.25)
     assert found["side"][0] == 16 and found["side"][-1] == 96
     assert found["without_boxes"] == pytest.approx(1 / 3, abs=1e-6)
-    nothing = statistics.of_boxes(np.zeros(0, int), np.zeros((0, 4)))
+    nothing = statistics.box_statistics(np.zeros(0, int), np.zeros((0, 4)))
     assert nothing["side"] is None and nothing["small"] is None

@@ -147,7 +147,7 @@ def background_again(seed, split, index, options, scene):
 
 
 def changed_pixels(seed, split, index, options):
-    example, image = symbols.make_example(seed, split, index, options)
+    example, image = symbols.make_scene(seed, split, index, options)
     empty, tones = background_again(seed, split, index, options, example.scene)
     changed = np.any(np.asarray(image) != np.asarray(empty), axis=-1)
     return example.scene, np.asarray(image), changed, tones
@@ -202,7 +202,7 @@ def test_black_on_dark_and_white_on_light_are_unreadable():
 def test_overlap_sizes_and_counts_keep_their_limits():
     sizes = []
     for index in range(150):
-        scene = symbols.make_example(4, "detection", index, DEFAULT)[0].scene
+        scene = symbols.make_scene(4, "detection", index, DEFAULT)[0].scene
         assert max(scene.height, scene.width) == 128 and min(scene.height, scene.width) >= 102
         assert 1 <= len(scene.objects) <= 6
         boxes = np.array([thing.box for thing in scene.objects])
@@ -221,10 +221,10 @@ def test_overlap_sizes_and_counts_keep_their_limits():
 
 def test_hard_options_still_make_scenes():
     crowded = symbols.SymbolsOptions(objects=(9, 9), rotation=180.0, difficulty=1.0, overlap=0.0)
-    example, _ = symbols.make_example(0, "grounding", 0, crowded)
+    example, _ = symbols.make_scene(0, "grounding", 0, crowded)
     assert 2 <= len(example.scene.objects) <= 9
     lonely = symbols.SymbolsOptions(novel=len(ALL) - 1, objects=(3, 3))
-    example, _ = symbols.make_example(0, "grounding", 0, lonely)
+    example, _ = symbols.make_scene(0, "grounding", 0, lonely)
     assert len({thing.symbol for thing in example.scene.objects}) == 1
     no_novel = symbols.SymbolsOptions(novel=0)
     assert symbols.symbol_chances("image_text", no_novel).sum() == pytest.approx(1)
@@ -237,7 +237,7 @@ def test_hard_options_still_make_scenes():
 def test_captions_say_exactly_what_is_there(split):
     relations = collections.Counter()
     for index in range(300):
-        example = symbols.make_example(5, split, index, CROWDED_CAPTIONS)[0]
+        example = symbols.make_scene(5, split, index, CROWDED_CAPTIONS)[0]
         scene = example.scene
         for caption in example.captions:
             found = names_in(caption.text)

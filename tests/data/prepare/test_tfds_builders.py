@@ -1,7 +1,6 @@
-"""Our records in the hands of TensorFlow Datasets, and TFDS's in ours."""
+"""TensorFlow Datasets reads our sources, and training reads datasets that TFDS built."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -12,16 +11,15 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from miniature_archives import coco, mdetr, write_images, write_json
 
+from detclipv2_jax import prepare as door
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import ARRAYS, Source
 from detclipv2_jax.data.prepare import registry, tfds_builders, tfds_index
-from detclipv2_jax.data.prepare.image_encoding import Options
-from detclipv2_jax.data.prepare.prepare import prepare, report
+from detclipv2_jax.data.prepare.options import PrepareOptions
+from detclipv2_jax.data.prepare.prepare import format_report, prepare
 from detclipv2_jax.data.prepare.sources.img2dataset import ParquetImage
 from detclipv2_jax.data.records import decode
 from detclipv2_jax.text import phrases
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +80,15 @@ def test_built_by_tfds_and_by_us(name, source, archive, tmp_path):
     theirs = tfds_index.add_index(directory)
     assert before.items() <= {p: p.stat().st_mtime_ns for p in directory.iterdir()}.items()
     opened = (registry.SOURCES | registry.OF_KIND)[source].open_all(archive)
-    ours = prepare(opened, tmp_path / "ours", name="mini", options=Options(jobs=1))
+    ours = prepare(opened, tmp_path / "ours", name="mini", options=PrepareOptions(jobs=1))
     assert_same(theirs, ours)
-    assert len(theirs.shard_paths) == 2 and "dropped images: unreadable" in report(theirs)
+    assert len(theirs.shard_paths) == 2 and "dropped images: unreadable" in format_report(theirs)
     assert len(builder.as_data_source("train")) == len(ours)
 
 
 def test_a_prepared_directory_is_a_dataset(archive, tmp_path):
     opened = registry.SOURCES["coco"].open_all(archive)
-    source = prepare(opened, tmp_path / "2-pets", name="2-pets", options=Options(jobs=1))
+    source = prepare(opened, tmp_path / "2-pets", name="2-pets", options=PrepareOptions(jobs=1))
     builder = tfds.builder_from_directory(tmp_path / "2-pets")
     assert (builder.name, builder.info.splits["train"].num_examples) == ("source_2_pets", 6)
     data = builder.as_data_source(split="train")
@@ -108,11 +106,11 @@ def test_tfds_load_reads_what_is_built_as_tfrecord(archive, tmp_path):
     loaded = list(tfds.load("goldg", data_dir=tmp_path, split="train"))
     assert len(loaded) == 12 and loaded[0]["boxes"].shape == (3, 4)
     assert loaded[1]["concepts"].numpy().tolist() == [b"cat"]
-    with pytest.raises(UserError, match="tfrecord; build it as array_record"):
+    with pytest.raises(UserError, match="tfrecord. Build it as array_record"):
         tfds_index.add_index(tmp_path / "goldg" / "1.0.0")
 
 
-def test_what_is_asked_for_where_nothing_is(tmp_path):
+def test_a_missing_archive_is_reported(tmp_path):
     with pytest.raises(AssertionError, match=r"Objects365.*docs/data\.md"):
         build("objects365", tmp_path / "nowhere", tmp_path)
     write_json(tmp_path / "empty" / "package.json", {"name": "web"})
@@ -123,27 +121,27 @@ def test_what_is_asked_for_where_nothing_is(tmp_path):
 @pytest.mark.parametrize("name", ["coco_boxes", "goldg"])
 def test_beam_builds_the_same(name, archive, tmp_path, monkeypatch):
     beam = pytest.importorskip("apache_beam")
-    for part in tfds_builders.PART_EXAMPLES:
-        monkeypatch.setitem(tfds_builders.PART_EXAMPLES, part, 3)
+    for kind in tfds_builders.SHARD_EXAMPLES:
+        monkeypatch.setitem(tfds_builders.SHARD_EXAMPLES, kind, 3)
     options = beam.options.pipeline_options.PipelineOptions(["--runner=DirectRunner"])
     built = [
         build(name, archive, tmp_path / how, num_shards=shards, beam_options=given)
         for how, shards, given in (("beam", 2, options), ("plain", 3, None))
     ]
     with_beam, plain = (tfds_index.add_index(Path(builder.data_dir)) for builder in built)
-    assert not (with_beam.directory / "parts").exists()
-    for told in (with_beam.info["explained"], plain.info["explained"]):
-        told.clear()  # what workers explain is not carried home, only counted
+    assert not (with_beam.directory / "shards").exists()
+    for explained in (with_beam.info["explained"], plain.info["explained"]):
+        explained.clear()  # of the workers' drops only the counts are collected
     assert_same(with_beam, plain)
 
 
-def test_examples_on_the_way_to_beam(archive):
+def test_examples_survive_the_files_for_beam(archive):
     for name in ("coco", "goldg", "image_text"):
         for opened in registry.SOURCES[name].open_all(archive):
             for example in opened.examples:
                 for image in (example.image, ParquetImage(Path("a.parquet"), 2, 7)):
                     one = dataclasses.replace(example, image=image)
-                    assert tfds_builders._example(tfds_builders._line(one)) == one
+                    assert tfds_builders._from_line(tfds_builders._to_line(one)) == one
 
 
 @pytest.fixture
@@ -153,16 +151,13 @@ def built(archive, tmp_path):
 
 
 def test_command(built, capsys):
-    spec = importlib.util.spec_from_file_location("prepare_data", ROOT / "scripts/prepare_data.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     for _ in range(2):
-        assert script.main(["index", f"--from={built}", "--jobs=2"]) == 0
+        assert door.main(["index", f"--from={built}", "--jobs=2"]) == 0
         assert "dropped images: missing" in capsys.readouterr().out
     assert len(Source.open(built)) == 6
 
 
-def test_an_index_is_added_once_and_goes_on(built, monkeypatch):
+def test_an_index_is_added_once_and_resumed(built, monkeypatch):
     indexed, real = [], tfds_index.decode
 
     def dying(data):
@@ -183,10 +178,10 @@ def test_an_index_is_added_once_and_goes_on(built, monkeypatch):
     assert len(tfds_index.add_index(built)) == 6
 
 
-def test_no_dataset_of_ours(built, tmp_path):
-    with pytest.raises(UserError, match="no dataset of TensorFlow Datasets"):
+def test_other_datasets_are_refused(built, tmp_path):
+    with pytest.raises(UserError, match="not a dataset of TensorFlow Datasets"):
         tfds_index.add_index(tmp_path)
-    with pytest.raises(UserError, match="no split 'test'; it has train"):
+    with pytest.raises(UserError, match="no split 'test'. Choose --split from train"):
         tfds_index.add_index(built, split="test")
     shutil.copytree(built, tmp_path / "other")
     write_json(tmp_path / "other" / "metadata.json", {"kind": "masks"})
@@ -199,10 +194,10 @@ def test_no_dataset_of_ours(built, tmp_path):
         tfds_index.add_index(built)
 
 
-def test_a_damaged_file_is_named(built):
+def test_a_damaged_record_is_named(built):
     path = next(built.glob("*-00001-of-00003"))
     content = bytearray(path.read_bytes())
     content[100:2000] = bytes(1900)
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"00001-of-00003, record \d: .*build the dataset again"):
+    with pytest.raises(UserError, match=r"00001-of-00003, record \d: .*Build the dataset again"):
         tfds_index.add_index(built)
