@@ -21,7 +21,7 @@ ROOMS = {
     "models": ["ops", "common"],
     "weights": ["models", "ops", "text", "common"],
     "data": ["text", "common", "tensorflow"],
-    "data/prepare": ["data", "text", "common", "tensorflow"],
+    "data/prepare": ["data", "weights", "text", "common", "tensorflow"],
     "inference": ["models", "ops", "text", "common"],
     "evaluation": ["inference", "data/prepare", "data", "ops", "text", "models", "common"],
     "training": ["evaluation", "inference", "data", "weights", "models", "ops", "text", "common"],
