@@ -60,7 +60,7 @@ def new_or_resumed(
 def config_changes(stored: dict[str, Any], config: RunConfig) -> str:
     """Return a text that lists the fields that differ from a checkpoint's config; "" if none do."""
     present = json.loads(json.dumps(config_dict.to_dict(config)))  # lists for tuples, as stored
-    old, new = _flat(config_dict.upgraded(RunConfig, stored)), _flat(present)
+    old, new = _flat(config_dict.with_current_names(RunConfig, stored)), _flat(present)
     changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in old | new if old.get(k) != new.get(k)]
     return f", with a changed config ({'; '.join(changed)})" if changed else ""
 
