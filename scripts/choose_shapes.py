@@ -1,12 +1,13 @@
-"""The static shapes of a run, chosen from its data: canvases, and rows of the concept table.
+"""Choose the static shapes of a run from its data: canvases, and rows of the concept table.
 
     python scripts/choose_shapes.py --config=configs/pretrain.py:swin_t --config.data_dir=DIR
     python scripts/choose_shapes.py --data=data/mine/detection --area=800x1344
 
-With a config: for each kind the padding efficiency (pixels of pictures / pixels of their canvases)
-of the config's canvases and of the best one to five of the area of the first; and, over some
-planned steps, how many concepts found no row in tables of several sizes. With --data, prepared
-directories separated by commas: the canvases alone. --count=3 proposes so many only.
+With --config it prints for each kind the padding efficiency (pixels of images / pixels of their
+canvases) of the config's canvases and of the best sets of one to five canvases with the area of the
+first one. It also prints how many concepts would find no row in tables of several sizes, over some
+planned steps. With --data (prepared directories, separated by commas) it prints the canvases only.
+--count=3 proposes only sets of three.
 """
 
 import os
@@ -22,21 +23,21 @@ from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.prepare import canvases
 from detclipv2_jax.training.flags import run_with_config
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's config.")
-_DATA = flags.DEFINE_list("data", None, "Prepared directories, instead of a config.")
-_AREA = flags.DEFINE_string("area", None, "Pixels of a canvas, or HxW; the config's by default.")
-_COUNT = flags.DEFINE_integer("count", None, "How many canvases; by default 1 to 5.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 100, "Steps of each kind to plan.", lower_bound=1)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe of the run.")
+_DATA = flags.DEFINE_list("data", None, "Prepared directories, instead of --config.")
+_AREA = flags.DEFINE_string("area", None, "Pixels of a canvas, or HxW (default: the config's).")
+_COUNT = flags.DEFINE_integer("count", None, "Number of canvases (default: 1 to 5).", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 100, "Planned steps per kind.", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
-    """Prints a table a kind."""
+    """Print a table per kind."""
     if (_CONFIG.value is None) == (_DATA.value is None):
-        raise UserError("Name either --config=FILE or --data=DIR.")
+        raise UserError("Pass either --config=FILE or --data=DIR.")
     counts = (_COUNT.value,) if _COUNT.value else range(1, 6)
     if _DATA.value is not None:
         if _AREA.value is None:
-            raise UserError("--data wants --area=HEIGHTxWIDTH, the size of one good canvas.")
+            raise UserError("--data needs --area=HEIGHTxWIDTH, the size of one suitable canvas.")
         sources = [Source.open(directory) for directory in _DATA.value]
         print(canvas_table(sources, parse_area(_AREA.value), counts))
         return
@@ -60,15 +61,15 @@ def canvas_table(
     counts: range | tuple[int, ...],
     present: tuple[tuple[int, int], ...] = (),
 ) -> str:
-    """Efficiency and split of the present canvases and of the best ones, as Markdown."""
+    """Return the efficiency and split of the present canvases and the best ones, as Markdown."""
     heights = np.concatenate([source.height for source in sources])
     widths = np.concatenate([source.width for source in sources])
     if not heights.size:
-        raise UserError(f"{sources[0].directory}: holds no record, so nothing to choose from")
+        raise UserError(f"{sources[0].directory}: has no records. Name another source.")
     sets = [("now", present)] if present else []
     sets += [(str(n), canvases.choose(heights, widths, n, area)) for n in counts]
     lines = [
-        f"| canvases for {len(heights):,} pictures | height x width | efficiency | split |",
+        f"| canvases for {len(heights):,} images | height x width | efficiency | split |",
         "|---|---|---|---|",
     ]
     for name, shapes in sets:
@@ -80,20 +81,20 @@ def canvas_table(
 
 
 def wanted_concepts(plan, kind: str, steps: int) -> np.ndarray:
-    """Different positives of the first `steps` steps of a kind, those without a row included."""
+    """Return the number of distinct positives of each of the first `steps` steps of a kind."""
     mine = (s for s in range(plan.steps_per_epoch) if plan.program(s)[0] == kind)
     planned = [plan.plan(step) for step, _ in zip(mine, range(steps))]
     return np.array([step.positives + step.dropped for step in planned])
 
 
 def concept_table(wanted: np.ndarray, rows: int) -> str:
-    """What tables of several sizes would drop, as Markdown; `rows` is the config's."""
+    """Return what tables of several sizes would drop, as Markdown; `rows` is the config's size."""
     sizes = sorted({rows, *(2**k * m for k in range(5, 15) for m in (2, 3))})
     near = [n for n in sizes if n == rows or 0.5 * wanted.min() <= n <= 2 * wanted.max()]
     lines = [
-        f"{len(wanted)} steps want {wanted.min():,} to {wanted.max():,} concepts of their own, "
-        f"{np.median(wanted):,.0f} in the middle\n",
-        "| rows | steps that overflow | dropped a step | of all | rows filled by positives |",
+        f"{len(wanted)} steps have {wanted.min():,} to {wanted.max():,} positives, median "
+        f"{np.median(wanted):,.0f}\n",
+        "| rows | steps that overflow | dropped per step | of all | rows filled by positives |",
         "|---|---|---|---|---|",
     ]
     for use in canvases.table_use(wanted, near):
@@ -106,10 +107,10 @@ def concept_table(wanted: np.ndarray, rows: int) -> str:
 
 
 def parse_area(text: str) -> int:
-    """Pixels, from a number or HEIGHTxWIDTH."""
+    """Return the pixels of "1075200" or "800x1344"."""
     sides = text.lower().replace("×", "x").split("x")
     if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
-        raise UserError(f"--area={text}: give pixels, 1075200, or sides, 800x1344.")
+        raise UserError(f"--area={text}: not an area. Use pixels (1075200) or sides (800x1344).")
     return int(np.prod([int(side) for side in sides]))
 
 

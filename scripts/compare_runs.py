@@ -1,10 +1,10 @@
-"""Compares groups of runs, as an ablation needs: one table, one picture, each seed visible.
+"""Compare groups of runs, as in an ablation: one table and one figure that show every run.
 
     python scripts/compare_runs.py with=runs/with_0,runs/with_1 without=runs/without_0 \\
         --picture=comparison.png
 
-A run is the directory of an evaluation: a training's --workdir, or `evaluate`'s --output. A group
-is shown by the mean of its runs, with the lowest and the highest behind it.
+A run is the --workdir of a training or the --output of an evaluation. The table has the mean of
+each group, followed by its lowest and highest run.
 """
 
 import argparse
@@ -16,16 +16,17 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from detclipv2_jax.common.atomic import replacing
+from detclipv2_jax.common.cli import exit_status
 from detclipv2_jax.common.errors import UserError
 
-Figures = dict[str, float]  # 'all', 'base', 'novel': AP as a fraction of one
+Values = dict[str, float]  # 'all', 'base', 'novel': AP as a fraction of one
 
 
-def read_run(directory: str) -> tuple[str, Figures]:
-    """What is measured ('fixed AP'; 'coco AP' on a COCO-format set), of all and of each group.
+def read_run(directory: str) -> tuple[str, Values]:
+    """Return the metric ("fixed AP" or "coco AP") and its value for all and each group of names.
 
     Raises:
-      UserError: there is no results.json, or it holds no such figure.
+      UserError: results.json does not exist or has no such value.
     """
     path = Path(directory) / "results.json"
     try:
@@ -38,40 +39,44 @@ def read_run(directory: str) -> tuple[str, Figures]:
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: no results of an evaluation ({error!r}); give the workdir of a finished run."
+            f"{path}: not the results of an evaluation ({error!r}). Name the directory of a "
+            "finished run."
         ) from None
 
 
-def read_groups(arguments: Sequence[str]) -> tuple[str, dict[str, list[Figures]]]:
-    """What is measured, and the figures of each run of each NAME=DIR,DIR,…
+def read_groups(arguments: Sequence[str]) -> tuple[str, dict[str, list[Values]]]:
+    """Return the metric and, for each NAME=DIR,DIR,…, the values of its runs.
 
     Raises:
-      UserError: an argument is no group, a run has no results, or two measure different things.
+      UserError: an argument is not a group, a run has no results, or two runs differ in the metric.
     """
-    measured, groups = "", {}
+    metric, groups = "", {}
     for argument in arguments:
         name, _, directories = argument.partition("=")
         runs = [directory for directory in directories.split(",") if directory]
         if not name or not runs:
-            raise UserError(f"{argument}: write a group as NAME=DIR,DIR,…")
+            raise UserError(f"{argument}: not a group of runs. Write NAME=DIR,DIR,….")
         for directory in runs:
-            here, figures = read_run(directory)
-            if measured not in ("", here):
-                raise UserError(f"{directory}: holds {here}, the runs before it {measured}.")
-            measured = here
-            groups.setdefault(name, []).append(figures)
-    return measured, groups
+            here, values = read_run(directory)
+            if metric not in ("", here):
+                raise UserError(
+                    f"{directory}: its metric is {here}, that of the runs before it is {metric}. "
+                    "Compare runs of one metric."
+                )
+            metric = here
+            groups.setdefault(name, []).append(values)
+    return metric, groups
 
 
-def columns(groups: Mapping[str, Sequence[Figures]]) -> list[str]:
-    """The figures that any run has, in the order of the first that has them."""
+def columns(groups: Mapping[str, Sequence[Values]]) -> list[str]:
+    """Return the names of the values that any run has, in order of first appearance."""
     return list(dict.fromkeys(key for runs in groups.values() for run in runs for key in run))
 
 
-def table(measured: str, groups: Mapping[str, Sequence[Figures]]) -> str:
-    """Markdown: a row a group, a column a figure; '–' where no run of the group has it."""
+def table(metric: str, groups: Mapping[str, Sequence[Values]]) -> str:
+    """Return a Markdown table: a row per group, a column per value, "–" where it is missing."""
     names = columns(groups)
-    lines = [f"| {measured} | runs | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    lines = [f"| {metric} | runs | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for group, runs in groups.items():
         cells = [_cell([run[name] for run in runs if run.get(name) is not None]) for name in names]
         lines.append(f"| {group} | {len(runs)} | " + " | ".join(cells) + " |")
@@ -85,8 +90,8 @@ def _cell(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.3f}–{max(values):.3f})"
 
 
-def draw(measured: str, groups: Mapping[str, Sequence[Figures]], picture: Path) -> None:
-    """A panel a figure: each group's mean as a bar, each run as a dot. Writes a PNG, atomically."""
+def draw(metric: str, groups: Mapping[str, Sequence[Values]], picture: Path) -> None:
+    """Write a PNG with a panel per value: a bar for the mean of each group, a dot for each run."""
     names = columns(groups)
     figure = Figure(figsize=(3.2 * len(names), 3.4), layout="constrained")
     for panel, name in zip(figure.subplots(1, len(names), squeeze=False, sharey=True)[0], names):
@@ -97,27 +102,28 @@ def draw(measured: str, groups: Mapping[str, Sequence[Figures]], picture: Path) 
                 panel.plot([place] * len(values), values, "o", color="black", markersize=4)
         panel.set(title=name, xticks=range(len(groups)), xticklabels=list(groups))
         panel.grid(axis="y", alpha=0.3)
-    figure.axes[0].set_ylabel(measured)
+    figure.axes[0].set_ylabel(metric)
     with replacing(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def main() -> None:
-    """Prints the table; draws the picture if one is named."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status; 2 after an error that the user can fix."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("groups", nargs="+", metavar="NAME=DIR,DIR", help="a group of runs")
-    parser.add_argument("--picture", type=Path, help="PNG to draw (default: none)")
-    args = parser.parse_args()
-    try:
-        measured, groups = read_groups(args.groups)
-        print(table(measured, groups))
-        if args.picture:
-            draw(measured, groups, args.picture)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    parser.add_argument("--picture", type=Path, help="PNG file to write (default: none)")
+    return exit_status(run, parser.parse_args(arguments))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the table, and draw the figure if a file is named."""
+    metric, groups = read_groups(args.groups)
+    print(table(metric, groups))
+    if args.picture:
+        draw(metric, groups, args.picture)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,13 +1,13 @@
-"""What is in prepared sources: sizes, boxes, concepts, tokens, pictures that occur twice.
+"""Report statistics of prepared sources: sizes, boxes, concepts, tokens, duplicate images.
 
     python scripts/data_statistics.py data/symbols/detection data/symbols/grounding --output=DIR
     python scripts/data_statistics.py data/objects365 data/cc15m --output=DIR --duplicates \\
         --evaluation=lvis_v1_val.json --images=coco
 
-Prints a table for each source and writes statistics.json and statistics.png. `--duplicates` looks
-at every picture (about a thousand a second a core) for those that look alike within a source and
-across sources; with `--evaluation`, also for pictures of an evaluation set that leaked into
-training.
+Prints a table for each source and writes statistics.json and statistics.png. With `--duplicates` it
+reads every image (about a thousand per second and core) and reports near-duplicates within a source
+and between sources; with `--evaluation` also images of an evaluation set that are in the training
+data.
 """
 
 import argparse
@@ -23,61 +23,64 @@ from tqdm import tqdm
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from detclipv2_jax.common.atomic import (
-    replacing,
-    write_json,
-)
+from detclipv2_jax.common.atomic import replacing, write_json
 from detclipv2_jax.common.cli import exit_status
 from detclipv2_jax.common.errors import UserError
 
-_PAIRS = 5  # leaked pictures that are named
+_SHOWN_PAIRS = 5  # pairs of a training and an evaluation image that are printed
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; 2 if something that the user can mend went wrong, one sentence each."""
-    return exit_status(run, parser().parse_args(arguments))
+    """Run the command and return its exit status; 2 after an error that the user can fix."""
+    return exit_status(run, build_parser().parse_args(arguments))
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
     result = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("sources", nargs="+", metavar="SOURCE", help="directory of prepared data")
-    result.add_argument("--output", required=True, metavar="DIR", help="where to write")
+    result.add_argument("sources", nargs="+", metavar="SOURCE", help="directory of a source")
+    result.add_argument("--output", required=True, metavar="DIR", help="directory to write")
     result.add_argument(
         "--sample",
         type=int,
         default=20_000,
-        help="records a source whose boxes are read, evenly spaced (default: %(default)s)",
+        help="evenly spaced records per source whose boxes are read (default: %(default)s)",
     )
-    result.add_argument("--duplicates", action="store_true", help="look for pictures that recur")
+    result.add_argument("--duplicates", action="store_true", help="report near-duplicate images")
     result.add_argument(
-        "--evaluation", metavar="JSON", help="COCO- or LVIS-format set that must not be trained on"
+        "--evaluation",
+        metavar="JSON",
+        help="COCO- or LVIS-format set that training must not contain",
     )
     result.add_argument("--images", metavar="DIR", help="folder of the evaluation set's images")
-    result.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    result.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: cores)"
+    )
     return result
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints and writes what the command line asks for."""
+    """Print and write the statistics that the command line asks for."""
     from detclipv2_jax.data.index import Source
 
     if args.evaluation and not (args.images and args.duplicates):
-        raise UserError("--evaluation needs --duplicates and --images=DIR, where its pictures are.")
+        raise UserError("--evaluation needs --duplicates and --images=DIR. Add both flags.")
     sources = {}
     for directory in args.sources:
         source = Source.open(directory)
         if source.name in sources:
-            raise UserError(f"{directory}: another source is called {source.name!r} too; drop one.")
+            raise UserError(
+                f"{directory}: another source is called {source.name!r} too. Name only one of them."
+            )
         sources[source.name] = source
     found = {name: describe(source, args.sample, args.jobs) for name, source in sources.items()}
-    results: dict[str, Any] = {"sources": {name: figures for name, (figures, _) in found.items()}}
+    results: dict[str, Any] = {"sources": {name: values for name, (values, _) in found.items()}}
     for name, source in sources.items():
         print(table(name, source.kind, results["sources"][name]))
     if args.duplicates:
-        results |= duplicates(sources, args)
+        results |= find_duplicates(sources, args)
     output = Path(args.output)
     write_json(output / "statistics.json", results)
     draw(sources, {name: sides for name, (_, sides) in found.items()}, output / "statistics.png")
@@ -85,13 +88,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def describe(source, sample: int, jobs: int) -> tuple[dict[str, Any], np.ndarray]:
-    """A source's figures, and the sides of the sampled boxes (root of the area, pixels)."""
+    """Return the statistics of a source and the sides of the sampled boxes.
+
+    A side is the square root of the area, in pixels.
+    """
     from detclipv2_jax.data.prepare import statistics
 
-    figures = statistics.of_index(source)
+    values = statistics.index_statistics(source)
     boxes = np.zeros((0, 4), np.float32)
     if source.kind != "image_text":
-        parts = list(
+        chunks = list(
             tqdm(
                 statistics.sample_boxes(source, sample, jobs),
                 desc=f"{source.name}: boxes",
@@ -99,43 +105,41 @@ def describe(source, sample: int, jobs: int) -> tuple[dict[str, Any], np.ndarray
                 disable=None,
             )
         )
-        counts = np.concatenate([np.zeros(0, np.int64), *(c for c, _ in parts)])
-        boxes = np.concatenate([boxes, *(b for _, b in parts)])
-        figures["boxes"] = statistics.of_boxes(counts, boxes)
-    return figures, np.sqrt(np.maximum((boxes[:, 2:] - boxes[:, :2]).prod(axis=1), 0))
+        counts = np.concatenate([np.zeros(0, np.int64), *(c for c, _ in chunks)])
+        boxes = np.concatenate([boxes, *(b for _, b in chunks)])
+        values["boxes"] = statistics.box_statistics(counts, boxes)
+    return values, np.sqrt(np.maximum((boxes[:, 2:] - boxes[:, :2]).prod(axis=1), 0))
 
 
-def duplicates(sources, args: argparse.Namespace) -> dict[str, Any]:
-    """Pictures that recur within a source, across sources, and in the evaluation set."""
+def find_duplicates(sources, args: argparse.Namespace) -> dict[str, Any]:
+    """Count images that recur within a source, between sources and in the evaluation set."""
     from detclipv2_jax.data.prepare import statistics
 
-    looks = {}
+    hashes = {}
     for name, source in sources.items():
         chunks = []
-        with tqdm(
-            total=len(source), desc=f"{name}: pictures", unit=" pictures", disable=None
-        ) as bar:
-            for chunk in statistics.looks(source, args.jobs):
+        with tqdm(total=len(source), desc=f"{name}: images", unit=" images", disable=None) as bar:
+            for chunk in statistics.image_hashes(source, args.jobs):
                 chunks.append(chunk)
                 bar.update(len(chunk))
-        looks[name] = np.concatenate([np.zeros(0, np.uint64), *chunks])
+        hashes[name] = np.concatenate([np.zeros(0, np.uint64), *chunks])
     results: dict[str, Any] = {
-        "repeated": {name: statistics.repeated(found) for name, found in looks.items()},
-        "overlaps": {f"{a} | {b}": n for (a, b), n in statistics.overlaps(looks).items()},
+        "repeated": {name: statistics.count_repeated(some) for name, some in hashes.items()},
+        "overlaps": {f"{a} | {b}": n for (a, b), n in statistics.count_overlaps(hashes).items()},
     }
-    print("pictures that look alike")
+    print("near-duplicate images")
     for name, count in results["repeated"].items():
-        print(f"  an earlier one of {name:<32}{count:>12,} of {len(looks[name]):,}")
+        print(f"  within {name:<43}{count:>12,} of {len(hashes[name]):,}")
     for pair, count in results["overlaps"].items():
         a, b = pair.split(" | ")
-        print(f"  {a} like one of {b:<32}{count:>12,}")
+        print(f"  of {a}, in {b:<32}{count:>12,}")
     if args.evaluation:
-        results["leaked"] = leaked(sources, looks, args)
+        results["leaked"] = find_leaked(hashes, args)
     return results
 
 
-def leaked(sources, looks, args: argparse.Namespace) -> dict[str, int]:
-    """For each source, the pictures that look like one of the evaluation set."""
+def find_leaked(hashes: dict[str, np.ndarray], args: argparse.Namespace) -> dict[str, int]:
+    """Count, for each source, the evaluation images that have a near-duplicate in it."""
     from detclipv2_jax.common.json_stream import read_lists
     from detclipv2_jax.data.prepare import statistics
     from detclipv2_jax.data.prepare.examples import ImageFolder
@@ -147,66 +151,72 @@ def leaked(sources, looks, args: argparse.Namespace) -> dict[str, int]:
         try:
             candidates = file_names(entry)
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise UserError(f"{evaluation}: images[{number}] names no file") from None
+            raise UserError(
+                f"{evaluation}: images[{number}] has no file name. Name a COCO or LVIS file."
+            ) from None
         path = next((p for p in map(folder.find, candidates) if p is not None), None)
         if path is not None:
             names.append(candidates[0])
             paths.append(path)
-    bar = tqdm(paths, desc="evaluation set: pictures", unit=" pictures", disable=None)
-    theirs = np.array([statistics.look(path.read_bytes()) for path in bar], np.uint64)
-    print(f"pictures of {args.evaluation} ({len(paths):,} found) that look like one trained on")
+    bar = tqdm(paths, desc="evaluation set: images", unit=" images", disable=None)
+    theirs = np.array([statistics.image_hash(path.read_bytes()) for path in bar], np.uint64)
+    print(f"images of {args.evaluation} ({len(paths):,} found) with a near-duplicate in a source")
     counts = {}
-    for source, ours in looks.items():
-        pairs = statistics.alike(ours, theirs)
+    for source, ours in hashes.items():
+        pairs = statistics.match_hashes(ours, theirs)
         counts[source] = len(np.unique(pairs[:, 1]))
         print(f"  in {source:<48}{counts[source]:>12,}")
-        for record, image in itertools.islice(pairs.tolist(), _PAIRS):
+        for record, image in itertools.islice(pairs.tolist(), _SHOWN_PAIRS):
             print(f"      record {record} and {names[image]}")
     return counts
 
 
-def table(name: str, kind: str, figures: dict[str, Any]) -> str:
-    """The figures of one source for people."""
+def table(name: str, kind: str, values: dict[str, Any]) -> str:
+    """Return the statistics of one source as a table."""
     from detclipv2_jax.data.prepare.statistics import QUANTILES
 
-    heads = ["least", *(f"{q:.0%}" for q in QUANTILES[1:-1]), "most"]
+    heads = ["min", *(f"{q:.0%}" for q in QUANTILES[1:-1]), "max"]
     lines = [
-        f"{name} ({kind}): {figures['records']:,} records, {figures['concepts']:,} concepts "
-        f"({figures['captions']:,} captions, {figures['unused']:,} that no record has)",
+        f"{name} ({kind}): {values['records']:,} records, {values['concepts']:,} concepts "
+        f"({values['captions']:,} captions, {values['unused']:,} that no record has)",
         f"  {'':<26}" + "".join(f"{head:>9}" for head in heads),
     ]
-    rows = {key: figures[key] for key in ("height", "width", "aspect", "concepts_a_record")}
-    rows["tokens (16 at most)"] = figures["tokens"]
-    boxes = figures.get("boxes", {})
-    rows |= {f"{key} of boxes": boxes[key] for key in ("side",) if key in boxes}
-    rows |= {key: boxes[key] for key in ("boxes_a_record",) if key in boxes}
-    for label, values in rows.items():
-        if values is not None:
-            cells = "".join(f"{value:>9.4g}" for value in values)
-            lines.append(f"  {label.replace('_', ' '):<26}{cells}")
-    if figures["tokens_at_limit"] is not None:
-        lines.append(f"  {figures['tokens_at_limit']:.1%} of the concepts fill all 16 tokens")
+    boxes = values.get("boxes", {})
+    rows = {
+        "height": values["height"],
+        "width": values["width"],
+        "aspect": values["aspect"],
+        "concepts per record": values["concepts_a_record"],
+        "tokens (at most 16)": values["tokens"],
+        "side of boxes": boxes.get("side"),
+        "boxes per record": boxes.get("boxes_a_record"),
+    }
+    for label, row in rows.items():
+        if row is not None:
+            lines.append(f"  {label:<26}" + "".join(f"{value:>9.4g}" for value in row))
+    if values["tokens_at_limit"] is not None:
+        lines.append(f"  {values['tokens_at_limit']:.1%} of the concepts fill all 16 tokens")
     if boxes.get("small") is not None:
         lines.append(
             f"  boxes: {boxes['small']:.1%} small, {boxes['medium']:.1%} medium, "
             f"{boxes['large']:.1%} large; {boxes['without_boxes']:.1%} of the records have none"
         )
-    frequent = ", ".join(f"{n} {c:,}" for n, c in itertools.islice(figures["frequent"].items(), 10))
+    frequent = ", ".join(f"{n} {c:,}" for n, c in itertools.islice(values["frequent"].items(), 10))
     return "\n".join([*lines, f"  most frequent: {frequent}"])
 
 
 def draw(sources, sides: dict[str, np.ndarray], path: Path) -> None:
-    """A row of panels for each source: sizes, concepts a record, frequency of names, boxes."""
+    """Draw a row of panels per source: sizes, concepts per record, name frequencies, box sizes."""
     figure = Figure(figsize=(16, 3.4 * len(sources)), layout="constrained")
     rows = figure.subplots(len(sources), 4, squeeze=False)
     for panels, (name, source) in zip(rows, sources.items()):
         pick = slice(None, None, max(1, len(source) // 20_000))
         panels[0].scatter(source.width[pick], source.height[pick], s=4, alpha=0.3, linewidths=0)
-        panels[0].set(title=f"{name}: pictures", xlabel="width, pixels", ylabel="height, pixels")
+        panels[0].set(title=f"{name}: images", xlabel="width, pixels", ylabel="height, pixels")
         counts = np.diff(source.positives_offsets)
         most = int(counts.max(initial=1))
         panels[1].hist(counts, bins=np.arange(0, most + 2, max(1, most // 50)) - 0.5)
-        panels[1].set(title="concepts a record", xlabel="concepts", ylabel="records")
+        panels[1].set(title="concepts per record", xlabel="concepts", ylabel="records")
         uses = np.bincount(source.positives, minlength=len(source.keys))[source.vocabulary]
         uses = -np.sort(-uses[uses > 0])
         panels[2].plot(1 + np.arange(len(uses)), uses)
@@ -214,7 +224,7 @@ def draw(sources, sides: dict[str, np.ndarray], path: Path) -> None:
         panels[2].set(xscale="log", yscale="log")
         if len(sides[name]):
             panels[3].hist(sides[name], bins=np.geomspace(1, max(sides[name].max(), 2), 50))
-            panels[3].set(title="boxes", xlabel="root of the area, pixels", ylabel="boxes")
+            panels[3].set(title="boxes", xlabel="square root of the area, pixels", ylabel="boxes")
             panels[3].set(xscale="log")
         else:
             panels[3].set_axis_off()

@@ -1,13 +1,12 @@
-"""A page of what the model will see: the pictures of some steps with boxes, names and negatives.
+"""Write a web page with the batches of some training steps: images, boxes, names and negatives.
 
     python scripts/show_batches.py --config=configs/pretrain.py:nano --output=DIR
     python scripts/show_batches.py --config=configs/pretrain.py:nano --output=DIR \\
         --kind=image_text --step=500 --config.data.image_text.crop=True
 
-Writes DIR/index.html with a section for each step: the very batch that training takes at that step,
-every picture on its canvas, the names under its boxes or the texts that belong to it, and the
-concepts that are scored against all of them and belong to none. Any field of the config can be set
-behind it, as for training.
+Writes DIR/index.html with a section for each step. It shows exactly the batch that training uses at
+that step: every image on its canvas, the names of its boxes or its texts, and the negatives of the
+batch. Any field of the config can be set, as for training.
 """
 
 import dataclasses
@@ -27,32 +26,32 @@ from detclipv2_jax.data.index import KINDS
 from detclipv2_jax.training.flags import run_with_config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's config.")
-_OUTPUT = flags.DEFINE_string("output", None, "Directory for the page and its pictures.")
-_KIND = flags.DEFINE_enum("kind", None, KINDS, "Only steps of this kind; by default of any.")
-_SOURCE = flags.DEFINE_string("source", None, "Only pictures of this source; by default of any.")
-_STEP = flags.DEFINE_integer("step", 0, "First step to look at.", lower_bound=0)
-_STEPS = flags.DEFINE_integer("steps", 3, "How many steps to show.", lower_bound=1)
-_PICTURES = flags.DEFINE_integer(
-    "pictures", 12, "At most this many pictures a step.", lower_bound=1
+_OUTPUT = flags.DEFINE_string("output", None, "Directory for the page and its images.")
+_KIND = flags.DEFINE_enum("kind", None, KINDS, "Show only steps of this kind (default: all kinds).")
+_SOURCE = flags.DEFINE_string(
+    "source", None, "Show only images of this source (default: all sources)."
 )
+_STEP = flags.DEFINE_integer("step", 0, "First step.", lower_bound=0)
+_STEPS = flags.DEFINE_integer("steps", 3, "Number of steps.", lower_bound=1)
+_PICTURES = flags.DEFINE_integer("pictures", 12, "Most images to show per step.", lower_bound=1)
 flags.mark_flags_as_required(["config", "output"])
 
-_PATIENCE = 10_000  # steps that are looked through for one of the asked kind and source
+_MAX_SEARCHED = 10_000  # steps that are searched for those of --kind and --source
 
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """One slot of a batch, drawn."""
+    """One slot of a batch as the page shows it."""
 
-    file: str  # of the picture, relative to the page
+    file: str  # of the drawn image, relative to the page
     source: str
     record: int
-    size: tuple[int, int]  # (height, width) of the picture on its canvas
-    names: list[str]  # of its boxes, or its texts (the caption first)
+    size: tuple[int, int]  # (height, width) of the image on its canvas, in pixels
+    names: list[str]  # of its boxes, or its texts with the caption first
 
 
 def main(argv: list[str]) -> None:
-    """Writes the page of the steps that the flags name."""
+    """Write the page for the steps that the flags select."""
     from detclipv2_jax.data import pipeline
     from detclipv2_jax.training import config as config_lib
     from detclipv2_jax.training import inputs
@@ -61,14 +60,17 @@ def main(argv: list[str]) -> None:
     plan, sources, _ = inputs.open_data(config)
     if _KIND.value is not None and _KIND.value not in plan.kinds:
         names = ", ".join(plan.kinds)
-        raise UserError(f"--kind={_KIND.value}: there is no such data, only {names}.")
+        raise UserError(f"--kind={_KIND.value}: the config has no such data. Use one of {names}.")
     if _SOURCE.value is not None and _SOURCE.value not in sources:
         raise UserError(
-            f"--source={_SOURCE.value}: there is no such source, only {', '.join(sources)}."
+            f"--source={_SOURCE.value}: not a source of the config. Use one of "
+            f"{', '.join(sources)}."
         )
     sections = []
-    for step in itertools.islice(_wanted(plan), _STEPS.value):
-        once = dict(start=step, stop=step + 1, max_broken_share=1.0)  # what is broken is logged
+    for step in itertools.islice(_select_steps(plan), _STEPS.value):
+        once = dict(
+            start=step, stop=step + 1, max_broken_share=1.0
+        )  # unreadable records are logged
         planned, batch = next(pipeline.batches(plan, sources, **once))
         names = plan.vocabulary.names(planned.concepts)
         folder = f"step-{step:06d}-{planned.kind}"
@@ -85,12 +87,12 @@ def main(argv: list[str]) -> None:
     page = Path(_OUTPUT.value) / "index.html"
     with replacing(page) as temporary:
         temporary.write_text(render(sections), encoding="utf-8")
-    print(f"{page}: {sum(len(s['pictures']) for s in sections)} pictures")
+    print(f"{page}: {sum(len(s['pictures']) for s in sections)} images")
 
 
-def _wanted(plan) -> Iterator[int]:
-    """The steps of the asked kind that have a picture of the asked source."""
-    for step in range(_STEP.value, _STEP.value + _PATIENCE):
+def _select_steps(plan) -> Iterator[int]:
+    """Yield the steps of --kind that have an image of --source."""
+    for step in range(_STEP.value, _STEP.value + _MAX_SEARCHED):
         if _KIND.value not in (None, plan.program(step)[0]):
             continue
         if _SOURCE.value is not None:
@@ -104,21 +106,23 @@ def _wanted(plan) -> Iterator[int]:
 
 def _summary(planned, batch: Batch) -> str:
     height, width = planned.shape
-    parts = [
+    phrases = [
         f"epoch {planned.epoch}",
         f"{int((batch.sizes[:, 0] > 0).sum())} of {len(batch.sizes)} slots filled",
         f"canvas {height}x{width}",
         f"{int((batch.labels >= 0).sum())} boxes",
-        f"{planned.positives} concepts of its own",
+        f"{planned.positives} positives",
         f"{int(batch.token_mask.sum()) - planned.positives} negatives",
     ]
-    return ", ".join(parts + [f"{planned.dropped} without room"] * bool(planned.dropped))
+    if planned.dropped:
+        phrases.append(f"{planned.dropped} positives without a row")
+    return ", ".join(phrases)
 
 
 def draw(
     batch: Batch, planned, sources: tuple[str, ...], names: list[str], folder: str
 ) -> Iterator[Shown]:
-    """Draws the filled slots of a batch, one file each, and tells what is in them."""
+    """Draw the filled slots of a batch to one file each, and yield what they show."""
     from detclipv2_jax.inference import drawing
 
     for slot in np.flatnonzero(batch.sizes[:, 0] > 0):
@@ -127,7 +131,7 @@ def draw(
             continue
         boxed = (batch.boxes[slot, :, 2:] > batch.boxes[slot, :, :2]).all(axis=1)
         rows = batch.labels[slot][boxed]
-        labels = [names[row] if row >= 0 else "(no room)" for row in rows]
+        labels = [names[row] if row >= 0 else "(no row)" for row in rows]
         texts = [names[row] for row in batch.texts[slot] if row >= 0]
         picture = drawing.draw_boxes(batch.images[slot], batch.boxes[slot][boxed], labels, side=480)
         file = f"{folder}/slot-{slot:04d}.png"
@@ -147,7 +151,7 @@ figcaption { font-size: 13px; overflow-wrap: anywhere; } .from { color: #666; }
 .name { background: #eef; border-radius: 3px; padding: 0 .3em; margin-right: .3em; }
 details { margin: .6rem 0 2rem; max-width: 70rem; } .negative { color: #844; }
 </style>
-<h1>What the model will see</h1>
+<h1>Training batches</h1>
 {% for s in sections %}
 <h2>{{ s.title }}</h2>
 <p>{{ s.summary }}</p>
@@ -160,7 +164,7 @@ details { margin: .6rem 0 2rem; max-width: 70rem; } .negative { color: #844; }
 {% endfor %}
 </div>
 <details{{ ' open' if s.negatives|length <= 60 }}><summary>{{ s.negatives|length }} negatives:
-concepts that are scored against every picture and belong to none</summary>
+concepts that no image of the batch has</summary>
 {% for n in s.negatives %}<span class="negative">{{ n }}</span>{{ ", " if not loop.last }}
 {% endfor %}</details>
 {% endfor %}
@@ -169,7 +173,7 @@ concepts that are scored against every picture and belong to none</summary>
 
 
 def render(sections: list[dict]) -> str:
-    """The page; what comes from the data is escaped."""
+    """Return the HTML of the page, with everything from the data escaped."""
     return jinja2.Environment(autoescape=True).from_string(_PAGE).render(sections=sections)
 
 

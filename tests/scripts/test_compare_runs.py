@@ -44,8 +44,8 @@ def test_a_table_and_a_picture(compare_runs, tmp_path):
     assert Image.open(tmp_path / "pictures/comparison.png").width > 900
 
 
-def test_what_is_no_run_is_told(compare_runs, tmp_path):
-    with pytest.raises(UserError, match="results.json: no results of an evaluation"):
+def test_a_directory_without_results_is_refused(compare_runs, tmp_path):
+    with pytest.raises(UserError, match="results.json: not the results of an evaluation"):
         compare_runs.read_groups([f"with={tmp_path}"])
     for argument in ("with", "with=", "=runs/a"):
         with pytest.raises(UserError, match="NAME=DIR"):
@@ -56,5 +56,5 @@ def test_fixed_and_coco_ap_never_share_a_table(compare_runs, tmp_path):
     lvis = make_run(tmp_path / "lvis", all=0.25)
     (tmp_path / "coco").mkdir()
     (tmp_path / "coco/results.json").write_text(json.dumps({"coco": {"AP": 0.3}}))
-    with pytest.raises(UserError, match="holds coco AP, the runs before it fixed AP"):
+    with pytest.raises(UserError, match="its metric is coco AP, that of the runs before it is fixed AP"):
         compare_runs.read_groups([f"a={lvis},{tmp_path / 'coco'}"])

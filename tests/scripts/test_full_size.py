@@ -103,7 +103,7 @@ def test_shapes_cannot_be_chosen(made_up, arguments, words):
 def test_shapes_are_chosen_for_a_directory(made_up):
     done = choose(f"--data={made_up}/goldg,{made_up}/cc15m", "--area=320x320", "--count=3")
     assert done.returncode == 0, done.stderr
-    assert "| 3 |" in done.stdout and "6,885 pictures" in done.stdout
+    assert "| 3 |" in done.stdout and "6,885 images" in done.stdout
 
 
 def test_ratios_are_those_of_a_round():

@@ -1,4 +1,4 @@
-"""The commands that show what is in prepared data: statistics, and pages of batches."""
+"""The scripts that show prepared data: statistics, and pages of batches."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ def statistics_script():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Three kinds from one folder of four pictures, prepared."""
+    """Sources of three kinds, prepared from one folder of four images."""
     folder = tmp_path_factory.mktemp("archive")
     names = write_images(folder, 4, 120, 160)
     entries = image_entries(names, 120, 160)
@@ -72,7 +72,7 @@ def test_statistics_of_every_kind(statistics_script, data, tmp_path, capsys):
         assert picture.width > 1000
 
 
-def test_statistics_say_what_is_wrong(statistics_script, data, tmp_path, capsys):
+def test_statistics_report_errors(statistics_script, data, tmp_path, capsys):
     one, output = str(data / "detection"), f"--output={tmp_path}"
     for arguments, message in (
         ([str(tmp_path / "none"), output], "no prepared source here"),
@@ -104,7 +104,7 @@ def test_a_page_of_batches(data, tmp_path):
     assert '<span class="negative">bus</span>' in html
 
 
-def test_a_page_of_what_is_not_there(data, tmp_path):
+def test_a_page_of_an_unknown_source_is_refused(data, tmp_path):
     process = page(data, tmp_path, "--source=cc15m")
     assert process.returncode == 2
-    assert "--source=cc15m: there is no such source, only detection, " in process.stderr
+    assert "--source=cc15m: not a source of the config. Use one of detection, " in process.stderr

@@ -1,4 +1,4 @@
-"""The command that makes the dictionary, on sources that are written as any are."""
+"""The command that makes the concept dictionary of prepared sources."""
 
 import importlib.util
 import json
@@ -46,7 +46,7 @@ def data(tmp_path):
                     )
                 )
             writer.finish()
-    # What a killed preparation left is no source.
+    # What a killed preparation left behind is not a source.
     (tmp_path / "data" / "more.partial").mkdir()
     (tmp_path / "data" / "more.partial" / "info.json").write_text("{")
     return tmp_path / "data"
@@ -64,7 +64,7 @@ def test_names_and_phrases_of_all_sources(data, capsys):
     ]
     assert made.info["created_from"]["sources"] == {"detection": 6, "image_text": 6}
     printed = capsys.readouterr().out
-    assert "together 4: 2 categories; 4 occur 5 times or more" in printed
+    assert "all sources: 4 names and phrases, 2 of them categories; 4 occur at least 5 times" in printed
     assert "as their head noun" in printed and "(like bird)" in printed
     assert command()([f"--from={data}", f"--to={to}", "--min_count=7", "--size=2"]) == 0
     assert Dictionary.open(to).names == ["wild bird", "sofa"]
@@ -83,7 +83,7 @@ def test_synsets_and_the_nearest_concept(data, tmp_path, capsys):
     assert "as the nearest concept" in capsys.readouterr().out
 
 
-def test_what_is_wrong_is_said_in_a_sentence(data, tmp_path, capsys):
+def test_errors_are_one_line(data, tmp_path, capsys):
     def said(*flags):
         assert command()([f"--to={tmp_path / 'to'}", *flags]) == 2
         lines = capsys.readouterr().err.splitlines()
