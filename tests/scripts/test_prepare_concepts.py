@@ -64,7 +64,7 @@ def test_names_and_phrases_of_all_sources(data, capsys):
     ]
     assert made.info["created_from"]["sources"] == {"detection": 6, "image_text": 6}
     printed = capsys.readouterr().out
-    assert "all sources: 4 names and phrases, 2 of them categories; 4 occur at least 5 times" in printed
+    assert "4 names and phrases, 2 of them categories; 4 occur at least 5 times" in printed
     assert "as their head noun" in printed and "(like bird)" in printed
     assert command()([f"--from={data}", f"--to={to}", "--min_count=7", "--size=2"]) == 0
     assert Dictionary.open(to).names == ["wild bird", "sofa"]
@@ -84,17 +84,17 @@ def test_synsets_and_the_nearest_concept(data, tmp_path, capsys):
 
 
 def test_errors_are_one_line(data, tmp_path, capsys):
-    def said(*flags):
+    def error(*flags):
         assert command()([f"--to={tmp_path / 'to'}", *flags]) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: ")
         return lines[0]
 
     (tmp_path / "empty").mkdir()
-    assert "no prepared source here" in said(f"--from={tmp_path / 'empty'}")
-    assert "no prepared source here" in said(f"--from={tmp_path / 'nowhere'}")
-    assert "none.pt: no such file" in said(f"--from={data}", "--text=none.pt")
-    assert "none.json: cannot be read" in said(f"--from={data}", "--lvis=none.json")
+    assert "no prepared source here" in error(f"--from={tmp_path / 'empty'}")
+    assert "no prepared source here" in error(f"--from={tmp_path / 'nowhere'}")
+    assert "none.pt: no such file" in error(f"--from={data}", "--text=none.pt")
+    assert "none.json: cannot be read" in error(f"--from={data}", "--lvis=none.json")
     (data / "detection" / "info.json").write_text("{")
-    assert "not a valid description" in said(f"--from={data}")
+    assert "not a valid description" in error(f"--from={data}")
     assert not (tmp_path / "to").exists()
