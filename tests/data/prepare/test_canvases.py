@@ -9,14 +9,14 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.prepare import canvases
 
 
-def pictures(n, seed=0):
+def image_sizes(n, seed=0):
     rng = np.random.default_rng(seed)
     sizes = rng.choice([(480, 640), (640, 480), (427, 640), (640, 640), (300, 1500)], n)
     return sizes[:, 0] + rng.integers(0, 60, n), sizes[:, 1]
 
 
 def slow_efficiency(heights, widths, shapes):
-    """Every picture scaled to fit the canvas that it fills best, in floating pixels."""
+    """The efficiency by a loop: every image on the canvas that it fills best."""
     covered = total = 0.0
     for height, width in zip(heights, widths):
         fills = []
@@ -32,15 +32,15 @@ def slow_efficiency(heights, widths, shapes):
 @pytest.mark.parametrize(
     "shapes", [((320, 320),), ((800, 1344), (1344, 800)), ((800, 1344), (1088, 1088), (64, 2048))]
 )
-def test_padding_is_what_a_loop_over_pictures_counts(shapes):
-    heights, widths = pictures(200)
+def test_padding_is_what_a_loop_over_images_counts(shapes):
+    heights, widths = image_sizes(200)
     found = canvases.padding(heights, widths, shapes)
     assert found.efficiency == pytest.approx(slow_efficiency(heights, widths, shapes), abs=1e-6)
     assert sum(found.shares) == pytest.approx(1)
     assert all(0 <= efficiency <= 1 for efficiency in found.efficiencies)
 
 
-def test_pictures_of_a_canvas_s_aspect_waste_nothing():
+def test_images_of_the_aspect_of_a_canvas_need_no_padding():
     found = canvases.padding(np.array([400, 50]), np.array([672, 84]), ((800, 1344), (9, 90)))
     assert found.efficiency == pytest.approx(1)
     assert found.shares == (1, 0)
@@ -50,7 +50,7 @@ def test_pictures_of_a_canvas_s_aspect_waste_nothing():
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_chosen_set_is_the_best_of_all_sets(count, seed):
-    heights, widths = pictures(300, seed)
+    heights, widths = image_sizes(300, seed)
     area, tolerance = 320 * 320, 0.03
     aspects = np.log(heights / widths)
 
@@ -86,7 +86,7 @@ def test_one_size_needs_one_canvas_and_more_do_not_hurt():
 
 
 @pytest.mark.parametrize("count", [0, 1000])
-def test_too_many_canvases_are_told(count):
+def test_too_many_canvases_are_refused(count):
     with pytest.raises(UserError, match="there are"):
         canvases.choose(np.array([4]), np.array([4]), count, 320 * 320)
 

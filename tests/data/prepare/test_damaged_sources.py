@@ -175,7 +175,7 @@ def check(archive) -> list:
 
 
 def check_boxes(example, height: int = 40, width: int = 60) -> None:
-    """What preparation makes of an example's boxes lies in the picture, or is counted."""
+    """What preparation makes of an example's boxes is inside the image or counted."""
     drops = Drops()
     boxes, names = clip_boxes(example.boxes, height, width, "here", drops)
     assert len(boxes) == len(names) == len(example.boxes) - drops.dropped.total()
@@ -198,11 +198,11 @@ def check_counts(archive, examples, document) -> None:
         return
     assert len(document["images"]) == len(examples) + of_images
     boxes = sum(len(example.boxes) for example in examples)
-    told = boxes + dropped(archive, "boxes:")
+    counted = boxes + dropped(archive, "boxes:")
     if of_images:
-        assert told <= len(document["annotations"])  # boxes go with their image
+        assert counted <= len(document["annotations"])  # boxes go with their image
     else:
-        assert told == len(document["annotations"])
+        assert counted == len(document["annotations"])
 
 
 VAL = {"images": [{"id": 9}]}
@@ -325,7 +325,7 @@ def test_tars(tmp_path, parquet, seeds):
                     (b"\0", b"7", b"\xff", b"\x80", b"x", b"g", b"L", b"S", rng.randbytes(1))
                 )
             if rng.random() < 0.7:
-                mend_checksums(changed, spots[::7])
+                fix_checksums(changed, spots[::7])
             whole.write_bytes(changed)
             archive = img2dataset.read(tmp_path)
             examples = check(archive)
@@ -337,8 +337,8 @@ def test_tars(tmp_path, parquet, seeds):
             shard_counts(archive, examples, sum(map(len, found)) + twice)
 
 
-def mend_checksums(data: bytearray, headers: list[int]) -> None:
-    """So that a changed header is taken for one: the damage that a checksum does not show."""
+def fix_checksums(data: bytearray, headers: list[int]) -> None:
+    """Fix the checksums of changed headers: damage that a checksum does not show."""
     for at in headers:
         if at + 512 <= len(data):
             data[at + 148 : at + 156] = b"        "
@@ -367,11 +367,11 @@ def test_folders_of_shards(tmp_path, seeds):
             shard_counts(archive, examples, len(found))
 
 
-@pytest.mark.parametrize("form", ["beside a tar", "with images"])
+@pytest.mark.parametrize("form", ["with a tar", "with images"])
 @seeds(60, 2000)
 def test_parquet(tmp_path, form, seeds):
     entries = miniature.shard_entries(8)
-    if form == "beside a tar":
+    if form == "with a tar":
         whole = miniature.webdataset(tmp_path / "whole", entries).with_suffix(".parquet")
         tar = whole.with_suffix(".tar").read_bytes()
     else:
@@ -381,7 +381,7 @@ def test_parquet(tmp_path, form, seeds):
         with case(seed) as rng:
             root = tmp_path / str(seed)
             path = miniature.write_file(root / "00000.parquet", damaged(rng, data))
-            if form == "beside a tar":
+            if form == "with a tar":
                 path.with_suffix(".tar").write_bytes(tar)
             archive = img2dataset.read(root)
             for example in check(archive):
@@ -391,7 +391,7 @@ def test_parquet(tmp_path, form, seeds):
 
 @seeds(200, 6000)
 def test_jpegs(tmp_path, seeds):
-    """Whatever the damage, a picture is opened or its problem is told."""
+    """Whatever the damage, an image is opened or its problem is reported."""
     kinds = [
         miniature.jpeg(),
         miniature.jpeg(progressive=True),
@@ -430,16 +430,16 @@ def image_bytes(format_name: str, mode: str) -> bytes:
 
 @seeds(20, 1000)
 def test_prepared(tmp_path, seeds):
-    """Damaged annotations and pictures together, through to records: what is read is accounted."""
+    """Damaged annotations and images, prepared as records: every entry is kept or counted."""
     for seed in seeds:
         with case(seed) as rng:
             root = tmp_path / str(seed)
             document, read = openers(root)[rng.choice(("coco", "goldg", "captions"))]
             path = root / "file.json"
             path.write_bytes(encoded(twisted(rng, document)))
-            for picture in (root / "images").iterdir():
+            for image in (root / "images").iterdir():
                 if rng.random() < 0.3:
-                    picture.write_bytes(damaged(rng, picture.read_bytes()))
+                    image.write_bytes(damaged(rng, image.read_bytes()))
             try:
                 archive = read(path)
                 kept = prepare([archive], root / "to", name="x", options=PrepareOptions(jobs=1))

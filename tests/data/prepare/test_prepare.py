@@ -30,7 +30,7 @@ ONE = PrepareOptions(jobs=1)
 
 @pytest.fixture
 def folder(tmp_path):
-    """An archive of all three kinds: four pictures."""
+    """An archive of all three kinds: four images."""
     names = write_images(tmp_path, 4)
     write_json(tmp_path / "annotations" / "instances_train.json", coco(names))
     write_json(tmp_path / "annotations" / "phrases_train.json", mdetr(names))
@@ -222,7 +222,7 @@ def test_pixels_survive_the_new_jpeg(tmp_path):
      ((30, 20), None), ((2000, 3), (40, 1))],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_pictures_stored_smaller(tmp_path, size, stored, kind):
+def test_images_stored_smaller(tmp_path, size, stored, kind):
     ramp = np.add.outer(np.linspace(0, 120, size[0]), np.linspace(0, 120, size[1]))
     Image.fromarray(np.stack([ramp] * 3, -1).astype(np.uint8)).save(tmp_path / "a", kind)
     opened = image_encoding.encode_image(ImageFile(tmp_path / "a"), store_side=40)
@@ -245,7 +245,7 @@ def test_shrinking_antialiases(tmp_path):
     assert np.abs(np.asarray(Image.open(io.BytesIO(opened.jpeg)).convert("L")) - 127.5).max() < 25
 
 
-def test_only_captioned_pictures_are_stored_smaller(folder, spacy_model):
+def test_only_captioned_images_are_stored_smaller(folder, spacy_model):
     options = PrepareOptions(jobs=1, store_side=32)
     images = ImageFolder(folder / "images")
     pairs = registry.open_archives([folder / "pairs.jsonl"], images, "image_text")
@@ -284,9 +284,7 @@ def test_unreadable_images(tmp_path):
 def test_broken_images_are_dropped_and_counted(folder):
     (folder / "images" / "1.jpg").write_bytes(jpeg(seed=1)[:300])
     os.remove(folder / "images" / "2.jpg")
-    (folder / "images" / "3.jpg").write_bytes(
-        jpeg(60, 40)
-    )  # turned: its boxes are of another picture
+    (folder / "images" / "3.jpg").write_bytes(jpeg(60, 40))  # rotated: the boxes do not fit it
     document = coco(["0.jpg", "1.jpg", "2.jpg", "3.jpg"])
     source = prepared(folder, document)
     assert [record.image_id for record in records(source)] == ["0"]
@@ -423,13 +421,13 @@ def test_command_one_kind_and_named_files(folder):
     path = write_json(folder / "elsewhere" / "instances_val.json", coco(["0.jpg", "1.jpg"]))
     assert run("coco", *base, f"--to={folder / 'b'}", f"--annotations={path}") == 0
     to = f"--to={folder / 'c'}"
-    assert run("goldg", *base, to, "--name=flickr") == 2  # is it COCO's? nobody can tell
+    assert run("goldg", *base, to, "--name=flickr") == 2  # no list of the images that are COCO's
     assert run("goldg", *base, to, "--name=flickr", "--keep_coco") == 0
     assert Source.open(folder / "c").name == "flickr"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (("coco", "--from=nowhere", "--to=out"), "nowhere: no such directory"),
         (("coco", "--from=.", "--to=out", "--annotations=no.json"), "no.json: no such file"),
@@ -446,11 +444,11 @@ def test_command_one_kind_and_named_files(folder):
         (("symbols", "--to=out", "--option=novel=many"), "like the default, 45"),
     ],
 )
-def test_command_bad_input(folder, capsys, monkeypatch, arguments, told):
+def test_command_bad_input(folder, capsys, monkeypatch, arguments, expected):
     monkeypatch.chdir(folder)
     assert run(*arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and told in error and error.count("\n") == 1
+    assert error.startswith("error: ") and expected in error and error.count("\n") == 1
     assert len(list((folder / "images").iterdir())) == 4  # nobody's files were touched
 
 

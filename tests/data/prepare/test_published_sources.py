@@ -112,7 +112,7 @@ def test_goldg(tmp_path):
     assert [e.size for e in examples] == [(40, 60)] * 2  # written as strings
     names = [[box.name for box in e.boxes] for e in examples]
     assert names == [["wet boys", "blue swimming suits"], ["boys", "suits"]]
-    assert not archive.drops.dropped  # a number that is a COCO picture's in Visual Genome
+    assert not archive.drops.dropped  # its number is that of a COCO image in Visual Genome
     archive = goldg.read_without_coco(mixed, ImageFolder(tmp_path))
     examples = list(archive.examples)
     assert [e.image.path for e in examples] == [tmp_path / "gqa/images/2331819.jpg"] * 2
@@ -121,8 +121,8 @@ def test_goldg(tmp_path):
         "images: a COCO image": 1,
         "images: a COCO image in Visual Genome": 1,
     }
-    told = archive.drops.explained["images: a COCO image in Visual Genome"][0]
-    assert "images[1]" in told and "2354786.jpg" in told
+    explained = archive.drops.explained["images: a COCO image in Visual Genome"][0]
+    assert "images[1]" in explained and "2354786.jpg" in explained
 
 
 def test_goldg_with_coco(tmp_path):
@@ -289,12 +289,12 @@ def test_img2dataset(tmp_path, form):
     assert archive.drops.dropped == ({} if form == "tar alone" else dead)
     assert archive.total == (6 if form == "tar alone" else 10)
     if form != "tar alone":
-        told = archive.drops.explained["images: failed to download"][0]
-        assert "HTTP Error 404" in told and "00000/000000001" in told
+        explained = archive.drops.explained["images: failed to download"][0]
+        assert "HTTP Error 404" in explained and "00000/000000001" in explained
 
 
 def test_img2dataset_folders_of_two_sets(tmp_path):
-    """CC3M and CC12M beside each other: their keys are the same, their pictures partly."""
+    """CC3M and CC12M in one folder: they have the same keys and share some images."""
     for name, seed in (("cc12m", 1), ("cc3m", 0)):
         entries = miniature.shard_entries(4, 0)
         for entry in entries[1:]:
@@ -339,7 +339,7 @@ def test_good_dead_and_broken_entries_in_one_tar(tmp_path):
             ("000000093.json", b"{not json"),
             ("000000093.jpg", miniature.jpeg(seed=94)),  # again
             ("000000093.npy", b"what is this"),
-            ("\udcff.jpg", miniature.jpeg(seed=96)),  # a byte that is no text
+            ("\udcff.jpg", miniature.jpeg(seed=96)),  # a byte that is not valid text
             ("\udcff.txt", b"a byte"),
             ("folder/000000094.JPEG", miniature.jpeg(seed=95)),
             ("folder/000000094.txt", b"a bus"),
@@ -382,7 +382,7 @@ def test_a_tar_that_is_cut_off(tmp_path, parquet):
         assert drops["shards: damaged"] == 1
         for example, entry in zip(examples, entries):
             assert example.image.read() == entry["jpg"] and example.caption == entry["caption"]
-        if parquet:  # whose rows tell what is lost
+        if parquet:  # its rows show what is lost
             assert len(examples) + drops["images: missing"] + drops["captions: empty"] == 10
         lost.add(10 - len(examples))
     assert lost == set(range(11))
@@ -390,7 +390,7 @@ def test_a_tar_that_is_cut_off(tmp_path, parquet):
     assert not image_text(tmp_path)[0].drops.dropped
 
 
-def test_shards_that_are_none(tmp_path):
+def test_damaged_shards_are_counted(tmp_path):
     with pytest.raises(UserError, match="no shard"):
         img2dataset.read(tmp_path)
     good = miniature.webdataset(tmp_path, miniature.shard_entries(1), shard=5)
@@ -405,8 +405,12 @@ def test_shards_that_are_none(tmp_path):
     archive, examples = image_text(tmp_path)
     assert [example.image.path for example in examples] == [good]
     assert archive.drops.dropped == {"shards: damaged": 4}
-    told = archive.drops.explained["shards: damaged"]
-    assert "00000.tar" in told[0] and "00001.tar" in told[1] and "00002.parquet" in told[2]
+    explained = archive.drops.explained["shards: damaged"]
+    assert (
+        "00000.tar" in explained[0]
+        and "00001.tar" in explained[1]
+        and "00002.parquet" in explained[2]
+    )
 
 
 def test_seen():

@@ -45,7 +45,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    """62 pictures, so that the last shard is smaller; two are damaged, one is missing."""
+    """62 images, so that the last shard is smaller; two are damaged, one is missing."""
     folder = tmp_path_factory.mktemp("archive")
     names = write_images(folder, 62, 300, 400)
     (folder / "images" / "5.jpg").write_bytes(b"nothing")

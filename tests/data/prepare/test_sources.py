@@ -62,18 +62,18 @@ BROKEN_ENTRIES = {
 
 @pytest.mark.parametrize("case", BROKEN_ENTRIES)
 def test_coco_broken_annotation(folder, case):
-    change, reason, told = BROKEN_ENTRIES[case]
+    change, reason, expected = BROKEN_ENTRIES[case]
     document = coco(["0.jpg", "1.jpg", "2.jpg"])
     document["annotations"][0] |= change
     archive, examples = read_coco(folder, document)
     assert archive.drops.dropped[reason] == 1
     (sentence,) = archive.drops.explained[reason]
-    assert told in sentence and str(folder / "coco.json") in sentence
+    assert expected in sentence and str(folder / "coco.json") in sentence
     assert [len(example.boxes) for example in examples] == [1, 2, 0]
 
 
 @pytest.mark.parametrize("entry", [7, None, [], {}, "box"])
-def test_coco_annotation_that_is_none(folder, entry):
+def test_coco_annotation_that_is_not_an_object(folder, entry):
     document = coco(["0.jpg", "1.jpg"])
     document["annotations"][0] = entry
     archive, examples = read_coco(folder, document)
@@ -104,12 +104,12 @@ def test_coco_broken_images(folder):
         "images: malformed entry": 6,
         "images: missing": 4,
     }
-    told = archive.drops.explained
-    assert "images[3]" in told["images: id given twice"][0]
-    assert "no field 'file_name'" in told["images: malformed entry"][0]
-    assert "gone.jpg under" in told["images: missing"][0]
-    assert "an address, not a file" in told["images: missing"][1]
-    assert all(len(sentences) <= 3 for sentences in told.values())
+    explained = archive.drops.explained
+    assert "images[3]" in explained["images: id given twice"][0]
+    assert "no field 'file_name'" in explained["images: malformed entry"][0]
+    assert "gone.jpg under" in explained["images: missing"][0]
+    assert "an address, not a file" in explained["images: missing"][1]
+    assert all(len(sentences) <= 3 for sentences in explained.values())
 
 
 def test_strings_of_numbers_and_sizes_that_are_not_told(folder):
@@ -123,7 +123,7 @@ def test_strings_of_numbers_and_sizes_that_are_not_told(folder):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("", "line 1, column 1: not valid JSON"),
         ("<html>\n404", "line 1, column 1: not valid JSON"),
@@ -145,13 +145,13 @@ def test_strings_of_numbers_and_sizes_that_are_not_told(folder):
         ("[" * 100_000, "not JSON text"),
     ],
 )
-def test_a_file_that_is_no_coco(folder, text, told):
+def test_a_file_of_another_format_is_refused(folder, text, expected):
     path = folder / "coco.json"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
         coco_source.read(path, images(folder))
     sentence = str(caught.value)
-    assert told in sentence and str(path) in sentence and "\n" not in sentence
+    assert expected in sentence and str(path) in sentence and "\n" not in sentence
 
 
 def test_binary_and_missing_files(folder):
@@ -262,7 +262,7 @@ def test_json_lines_total_counts_the_captions_of_a_line(folder):
 
 
 @pytest.mark.parametrize(
-    ("row", "reason", "told"),
+    ("row", "reason", "expected"),
     [
         (b"{'image': 3}", "images: malformed line", "not valid JSON"),
         (b"[1, 2]", "images: malformed line", "not a JSON object"),
@@ -276,13 +276,13 @@ def test_json_lines_total_counts_the_captions_of_a_line(folder):
         ({"image": "0.jpg", "captions": [3]}, "captions: empty", "is 3"),
     ],
 )
-def test_json_lines_broken_line(folder, row, reason, told):
+def test_json_lines_broken_line(folder, row, reason, expected):
     path = lines(folder, {"image": "0.jpg", "caption": "a"}, row, {"image": "1.jpg", "text": "b"})
     archive = conceptual_captions.read_json_lines(path, images(folder))
     assert [example.caption for example in archive.examples] == ["a", "b"]
     assert archive.drops.dropped == {reason: 1}
     (sentence,) = archive.drops.explained[reason]
-    assert told in sentence and f"{path}, line 2" in sentence
+    assert expected in sentence and f"{path}, line 2" in sentence
 
 
 def test_byte_order_mark_and_windows_lines(folder):

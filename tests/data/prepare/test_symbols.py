@@ -137,7 +137,7 @@ def test_captions_speak_of_novel_symbols_evenly():
 
 
 def background_again(seed, split, index, options, scene):
-    """The picture without its symbols: the generator's first draws, made anew."""
+    """The image without its symbols: the first draws of the generator, repeated."""
     rng = symbols.scene_generator(seed, split, index)
     if split != "image_text" and rng.integers(3):
         rng.uniform()
@@ -242,7 +242,7 @@ def test_captions_say_exactly_what_is_there(split):
         for caption in example.captions:
             found = names_in(caption.text)
             assert len(found) == len(caption.mentions)
-            told = collections.Counter()
+            named = collections.Counter()
             by_start = {}
             for start, symbol, color, count in found:
                 owners = [
@@ -251,9 +251,9 @@ def test_captions_say_exactly_what_is_there(split):
                     if thing.symbol == symbol and color in (None, thing.color)
                 ]
                 assert len(owners) == count, (caption.text, ALL[symbol].name)
-                told.update(owners)
+                named.update(owners)
                 by_start[start] = owners
-            assert told == collections.Counter(range(len(scene.objects))), caption.text
+            assert named == collections.Counter(range(len(scene.objects))), caption.text
             for mention, (start, end) in zip(caption.mentions, caption.spans):
                 inside = [at for at in by_start if start <= at < end]
                 assert len(inside) == 1 and by_start[inside[0]] == list(mention.members)
@@ -324,8 +324,8 @@ def test_every_scene_has_random_numbers_of_its_own(world):
         for index in range(2000)
     }
     assert len(set(draws.values())) == len(draws)
-    pictures = list(digests(world / "images").values())
-    assert len(set(pictures)) == len(pictures)
+    contents = list(digests(world / "images").values())
+    assert len(set(contents)) == len(contents)
 
 
 def check_images(world, kind, images):
@@ -381,14 +381,14 @@ def test_image_text_lines_have_captions_only(world):
     entries = [json.loads(line) for line in lines]
     assert len(entries) == TINY.image_text_scenes
     novel = set(symbols.symbol_groups(TINY)[1])
-    told = []
+    named = []
     for entry in entries:
         assert set(entry) == {"file_name", "captions"}
         (text,) = entry["captions"]
-        told += [symbol for _, symbol, _, _ in names_in(text)]
+        named += [symbol for _, symbol, _, _ in names_in(text)]
         with Image.open(world / "images" / "image_text" / entry["file_name"]) as image:
             assert image.size == (64, 64)
-    assert 0.15 < np.mean([symbol in novel for symbol in told]) < 0.6
+    assert 0.15 < np.mean([symbol in novel for symbol in named]) < 0.6
 
 
 def test_validation_is_lvis_and_federated(world):
@@ -417,7 +417,7 @@ def test_validation_is_lvis_and_federated(world):
         assert not set(negatives) & present[image["id"]]
         assert set(image["not_exhaustive_category_ids"]) <= present[image["id"]]
         loose += len(image["not_exhaustive_category_ids"])
-        # Validation goes round all symbols in order.
+        # Validation cycles through all symbols in order.
         assert image["id"] in present[image["id"]]
     assert 0 < loose < len(content["images"])
     assert {i + 1 for i in symbols.symbol_groups(TINY)[1]} & set.union(*present.values())
@@ -434,11 +434,11 @@ def test_frequency_counts_the_training_boxes(world):
     for entry in grounding["images"]:
         first_captions.setdefault(entry["file_name"], entry["caption"])
     for text in first_captions.values():
-        in_picture = collections.Counter()
+        in_image = collections.Counter()
         for _, symbol, _, count in names_in(text):
-            in_picture[symbol + 1] += count
-        instances.update(in_picture)
-        images.update(in_picture.keys())
+            in_image[symbol + 1] += count
+        instances.update(in_image)
+        images.update(in_image.keys())
     for category in load(world, "lvis_val.json")["categories"]:
         assert category["image_count"] == images[category["id"]]
         assert category["instance_count"] == instances[category["id"]]
@@ -491,6 +491,6 @@ def test_an_interrupted_generation_leaves_nothing_under_the_name(tmp_path, monke
         {"jpeg_quality": 0},
     ],
 )
-def test_senseless_options_are_refused_by_name(wrong):
+def test_invalid_options_are_refused_by_name(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         symbols.SymbolsOptions(**wrong)

@@ -24,7 +24,7 @@ from detclipv2_jax.text import phrases
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    """Boxes, phrases and captions of eight pictures; one is broken, one is missing."""
+    """Boxes, phrases and captions of eight images; one is damaged, one is missing."""
     folder = tmp_path_factory.mktemp("archive")
     names = write_images(folder, 8)
     (folder / "images" / "2.jpg").write_bytes(b"nothing")
