@@ -412,3 +412,13 @@ def test_detection_does_not_need_tensorflow():
         "import detclipv2_jax.evaluate"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_package_imports_nothing_heavy_before_the_first_use_of_detector():
+    code = (
+        "import sys, detclipv2_jax; assert detclipv2_jax.__version__; "
+        "assert not {'jax', 'numpy', 'flax'} & set(sys.modules); "
+        "from detclipv2_jax import Detector; from detclipv2_jax import detect; "
+        "assert Detector is detect.Detector and 'Detector' in dir(detclipv2_jax)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
