@@ -112,11 +112,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_command(subparsers, name: str, about: str, run) -> argparse.ArgumentParser:
-    """Add a subcommand that calls `run(args)`."""
+    """Add a subcommand that calls `run(args)`. `about` completes "detclip prepare NAME: …"."""
+    description = f"prepare {about}" if run in (_run_archive, _run_custom) else about
     parser = subparsers.add_parser(
         name,
         help=about,
-        description=f"Prepare {about}." if run is _run_archive else f"{about}.",
+        description=f"{description[0].upper()}{description[1:]}.",
         epilog=f"example:\n  detclip prepare {name} {EXAMPLES[name]}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -127,7 +128,7 @@ def _add_command(subparsers, name: str, about: str, run) -> argparse.ArgumentPar
 def _add_custom(subparsers) -> None:
     from detclipv2_jax.data.index import KINDS
 
-    about = "Prepare your own folder: COCO boxes, MDETR phrases, captions, or several of these"
+    about = "your own folder: COCO boxes, MDETR phrases, captions, or several of these"
     parser = _add_command(subparsers, "custom", about, _run_custom)
     _add_folders(parser)
     for kind in KINDS:
@@ -144,7 +145,7 @@ def _add_custom(subparsers) -> None:
 
 
 def _add_symbols(subparsers) -> None:
-    about = "Draw the built-in data from a seed and prepare it; its archives are in TO/archives"
+    about = "draw the built-in data from a seed, as archives in TO/archives, and prepare it"
     parser = _add_command(subparsers, "symbols", about, _run_symbols)
     _add_target(parser)
     _add_caption_options(parser)
@@ -161,7 +162,7 @@ def _add_symbols(subparsers) -> None:
 
 def _add_concepts(subparsers) -> None:
     about = (
-        "Write TO/dictionary.jsonl: the names and frequent phrases of all prepared sources in "
+        "write TO/dictionary.jsonl: the names and frequent phrases of all prepared sources in "
         "--from, with definitions"
     )
     parser = _add_command(subparsers, "concepts", about, _run_concepts)
@@ -199,7 +200,7 @@ def _add_concepts(subparsers) -> None:
 
 
 def _add_index(subparsers) -> None:
-    about = "Write the index that training needs for a dataset that `tfds build` wrote"
+    about = "write the index that training needs for a dataset that `tfds build` wrote"
     parser = _add_command(subparsers, "index", about, _run_index)
     _add_path(
         parser,
@@ -213,7 +214,7 @@ def _add_index(subparsers) -> None:
 
 
 def _add_minival(subparsers) -> None:
-    about = "Write LVIS minival for evaluation: the images of LVIS v1 val that are in COCO val2017"
+    about = "write LVIS minival for evaluation: the images of LVIS v1 val that are in COCO val2017"
     parser = _add_command(subparsers, "minival", about, _run_minival)
     _add_path(parser, "--from", "origin", "FILE", "lvis_v1_val.json")
     _add_path(parser, "--to", "to", "FILE", "file to write, lvis_v1_minival.json")
