@@ -1,10 +1,10 @@
-"""The kernel gradient of a 3×3 convolution: XLA's own way and by matrix products, in turns.
+"""Time of the kernel gradient of a 3×3 convolution, by XLA's convolution and by matrix products.
 
     python scripts/benchmarks/benchmark_conv.py [--rounds=5]
 
-Of 256 channels on the head's packed levels of an 800×1344 and a 320² image and of four of the latter, and
-of the nano model's. Prints milliseconds by the clock and of all cores, and the forward pass for
-comparison.
+The sizes are those of the head's packed levels with 256 channels, for an image of 800×1344, one and
+four images of 320×320, and for the nano model. Prints milliseconds of wall-clock time and of all
+cores, with the forward pass for comparison.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SHAPES = (
 
 
 def contestants(images: int, height: int, width: int, channels: int, out: int) -> dict:
-    """Functions without arguments, each of which waits for its result."""
+    """Return name -> a function without arguments that waits for its result."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))
     x, gradient = draw(images, height, width, channels), draw(images, height, width, out)
@@ -44,7 +44,7 @@ def contestants(images: int, height: int, width: int, channels: int, out: int) -
 
 
 def measure(runs: dict, rounds: int) -> dict[str, tuple[float, float]]:
-    """Median seconds by the clock and of all cores."""
+    """Return name -> median seconds of wall-clock time and of all cores."""
     taken = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -57,9 +57,9 @@ def measure(runs: dict, rounds: int) -> dict[str, tuple[float, float]]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
     rounds = parser.parse_args().rounds
     for shape in SHAPES:
         images, height, width, channels, out = shape
