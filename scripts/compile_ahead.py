@@ -1,16 +1,16 @@
-"""Compiles a config's training steps for devices that are not here, and says what they would need.
+"""Compile a config's training steps for other devices; report the memory and work they need.
 
     python scripts/compile_ahead.py --config=configs/pretrain.py:swin_t --topology=v5e:4x8
     python scripts/compile_ahead.py --config=configs/pretrain.py:nano --topology=cpu:8
 
-A TPU's topology (v5e:4x8, v5p:4x4x4, v6e:4x8) is compiled for by the TPU's own compiler, on any
-machine: `pip install "libtpu==0.0.42.*"`, for jax 0.10.2, is all it wants. cpu:N stands for N CPU
-devices. For each (kind, canvas) it prints the parameters, the memory a device needs and has, the
-step's arithmetic by part (analytic) and as the compiler counts it, the bytes that are read and
-written, and what travels between devices. The full steps of swin_t take some ten minutes each on
-two cores, so --output keeps the figures of each as soon as it is done, as JSON and as a picture
-beside it; the same command goes on where it was stopped. Any field of the config can be set behind
-it.
+For a TPU topology (v5e:4x8, v5p:4x4x4, v6e:4x8), any machine can run the TPU's compiler:
+`pip install "libtpu==0.0.42.*"`, for jax 0.10.2. cpu:N means N CPU devices. For each (kind, canvas)
+it prints the parameters, the memory that a device needs and has, the FLOPs by part (by formula) and
+as the compiler counts them, the bytes read and written, and the collectives between devices.
+
+A full step of swin_t takes about ten minutes on two cores. --output therefore saves the results of
+each step at once, as JSON and as a picture next to it; the same command resumes. Options such as
+--config.data.detection.batch_size=64 set fields of the config.
 """
 
 import collections
@@ -33,13 +33,15 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.training.flags import run_with_config
 
 PACKAGE = Path(__file__).resolve().parent.parent / "detclipv2_jax"
-_CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's config.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file of the run, with its size after a colon."
+)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Devices: v5e:4x8, v5p:4x4x4, v6e:4x8, cpu:8.")
-_KIND = flags.DEFINE_string("kind", None, "Only steps of this kind; by default of all.")
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures.")
+_KIND = flags.DEFINE_string("kind", None, "Only steps of this kind (default: all kinds).")
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the results.")
 flags.mark_flags_as_required(["config", "topology"])
 
-# Memory of a chip in GiB: cloud.google.com/tpu/docs/v5e, …/v5p, …/v6e (16, 95 and 32 GB).
+# Memory per chip in GiB: cloud.google.com/tpu/docs/v5e, …/v5p, …/v6e (16, 95 and 32 GB).
 CHIP_GIB = {"v5e": 16, "v5p": 95, "v6e": 32}
 _ACCELERATORS = {"v5e": "v5litepod-8", "v5p": "v5p-8", "v6e": "v6e-8"}
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
@@ -54,10 +56,10 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 def devices(topology: str) -> list[Any]:
-    """Devices to make a mesh of; they can be compiled for, not run on.
+    """Return the devices of a topology, for a mesh. Programs can be compiled for them, not run.
 
     Raises:
-      UserError: no such topology, or its compiler is not installed.
+      UserError: there is no such topology, or its compiler is not installed.
     """
     chip, _, shape = topology.partition(":")
     if chip == "cpu" and shape.isdigit():
@@ -70,35 +72,34 @@ def devices(topology: str) -> list[Any]:
         return jax.devices()
     if chip not in CHIP_GIB or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise UserError(
-            f"--topology={topology}: write CHIP:SHAPE as v5e:4x8, v5p:4x4x4 or v6e:4x8, or cpu:8."
+            f"--topology={topology}: expected v5e:4x8, v5p:4x4x4, v6e:4x8 or cpu:8, in any shape."
         )
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": _ACCELERATORS[chip],
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is touched: several may compile at a time
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so several may compile together
     }
     from jax.experimental import topologies
 
     try:
         return list(topologies.get_topology_desc(topology, platform="tpu").devices)
-    except Exception as error:  # whatever the plug-in says: not installed, or no such shape
+    except Exception as error:  # of any type: not installed, or no such shape
         raise UserError(
-            f"--topology={topology}: {str(error).splitlines()[0]}; the TPU compiler comes with "
+            f"--topology={topology}: {str(error).splitlines()[0]}. Install the TPU compiler with "
             '`pip install "libtpu==0.0.42.*"`.'
         ) from None
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
-    """What travels between devices in a compiled program: {"all-gather": {"count", "bytes"}, …}.
+    """Return the collectives of a compiled program: {"all-gather": {"count", "bytes"}, ...}.
 
-    Bytes are those of the results, on each device. What stands in a loop counts as often as the
-    loop turns where the program says that (a CPU's does, a TPU's does not), else once; of branches
-    each counts.
+    Bytes are those of the results, per device. A loop body counts as often as its trip count, if
+    the program states it (on CPU it does, on TPU it does not), else once. Every branch counts.
     """
     bodies, entry = _computations(text)
-    # A TPU spreads one collective over many computations, which all name its channel.
+    # On TPU, one collective is spread over many computations with the same channel.
     channels: dict[tuple[str, str], tuple[int, int]] = {}
 
     def walk(computation: str, times: int) -> None:
@@ -108,7 +109,7 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
                 channel = _CHANNEL.search(line)
                 size = _result_bytes(shapes, name, bool(started))
                 channels[name, channel[1] if channel else line] = times, times * size
-                continue  # what it calls is its sum
+                continue  # the computation it calls is its sum
             trips = _TRIPS.search(line)
             for called in _CALLED.findall(line):
                 for inner in re.findall(r"[\w.-]+", called):
@@ -124,9 +125,10 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The instructions of each computation of a program that mention others, and the first's name.
+    """Return the lines of each computation that matter to `collectives`, and the entry's name.
 
-    Most computations are the insides of fusions, in which nothing travels.
+    These are collectives and calls of other computations. Most computations are fusions, which
+    contain neither.
     """
     bodies: dict[str, list[str]] = {}
     name = entry = ""
@@ -142,7 +144,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 def _result_bytes(shapes: str, name: str, started: bool) -> int:
     arrays = _ARRAY.findall(shapes)
-    if started and name != "all-reduce":  # what goes in, what comes out, and scalars
+    if started and name != "all-reduce":  # inputs, outputs and scalars
         arrays = [(kind, dims) for kind, dims in arrays if dims]
         arrays = arrays[len(arrays) // 2 :]
     return sum(
@@ -154,10 +156,17 @@ def _result_bytes(shapes: str, name: str, started: bool) -> int:
 def measure(
     config: Any, program: Any, mesh: Any, options: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Compiles the step of one (kind, canvas) for a mesh, from shapes alone.
+    """Compile the step of one (kind, canvas) for a mesh, from shapes alone; return its costs.
 
-    `options` are the compiler's. A step that the compiler finds no room for has no figures but
-    `too_large`: what the compiler said.
+    Args:
+      config: the run's config.
+      program: (kind, canvas).
+      mesh: of the devices.
+      options: of the compiler.
+
+    Returns:
+      Memory, FLOPs, bytes and collectives. If the step does not fit into memory, `too_large` has
+      the compiler's message instead.
     """
     import jax
 
@@ -209,15 +218,15 @@ def measure(
 
 
 def table(rows: Sequence[dict[str, Any]], chip: str) -> str:
-    """The figures for people, a block a program."""
+    """Return the results as text, a block per program."""
     lines = []
     for row in rows:
         model = sum(row["model_flops_a_device"].values())
         lines += [
             f"{row['kind']}, {row['shape'][0]}×{row['shape'][1]}, {row['images_a_device']:g} "
-            f"images a device, {row['concepts']} concepts, {row['parameters'] / 1e6:.1f} M "
+            f"images per device, {row['concepts']} concepts, {row['parameters'] / 1e6:.1f} M "
             "parameters",
-            f"  model TFLOP a device   {model / 1e12:.2f}: "
+            f"  model TFLOP per device {model / 1e12:.2f}: "
             + ", ".join(f"{k} {v / model:.0%}" for k, v in row["model_flops_a_device"].items()),
         ]
         if "too_large" in row:
@@ -227,7 +236,7 @@ def table(rows: Sequence[dict[str, Any]], chip: str) -> str:
         peak = row["peak_bytes"] / 2**30
         fits = "" if has is None else f" of {has}: {'fits' if peak < has else 'DOES NOT FIT'}"
         lines += [
-            f"  memory a device, GiB   {peak:.2f}{fits} "
+            f"  memory per device, GiB {peak:.2f}{fits} "
             f"(state and batch {row['argument_bytes'] / 2**30:.2f}, "
             f"temporary {row['temporary_bytes'] / 2**30:.2f})",
             f"  TFLOP as compiled      {row['compiler_flops'] / 1e12:.2f} "
@@ -240,7 +249,7 @@ def table(rows: Sequence[dict[str, Any]], chip: str) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], chip: str, path: Path) -> None:
-    """A bar a program: what it takes of a device's memory, and a line at what there is."""
+    """Draw a bar per program: the memory per device, and a line at the memory of a chip."""
     from matplotlib.figure import Figure
 
     from detclipv2_jax.common.atomic import replacing
@@ -255,8 +264,8 @@ def draw(rows: Sequence[dict[str, Any]], chip: str, path: Path) -> None:
         panel.barh(labels, sizes, left=left, label=label)
         left = [a + b for a, b in zip(left, sizes)]
     if chip in CHIP_GIB:
-        panel.axvline(CHIP_GIB[chip], color="black", linestyle="--", label=f"a {chip} chip")
-    panel.set(xlabel="GiB a device")
+        panel.axvline(CHIP_GIB[chip], color="black", linestyle="--", label=f"one {chip} chip")
+    panel.set(xlabel="GiB per device")
     panel.invert_yaxis()
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     with replacing(path) as temporary:
@@ -264,7 +273,7 @@ def draw(rows: Sequence[dict[str, Any]], chip: str, path: Path) -> None:
 
 
 def _about(config: Any, mesh: Any) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return what the results depend on."""
     from detclipv2_jax.common import config_dict
 
     code = sorted(PACKAGE.rglob("*.py"))
@@ -283,7 +292,7 @@ def _about(config: Any, mesh: Any) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    """Compiles, prints and writes."""
+    """Run the command line."""
     found = devices(_TOPOLOGY.value)  # before anything initializes JAX's own devices
 
     from detclipv2_jax.common.atomic import write_json
@@ -294,7 +303,9 @@ def main(argv: list[str]) -> None:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, found)
     kinds = config.data.kinds()
     if _KIND.value is not None and _KIND.value not in kinds:
-        raise UserError(f"--kind={_KIND.value}: the config has only {', '.join(kinds)}.")
+        raise UserError(
+            f"--kind={_KIND.value}: the config has only {', '.join(kinds)}. Choose one of these."
+        )
     programs = [
         (kind, shape)
         for kind, data in kinds.items()
@@ -308,8 +319,8 @@ def main(argv: list[str]) -> None:
         rows = before.pop("programs")
         if before != about:
             raise UserError(
-                f"--output={output}: these figures are of another config, topology, version or "
-                "code: name another file, or delete it."
+                f"--output={output} is for another config, topology, version or code. Choose "
+                "another file, or delete it."
             )
         print(table(rows, chip), flush=True)
     done = {(row["kind"], tuple(row["shape"])) for row in rows}

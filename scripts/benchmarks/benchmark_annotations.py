@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Time and memory of reading made-up annotations: a COCO file, also by json.loads, and a tar.
+"""Time and memory of reading generated annotations: a COCO file and a tar of img2dataset.
 
     benchmark_annotations.py [--images=62000] [--entries=10000]
 
-The file is like Objects365 v2's: 15 boxes an image, 16 digits a number. The tar is like one of
-img2dataset's: a "picture" of 30 kB, a caption and a .json an entry, of which the picture is not
-read. Each way runs in a process of its own; memory is what its peak rises by.
+The COCO file resembles Objects365 v2: 15 boxes per image, 16 digits per number. It is also read
+with json.loads, for comparison. Each entry of the tar is an image of 30 kB, which is not
+read, a caption and a .json file. Each reader runs in its own process; memory is the increase of its
+peak.
 """
 
 import argparse
@@ -20,11 +21,11 @@ import tempfile
 import time
 from pathlib import Path
 
-BOXES = 15  # an image; Objects365 v2 has 25.4 million for 1.74 million
+BOXES = 15  # per image; Objects365 v2 has 25.4 million boxes in 1.74 million images
 
 
 def write(path: Path, images: int) -> None:
-    """The made-up file."""
+    """Write the COCO file."""
     generator = random.Random(0)
     entries = [
         {
@@ -56,7 +57,7 @@ def write(path: Path, images: int) -> None:
 
 
 def write_tar(path: Path, entries: int) -> None:
-    """The made-up tar, all in one file as img2dataset writes 10,000."""
+    """Write the tar; img2dataset puts 10,000 entries into a file."""
     picture = random.Random(0).randbytes(30_000)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in range(entries):
@@ -74,7 +75,7 @@ def write_tar(path: Path, entries: int) -> None:
 
 
 def measure_tar(path: Path) -> None:
-    """Read the tar in this process and print what that took."""
+    """Read the tar in this process; print time and memory."""
     from detclipv2_jax.data.prepare.sources import img2dataset
 
     before, begin = _peak(), time.process_time()
@@ -82,18 +83,18 @@ def measure_tar(path: Path) -> None:
     seconds, megabytes = time.process_time() - begin, (_peak() - before) / 1e6
     print(
         f"img2dataset.read {path.stat().st_size / 1e6:,.0f} MB of tar, {entries:,} entries: "
-        f"{seconds / entries * 1e6:.0f} us of CPU an entry, {megabytes:.0f} MB of memory"
+        f"{seconds / entries * 1e6:.0f} us of CPU per entry, {megabytes:.0f} MB of memory"
     )
 
 
-def measure(way: str, path: Path) -> None:
-    """Read the COCO file in this process and print what that took."""
+def measure(reader: str, path: Path) -> None:
+    """Read the COCO file in this process; print time and memory."""
     from detclipv2_jax.data.prepare.examples import ImageFolder
     from detclipv2_jax.data.prepare.sources import coco
 
-    ImageFolder.find = lambda self, name: self.roots[0]  # no picture is looked for
+    ImageFolder.find = lambda self, name: self.roots[0]  # do not look for images
     before, begin = _peak(), time.process_time()
-    if way == "json.loads":
+    if reader == "json.loads":
         kept = json.loads(path.read_bytes())
         boxes = len(kept["annotations"])
     else:
@@ -102,7 +103,7 @@ def measure(way: str, path: Path) -> None:
     seconds, megabytes = time.process_time() - begin, (_peak() - before) / 1e6
     size = path.stat().st_size / 1e6
     print(
-        f"{way:<12}{size:6.0f} MB of JSON, {boxes:,} boxes: {seconds:5.1f} s of CPU, "
+        f"{reader:<12}{size:6.0f} MB of JSON, {boxes:,} boxes: {seconds:5.1f} s of CPU, "
         f"{megabytes:6.0f} MB of memory"
     )
 
@@ -112,28 +113,32 @@ def _peak() -> int:
 
 
 def main() -> None:
-    """Write the file, then one process for each way."""
+    """Write the files, then measure each reader in its own process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=62_000, help="of the COCO file")
-    parser.add_argument("--entries", type=int, default=10_000, help="of the tar")
-    parser.add_argument("--run", nargs=2, metavar=("WAY", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--images", type=int, default=62_000, help="images of the COCO file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--entries", type=int, default=10_000, help="entries of the tar (default: %(default)s)"
+    )
+    parser.add_argument("--run", nargs=2, metavar=("READER", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        way, path = args.run[0], Path(args.run[1])
-        if way == "write":
+        reader, path = args.run[0], Path(args.run[1])
+        if reader == "write":
             write(path, args.images)
             write_tar(path.with_name("00000.tar"), args.entries)
-        elif way == "img2dataset.read":
+        elif reader == "img2dataset.read":
             measure_tar(path.with_name("00000.tar"))
         else:
-            measure(way, path)
+            measure(reader, path)
         return
     with tempfile.TemporaryDirectory() as folder:
-        # Writing in a process of its own too: a child's peak begins with its parent's.
-        for way in ("write", "json.loads", "coco.read", "img2dataset.read"):
+        # Writing has its own process, too: a child's peak starts at its parent's.
+        for reader in ("write", "json.loads", "coco.read", "img2dataset.read"):
             command = [sys.executable, __file__, f"--images={args.images}"]
             command.append(f"--entries={args.entries}")
-            subprocess.run([*command, "--run", way, f"{folder}/made_up.json"], check=True)
+            subprocess.run([*command, "--run", reader, f"{folder}/generated.json"], check=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Times what concepts cost: WordNet, a dictionary of 14,000, a step's negatives, phrases a second.
+"""Time of WordNet, a dictionary of 14,000 names, a step's concepts, and phrases of captions.
 
     python scripts/benchmarks/benchmark_concepts.py --captions=captions_train.json
 
-The dictionary is made of WordNet's own nouns and lies in a temporary folder. Figures are processor
-seconds of one process, so that what else the machine does matters little; phrases are measured with
-spaCy's multiplication and with NumPy's, on one core and on all, in processes of their own.
+The dictionary consists of nouns of WordNet; a temporary folder holds it. Times are processor
+seconds, which other jobs on the machine hardly change. Phrases are measured with the matrix product
+of spaCy and that of NumPy, on one core and on all cores, in separate processes.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from detclipv2_jax.text import phrases
 from detclipv2_jax.text.tokenizer import keys, pack_tokens, tokenize, tokenizer
 from detclipv2_jax.text.wordnet import WordNet, wordnet
 
-SIZE, BATCH, NEGATIVES, TABLE = 14_000, 128, 100, 2048
-CAPTIONS = 4000  # as many are parsed, the file's again and again
+SIZE, BATCH, CONCEPTS_PER_IMAGE, TABLE = 14_000, 128, 100, 2048
+CAPTIONS = 4000  # to parse; those of the file are repeated
 
 
 def seconds(run: Callable[[], object], times: int = 1) -> float:
-    """Processor seconds of one call, the best of three rounds."""
+    """Return the processor seconds of one call, the best of three rounds."""
     rounds = []
     for _ in range(3):
         started = time.process_time()
@@ -44,7 +44,7 @@ def seconds(run: Callable[[], object], times: int = 1) -> float:
 
 
 def grounding(names: Sequence[str], records: int = 4096) -> Source:
-    """A source in memory whose records have five of the names each."""
+    """Return a source in memory whose records have five of the names each."""
     positives = np.random.default_rng(0).integers(0, len(names), 5 * records)
     return Source(
         directory=Path("nowhere"),
@@ -62,7 +62,7 @@ def grounding(names: Sequence[str], records: int = 4096) -> Source:
 
 
 def time_dictionary(folder: Path) -> None:
-    """WordNet, a dictionary made and opened, and the plan of a step."""
+    """Print the times of WordNet, making and opening a dictionary, and planning a step."""
     print(f"WordNet read{seconds(WordNet):33.2f} s")
     nouns = [lemma.replace("_", " ") for lemma in wordnet()._senses if lemma.isascii()]
     names = nouns[: 5 * SIZE : 5]
@@ -81,12 +81,12 @@ def time_dictionary(folder: Path) -> None:
         batch_size=BATCH,
         shapes=((800, 1344),),
         table_size=TABLE,
-        concepts_per_image=NEGATIVES,
+        concepts_per_image=CONCEPTS_PER_IMAGE,
     )
     plan = Plan({"grounding": source}, vocabulary, {"grounding": config}, 0)
     step = plan.plan(0)
-    told = f"a step of {BATCH} × {NEGATIVES} concepts: plan"
-    print(f"{told:<39}{1e3 * seconds(lambda: plan.plan(0), 30):6.1f} ms")
+    label = f"a step of {BATCH} × {CONCEPTS_PER_IMAGE} concepts: plan"
+    print(f"{label:<39}{1e3 * seconds(lambda: plan.plan(0), 30):6.1f} ms")
     tokens = seconds(lambda: vocabulary.tokens(step.concepts, "grounding"), 30)
     print(f"its table of {TABLE} rows of tokens{1e3 * tokens:15.1f} ms")
 
@@ -96,13 +96,13 @@ def _made(folder: Path, names: Sequence[str]) -> float:
 
 
 def time_phrases(captions: Path) -> None:
-    """Captions a second: one process and one for each core, by spaCy's multiplication and ours."""
+    """Print captions per second of one process and of one per core, with both matrix products."""
     cores = len(os.sched_getaffinity(0))
     for threads, what in (("", "blis, spaCy's own"), ("1", "NumPy's, one thread")):
         for processes in dict.fromkeys((1, cores)):
             rates, found = zip(*_phrases_in(processes, captions, threads))
-            told = f"phrases, {what}, {processes} process{'es' * (processes > 1)}"
-            print(f"{told:<48}{sum(rates):7,.0f} captions/s  (phrases {found[0]})")
+            label = f"phrases, {what}, {processes} process{'es' * (processes > 1)}"
+            print(f"{label:<48}{sum(rates):7,.0f} captions/s  (phrases {found[0]})")
 
 
 def _phrases_in(processes: int, captions: Path, threads: str) -> list[tuple[float, str]]:
@@ -116,7 +116,7 @@ def _phrases_in(processes: int, captions: Path, threads: str) -> list[tuple[floa
 
 
 def parse_captions(path: Path) -> tuple[float, str]:
-    """What a worker does: captions a processor second, and a number that tells its phrases."""
+    """Return captions per processor second, and a checksum of the phrases."""
     rows = json.loads(path.read_text(encoding="utf-8"))["annotations"]
     captions = [row["caption"] for row in rows]
     captions = (captions * (CAPTIONS // len(captions) + 1))[:CAPTIONS]
@@ -127,11 +127,13 @@ def parse_captions(path: Path) -> tuple[float, str]:
 
 
 def main() -> None:
-    """Prints a line a figure."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--captions", metavar="FILE.json", type=Path, help="COCO captions")
+    parser.add_argument(
+        "--captions", metavar="FILE.json", type=Path, help="captions in COCO's format"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

@@ -1,11 +1,11 @@
-"""Memory and time of the word-region contrastive loss and its gradient, beside the plain formula.
+"""Memory and time of the word-region contrastive loss and its gradient, vs. the plain formula.
 
     python scripts/benchmarks/benchmark_contrastive.py --output=DIR [--images=256,512,1024]
 
-The plain formula holds the similarity of every concept with every region. Each batch has 100
-regions an image and 8 concepts a text, all different, of 256 features: the most that a step of the
-paper's can have. Memory is what the compiler sets aside beside inputs and outputs; where both are
-run, their rounds alternate. Writes contrastive.json and contrastive.png.
+The plain formula stores the similarity of every concept with every region. Each batch has 100
+regions per image and 8 concepts per text, all different, with 256 features: the largest batch that
+the paper's settings allow. Memory is what the compiler allocates besides inputs and outputs. If
+both are run, they alternate. Writes contrastive.json and contrastive.png.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CONFIG = contrastive.ContrastiveConfig()
 
 
 def plain(regions, mask, areas, concepts, ids, scale):
-    """Equations 3 to 5 as they stand, for the texts' own concepts."""
+    """Return equations 3 to 5 of Yao et al. 2023 as written, for the texts' own concepts."""
     similarity = jnp.einsum("bpd,md->bpm", scale * regions, concepts)
     best = jnp.where(mask[..., None], similarity, -1e30).max(axis=1)  # (B, M)
     pooled = best[:, ids].mean(axis=-1)  # (image, text)
@@ -37,12 +37,12 @@ def plain(regions, mask, areas, concepts, ids, scale):
 
 
 def ours(regions, mask, areas, concepts, ids, scale):
-    """The loss of a training step."""
+    """Return the loss as a training step computes it."""
     return contrastive.word_region_contrastive(regions, mask, areas, concepts, ids, scale, CONFIG)
 
 
 def arguments(images: int) -> tuple:
-    """A batch of unit vectors, as a fresh model with cosine similarity gives."""
+    """Return a batch of unit vectors, as a new model with cosine similarity gives."""
     rng = np.random.default_rng(0)
     unit = lambda *shape: _unit(rng.normal(size=(*shape, FEATURES)).astype(np.float32))
     ids = np.arange(images * CONCEPTS, dtype=np.int32).reshape(images, CONCEPTS)
@@ -56,7 +56,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 def measure(images: int, rounds: int, with_plain: bool) -> dict:
-    """Bytes, median seconds, their ratio and the difference of values and gradients."""
+    """Return bytes, median seconds, their ratio and the difference of values and gradients."""
     values = arguments(images)
     compiled, row = {}, {"images": images, "concepts": images * CONCEPTS}
     for name, loss in (("ours", ours), ("plain", plain)):
@@ -85,13 +85,14 @@ def measure(images: int, rounds: int, with_plain: bool) -> dict:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Memory over the batch, both ways."""
+    """Draw the memory of both formulas over the batch size."""
     figure = Figure(figsize=(5.5, 4), layout="constrained")
     panel = figure.subplots()
     images = [row["images"] for row in rows]
     for name, label in (("plain", "plain formula"), ("ours", "this code")):
         panel.plot(images, [row[f"{name}_bytes"] / 2**30 for row in rows], "o-", label=label)
-    panel.set(xscale="log", yscale="log", xlabel="images a batch", ylabel="GiB beside the inputs")
+    panel.set(xscale="log", yscale="log")
+    panel.set(xlabel="images per batch", ylabel="GiB besides the inputs")
     panel.set_xticks(images, [str(n) for n in images], minor=False)
     panel.minorticks_off()
     panel.grid(alpha=0.3)
@@ -101,15 +102,20 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    """Measures and writes."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", required=True, metavar="DIR")
-    parser.add_argument("--images", default="256,512,1024,2048", help="(default: %(default)s)")
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory for the results")
+    parser.add_argument(
+        "--images", default="256,512,1024,2048", help="batch sizes (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default: %(default)s)")
     parser.add_argument(
-        "--plain_up_to", type=int, default=1024, help="run the plain formula to this batch"
+        "--plain_up_to",
+        type=int,
+        default=1024,
+        help="largest batch for the plain formula (default: %(default)s)",
     )
     args = parser.parse_args()
     rows = []

@@ -1,20 +1,21 @@
-"""How fast training is fed: images a second against what decoding alone, and PyTorch, would give.
+"""Images per second of the input pipeline, of JPEG decoding alone, and of PyTorch's DataLoader.
 
     python scripts/benchmarks/benchmark_data.py --output=DIR [--photos=FOLDER] [--full_size]
 
 Three contestants do the work of `configs/pretrain.py:swin_t` on the same JPEGs, on all cores:
-`pipeline`, ours, from prepared records to batches; `decoding`, the ceiling: the same bytes from
-memory through TensorFlow's decoder with the same reduction and threads, nothing else;
-`dataloader`, PyTorch's DataLoader, a worker a core, with OpenCV (imread with the same reduction,
-crop, resize, flip, stack). Three sorts of work: image-text at 320x320; the same from pictures
-stored at a long side of 448, as `--store_side=448` of the preparation stores them; detection at
-800x1344. The contestants take turns, a round each, in steady state; ratios are those of a round,
-the table shows their medians. Processor time counts too: it says more than the clock on a machine
-that others use.
+* `pipeline`, ours: from prepared records to batches.
+* `decoding`, the ceiling: TensorFlow's decoder on the same bytes in memory, with the same reduction
+  and threads, and nothing else.
+* `dataloader`: PyTorch's DataLoader with OpenCV, one worker per core (imread with the same
+  reduction, crop, resize, flip, stack).
+There are three workloads: image-text at 320x320; the same from images stored with a long side of
+448, as `prepare --store_side=448` does; detection at 800x1344. The contestants alternate in steady
+state. Ratios are computed per round; the table shows medians. It also shows processor time, which
+is more reliable than wall-clock time on a machine that other jobs use.
 
-Without --photos, 256 made-up photos of 640x480 are used. --full_size adds start-up, planning and
-memory on a made-up index of the paper's size (full_size.py). Prints Markdown and writes
-DIR/benchmark_data.json; the records made for it stay in DIR.
+Without --photos, 256 photos of 640x480 are generated. --full_size adds start-up, planning and
+memory on a generated index of the paper's size (full_size.py). Prints Markdown and writes
+DIR/benchmark_data.json; the records stay in DIR.
 """
 
 import argparse
@@ -47,32 +48,38 @@ ROOT = Path(__file__).resolve().parents[2]
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 STORE_SIDE = 448  # 1.4, the largest scale of image-text, times 320
-# Work: its kind of data, whether pictures are stored small, images a batch and a round.
+# Workload -> kind of data, whether images are stored small, images per batch and per round.
 WORKS = {
     "image-text 320x320": ("image_text", False, 64, 1536),
     "image-text 320x320, stored at 448": ("image_text", True, 64, 3072),
     "detection 800x1344": ("detection", False, 8, 320),
 }
-# A contestant has up to half of these batches ready, or in the making: they are taken before a
-# round's clock starts, so that what is begun but not finished is the same at both its ends.
+# Batches taken before a round's clock starts. A contestant prepares up to half as many ahead;
+# taking them makes the unfinished work the same at the start and the end of a round.
 AHEAD = 20
 CONTESTANTS = ("pipeline", "decoding", "dataloader")
 
 
 def main() -> None:
-    """Runs what the flags ask for, prints tables, writes the figures."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True, help="where figures and records go")
-    parser.add_argument("--photos", type=Path, help="folder of JPEGs (default: made-up photos)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, help="a round of each contestant (default: by work)")
-    parser.add_argument("--work", action="append", choices=WORKS, help="only this (repeatable)")
-    parser.add_argument("--full_size", action="store_true", help="also the paper's size")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="directory for the results and records"
+    )
+    parser.add_argument("--photos", type=Path, help="folder of JPEGs (default: generated photos)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--images", type=int, help="images per round (default: by workload)")
+    parser.add_argument(
+        "--work", action="append", choices=WORKS, help="only this workload; repeatable"
+    )
+    parser.add_argument(
+        "--full_size", action="store_true", help="also measure an index of the paper's size"
+    )
     args = parser.parse_args()
     try:
-        figures = {"machine": machine(), "photos": str(args.photos or "made up"), "speed": {}}
+        figures = {"machine": machine(), "photos": str(args.photos or "generated"), "speed": {}}
         pictures = prepare(args.output, args.photos)
         for work in args.work or WORKS:
             paths = pictures[WORKS[work][1]]
@@ -90,7 +97,7 @@ def main() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return the machine, versions and commit."""
     names = ("tensorflow-cpu", "jax", "numpy", "array_record", "torch", "opencv-python-headless")
     versions = {}
     for name in names:
@@ -112,7 +119,7 @@ def machine() -> dict[str, Any]:
 
 
 def prepare(output: Path, photos: Path | None) -> dict[bool, list[Path]]:
-    """Sources of both kinds from the photos, as they are and stored small; the files of each."""
+    """Write sources of the photos, original and stored small; return {is small: files}."""
     output.mkdir(parents=True, exist_ok=True)
     if photos is None:
         photos = output / "photos"
@@ -121,7 +128,7 @@ def prepare(output: Path, photos: Path | None) -> dict[bool, list[Path]]:
         path for path in photos.iterdir() if path.suffix.lower() in (".jpg", ".jpeg")
     )
     if not originals:
-        raise UserError(f"{photos}: no *.jpg here; name a folder of JPEGs with --photos")
+        raise UserError(f"{photos}: contains no JPEG files. Give a folder of JPEGs with --photos.")
     small = [_stored_small(path, output / "photos_small") for path in originals]
     for kind, is_small, paths in (
         ("image_text", False, originals),
@@ -133,7 +140,7 @@ def prepare(output: Path, photos: Path | None) -> dict[bool, list[Path]]:
 
 
 def _draw_photos(folder: Path, count: int) -> None:
-    """Pictures that cost a decoder what photos do: smooth shapes with texture, about 150 kB."""
+    """Draw images that take a decoder as long as photos: smooth with texture, about 150 kB."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for number in range(count):
@@ -149,7 +156,7 @@ def _draw_photos(folder: Path, count: int) -> None:
 
 
 def _stored_small(path: Path, folder: Path) -> Path:
-    """The photo with a long side of `STORE_SIDE` pixels at most."""
+    """Save the photo with a long side of at most `STORE_SIDE` pixels; return its file."""
     folder.mkdir(parents=True, exist_ok=True)
     small = folder / path.name
     if not small.exists():
@@ -164,7 +171,7 @@ def _source_name(kind: str, small: bool) -> str:
 
 
 def _write_source(output: str, kind: str, small: bool, paths: list[Path]) -> None:
-    """Records of the pictures: a caption and three phrases each, or fifteen boxes of five names."""
+    """Write records of the images: a caption and three phrases, or fifteen boxes of five names."""
     from detclipv2_jax.data import records
     from detclipv2_jax.data.prepare import record_writer
 
@@ -198,14 +205,14 @@ def _write_source(output: str, kind: str, small: bool, paths: list[Path]) -> Non
 def race(
     work: str, output: Path, paths: list[Path], rounds: int, images: int | None = None
 ) -> dict[str, Any]:
-    """Every contestant's rounds of a work, and the pipeline's ratios to the others."""
+    """Return the rounds of every contestant, and medians with the pipeline's ratios."""
     context = multiprocessing.get_context("spawn")
     kind, small, size, usual = WORKS[work]
     images = images or usual
     rivals, skipped = {}, {}
     for name in CONTESTANTS:
         if name == "dataloader" and (missing := _missing("torch", "cv2")):
-            skipped[name] = f"{missing} is not installed here"
+            skipped[name] = f"{missing} is not installed"
             continue
         ours, theirs = context.Pipe()
         source = str(output / _source_name(kind, small))
@@ -220,7 +227,7 @@ def race(
             found = _answer(process, pipe, name)
             if number:  # the first round fills caches
                 results[name].append(found)
-            # What it reads ahead until it has enough again is not the next one's loss.
+            # Wait until it has read ahead again, so that this does not slow the next contestant.
             time.sleep(0.7 * AHEAD * size / found["images_per_second"])
     for process, pipe in rivals.values():
         pipe.send(0)
@@ -235,12 +242,12 @@ def _missing(*modules: str) -> str | None:
 def _answer(process: Any, pipe: Any, name: str) -> dict[str, float]:
     while not pipe.poll(1):
         if not process.is_alive():
-            raise UserError(f"{name} ended without an answer (exit status {process.exitcode})")
+            raise UserError(f"{name} ended without a result (exit status {process.exitcode}).")
     return pipe.recv()
 
 
 def _summary(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Medians over the rounds, also of the pipeline's ratio to each contestant, round by round."""
+    """Return medians over the rounds, also of the pipeline's ratios to each contestant."""
     summary = {}
     for name, rounds in results.items():
         ours = results["pipeline"]
@@ -259,9 +266,10 @@ def _summary(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, 
 
 
 def speed_table(speed: dict[str, Any]) -> str:
-    """The figures as Markdown."""
+    """Return the results as a Markdown table."""
     lines = [
-        "| work | contestant | images/s | images a CPU second | pipeline ÷ it | by CPU time | MB |",
+        "| work | contestant | images/s | images per CPU second | pipeline ÷ it | by CPU time "
+        "| MB |",
         "|---|---|---|---|---|---|---|",
     ]
     for work, found in speed.items():
@@ -275,11 +283,11 @@ def speed_table(speed: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# ---- Contestants: each in a process of its own, on demand.
+# ---- Contestants, each in its own process.
 
 
 def _contestant(pipe: Any, name: str, kind: str, source: str, paths: list[str], size: int) -> None:
-    """Times as many batches as it is asked for, until it is asked for none."""
+    """Time as many batches as the pipe asks for, until it asks for 0."""
     batches = {"pipeline": _pipeline, "decoding": _decoding, "dataloader": _dataloader}[name]
     feed = batches(kind, Path(source), paths, size)
     while count := pipe.recv():
@@ -298,7 +306,7 @@ def _contestant(pipe: Any, name: str, kind: str, source: str, paths: list[str], 
 
 
 def _recipe(kind: str) -> KindConfig:
-    """The paper's recipe for a kind of data."""
+    """Return the paper's recipe for a kind of data."""
     from detclipv2_jax.training import config as config_lib
     from detclipv2_jax.training import recipes
 
@@ -306,14 +314,14 @@ def _recipe(kind: str) -> KindConfig:
 
 
 def _placements(kind: str, source: index.Source) -> transforms_lib.Placement:
-    """What the first epoch does to each picture, for all contestants alike."""
+    """Return the placement of each image in the first epoch, the same for all contestants."""
     config = _recipe(kind)
     chance = transforms_lib.seeds(0, 0, source.name, np.arange(len(source)))
     return transforms_lib.place(config, config.shapes[0], source.height, source.width, chance)
 
 
 def _pipeline(kind: str, path: Path, paths: list[str], size: int) -> Iterator[int]:
-    """Images of each batch of ours."""
+    """Yield the number of images of each batch of our pipeline."""
     from detclipv2_jax.data import pipeline, plan, vocabulary
 
     source, recipe = index.Source.open(path), _recipe(kind)
@@ -339,7 +347,7 @@ def _pipeline(kind: str, path: Path, paths: list[str], size: int) -> Iterator[in
 
 
 def _decoding(kind: str, path: Path, paths: list[str], size: int) -> Iterator[int]:
-    """Images of each `size` decoded, at the reduction that the pipeline would choose."""
+    """Decode with the pipeline's reductions; yield the number of images per batch."""
     import tensorflow as tf
 
     from detclipv2_jax.data import decoding
@@ -363,7 +371,7 @@ def _decoding(kind: str, path: Path, paths: list[str], size: int) -> Iterator[in
 
 
 class _Files:
-    """The same work in OpenCV; a map-style data set for PyTorch."""
+    """The same work in OpenCV, as a map-style dataset for PyTorch."""
 
     def __init__(self, kind: str, path: Path, paths: list[str]):
         self._paths, self._shape = paths, _recipe(kind).shapes[0]
@@ -402,7 +410,7 @@ def _one_thread(worker: int) -> None:
 
 
 def _dataloader(kind: str, path: Path, paths: list[str], size: int) -> Iterator[int]:
-    """Images of each batch of PyTorch's loader, a worker a core, over and over in a new order."""
+    """Yield the images per batch of PyTorch's loader, one worker per core, without end."""
     import torch
 
     class Forever(torch.utils.data.Sampler):
@@ -423,7 +431,7 @@ def _dataloader(kind: str, path: Path, paths: list[str], size: int) -> Iterator[
 
 
 def _cpu_seconds() -> float:
-    """Processor time of this process and of its children that are alive (Linux)."""
+    """Return the processor time of this process and its living children (Linux)."""
     ticks = os.sysconf("SC_CLK_TCK")
     own = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     total = time.process_time()

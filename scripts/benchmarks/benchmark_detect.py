@@ -1,18 +1,18 @@
-"""How long one image takes among 80, 1,203 and 20,000 names, beside Grounding DINO and OWLv2.
+"""Time per image with 80, 1,203 and 20,000 names, compared with Grounding DINO and OWLv2.
 
     python scripts/benchmarks/benchmark_detect.py --output=DIR [--rounds=3] [--alone]
         [--names=80,1203,20000]
 
-Swin-T at 800×1333, its full size; the others are Hugging Face's, at the sizes of
-`grounding-dino-tiny` (800×1333) and `owlv2-base-patch16` (960×960, which is its own). All weights
-are random, float32; the image and the names are the same. The contestants take turns within one
-run; `--alone` leaves the others out. The device is what JAX and PyTorch find, a GPU where both do.
+Ours is Swin-T at 800×1333. The others are Hugging Face's models in the sizes of
+`grounding-dino-tiny` (800×1333) and `owlv2-base-patch16` (960×960, its own size). All weights are
+random and float32; image and names are the same. The contestants take turns within one run;
+`--alone` leaves the others out. The device is the one that JAX and PyTorch find.
 
-Grounding DINO reads the names together with the image, 40 at a time so that they fit its 256
-tokens: one chunk is timed and multiplied by their number. The other two read names once, whatever
-the images: a piece of 256 is timed, multiplied, and stands by itself. Ours is the whole way from a
-uint8 array to boxes after suppression; of the others it is the model alone, without scaling before
-and post-processing after.
+Grounding DINO reads names together with the image, 40 at a time, because they must fit into 256
+tokens: one chunk is timed and multiplied by the number of chunks. The other two encode names once
+for all images: a batch of 256 names is timed, multiplied, and reported separately. Our time covers
+everything from a uint8 array to boxes after suppression; theirs covers the model alone, without
+scaling and post-processing.
 
 Writes detect.json, detect.md and detect.png.
 """
@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from detclipv2_jax.common.atomic import replacing, write_json
+from detclipv2_jax.common.atomic import replacing, write_json, write_text
 from detclipv2_jax.inference import predictor as predictor_lib
 from detclipv2_jax.inference.config import DecodeConfig
 from detclipv2_jax.inference.predictor import EncodedNames, Predictor, padded_count
@@ -39,8 +39,8 @@ from detclipv2_jax.models import sizes
 from detclipv2_jax.models.detclip import create
 from detclipv2_jax.text.tokenizer import tokenize
 
-CHUNK = 40  # names that Grounding DINO reads at once
-PIECE = 256  # names that a text tower encodes at once
+CHUNK = 40  # names that Grounding DINO reads together
+TEXT_BATCH = 256  # names that a text tower encodes together
 HEIGHT, WIDTH = 800, 1333
 OURS, DINO, OWL = "DetCLIPv2, ours", "Grounding DINO", "OWLv2"
 COLORS = "red green blue white black grey brown pink yellow purple"
@@ -54,17 +54,17 @@ THINGS += "ladder bucket hammer sofa window"
 
 
 def names(count: int) -> list[str]:
-    """The first of 22,000 different names of one to three words."""
+    """Return the first `count` of 22,000 different names of one to three words."""
     things, sorts = THINGS.split(), ["", *SORTS.split()]
     every = itertools.product(["", *COLORS.split()], sorts, things)
     found = [" ".join(filter(None, words)) for words in itertools.islice(every, count)]
     if len(set(found)) != count:
-        raise SystemExit(f"there are no {count} names; ask for at most {len(set(found))}.")
+        raise SystemExit(f"--names: {count} is too many; at most {len(set(found))} are available.")
     return found
 
 
 def image() -> np.ndarray:
-    """A smooth picture with noise."""
+    """Return a smooth picture with noise."""
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
     waves = np.stack([np.sin(x / 90), np.cos(y / 70), np.sin((x + y) / 130)], axis=-1)
     noise = np.random.default_rng(0).normal(scale=12, size=waves.shape)
@@ -72,7 +72,7 @@ def image() -> np.ndarray:
 
 
 class Ours:
-    """The detector as `Detector` and `evaluate` ask it."""
+    """Our model, used as `Detector` and `evaluate` use it."""
 
     def __init__(self):
         config = dataclasses.replace(sizes.SWIN_T, dtype="float32", remat="none")
@@ -81,12 +81,12 @@ class Ours:
         self._image = image()
 
     def _fresh(self) -> Predictor:
-        # Standard AP's 300 boxes an image and no threshold: more work than a detector for people.
+        # 300 boxes without a threshold, as for standard AP: more work than showing boxes to people.
         config = DecodeConfig(max_detections=300)
         return Predictor(*self._parts, canvas=(800, 1344), config=config, batch_size=1)
 
     def texts(self, count: int) -> EncodedNames:
-        """Names with random unit vectors: random weights would make nearly one of all names."""
+        """Return names with random unit vectors (random weights would map all to nearly one)."""
         rows = np.zeros((padded_count(count), sizes.SWIN_T.text.embed_dim), np.float32)
         drawn = np.random.default_rng(0).normal(size=(count, rows.shape[1]))
         rows[:count] = drawn / np.linalg.norm(drawn, axis=-1, keepdims=True)
@@ -94,17 +94,17 @@ class Ours:
         return EncodedNames(asked, asked, rows, np.arange(len(rows)) < count)
 
     def read_names(self, asked: Sequence[str]) -> None:
-        """Encodes the names anew."""
+        """Encode the names without a cache."""
         self._fresh().encode(asked)
 
     def answer(self, texts: EncodedNames) -> None:
-        """From the image's pixels to boxes in them."""
+        """Detect names in the image, from pixels to boxes."""
         ((_, found),) = self._predictor.stream([self._image], texts)
         if len(found) != 300:
-            raise SystemExit(f"ours found {len(found)} boxes, not 300.")
+            raise SystemExit(f"our model found {len(found)} boxes, expected 300.")
 
     def temporary_bytes(self, count: int) -> int:
-        """What the compiled program sets aside beside parameters, inputs and outputs."""
+        """Return the memory of the compiled program without parameters, inputs and outputs."""
         rows = padded_count(count)
         shape = jax.ShapeDtypeStruct
         program = predictor_lib._compiled_predict.lower(
@@ -121,7 +121,7 @@ class Ours:
 
 
 class Torch:
-    """The two of Hugging Face's, with random weights of their published sizes."""
+    """Hugging Face's two models in their published sizes, with random weights."""
 
     def __init__(self):
         import torch
@@ -143,10 +143,10 @@ class Torch:
         self._square = torch.nn.functional.interpolate(pixels, (960, 960), mode="bilinear")
 
     def dino_chunk(self, asked: Sequence[str]) -> Callable[[], None]:
-        """One pass of Grounding DINO with up to 40 names in its prompt."""
+        """Return a function that runs Grounding DINO once, with up to 40 names in its prompt."""
         torch = self._torch
         # BERT's [CLS], the names with a full stop after each, [SEP]. Each name has as many tokens
-        # as CLIP makes of it; which they are changes nothing with random weights.
+        # as with CLIP; with random weights it does not matter which.
         lengths = (tokenize(asked) > 0).sum(axis=1) - 2
         body = [token for length in lengths for token in [2003] * int(length) + [1012]]
         ids = torch.tensor([[101, *body, 102]], device=self.device)
@@ -161,7 +161,7 @@ class Torch:
         return lambda: self._run(lambda: self._dino(**arguments))
 
     def owl(self, count: int) -> Callable[[], None]:
-        """OWLv2's image part among `count` names that were encoded before."""
+        """Return a function that runs OWLv2 on the image with `count` names already encoded."""
         torch, model = self._torch, self._owl
         width = model.config.projection_dim
         queries = torch.randn(1, count, width, device=self.device)
@@ -177,7 +177,7 @@ class Torch:
         return lambda: self._run(answer)
 
     def owl_names(self, asked: Sequence[str]) -> Callable[[], None]:
-        """OWLv2's text tower over up to 256 names."""
+        """Return a function that runs OWLv2's text tower on up to 256 names."""
         ids = self._torch.from_numpy(tokenize(asked).astype(np.int64)).to(self.device)
         return lambda: self._run(lambda: self._owl.owlv2.text_model(ids))
 
@@ -189,7 +189,7 @@ class Torch:
 
 
 def seconds(function: Callable[[], Any]) -> tuple[float, float]:
-    """How long one call takes by the clock, and of all cores' time."""
+    """Return the seconds of one call: wall-clock time and processor time of all cores."""
     start, cores = time.perf_counter(), time.process_time()
     function()
     return time.perf_counter() - start, time.process_time() - cores
@@ -198,16 +198,19 @@ def seconds(function: Callable[[], Any]) -> tuple[float, float]:
 def measure(
     ours: Ours, others: Torch | None, counts: Sequence[int], rounds: int
 ) -> list[dict[str, Any]]:
-    """A row for each number of names: seconds an image of each contestant, medians of rounds.
+    """Return a row per number of names: medians of the seconds per image of each contestant.
 
-    In a round everything takes its turn once. Without `others` ours is alone.
+    In each round everything runs once, in turn. `others` None: only ours.
     """
-    piece = names(PIECE)
+    text_batch = names(TEXT_BATCH)
     work = {(OURS, n): functools.partial(ours.answer, ours.texts(n)) for n in counts}
-    work[OURS, "piece"] = lambda: ours.read_names(piece)
+    work[OURS, "names"] = lambda: ours.read_names(text_batch)
     if others is not None:
         work |= {(OWL, n): others.owl(n) for n in counts}
-        work |= {"chunk": others.dino_chunk(piece[:CHUNK]), (OWL, "piece"): others.owl_names(piece)}
+        work |= {
+            "chunk": others.dino_chunk(text_batch[:CHUNK]),
+            (OWL, "names"): others.owl_names(text_batch),
+        }
     for function in work.values():
         function()  # compiles, or warms up
     times: dict[Any, list[tuple[float, float]]] = {key: [] for key in work}
@@ -218,7 +221,7 @@ def measure(
     medians = {key: np.median(values, axis=0) for key, values in times.items()}
     rows = []
     for count in counts:
-        chunks, pieces = -(-count // CHUNK), -(-count // PIECE)
+        chunks, text_batches = -(-count // CHUNK), -(-count // TEXT_BATCH)
         image = {OURS: medians[OURS, count]}
         if others is not None:
             image |= {DINO: chunks * medians["chunk"], OWL: medians[OWL, count]}
@@ -229,7 +232,7 @@ def measure(
                 "seconds": {name: float(clock) for name, (clock, _) in image.items()},
                 "core_seconds": {name: float(cores) for name, (_, cores) in image.items()},
                 "names_core_seconds": {
-                    name: float(pieces * medians[name, "piece"][1])
+                    name: float(text_batches * medians[name, "names"][1])
                     for name in image
                     if name != DINO
                 },
@@ -240,10 +243,10 @@ def measure(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """Return the rows as a Markdown table."""
     lines = [
-        "| names | | s an image | images/s | ours is faster by | core seconds | by these | "
-        "names once, core seconds | temporary MB |",
+        "| names | | s per image | images/s | ours is faster by | core seconds | by core seconds | "
+        "names, core seconds | temporary MB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -253,7 +256,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             faster = "" if name == OURS else f"{value / row['seconds'][OURS]:.1f} ×"
             by_cores = "" if name == OURS else f"{cores / row['core_seconds'][OURS]:.1f} ×"
             once = row["names_core_seconds"].get(name)
-            once = "with each image" if once is None else f"{once:.1f}"
+            once = "per image" if once is None else f"{once:.1f}"
             memory = f"{row['temporary_mb']:.0f}" if name == OURS else ""
             cells = [f"{row['names']:,}", label, f"{value:.2f}", f"{1 / value:.3g}", faster]
             cells += [f"{cores:.2f}", by_cores, once, memory]
@@ -262,13 +265,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Images a second over the number of names."""
+    """Draw images per second over the number of names."""
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     counts = [row["names"] for row in rows]
     for name in rows[0]["seconds"]:
         axes.plot(counts, [1 / row["seconds"][name] for row in rows], "o-", label=name)
-    axes.set(xscale="log", xlabel="names", ylabel="images/s, names encoded before")
+    axes.set(xscale="log", xlabel="names", ylabel="images/s, names already encoded")
     if len(rows[0]["seconds"]) > 1:
         axes.set_yscale("log")
     else:
@@ -282,14 +285,16 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", required=True, metavar="DIR")
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory for the results")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--names", default="80,1203,20000", help="(default: %(default)s)")
-    parser.add_argument("--alone", action="store_true", help="ours without the others")
+    parser.add_argument(
+        "--names", default="80,1203,20000", help="numbers of names (default: %(default)s)"
+    )
+    parser.add_argument("--alone", action="store_true", help="measure only our model")
     args = parser.parse_args()
     ours, others = Ours(), None if args.alone else Torch()
     counts = [int(count) for count in args.names.split(",")]
@@ -306,8 +311,7 @@ def main() -> None:
     result = {"device": devices, "versions": versions, "rows": rows}
     output = Path(args.output)
     write_json(output / "detect.json", result)
-    with replacing(output / "detect.md") as temporary:
-        temporary.write_text(table(rows) + "\n", encoding="utf-8")
+    write_text(output / "detect.md", table(rows) + "\n")
     draw(rows, output / "detect.png")
 
 

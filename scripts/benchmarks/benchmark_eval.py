@@ -1,20 +1,19 @@
 #!/usr/bin/env python
-"""The evaluators against lvis-api and pycocotools, in time and memory, on made-up sets.
+"""Time and memory of the evaluators, lvis-api and pycocotools on generated datasets.
 
     benchmark_eval.py --output=DIR [--shares=0.05,0.1,0.2,0.4] [--rounds=1]
 
-A set of the size of LVIS v1 val and one of COCO val2017, with detections as of a middling detector.
-Every contestant has a process of its own, and all get the same detections. Ours takes them image by
-image as they come; lvis-api, pycocotools and faster-coco-eval take the lists of dictionaries that
-they know. The clock runs from there to the figures, so making the dictionaries is on nobody's bill.
-Seconds are processor time: other jobs on the machine do not lengthen it as they do the clock.
-Memory is the process's peak: the interpreter, the annotations and what a contestant needs.
+One dataset has the size of LVIS v1 val, the other that of COCO val2017; the detections are those of
+a mediocre detector. Each contestant runs in its own process on the same detections. Ours takes
+arrays image by image; lvis-api, pycocotools and faster-coco-eval take lists of dictionaries, and
+the time to make these is not counted. Seconds are processor time, which other jobs on the machine
+hardly change. Memory is the peak of the process: interpreter, annotations and evaluator.
 
-lvis-api runs on `--shares` of the images only, and for fixed AP on the first of them: what it needs
-grows with images times categories, to more memory than many machines have. faster-coco-eval, which
-is no part of the requirements, is left out where it is not installed.
+lvis-api runs only on `--shares` of the images, and for fixed AP only on the first share: its memory
+grows with images times categories and exceeds that of many machines. faster-coco-eval is not in the
+requirements; it is skipped if it is not installed.
 
-Writes DIR/benchmark_eval.json and .png, prints the rows and how far any two figures differ.
+Writes DIR/benchmark_eval.json and .png; prints the rows and the largest difference of any metric.
 """
 
 import argparse
@@ -35,22 +34,19 @@ from collections.abc import Iterator
 import numpy as np
 
 from detclipv2_jax.common.atomic import replacing, write_json
-from detclipv2_jax.evaluation import (
-    coco,
-    lvis,
-)
+from detclipv2_jax.evaluation import coco, lvis
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """How large a made-up set is; means an image where not said otherwise."""
+    """The size of a generated dataset; means per image unless noted."""
 
     images: int
     categories: int
     boxes: float
-    present: float  # categories that an image shows
+    present: float  # categories in an image
     negatives: float  # categories known to be absent
-    detections: int  # exactly so many an image
+    detections: int  # exactly this many per image
 
 
 # LVIS v1 val: 19,809 images, 1,203 categories (337 r, 461 c, 405 f), 244,707 boxes.
@@ -61,7 +57,7 @@ COCO_VAL = Shape(5_000, 80, 36_781 / 5_000, 2.9, 0.0, 100)
 
 
 def content(shape: Shape, seed: int = 0) -> dict:
-    """An annotation file of this size: Zipf-like categories, sizes from 8 to 500 pixels."""
+    """Return annotations of this size: Zipf-like categories, boxes of 8 to 500 pixels."""
     rng = np.random.default_rng(seed)
     weights = 1 / np.arange(1, shape.categories + 1)
     weights /= weights.sum()
@@ -104,17 +100,17 @@ def content(shape: Shape, seed: int = 0) -> dict:
 
 
 def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """(count, 4) boxes [x, y, width, height] within 640×480, to a hundredth of a pixel."""
+    """Return (count, 4) boxes [x, y, width, height] within 640×480, in hundredths of a pixel."""
     sizes = np.exp(rng.uniform(np.log(8), np.log(470), (count, 2)))
     corners = rng.uniform(0, 1, (count, 2)) * (np.array([640, 480]) - sizes)
     return np.round(np.concatenate([corners, sizes], axis=1), 2)
 
 
 def detections(truth: coco.GroundTruth, count: int, seed: int = 1) -> Iterator[tuple]:
-    """(image id, xyxy boxes, scores, category ids) of each image, as of a middling detector.
+    """Yield (image id, xyxy boxes, scores, category ids) of each image.
 
-    Two boxes near each object, of its category three times in four; the rest lies anywhere, a third
-    with the categories that the image shows.
+    Two boxes are near each object, three in four with its category. The others are anywhere, one in
+    three with a category of the image.
     """
     rng = np.random.default_rng(seed)
     ids = np.asarray([category.id for category in truth.categories])
@@ -141,7 +137,7 @@ def detections(truth: coco.GroundTruth, count: int, seed: int = 1) -> Iterator[t
 
 
 def entries(truth: coco.GroundTruth, count: int) -> list[dict]:
-    """All detections as lvis-api and pycocotools take them."""
+    """Return all detections as the list of dictionaries that lvis-api and pycocotools take."""
     rows = []
     for image, boxes, scores, labels in detections(truth, count):
         boxes = boxes.astype(np.float64)
@@ -156,16 +152,16 @@ def entries(truth: coco.GroundTruth, count: int) -> list[dict]:
 
 @contextlib.contextmanager
 def timing(spent: dict) -> Iterator[None]:
-    """Adds the processor seconds of the block."""
+    """Add the processor seconds of the block to `spent`."""
     start = time.process_time()
     yield
     spent["seconds"] += time.process_time() - start
 
 
 def ours(made: dict, federated: bool, count: int, spent: dict) -> dict:
-    """Standard and fixed AP of LVIS, or COCO's twelve figures, from arrays image by image."""
+    """Return our metrics: standard and fixed AP of LVIS, or COCO's twelve."""
     kind = lvis if federated else coco
-    truth = kind.from_content("made-up", made)
+    truth = kind.from_content("generated", made)
     evaluator = (lvis.LvisEvaluator if federated else coco.CocoEvaluator)(truth)
     for answer in detections(truth, count):
         with timing(spent):
@@ -181,12 +177,12 @@ def ours(made: dict, federated: bool, count: int, spent: dict) -> dict:
 
 
 def lvis_api(made: dict, federated: bool, count: int, spent: dict, fixed: bool = False) -> dict:
-    """Standard AP of LVISEval; fixed AP with the 10,000 best of each category taken before."""
-    np.float = float  # lvis 0.5.3 is of NumPy 1's time
+    """Return standard AP of LVISEval, or fixed AP from the 10,000 best of each category."""
+    np.float = float  # lvis 0.5.3 is written for NumPy 1
     from lvis import LVIS, LVISEval, LVISResults
 
     logging.getLogger("lvis.results").setLevel(logging.ERROR)
-    rows = entries(lvis.from_content("made-up", made), count)
+    rows = entries(lvis.from_content("generated", made), count)
     truth = LVIS.__new__(LVIS)  # its constructor reads a file
     truth.logger, truth.dataset = logging.getLogger("lvis"), made
     truth._create_index()
@@ -200,12 +196,12 @@ def lvis_api(made: dict, federated: bool, count: int, spent: dict, fixed: bool =
 
 
 def lvis_api_fixed(*arguments) -> dict:
-    """As `lvis_api`."""
+    """Return fixed AP of LVISEval."""
     return lvis_api(*arguments, fixed=True)
 
 
 def best_of_categories(rows: list[dict]) -> list[dict]:
-    """Fixed AP's cut."""
+    """Return the 10,000 best detections of each category."""
     by_category: dict[int, list[dict]] = {}
     for row in rows:
         by_category.setdefault(row["category_id"], []).append(row)
@@ -214,7 +210,7 @@ def best_of_categories(rows: list[dict]) -> list[dict]:
 
 
 def pycocotools(made: dict, federated: bool, count: int, spent: dict) -> dict:
-    """COCOeval's twelve figures."""
+    """Return the twelve metrics of COCOeval."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -222,14 +218,14 @@ def pycocotools(made: dict, federated: bool, count: int, spent: dict) -> dict:
 
 
 def faster_coco_eval(made: dict, federated: bool, count: int, spent: dict) -> dict:
-    """The same by faster-coco-eval."""
+    """Return the twelve metrics of faster-coco-eval."""
     from faster_coco_eval import COCO, COCOeval_faster
 
     return _as_coco(COCO, COCOeval_faster, made, count, spent)
 
 
 def _as_coco(sets, evaluator, made: dict, count: int, spent: dict) -> dict:
-    rows = entries(coco.from_content("made-up", copy.deepcopy(made)), count)
+    rows = entries(coco.from_content("generated", copy.deepcopy(made)), count)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = sets()
         truth.dataset = made
@@ -249,7 +245,7 @@ CONTESTANTS = {
 
 
 def contest(name: str, shape: Shape, federated: bool) -> dict:
-    """Runs one contestant in this process: seconds, peak memory and figures."""
+    """Run one contestant in this process; return its seconds, peak memory and metrics."""
     spent = {"seconds": 0.0}
     figures = CONTESTANTS[name](content(shape), federated, shape.detections, spent)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -258,7 +254,7 @@ def contest(name: str, shape: Shape, federated: bool) -> dict:
 
 
 def measure(name: str, set_name: str, shape: Shape, rounds: int) -> dict | None:
-    """Medians of some rounds, each in a fresh process; None where the contestant is missing."""
+    """Return medians of some rounds, each in a new process; None if a package is missing."""
     runs = []
     for _ in range(rounds):
         given = json.dumps([name, dataclasses.asdict(shape), set_name == "lvis"])
@@ -280,14 +276,14 @@ def measure(name: str, set_name: str, shape: Shape, rounds: int) -> dict | None:
         "mebibytes": max(run["mebibytes"] for run in runs),
         "figures": runs[0]["figures"],
     }
-    told = f"{row['seconds']:8.2f} s  {row['mebibytes']:8.0f} MiB"
+    measured = f"{row['seconds']:8.2f} s  {row['mebibytes']:8.0f} MiB"
     sizes = f"{shape.images:6d} images x {shape.categories} x {shape.detections}"
-    print(f"{set_name:5} {name:17} {sizes:28} {told}", flush=True)
+    print(f"{set_name:5} {name:17} {sizes:28} {measured}", flush=True)
     return row
 
 
 def differences(rows: list[dict]) -> dict[str, float]:
-    """The largest difference between a figure of ours and another's, of the same work."""
+    """Return contestant -> largest difference of a metric to ours on the same data."""
     found: dict[str, float] = {}
     for ours_row in (row for row in rows if row["contestant"] == "ours"):
         for row in rows:
@@ -300,7 +296,7 @@ def differences(rows: list[dict]) -> dict[str, float]:
 
 
 def picture(rows: list[dict], path: pathlib.Path) -> None:
-    """Time and memory over the share of LVIS val, both axes logarithmic."""
+    """Draw time and memory over the images of LVIS val, all axes logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -308,10 +304,10 @@ def picture(rows: list[dict], path: pathlib.Path) -> None:
 
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     labels = {
-        ("ours", 300): "ours: standard and fixed, 300 an image",
-        ("ours", 1000): "ours: standard and fixed, 1,000 an image",
-        ("lvis_api", 300): "lvis-api: standard, 300 an image",
-        ("lvis_api_fixed", 300): "lvis-api: fixed, 300 an image",
+        ("ours", 300): "ours: standard and fixed, 300 per image",
+        ("ours", 1000): "ours: standard and fixed, 1,000 per image",
+        ("lvis_api", 300): "lvis-api: standard, 300 per image",
+        ("lvis_api_fixed", 300): "lvis-api: fixed, 300 per image",
     }
     for (name, count), label in labels.items():
         mine = [
@@ -331,11 +327,17 @@ def picture(rows: list[dict], path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    """Runs all contestants in turn."""
+    """Run all contestants, one after another."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, metavar="DIR")
-    parser.add_argument("--shares", default="0.05,0.1,0.2,0.4", help="of lvis-api (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=1, help="of each (default: %(default)s)")
+    parser.add_argument(
+        "--shares",
+        default="0.05,0.1,0.2,0.4",
+        help="shares of the images for lvis-api (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="runs of each contestant (default: %(default)s)"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -343,7 +345,7 @@ def main() -> None:
         print(json.dumps(contest(name, Shape(**shape), federated)))
         return
     if args.output is None:
-        parser.error("--output is needed")
+        parser.error("--output is required")
     shares = [float(share) for share in args.shares.split(",")]
     sizes = [dataclasses.replace(LVIS_VAL, images=round(s * LVIS_VAL.images)) for s in shares]
     work = [("lvis", name, size) for size in sizes for name in ("ours", "lvis_api")]
@@ -353,7 +355,7 @@ def main() -> None:
     rows = [row for job in work if (row := measure(job[1], job[0], job[2], args.rounds))]
     gaps = differences(rows)
     for name, gap in gaps.items():
-        print(f"largest difference of a figure to {name}: {gap:.1e}")
+        print(f"largest difference of a metric to {name}: {gap:.1e}")
     write_json(args.output / "benchmark_eval.json", {"rows": rows, "differences": gaps})
     picture(rows, args.output / "benchmark_eval.png")
 

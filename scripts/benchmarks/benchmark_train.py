@@ -1,22 +1,22 @@
-"""How long a training step takes, where its time goes, and how much of the device it uses.
+"""Time of a training step and of its parts, and the share of the device's peak that it reaches.
 
     python scripts/benchmarks/benchmark_train.py --output=DIR
     python scripts/benchmarks/benchmark_train.py --output=DIR --parts --compare \
         --steps=detection:4x800x1344,image_text:64x320x320
 
-On the device that JAX finds, on noise, without TensorFlow. Each of `--steps` is compiled as
-training compiles it (`step.train_step`, its state donated) and timed; a time is the median of
-`--rounds` calls, each waited for. `--forward_backward` times loss and gradient without the update
-too, `--parts` each part of the step by itself, forward and backward (step_parts.py).
-`--compare` does the same with the model in PyTorch (comparison/torch_detclip.py) on the
-same device; the two take turns, round by round.
+Runs on the device that JAX finds, on random data, without TensorFlow. Each of `--steps` is compiled
+as in training (`step.train_step`, with its state donated). A time is the median of `--rounds`
+calls, each of which is waited for. `--forward_backward` also times loss and gradient without the
+update. `--parts` times each part of the step by itself, forward and backward (step_parts.py).
+`--compare` does the same with the model in PyTorch (comparison/torch_detclip.py) on the same
+device; the two alternate.
 
-MFU is the step's arithmetic (models/flops.py) over what a large matrix product of the same
-dtype reaches on this device, in turns with the step. Core seconds are the processor time of all
-threads; parts that are run by themselves move their inputs and outputs through memory, so they do
-not add up to the step. On a CPU that others use as well, compare by core seconds and set
-OMP_WAIT_POLICY=PASSIVE, or PyTorch's threads burn them waiting for one another; on one of its own
-leave it unset.
+MFU is the step's FLOPs (models/flops.py) per second, divided by the rate of a large matrix product
+of the same dtype, which alternates with the step. Core seconds are the processor time of all
+threads. A part that runs by itself moves its inputs and outputs through memory, so the parts do not
+add up to the step. On a CPU that other jobs use, compare core seconds and set
+OMP_WAIT_POLICY=PASSIVE; otherwise PyTorch's threads spend core seconds waiting for one another. On
+an idle CPU leave it unset.
 
 Writes train.json, train.md and train.png.
 """
@@ -42,7 +42,7 @@ import numpy as np
 import step_parts
 from matplotlib.figure import Figure
 
-from detclipv2_jax.common.atomic import replacing, write_json
+from detclipv2_jax.common.atomic import replacing, write_json, write_text
 from detclipv2_jax.common.cli import exit_status
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.batch import Batch
@@ -57,16 +57,16 @@ from detclipv2_jax.training.step import train_step
 
 STEP, GRADIENT = "step", "forward + backward"
 OURS, THEIRS = "ours", "PyTorch"
-Work = Mapping[Any, Callable[[], None]]  # contestants: (who, what)
-Times = dict[Any, np.ndarray]  # (rounds, 2) of each contestant: seconds by the clock, of all cores
+Work = Mapping[Any, Callable[[], None]]  # (who, what) -> a function to time
+Times = dict[Any, np.ndarray]  # (who, what) -> (rounds, 2): wall-clock and core seconds
 
 
-# ---- What takes turns.
+# ---- What is timed.
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What to call, how long it took to compile, and the memory that the compiler set aside."""
+    """A compiled function, the seconds it took to compile, and the compiler's memory analysis."""
 
     run: Callable[[], None]
     compile_seconds: float
@@ -74,18 +74,20 @@ class Program:
 
 
 def compiled(function: Any, *arguments: Any) -> tuple[Any, float]:
-    """A jitted function's program for these arguments, and the seconds that it took."""
+    """Compile a jitted function for these arguments; return it and the seconds that took."""
     began = time.perf_counter()
     program = function.lower(*arguments).compile()
     return program, time.perf_counter() - began
 
 
 class Ours:
-    """The step of training on one device, and its parts."""
+    """Our training step on one device, and its parts."""
 
     def __init__(self, model: DetCLIPConfig, shape: step_parts.Shape, loss: LossConfig):
         self.model, self.shape, self.loss = model, shape, loss
-        self.optimizer = OptimizerConfig(warmup_steps=0, learning_rate=1e-6)  # one batch for ever
+        self.optimizer = OptimizerConfig(
+            warmup_steps=0, learning_rate=1e-6
+        )  # the batch is always the same
         self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
         abstract = step_parts.abstract_batch(
             model, shape.kind, shape.canvas, shape.images, shape.concepts
@@ -100,7 +102,7 @@ class Ours:
         )  # fmt: skip
 
     def step(self) -> "Program":
-        """The whole step."""
+        """Return the whole step."""
         graphdef, params = detclip.create(self.model, 0)
         rule = optimizer.create(self.optimizer, params, 1000)
         whole = sharding.replicated(self.mesh)
@@ -123,12 +125,12 @@ class Ours:
             state, figures = program(held.pop(), self._on_device)
             held.append(jax.block_until_ready(state))
             if not np.isfinite(figures["loss"]):
-                raise UserError(f"{self.shape}: the loss is not finite.")
+                raise UserError(f"{self.shape}: the loss is not finite. Report this as a bug.")
 
         return Program(once, seconds, program.memory_analysis())
 
     def gradient(self) -> "Program":
-        """Loss and gradient."""
+        """Return loss and gradient without the update."""
         graphdef, params = detclip.create(self.model, 0)
         whole = sharding.replicated(self.mesh)
 
@@ -143,14 +145,14 @@ class Ours:
         return Program(once, seconds, program.memory_analysis())
 
     def parts(self) -> dict[str, step_parts.Part]:
-        """Of the step."""
+        """Return the parts of the step by name."""
         return step_parts.parts(
             self.model, self.loss, self.optimizer, self.shape.kind, self.shape.canvas,
             self.shape.images, self.shape.concepts,
         )  # fmt: skip
 
     def part(self, part: step_parts.Part) -> Callable[[], None]:
-        """One part, ready to run."""
+        """Return a function that runs one part."""
         learned, fixed = step_parts.concrete(part, self.batch)
         run = jax.jit(part.fn, donate_argnums=part.donate)
         held = [jax.device_put(learned, jax.devices()[0])]
@@ -167,7 +169,7 @@ class Ours:
 
 @functools.cache
 def ceiling(dtype: str) -> tuple[Callable[[], None], float]:
-    """A large product of square matrices, and its FLOPs."""
+    """Return a function that multiplies large square matrices, and its FLOPs."""
     small = jax.default_backend() == "cpu"
     side, times = (2048, 1) if small else (8192, 8)
     kind = jnp.dtype(dtype)
@@ -182,10 +184,10 @@ def _wait(arrays: Any) -> None:
 
 
 def in_turns(work: Work, rounds: int) -> Times:
-    """Everything once in each round, right after one call that does not count.
+    """Time every function once per round, right after a call that is not timed.
 
-    Steps of a training run follow each other: each finds the memory that the one before it had.
-    After another contestant's turn the system has to find it anew (docs/performance.md).
+    In a training run, a step reuses the memory of the step before it. After another function ran,
+    the system must allocate that memory again, hence the untimed call (docs/performance.md).
     """
     times: dict[Any, list[tuple[float, float]]] = {name: [] for name in work}
     for number in range(1, rounds + 1):
@@ -195,15 +197,15 @@ def in_turns(work: Work, rounds: int) -> Times:
             function()
             spent = time.perf_counter() - wall, time.process_time() - cores
             times[name].append(spent)
-            _say(f"  {number}/{rounds} {' '.join(name)}: {spent[0]:.4g} s, {spent[1]:.4g} of cores")
+            _log(f"  {number}/{rounds} {' '.join(name)}: {spent[0]:.4g} s, {spent[1]:.4g} of cores")
     return {name: np.asarray(values) for name, values in times.items()}
 
 
 def measure(
     model: DetCLIPConfig, shape: step_parts.Shape, rounds: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """The figures of one step."""
-    _say(f"{shape}: compiling")
+    """Return the measurements of one step."""
+    _log(f"{shape}: compiling")
     ours = Ours(model, shape, step_parts.loss_config(shape))
     row = dataclasses.asdict(shape) | {"model_flops": ours.flops}
     theirs = None
@@ -229,7 +231,7 @@ def measure(
 
 
 def _whole(ours: Ours, theirs: Any, what: str, rounds: int) -> dict[str, Any]:
-    """The step or its gradient; the ceiling has its turn too."""
+    """Time the step or its gradient, alternating with the ceiling."""
     before = _device_peak()
     program = ours.step() if what == STEP else ours.gradient()
     work = {(OURS, what): program.run}
@@ -264,7 +266,7 @@ def _parts(ours: Ours, theirs: Any, rounds: int) -> list[dict[str, Any]]:
 def _timed(
     work: Mapping[Any, Callable[[], None]], what: str, rounds: int, dtype: str
 ) -> dict[str, float]:
-    """The figures of what takes turns with the ceiling."""
+    """Time functions that alternate with the ceiling; return medians."""
     product, operations = ceiling(dtype)
     times = in_turns({**work, ("ceiling",): product}, rounds)
     rate = float(operations / np.median(times["ceiling",][:, 0]))
@@ -276,7 +278,7 @@ def _of_ceiling(operations: float, found: Mapping[str, float]) -> float:
 
 
 def figures(times: Times, what: str) -> dict[str, float]:
-    """Medians of ours; where there are two, theirs and the medians of the rounds' ratios."""
+    """Return our medians; with PyTorch, also theirs and the medians of the ratios per round."""
     seconds, cores = np.median(times[OURS, what], axis=0)
     found = {"seconds": float(seconds), "core_seconds": float(cores)}
     if (THEIRS, what) in times:
@@ -289,9 +291,9 @@ def figures(times: Times, what: str) -> dict[str, float]:
 
 
 def peak_memory(analysis: Any, before: int | None, after: int | None) -> dict[str, Any]:
-    """The most that was held: as the device says, else as the compiler does, else the process.
+    """Return the peak memory as the device reports it, else the compiler, else of the process.
 
-    A device tells the peak since the process began: it is this step's only if it rose.
+    A device reports the peak since the process began, so it belongs to this step only if it rose.
     """
     if after is not None and after > (before or 0):
         return {"peak_bytes": after, "peak_from": "device"}
@@ -308,11 +310,11 @@ def _device_peak() -> int | None:
     return stats.get("peak_bytes_in_use") if stats else None
 
 
-# ---- What is told.
+# ---- Tables and pictures.
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """All figures in Markdown."""
+    """Return all measurements in Markdown."""
     lines = [
         "| step | | s | images/s | core s | MFU | compile s | peak GiB | PyTorch s | ours is "
         "faster by | by core s |",
@@ -371,7 +373,7 @@ def _name(row: Mapping[str, Any]) -> str:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A bar a step and contestant: seconds an image of each part, or of the whole."""
+    """Draw a bar per step and contestant: seconds per image of each part, or of the step."""
     bars: dict[str, dict[str, float]] = {}
     for row in rows:
         if "too_large" in row:
@@ -388,7 +390,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         widths = np.asarray([bar.get(name, 0.0) for bar in bars.values()])
         axes.barh(list(bars), widths, left=left, label=name)
         left += widths
-    axes.set(xlabel="seconds an image")
+    axes.set(xlabel="seconds per image")
     axes.invert_yaxis()
     figure.legend(loc="outside upper center", ncols=5, frameon=False)
     with replacing(path) as temporary:
@@ -396,7 +398,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def about(args: argparse.Namespace, model: DetCLIPConfig) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return what the measurements depend on."""
     packages = ["jax", "jaxlib", "flax", *(["torch", "transformers"] if args.compare else [])]
     versions = {"python": platform.python_version()}
     for name in packages:
@@ -420,7 +422,7 @@ def about(args: argparse.Namespace, model: DetCLIPConfig) -> dict[str, Any]:
     }
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -429,29 +431,33 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--output", required=True, metavar="DIR")
+    add("--output", required=True, metavar="DIR", help="directory for the results")
     add("--model", choices=step_parts.MODELS, default="swin_t", help="(default: %(default)s)")
-    add("--steps", metavar="KIND:IMAGESxHEIGHTxWIDTH,…", help="by default what suits the device")
-    add("--concepts", type=int, default=0, help="rows of a step's table (default: the recipe's)")
-    add("--dtype", choices=("float32", "bfloat16"), help="by default float32 on a CPU alone")
+    add("--steps", metavar="KIND:IMAGESxHEIGHTxWIDTH,…", help="(default: suits the device)")
+    add("--concepts", type=int, default=0, help="rows of the concept table (default: the recipe's)")
+    add("--dtype", choices=("float32", "bfloat16"), help="(default: float32 on CPU)")
     add("--remat", choices=get_args(Remat), default="none", help="(default: %(default)s)")
     add("--rounds", type=int, default=20, help="timed rounds (default: %(default)s)")
-    add("--forward_backward", action="store_true", help="loss and gradient without the update too")
-    add("--no_step", action="store_true", help="only what the other flags name")
-    add("--parts", action="store_true", help="each part by itself too")
-    add("--compare", action="store_true", help="beside the same model in PyTorch")
+    add(
+        "--forward_backward",
+        action="store_true",
+        help="also time loss and gradient without the update",
+    )
+    add("--no_step", action="store_true", help="leave the whole step out")
+    add("--parts", action="store_true", help="also time each part by itself")
+    add("--compare", action="store_true", help="also time the same model in PyTorch")
     add("--torch_compile", choices=("auto", "yes", "no"), default="auto",
         help="auto: on a GPU (default: %(default)s)")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def _settle(args: argparse.Namespace) -> DetCLIPConfig:
-    """Fills in what depends on the device; gives the model."""
+    """Set the options that depend on the device; return the model."""
     cpu = jax.default_backend() == "cpu"
     if args.rounds < 1:
         raise UserError("--rounds must be 1 or more.")
     if args.no_step and not (args.forward_backward or args.parts):
-        raise UserError("--no_step leaves nothing: add --forward_backward or --parts.")
+        raise UserError("--no_step leaves nothing to measure. Add --forward_backward or --parts.")
     args.dtype = args.dtype or ("float32" if cpu else "bfloat16")
     args.steps = args.steps or (
         "detection:1x320x320,image_text:4x320x320"
@@ -464,12 +470,14 @@ def _settle(args: argparse.Namespace) -> DetCLIPConfig:
             import torch
             import transformers  # noqa: F401
         except ImportError as error:
-            raise UserError(f"--compare: {error.name} is not installed; leave it out.") from None
+            raise UserError(
+                f"--compare: {error.name} is not installed. Install it, or leave --compare out."
+            ) from None
         args.torch_device = "cuda" if torch.cuda.is_available() else "cpu"
         if (args.torch_device == "cpu") != cpu:
             raise UserError(
-                f"--compare: JAX runs on {jax.default_backend()}, PyTorch on {args.torch_device}: "
-                "install both for the same device, or set JAX_PLATFORMS."
+                f"--compare: JAX runs on {jax.default_backend()}, PyTorch on {args.torch_device}. "
+                "Install both for the same device, or set JAX_PLATFORMS."
             )
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     gpu = args.torch_device == "cuda"
@@ -478,7 +486,7 @@ def _settle(args: argparse.Namespace) -> DetCLIPConfig:
 
 
 def run(argv: Sequence[str] | None = None, model: DetCLIPConfig | None = None) -> None:
-    """Measures, prints and writes; `model` instead of --model's."""
+    """Run the command line; `model` replaces that of --model."""
     args = _options(argv)
     model = _settle(args) if model is None else _settle(args) and model
     shapes, output, rows = step_parts.parse_steps(args.steps, args.concepts), Path(args.output), []
@@ -486,8 +494,7 @@ def run(argv: Sequence[str] | None = None, model: DetCLIPConfig | None = None) -
     for shape in shapes:
         rows.append(measure(model, shape, args.rounds, args))
         write_json(output / "train.json", context | {"rows": rows})
-        with replacing(output / "train.md") as temporary:
-            temporary.write_text(table(rows) + "\n", encoding="utf-8")
+        write_text(output / "train.md", table(rows) + "\n")
         draw(rows, output / "train.png")
     print(table(rows))
 

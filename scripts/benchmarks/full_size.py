@@ -1,15 +1,16 @@
-"""Start-up, memory and planning at the paper's size, on a made-up index without a single picture.
+"""Start-up, memory and planning at the paper's size, on a generated index without images.
 
     python scripts/benchmarks/full_size.py --to=DIR
 
-writes the indexes of `objects365`, `goldg` and `cc15m` (0.66, 0.77 and 13 M records; 1.2 GB, a
-minute) to DIR, if they are not there yet, and measures on them in fresh processes: seconds from
-nothing to the plan of step 0 and of step 150,000, seconds of a step's plan for each kind at the
-paper's batch sizes, seconds of the first step of an epoch, peak memory. What is made up: sizes of
-pictures, an image's names (365, some 15 boxes), phrases (300,000, some five an image), captions
-(one an image, its own) and their phrases (a million, some three an image), by Zipf's law.
-`scripts/choose_shapes.py` with `--config.data_dir=DIR --config.data.dictionary=` shows what tables
-these concepts need.
+It writes the indexes of `objects365`, `goldg` and `cc15m` (0.66, 0.77 and 13 M records; 1.2 GB, one
+minute) to DIR unless they exist, and measures in new processes: the seconds from start-up to the
+plan of step 0 and of step 150,000, the seconds of a step's plan for each kind at the paper's batch
+sizes, the seconds of the first step of an epoch, and the peak memory. Generated are image sizes,
+names (365, about 15 boxes per image), phrases (300,000, about five per image), captions (one per
+image) and their phrases (a million, about three per image), by Zipf's law.
+
+`scripts/choose_shapes.py` with `--config.data_dir=DIR --config.data.dictionary=` shows the table
+sizes that these concepts need.
 """
 
 import argparse
@@ -22,17 +23,18 @@ from typing import Any
 
 import numpy as np
 
+from detclipv2_jax.common.atomic import write_text
 from detclipv2_jax.data import index
 from detclipv2_jax.data.transforms import seeds
 
 LATE = 150_000  # a step near the end of the paper's run
-_CHUNK = 1_000_000  # records drawn at once
-# (height, width) and share of made-up pictures, a pixel or more added at random
+_CHUNK = 1_000_000  # records drawn together
+# (height, width) and share of the generated images; up to 39 pixels are added at random
 _SIZES = ((427, 640, 0.45), (480, 640, 0.25), (640, 480, 0.15), (640, 427, 0.1), (600, 600, 0.05))
 
 
 def write(to: Path, scale: float = 1.0) -> None:
-    """The three made-up sources, `scale` times as large as the paper's, under `to`."""
+    """Write the three generated sources, `scale` times as large as the paper's, to `to`."""
     size = lambda count: max(1, round(count * scale))
     plan = (
         ("objects365", "detection", size(660_000), 365, 15.0),
@@ -47,7 +49,7 @@ def write(to: Path, scale: float = 1.0) -> None:
 def _write_source(
     directory: Path, name: str, kind: str, records: int, vocabulary: int, mean: float
 ) -> None:
-    """One made-up source: `vocabulary` names, then, for captions, one text a record."""
+    """Write one source: `vocabulary` names, then, for captions, one text per record."""
     (directory / "index").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(len(name))
     captions = records if kind == "image_text" else 0
@@ -58,7 +60,7 @@ def _write_source(
     counts, parts = [], []
     for start in range(0, records, _CHUNK):
         count, part = _draw_concepts(rng, min(_CHUNK, records - start), vocabulary, mean)
-        if captions:  # each caption stands before its record's phrases
+        if captions:  # each caption precedes its record's phrases
             places = np.cumsum(count) - count
             part = np.insert(part, places, vocabulary + start + np.arange(len(count)))
             count = count + 1
@@ -69,7 +71,7 @@ def _write_source(
         "width": table[:, 1],
         "positives_offsets": np.cumsum(np.concatenate([[0], *counts])).astype(np.int64),
         "positives": np.concatenate(parts),
-        # Phrases have the same keys in every source, as the same texts would.
+        # Phrases have the same keys in every source, as equal texts would.
         "keys": np.concatenate(
             [
                 seeds(0, 0, "names" if kind == "detection" else "phrases", np.arange(vocabulary)),
@@ -91,7 +93,7 @@ def _write_source(
 def _draw_concepts(
     rng: np.random.Generator, records: int, vocabulary: int, mean: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How many different concepts each record has, and all of them one record after another."""
+    """Return the number of concepts of each record, and the concepts, record by record."""
     draws = np.minimum(rng.poisson(mean, records), int(3 * mean))
     owner = np.repeat(np.arange(records), draws)
     # The inverse of Zipf's law with exponent one: the logarithm of the rank is uniform.
@@ -101,7 +103,7 @@ def _draw_concepts(
 
 
 def _write_info(directory: Path, name: str, kind: str, records: int) -> None:
-    """info.json and empty shards of 16,384 records: nothing here reads a picture."""
+    """Write info.json and empty shards of 16,384 records; nothing here reads an image."""
     shards = [min(16_384, records - start) for start in range(0, records, 16_384)]
     files = [index.shard_name(name, number, len(shards)) for number in range(len(shards))]
     for file in files:
@@ -115,11 +117,11 @@ def _write_info(directory: Path, name: str, kind: str, records: int) -> None:
         "shards": shards,
         "shard_bytes": [0] * len(shards),
     }
-    (directory / "info.json").write_text(json.dumps(info) + "\n", encoding="utf-8")
+    write_text(directory / "info.json", json.dumps(info) + "\n")
 
 
 def measure(data: Path, rounds: int = 3) -> dict[str, Any]:
-    """Figures of the module's docstring, medians of `rounds` fresh processes of each sort."""
+    """Return the measurements listed above, medians of `rounds` new processes each."""
     starts: dict[int, list[dict[str, Any]]] = {0: [], LATE: []}
     for _ in range(rounds):
         for step, found in starts.items():
@@ -138,7 +140,7 @@ def measure(data: Path, rounds: int = 3) -> dict[str, Any]:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures as Markdown."""
+    """Return the measurements as a Markdown table."""
     start = lambda step: " s, of a core ".join(
         f"{figures[f'start_up_{field}'][str(step)]:.2f}" for field in ("seconds", "cpu_seconds")
     )
@@ -156,7 +158,7 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def in_fresh_process(function: Any, *arguments: Any) -> Any:
-    """`function(*arguments)` in a Python that has done nothing else."""
+    """Call `function(*arguments)` in a new Python process; return its result."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -166,7 +168,7 @@ def _open(data: str) -> Any:
 
     recipe = recipes.load("pretrain").swin_t()
     recipe.data_dir = data
-    recipe.data.dictionary = ""  # no dictionary is made up
+    recipe.data.dictionary = ""  # no dictionary is generated
     return config.parse(recipe.to_dict())
 
 
@@ -187,7 +189,7 @@ def _start_up(data: str, step: int) -> dict[str, Any]:
 
 
 def _plan_steps(data: str, count: int = 20) -> dict[str, Any]:
-    """Seconds of a step by kind, and what an epoch's first step of each kind takes beyond it."""
+    """Return the seconds of a step per kind, and the extra seconds of an epoch's first steps."""
     from detclipv2_jax.training import inputs
 
     parsed = _open(data)
@@ -221,7 +223,7 @@ def _plan_steps(data: str, count: int = 20) -> dict[str, Any]:
 
 
 def peak_mb() -> int:
-    """The most memory that this process ever held, mapped files included, in MB (Linux)."""
+    """Return the peak memory of this process in MB, including mapped files (Linux)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024 // 10**6
@@ -229,12 +231,14 @@ def peak_mb() -> int:
 
 
 def main() -> None:
-    """Writes the index if it is missing, measures, prints a table."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--to", type=Path, required=True, help="where the made-up indexes lie")
-    parser.add_argument("--scale", type=float, default=1.0, help="1: the paper's size")
+    parser.add_argument("--to", type=Path, required=True, help="directory of the generated indexes")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="1 is the paper's size (default: %(default)s)"
+    )
     args = parser.parse_args()
     write(args.to, args.scale)
     print(table(measure(args.to)))

@@ -1,10 +1,10 @@
-"""How little memory traffic each part of a training step would do if every layer stood alone.
+"""The least memory traffic of each part of a training step if every layer runs by itself.
 
-One convolution with its norm, one branch of a block, one loss is a layer. Forward, it reads its
-inputs and its parameters once and writes its outputs once; backward it reads inputs, parameters and
-the gradient by its outputs once, and writes the gradients by inputs and parameters once.
-Activations count in the model's dtype, parameters and what the losses read in float32. A program
-that melts several layers into one may move less; one that splits them moves more.
+A layer is a convolution with its norm, a branch of a block, or a loss. Forward, it reads its inputs
+and parameters once and writes its outputs once. Backward, it reads inputs, parameters and the
+gradient of its outputs once, and writes the gradients of inputs and parameters once. Activations
+have the model's dtype; parameters and inputs of the losses are float32. A program that fuses
+several layers may move less; one that splits them moves more.
 """
 
 import math
@@ -22,25 +22,25 @@ F32 = 4  # bytes
 
 
 def size_of(arrays: PyTree) -> int:
-    """Bytes of all arrays, abstract ones too."""
+    """Return the bytes of all arrays, which may be abstract."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
 def layer(inputs: float, outputs: float, parameters: float = 0, by_inputs: float | None = None):
-    """Bytes that a layer reads and writes, forward and backward.
+    """Return the bytes that a layer reads and writes, forward and backward.
 
     Args:
         inputs: bytes of its inputs, read forward and backward.
-        outputs: bytes, written forward; their gradient, as large, is read backward.
-        parameters: their number, in float32: read twice, their gradient written.
-        by_inputs: bytes of the gradient by the inputs, if not those of the inputs.
+        outputs: bytes of its outputs, written forward; their gradient is read backward.
+        parameters: number of its float32 parameters, read twice; their gradient is written.
+        by_inputs: bytes of the gradient of the inputs; None: as many as the inputs have.
     """
     by_inputs = inputs if by_inputs is None else by_inputs
     return 2 * inputs + 2 * outputs + by_inputs + 3 * F32 * parameters
 
 
 class Least:
-    """Least bytes of the parts of one step."""
+    """The least bytes of each part of one step."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Least:
         self.anchors = sum(self.pixels)
 
     def backbone(self) -> float:
-        """Patches; attention and MLP branch of each block; mergings; the norms of three maps."""
+        """Return the bytes of patch embedding, blocks, patch merging and three norms."""
         cfg, item = self.model.swin, self.images * self.item
         rows, columns = (_up(side, cfg.patch_size) for side in self.shape)
         pixels = self.images * self.shape[0] * self.shape[1] * 3  # uint8, no gradient by them
@@ -76,7 +76,7 @@ class Least:
         return total
 
     def neck(self) -> float:
-        """Laterals, each with what it adds from above; five 3×3 convolutions."""
+        """Return the bytes of the laterals, each with the level above, and of five convolutions."""
         width, item = self.model.neck_channels, self.images * self.item
         maps = [item * p * width for p in self.pixels]
         wide = self.model.swin.widths[1:]
@@ -91,7 +91,7 @@ class Least:
         return total
 
     def head(self) -> float:
-        """Convolutions with norm and activation; the three that end the branches give float32."""
+        """Return the bytes of the convolutions with norm and activation; outputs are float32."""
         cfg, here = self.model.head, self.images * self.anchors
         inside, out = self.model.neck_channels, cfg.channels
         total = 0.0
@@ -106,7 +106,7 @@ class Least:
         return total
 
     def deformable(self) -> float:
-        """The convolution that gives 27 numbers a place; sampling with its projection."""
+        """Return the bytes of the convolution with 27 outputs, and of sampling with its product."""
         here, inside, out = (
             self.images * self.anchors * self.item,
             self.model.neck_channels,
@@ -116,9 +116,9 @@ class Least:
         return chooses + layer(here * (inside + 27), here * out, 9 * inside * out)
 
     def text(self) -> float:
-        """The rows of the embedding, two branches a block, the feature that is read.
+        """Return the bytes of the embedding, two branches per block, and the final projection.
 
-        The gradient by the embedding is written for the whole vocabulary, as AdamW reads it.
+        The gradient of the embedding is written for the whole vocabulary, because AdamW reads it.
         """
         cfg = self.model.text
         tokens = self.concepts * cfg.context * cfg.width
@@ -132,10 +132,11 @@ class Least:
         return embedding + blocks + layer(read, features, cfg.width * cfg.embed_dim + 2 * cfg.width)
 
     def dense_losses(self, with_boxes: bool) -> float:
-        """Alignment as one layer with a scalar output: its logits stay inside. Then the boxes.
+        """Return the bytes of the alignment loss and, if `with_boxes`, of the box losses.
 
-        A label and a mask an anchor are read beside the embeddings; beside deltas and centerness
-        what they should be.
+        Alignment is one layer with a scalar output, so its logits are not counted. It reads
+        embeddings, and a label and a mask per anchor. The box losses read deltas and centerness
+        with their targets.
         """
         dimensions, here = self.model.head.embed_dim, self.images * self.anchors
         learned = (here + self.concepts) * dimensions * F32
@@ -146,14 +147,14 @@ class Least:
         return total
 
     def choice(self, chosen: Any) -> float:
-        """Forward only: scores from embeddings and concepts; then scores and deltas in."""
+        """Return the bytes of the choice of regions: scoring, then reading scores and deltas."""
         here = self.images * self.anchors * F32
         dimensions = self.model.head.embed_dim
         scored = here * dimensions + self.concepts * dimensions * F32 + here
         return scored + here * (1 + 4) + size_of(chosen)
 
     def contrastive(self, texts: int) -> float:
-        """Gather of the chosen embeddings; match with all concepts; texts; cross-entropy."""
+        """Return the bytes of gathering embeddings, matching concepts, texts and cross-entropy."""
         images, dimensions = self.images, self.model.head.embed_dim
         chosen = images * self.loss.proposals.k * dimensions * F32
         every = images * self.anchors * dimensions * F32
@@ -165,7 +166,7 @@ class Least:
 
 
 def block_parameters(cfg: SwinConfig, stage: int) -> tuple[int, int]:
-    """Parameters of the attention and of the MLP branch of one block, each with its norm."""
+    """Return the parameters of the attention and MLP branch of a block, each with its norm."""
     width, hidden = cfg.widths[stage], int(cfg.widths[stage] * cfg.mlp_ratio)
     attention = 4 * width**2 + width + 3 * width * cfg.qkv_bias + 2 * width
     attention += (2 * cfg.window - 1) ** 2 * cfg.num_heads[stage]

@@ -1,18 +1,17 @@
-"""How near to a TPU's limits each part of a step could come, without the TPU.
+"""Roofline of each part of a training step on a TPU, from the compiler alone (no TPU needed).
 
     python scripts/benchmarks/roofline.py --output=DIR --chip=v5e \
         --steps=detection:4x800x1344,image_text:64x320x320
 
-Compiles each part of a step of one device (step_parts.py) with the TPU's own compiler
-(`pip install "libtpu==0.0.42.*"`, for jax 0.10.2) and asks it for bytes accessed and temporary
-memory. Beside them: the model's arithmetic by formula and the program's, which computes some things
-again, the least bytes that the part's layers would have to move, which of the two binds on that
-chip, and the share of the chip's peak that the model's arithmetic cannot exceed with what the
-program computes and moves. What stands in a loop the compiler counts once; such bytes stand in
-brackets. What it brings to fast memory ahead of use it counts there again. --kernels=xla shows the
-parts without our kernels.
+Compiles each part of a step on one device (step_parts.py) with the TPU's compiler
+(`pip install "libtpu==0.0.42.*"`, for jax 0.10.2), which reports bytes accessed and temporary
+memory. The table also shows the model's FLOPs by formula, the program's FLOPs (which include
+recomputation), the least bytes that the part's layers must move, whether FLOPs or bytes limit the
+part on that chip, and the largest share of the chip's peak that the model's FLOPs can reach. The
+compiler counts a loop body once, whatever its trip count; such bytes are in brackets. It counts
+bytes that it prefetches to fast memory twice. --kernels=xla compiles the parts without our kernels.
 
-Writes CHIP.json after each part, and goes on there when it is started again; CHIP.md and CHIP.png.
+Writes CHIP.json after each part, CHIP.md and CHIP.png. The same command resumes.
 """
 
 import argparse
@@ -29,26 +28,26 @@ from typing import Any
 import compile_ahead
 
 HERE = Path(__file__).resolve().parent
-# TFLOP/s in bfloat16 and GB/s of a chip: cloud.google.com/tpu/docs/v5e, …/v5p, …/v6e.
+# bfloat16 TFLOP/s and GB/s of a chip: cloud.google.com/tpu/docs/v5e, …/v5p, …/v6e.
 CHIPS = {"v5e": (197, 819), "v5p": (459, 2765), "v6e": (918, 1640)}
-SMALLEST = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}  # that can be named
+SMALLEST = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}  # smallest topology
 
 
 def seconds(row: dict[str, Any], chip: str) -> tuple[float, float]:
-    """Of a part's arithmetic at the chip's peak, and of its bytes at the chip's bandwidth."""
+    """Return the seconds of a part's FLOPs at the chip's peak and of its bytes at its bandwidth."""
     peak, bandwidth = CHIPS[chip]
-    # A program does no less than the formula: what it does in a loop its compiler counts once.
+    # The compiler may count less than the formula, because it counts a loop body once.
     flops = max(row["flops"], row["compiler_flops"])
     return flops / (peak * 1e12), row["bytes_accessed"] / (bandwidth * 1e9)
 
 
 def bound(row: dict[str, Any], chip: str) -> float:
-    """The share of the chip's peak that the model's arithmetic of a part can have at most."""
+    """Return the largest share of the chip's peak that the model's FLOPs of a part can reach."""
     return row["flops"] / (CHIPS[chip][0] * 1e12) / max(seconds(row, chip)) if row["flops"] else 0.0
 
 
 def measure(part: Any, device: Any) -> dict[str, Any]:
-    """What the compiler says of one part on one device."""
+    """Return what the compiler reports about one part on one device."""
     import jax
     import numpy as np
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -74,7 +73,7 @@ def measure(part: Any, device: Any) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]], chip: str) -> str:
-    """Markdown, a row a part."""
+    """Return a Markdown table with a row per part."""
     peak, bandwidth = CHIPS[chip]
     lines = [
         f"{chip}: {peak} TFLOP/s, {bandwidth} GB/s",
@@ -98,7 +97,7 @@ def table(rows: Sequence[dict[str, Any]], chip: str) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], chip: str, path: Path) -> None:
-    """Each part's two times beside each other, and that of its least bytes."""
+    """Draw the times of each part by FLOPs, by bytes and by least bytes."""
     from matplotlib.figure import Figure
 
     from detclipv2_jax.common.atomic import replacing
@@ -123,32 +122,32 @@ def draw(rows: Sequence[dict[str, Any]], chip: str, path: Path) -> None:
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder for the figures")
-    parser.add_argument("--chip", required=True, choices=CHIPS, help="whose compiler")
+    parser.add_argument("--output", required=True, type=Path, help="directory for the results")
+    parser.add_argument("--chip", required=True, choices=CHIPS, help="chip to compile for")
     parser.add_argument("--model", default="swin_t", choices=("swin_t", "swin_l", "nano"))
     parser.add_argument(
         "--steps", default="detection:4x800x1344,image_text:64x320x320",
-        help="KIND:IMAGESxHEIGHTxWIDTH of one device, separated by commas",
+        help="steps of one device: KIND:IMAGESxHEIGHTxWIDTH,...",
     )  # fmt: skip
-    parser.add_argument("--concepts", default=384, type=int, help="rows of the step's table")
-    parser.add_argument("--parts", default="", help="only these, separated by commas")
+    parser.add_argument("--concepts", default=384, type=int, help="rows of the concept table")
+    parser.add_argument("--parts", default="", help="only these parts, separated by commas")
     parser.add_argument("--kernels", default="auto", choices=("auto", "xla"), help="model.kernels")
-    parser.add_argument("--remat", default=None, help="model.remat, by default the model's own")
+    parser.add_argument("--remat", default=None, help="model.remat (default: the model's)")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compiles, prints and writes."""
+    """Run the command line."""
     asked = options(argv)
     device = compile_ahead.devices(SMALLEST[asked.chip])[0]
 
     import step_parts
 
-    from detclipv2_jax.common.atomic import replacing, write_json
+    from detclipv2_jax.common.atomic import write_json, write_text
     from detclipv2_jax.common.errors import UserError
     from detclipv2_jax.training.optimizer import OptimizerConfig
 
@@ -169,7 +168,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         before = json.loads(output.read_text(encoding="utf-8"))
         rows = before.pop("parts")
         if before != about:
-            raise UserError(f"{output}: of another model, version or code: give another --output.")
+            raise UserError(
+                f"{output} is for another model, version or code. Choose another --output."
+            )
     asked.output.mkdir(parents=True, exist_ok=True)
     wanted = [name for name in asked.parts.split(",") if name]
     for shape in shapes:
@@ -187,8 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_json(output, about | {"parts": rows})
     text = table(rows, asked.chip)
     print(text)
-    with replacing(output.with_suffix(".md")) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(output.with_suffix(".md"), text)
     draw(rows, asked.chip, output.with_suffix(".png"))
 
 

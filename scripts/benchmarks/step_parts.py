@@ -1,15 +1,15 @@
-"""The parts of one training step, each a function of its own: to be timed, or to be compiled ahead.
+"""The parts of one training step as separate functions, to time them or to compile them ahead.
 
     found = parts(sizes.SWIN_T, LossConfig(), OptimizerConfig(), "detection", (800, 1344), 4, 384)
     jax.jit(found["neck"].fn).lower(*found["neck"].inputs).compile()        # from shapes alone
     jax.jit(found["neck"].fn)(*concrete(found["neck"], batch))              # or run
 
-What a part learns from goes in as its first input: parameters and the activations of the part
-before it. It gives its outputs and the gradient by all of these, under random cotangents that are
-an input too, so that nothing is folded away. The assignment and the choice of regions have no
-gradient.
+The first input of a part is what it is differentiated by: parameters and the activations of the
+part before. A part returns its outputs and the gradient of all of these. The cotangents are random
+and an input, too, so that the compiler cannot fold them. The assignment and the choice of regions
+have no gradient.
 
-`scripts/benchmarks/least_bytes.py` says what `least_bytes` counts.
+`scripts/benchmarks/least_bytes.py` describes what `least_bytes` counts.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ from detclipv2_jax.training import optimizer as optimizer_lib
 from detclipv2_jax.training.objective import LossConfig, ProposalConfig
 from detclipv2_jax.training.optimizer import OptimizerConfig
 
-_NOISE = 0.05  # deviation of concrete parameters and activations: nothing overflows, nothing is 0
-# The part that each entry of `flops.step` belongs to.
+_NOISE = 0.05  # standard deviation of parameters and activations: no overflow, no zeros
+# Entry of `flops.step` -> the part it belongs to.
 FLOPS_OF = {
     "backbone": "backbone",
     "neck": "neck",
@@ -53,14 +53,14 @@ FLOPS_OF = {
     "alignment loss": "losses",
 }
 MODELS = {"swin_t": sizes.SWIN_T, "swin_l": sizes.SWIN_L, "nano": sizes.NANO}
-# Rows of the step's table where --concepts does not say: the recipe's (configs/pretrain.py), of
-# image-text pairs its four an image.
+# Default of --concepts, from configs/pretrain.py: rows of the concept table; for image_text, rows
+# per image.
 CONCEPTS = {"detection": 384, "grounding": 2048, "image_text": 4}
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A step to be measured."""
+    """A step to measure."""
 
     kind: str
     images: int
@@ -73,10 +73,14 @@ class Shape:
 
 
 def parse_steps(text: str, concepts: int) -> list[Shape]:
-    """--steps, with `concepts` rows of the table, 0: the kind's own.
+    """Parse --steps.
+
+    Args:
+      text: KIND:IMAGESxHEIGHTxWIDTH, separated by commas.
+      concepts: rows of the concept table; 0: the default of the kind.
 
     Raises:
-      UserError: naming what is wrong.
+      UserError: an entry is not valid.
     """
     found = []
     for entry in text.split(","):
@@ -84,8 +88,8 @@ def parse_steps(text: str, concepts: int) -> list[Shape]:
         parts = numbers.split("x")
         if kind not in KINDS or len(parts) != 3 or not all(p.isdigit() and int(p) for p in parts):
             raise UserError(
-                f"--steps: {entry!r} is no step; write KIND:IMAGESxHEIGHTxWIDTH, for example "
-                f"detection:4x800x1344, with a kind of {', '.join(KINDS)}."
+                f"--steps: {entry!r} is not a step. Write KIND:IMAGESxHEIGHTxWIDTH, for example "
+                f"detection:4x800x1344. Kinds are {', '.join(KINDS)}."
             )
         images, height, width = map(int, parts)
         rows = concepts or CONCEPTS[kind] * (images if kind == "image_text" else 1)
@@ -94,7 +98,7 @@ def parse_steps(text: str, concepts: int) -> list[Shape]:
 
 
 def loss_config(shape: Shape) -> LossConfig:
-    """The recipe's; images that do not make whole groups of 192 are one group."""
+    """Return the recipe's losses; images that do not fill whole groups of 192 are one group."""
     group = ProposalConfig.group
     if shape.images % group:
         group = shape.images
@@ -105,13 +109,14 @@ def loss_config(shape: Shape) -> LossConfig:
 class Part:
     """One part of a step.
 
-    fn: of `learned` and `fixed`, gives arrays.
-    learned: abstract arrays by which it is differentiated; of the optimizer what it renews.
-    fixed: abstract arrays by which it is not, a dict.
-    from_batch: what of `fixed` comes from a Batch, concrete or abstract; the rest is noise.
-    least_bytes: what its layers would have to move.
-    flops: of matrix products, convolutions and samples, forward and backward.
-    renews: whether `fn` gives `learned` anew, so that the arrays may be donated.
+    Attributes:
+      fn: a function of `learned` and `fixed` that returns arrays.
+      learned: abstract arrays to differentiate by; for the optimizer, the arrays that it updates.
+      fixed: name -> abstract arrays that are not differentiated by.
+      from_batch: returns the entries of `fixed` that come from a batch; the others are noise.
+      least_bytes: the bytes that its layers must move.
+      flops: of matrix products, convolutions and sampling, forward and backward.
+      renews: whether `fn` returns new values of `learned`, so that the arrays may be donated.
     """
 
     fn: Callable[[PyTree, dict[str, Any]], PyTree]
@@ -124,12 +129,12 @@ class Part:
 
     @property
     def inputs(self) -> tuple[PyTree, dict[str, Any]]:
-        """The abstract arguments of `fn`."""
+        """Abstract arguments of `fn`."""
         return self.learned, self.fixed
 
     @property
     def donate(self) -> tuple[int, ...]:
-        """`jax.jit`'s donate_argnums."""
+        """The `donate_argnums` for `jax.jit`."""
         return (0,) if self.renews else ()
 
 
@@ -145,18 +150,18 @@ def parts(
     boxes: int = 100,
     texts: int = 8,
 ) -> dict[str, Part]:
-    """The parts of a step of one kind on one device, by name, in the order of the forward pass.
+    """Return the parts of a step of one kind on one device by name, in the order of execution.
 
     Args:
         model: its sizes, activation dtype and rematerialization.
-        loss: of the losses; `proposals.group` must divide `images` for image_text, as in training.
-        optimizer: of the update.
+        loss: settings of the losses; for image_text, `proposals.group` must divide `images`.
+        optimizer: settings of the update.
         kind: detection, grounding or image_text.
         shape: (height, width) of the canvas, pixels.
-        images: on the device.
-        concepts: rows of the step's table.
-        boxes: slots for boxes an image; none for image_text.
-        texts: concepts an image; image_text only.
+        images: number of images on the device.
+        concepts: rows of the concept table.
+        boxes: slots for boxes per image; unused for image_text.
+        texts: concepts per image; image_text only.
     """
     batch = abstract_batch(model, kind, shape, images, concepts, boxes=boxes, texts=texts)
     bytes_of = Least(model, loss, shape, images, concepts)
@@ -178,7 +183,7 @@ def parts(
 
 
 def concrete(part: Part, batch: Batch, seed: int = 0) -> tuple[PyTree, dict[str, Any]]:
-    """Arguments to run a part on: noise, and what `batch` says."""
+    """Return arguments to run a part: noise, and what comes from `batch`."""
     rng = np.random.default_rng(seed)
 
     def noise(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -205,7 +210,7 @@ def abstract_batch(
     boxes: int = 100,
     texts: int = 8,
 ) -> Batch:
-    """Shapes and types of one device's batch."""
+    """Return the shapes and types of one device's batch."""
     array = jax.ShapeDtypeStruct
     boxes, texts = (0, texts) if kind == "image_text" else (boxes, 0)
     return Batch(
@@ -221,10 +226,10 @@ def abstract_batch(
 
 
 def random_batch(abstract: Batch, vocab: int, seed: int = 0) -> Batch:
-    """Noise for pictures, and boxes, labels and tokens such as there could be.
+    """Return a batch of noise images with plausible boxes, labels and tokens.
 
-    Boxes have sides between a fiftieth and a half of the canvas's; half of their slots are empty.
-    Every concept has three to eight tokens, every image all the texts that it has room for.
+    Sides of boxes are 1/50 to 1/2 of the canvas's; half of the slots are empty. Every concept has
+    three to eight tokens; every image has as many texts as fit.
     """
     rng = np.random.default_rng(seed)
     images, height, width, _ = abstract.images.shape
@@ -254,7 +259,7 @@ def random_batch(abstract: Batch, vocab: int, seed: int = 0) -> Batch:
 
 
 def _pulled(forward: Callable[[PyTree, dict[str, Any]], PyTree]):
-    """Outputs of `forward`, and the gradient of their product with `fixed["cotangent"]`."""
+    """Return a function of `forward`'s outputs and their gradient by `fixed["cotangent"]`."""
 
     def run(learned: PyTree, fixed: dict[str, Any]) -> tuple[PyTree, PyTree]:
         outputs, pull = jax.vjp(lambda learned: forward(learned, fixed), learned)
@@ -272,7 +277,7 @@ def _learning(
     *,
     least_bytes: float,
 ) -> Part:
-    """A part with a gradient; its cotangent is as its outputs are."""
+    """Return a part with a gradient; its cotangents have the shapes of its outputs."""
     fixed = (noise or {}) | jax.eval_shape(from_batch, batch)
     cotangent = jax.eval_shape(forward, learned, fixed)
     return Part(
@@ -281,13 +286,13 @@ def _learning(
 
 
 def _module(build: Callable[[], nnx.Module]) -> tuple[Callable[[PyTree], nnx.Module], PyTree]:
-    """How to make a module of its parameters, and these, abstract."""
+    """Return a function from parameters to the module, and the abstract parameters."""
     graphdef, state = jax.eval_shape(lambda: nnx.split(build()))
     return functools.partial(nnx.merge, graphdef), state
 
 
 def _encoders(model: DetCLIPConfig, batch: Batch, bytes_of: Least) -> dict[str, Part]:
-    """Backbone, neck, head, deformable sampling and text."""
+    """Return backbone, neck, head, deformable sampling and text."""
     whole = lambda: DetCLIP(model, rngs=Draws())
     array, images = jax.ShapeDtypeStruct, len(batch.images)
     unit = l2_normalize if model.similarity == "cosine" else lambda x: x
@@ -358,14 +363,14 @@ def _regions(model: DetCLIPConfig, images: int, anchors: int) -> detclip.RegionO
 
 
 def _similarity(model: DetCLIPConfig, batch: Batch, regions: Any) -> dict[str, Any]:
-    """What the losses learn from."""
+    """Return what the losses are differentiated by."""
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     concepts = jax.ShapeDtypeStruct((len(batch.tokens), model.text.embed_dim), jnp.float32)
     return {"regions": regions, "concepts": concepts, "scale": scalar, "bias": scalar}
 
 
 def _stand_in(model: DetCLIPConfig, learned: dict[str, Any]) -> Any:
-    """What the losses ask a model for."""
+    """Return an object with the attributes of a model that the losses use."""
     scale = jnp.exp(learned["scale"])
     return types.SimpleNamespace(cfg=model, logit_bias=learned["bias"], scale=lambda: scale)
 
@@ -378,7 +383,7 @@ def _dense(
     regions: Any,
     bytes_of: Least,
 ) -> dict[str, Part]:
-    """Assignment and losses of detection and grounding."""
+    """Return assignment and losses of detection and grounding."""
     canvas, with_boxes = batch.images.shape[1:3], objective.has_box_losses(kind, loss)
     assign = functools.partial(
         objective.assign_targets, canvas=canvas, grid=model.anchors, candidates=loss.candidates
@@ -417,7 +422,7 @@ def _dense(
 def _image_text(
     model: DetCLIPConfig, loss: LossConfig, batch: Batch, regions: Any, bytes_of: Least
 ) -> dict[str, Part]:
-    """The choice of regions and the contrastive loss."""
+    """Return the choice of regions and the contrastive loss."""
     canvas = batch.images.shape[1:3]
 
     def given(batch: Batch) -> dict[str, Any]:
@@ -438,7 +443,7 @@ def _image_text(
         return total
 
     def chosen(batch: Batch) -> dict[str, Any]:
-        """Which regions, does not matter to how long the loss takes; here every second one."""
+        """Choose every second region; the choice does not change the time of the loss."""
         images, anchors = regions.centerness.shape
         count = min(loss.proposals.k, anchors)
         places = (2 * jnp.arange(count, dtype=jnp.int32)) % anchors
@@ -463,7 +468,7 @@ def _image_text(
 
 
 def _optimizer(model: DetCLIPConfig, config: OptimizerConfig) -> Part:
-    """Norm of the gradient and AdamW: (parameters, their average, moments) anew."""
+    """Return the gradient norm and AdamW: updates (parameters, their average, moments)."""
     _, params = detclip.abstract(model)
     rule = optimizer_lib.create(config, params, 1000)
 
@@ -475,7 +480,7 @@ def _optimizer(model: DetCLIPConfig, config: OptimizerConfig) -> Part:
 
     learned = (params, params, jax.eval_shape(rule.init, params))
     fixed = {"gradients": params, "step": jax.ShapeDtypeStruct((), jnp.int32)}
-    # Reads the gradient for its norm; then parameters, average, moments and gradient; writes four.
+    # Reads the gradient for its norm; then reads five arrays and writes four.
     return Part(
         update, learned, fixed, lambda batch: {}, least_bytes=10 * size_of(params), renews=True
     )

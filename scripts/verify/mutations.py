@@ -1,10 +1,10 @@
-"""Makes one deliberate mistake at a time and checks that a test notices.
+"""Mutation test: make one deliberate mistake at a time and check that a test fails.
 
     python scripts/verify/mutations.py [--only=WORD]
 
-The mistakes are listed in tests/parity/mistakes.toml. Each is made in a copy of the working tree,
-where the tests named beside it must fail. All together take about eight minutes and write
-docs/mistakes.md; exit status 1 if one goes unnoticed.
+tests/parity/mistakes.toml lists the mistakes. Each is made in a copy of the working tree, where the
+tests named in the list must fail. All mistakes take about eight minutes and write docs/mistakes.md.
+Exit status: 1 if no test fails for one of them.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from detclipv2_jax.common.atomic import replacing
+from detclipv2_jax.common.atomic import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
-    """A text of a file that stands there once, what is put in its place, and who should notice."""
+    """A text that occurs once in a file, its replacement, and the tests that should fail."""
 
     what: str
     file: str  # in detclipv2_jax/
@@ -37,7 +37,7 @@ class Mistake:
 
 
 def noticed(mistake: Mistake) -> bool:
-    """Do the tests fail in a copy of the tree with this mistake?"""
+    """Return whether the tests fail in a copy of the tree with this mistake."""
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory) / "tree"
         listed = subprocess.run(
@@ -52,43 +52,45 @@ def noticed(mistake: Mistake) -> bool:
         text = path.read_text()
         if text.count(mistake.right) != 1:
             raise SystemExit(
-                f"error: {mistake.file} has {mistake.right!r} {text.count(mistake.right)} times, "
-                "not once: mend tests/parity/mistakes.toml"
+                f"error: {mistake.file} contains {mistake.right!r} {text.count(mistake.right)} "
+                "times, expected once. Fix tests/parity/mistakes.toml."
             )
         path.write_text(text.replace(mistake.right, mistake.wrong))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", mistake.tests]
         cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")}
         result = subprocess.run(command, cwd=copy, env=os.environ | cache, capture_output=True)
         if result.returncode not in (0, 1):
-            raise SystemExit(f"error: pytest itself failed: {result.stdout.decode()[-2000:]}")
+            raise SystemExit(f"error: pytest failed: {result.stdout.decode()[-2000:]}")
         return result.returncode == 1
 
 
 def page(outcomes: dict[Mistake, bool]) -> str:
-    """The Markdown page."""
+    """Return the page docs/mistakes.md."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     lines = [
         "# Mistakes that the tests notice",
         "",
-        "Each was made on purpose in a copy of the code, and the tests were run: made by",
+        "Each mistake was made in a copy of the code; then the tests were run. Written by",
         f"`python scripts/verify/mutations.py`, {datetime.date.today()}, commit {commit}.",
         "",
-        "| mistake | in | noticed by |",
+        "| mistake | file | noticed by |",
         "|---|---|---|",
     ]
     for m, was_noticed in outcomes.items():
-        lines.append(f"| {m.what} | {m.file} | {m.tests if was_noticed else '**nobody**'} |")
+        lines.append(f"| {m.what} | {m.file} | {m.tests if was_noticed else '**no test**'} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    """Tries the mistakes; 1 if one went unnoticed."""
+    """Try the mistakes; return 1 if one went unnoticed, else 0."""
     parser = argparse.ArgumentParser(
-        description="Makes one deliberate mistake at a time and checks that a test notices."
+        description="Make one deliberate mistake at a time and check that a test fails."
     )
-    parser.add_argument("--only", default="", help="mistakes whose words contain this; no page")
+    parser.add_argument(
+        "--only", default="", help="only mistakes whose description contains this; write no page"
+    )
     args = parser.parse_args()
     listed = tomllib.loads((ROOT / "tests/parity/mistakes.toml").read_text())["mistake"]
     outcomes = {}
@@ -98,9 +100,8 @@ def main() -> int:
         if not outcomes[mistake]:
             tqdm.write(f"UNNOTICED: {mistake.what} ({mistake.file})")
     if not args.only:
-        with replacing(ROOT / "docs/mistakes.md") as temporary:
-            temporary.write_text(page(outcomes), encoding="utf-8")
-    print(f"{sum(outcomes.values())} of {len(outcomes)} mistakes were noticed")
+        write_text(ROOT / "docs/mistakes.md", page(outcomes))
+    print(f"{sum(outcomes.values())} of {len(outcomes)} mistakes noticed")
     return 0 if all(outcomes.values()) else 1
 
 

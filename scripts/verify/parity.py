@@ -1,9 +1,9 @@
-"""Holds every part against an independent implementation and writes the table of what was seen.
+"""Compare every part of the model with an independent implementation; write a table of errors.
 
     ./scripts/test.sh tests/parity          # installs the reference packages (Python 3.11)
     python scripts/verify/parity.py                # all comparisons; writes docs/parity.md
 
-The comparisons are the tests in tests/parity. A table is written only if all of them pass.
+The comparisons are the tests in tests/parity. The table is written only if all of them pass.
 """
 
 import argparse
@@ -19,11 +19,11 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from detclipv2_jax.common.atomic import replacing
+from detclipv2_jax.common.atomic import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PARTS = (  # a table without one of these is not written
+PARTS = (  # all must be compared, or the table is not written
     "Tokenizer",
     "Text tower",
     "Swin-T",
@@ -50,12 +50,14 @@ PARTS = (  # a table without one of these is not written
 
 
 def main() -> int:
-    """Runs the comparisons; 0 if all passed and the table is written."""
+    """Run the comparisons; return 0 if all passed and the table is written, else 2."""
     parser = argparse.ArgumentParser(
-        description="Holds every part against an independent implementation; writes a table."
+        description="Compare every part of the model with an independent implementation."
     )
     parser.add_argument(
-        "--output", default=str(ROOT / "docs/parity.md"), help="(default: docs/parity.md)"
+        "--output",
+        default=str(ROOT / "docs/parity.md"),
+        help="file for the table (default: docs/parity.md)",
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -66,31 +68,28 @@ def main() -> int:
         lines = rows.read_text().splitlines() if rows.is_file() else []
         skipped = skips(report) if report.is_file() else []
     if status.returncode:
-        print(f"error: no table is written: pytest ended with {status.returncode}", file=sys.stderr)
+        print(f"error: no table written: pytest ended with {status.returncode}.", file=sys.stderr)
         return 2
     if skipped:
-        print(
-            f"error: no table is written, since tests were skipped: {skipped[0]}", file=sys.stderr
-        )
+        print(f"error: no table written, because tests were skipped: {skipped[0]}", file=sys.stderr)
         return 2
     found = [json.loads(line) for line in lines]
     missing = [part for part in PARTS if part not in {row["part"] for row in found}]
     if missing:
-        print(f"error: no table is written: nothing for {', '.join(missing)}", file=sys.stderr)
+        print(f"error: no table written: no comparison of {', '.join(missing)}", file=sys.stderr)
         return 2
-    with replacing(args.output) as temporary:
-        temporary.write_text(page(found), encoding="utf-8")
+    write_text(args.output, page(found))
     print(f"{args.output}: {len(found)} comparisons")
     return 0
 
 
 def skips(report: Path) -> list[str]:
-    """Why tests of a JUnit report were skipped."""
+    """Return the reasons of the skipped tests in a JUnit report."""
     return [skip.get("message", "") for skip in ElementTree.parse(report).iter("skipped")]
 
 
 def page(rows: list[dict]) -> str:
-    """The Markdown page."""
+    """Return the page docs/parity.md."""
     order = {part: index for index, part in enumerate(PARTS)}
     rows = sorted(rows, key=lambda row: order.get(row["part"], len(order)))
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("jax", "flax", "numpy"))
@@ -100,18 +99,24 @@ def page(rows: list[dict]) -> str:
     lines = [
         "# Parity",
         "",
-        "What was compared with what, on what, and the largest error seen, made by",
+        "Each part of the model, compared with an independent implementation. Written by",
         "`python scripts/verify/parity.py`.",
         f"{datetime.date.today()}, Python {platform.python_version()}, {versions}, "
         f"{platform.machine()} CPU, commit {commit}.",
         "",
-        "An error is the largest difference relative to the largest value of the reference's",
-        "array; float32 against float32 unless float64 is named. 1e-4 is what float32 sums in",
-        "another order come to through dozens of layers; 0 means equal. Weights are random and",
-        "copied across by the code that reads published checkpoints.",
+        "An error is the largest difference, relative to the largest value of the reference's",
+        "array. Both sides use float32 unless float64 is named. Over dozens of layers, float32",
+        "sums in another order differ by about 1e-4; 0 means equal. Weights are random and are",
+        "copied by the code that reads published checkpoints.",
     ]
     for part, group in itertools.groupby(rows, key=lambda row: row["part"]):
-        lines += ["", f"## {part}", "", "| against | on | error | allowed |", "|---|---|---|---|"]
+        lines += [
+            "",
+            f"## {part}",
+            "",
+            "| compared with | on | error | allowed |",
+            "|---|---|---|---|",
+        ]
         for row in group:
             seen = f"{row['error']:.1e}" if row["error"] else "0"
             allowed = f"{row['tolerance']:g}"

@@ -12,7 +12,7 @@ from detclipv2_jax.evaluation import coco
 
 
 def world(seed, images=8, categories=(0, 3, 4, 90), per_image=12):
-    """A generated split with crowds, masks smaller than boxes and ties, and detections for it."""
+    """Generate annotations with crowds, masks smaller than boxes and ties, and detections."""
     rng = np.random.default_rng(seed)
     content = {
         "images": [
@@ -68,7 +68,7 @@ def save(tmp_path, content):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_twelve_figures_equal_pycocotools(tmp_path, seed):
+def test_twelve_metrics_equal_pycocotools(tmp_path, seed):
     content, detections = world(seed)
     path = save(tmp_path, content)
     found = ours(path, detections)
@@ -78,7 +78,7 @@ def test_twelve_figures_equal_pycocotools(tmp_path, seed):
     assert 0 < found["AP"] < 1
 
 
-def test_more_than_a_hundred_boxes_an_image(tmp_path):
+def test_more_than_a_hundred_boxes_per_image(tmp_path):
     content, detections = world(5, images=2, per_image=90)
     detections = [row for row in detections for _ in range(3)]
     path = save(tmp_path, content)
@@ -105,7 +105,7 @@ def test_area_falls_back_to_the_box(tmp_path):
     np.testing.assert_allclose(truth.areas, sides.prod(axis=1))
 
 
-def test_rows_follow_the_images(tmp_path):
+def test_boxes_of_image(tmp_path):
     content, _ = world(3)
     truth = coco.load_coco(save(tmp_path, content))
     for image in truth.images:
@@ -140,7 +140,7 @@ def test_heights_may_be_strings(tmp_path):
     assert coco.load_coco(save(tmp_path, content)).images[0].height == 400
 
 
-def test_unknown_images_and_repeats_are_refused(tmp_path):
+def test_unknown_and_repeated_images_are_refused(tmp_path):
     content, _ = world(0)
     evaluator = coco.CocoEvaluator(coco.load_coco(save(tmp_path, content)))
     arrays = (np.ones((1, 4)), np.ones(1), np.zeros(1, int))

@@ -11,7 +11,7 @@ from detclipv2_jax.evaluation.lvis import LvisGroundTruth
 
 
 def make_lvis(folder):
-    """LVIS val as it is unpacked: four images, of which 1 and 3 are of COCO's val2017."""
+    """Write LVIS val as in its archive: four images, 1 and 3 of COCO's val2017."""
     path = make_set(folder, images=4)
     content = json.loads(path.read_text())
     for image in content["images"]:
@@ -26,7 +26,7 @@ def make_lvis(folder):
 
 
 def make_odinw(root):
-    """The 13 sets, an image each; the names are the exporter's."""
+    """Write the 13 datasets with one image each and the names of the exporter."""
     for one in odinw.SETS:
         path = root / one.directory / one.evaluation
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def make_odinw(root):
 
 
 @pytest.mark.parametrize("folder", ["coco", "lvis", "."])
-def test_lvis_val_and_minival_made_of_it(tmp_path, folder):
+def test_lvis_val_and_minival_from_it(tmp_path, folder):
     (tmp_path / folder).mkdir(exist_ok=True)
     path = make_lvis(tmp_path / folder)
     (val,) = datasets.load_sets("lvis_val", tmp_path)
@@ -54,7 +54,7 @@ def test_lvis_val_and_minival_made_of_it(tmp_path, folder):
         assert all(datasets.find_image(image, one.images) for image in one.truth.images)
 
 
-def test_minival_that_is_there_is_taken(tmp_path):
+def test_an_existing_minival_is_used(tmp_path):
     (tmp_path / "coco").mkdir()
     path = make_lvis(tmp_path / "coco")
     content = json.loads(path.read_text())
@@ -85,7 +85,7 @@ def test_odinw_has_the_names_and_splits_of_the_benchmark(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("lvis_val", "coco/annotations/lvis_v1_val.json does not exist. Get .*lvisdataset.org"),
         ("lvis_minival", "lvis_v1_val.json does not exist. Get .*lvisdataset.org"),
@@ -97,19 +97,19 @@ def test_odinw_has_the_names_and_splits_of_the_benchmark(tmp_path):
         ("lvis", "no such file or folder. The datasets known by name are lvis_val, lvis_minival"),
     ],
 )
-def test_a_set_that_is_not_there_is_told_with_the_way_to_it(tmp_path, name, told):
-    with pytest.raises(UserError, match=told):
+def test_the_error_of_a_missing_dataset_says_how_to_get_it(tmp_path, name, message):
+    with pytest.raises(UserError, match=message):
         datasets.load_sets(name, tmp_path)
 
 
-def test_one_of_the_odinw_sets_is_missing(tmp_path):
+def test_one_missing_odinw_dataset_is_an_error(tmp_path):
     make_odinw(tmp_path)
     (tmp_path / "pothole/valid/annotations_without_background.json").unlink()
     with pytest.raises(UserError, match="^odinw13: pothole not found under"):
         datasets.load_sets("odinw13", tmp_path)
 
 
-def test_a_folder_is_searched_for_what_it_evaluates_on(tmp_path):
+def test_find_annotations_chooses_a_file_for_evaluation(tmp_path):
     path = make_set(tmp_path, federated=False)
     assert datasets.find_annotations(tmp_path) == path  # the only one
     train = path.with_name("instances_train.json")
@@ -128,7 +128,7 @@ def test_a_folder_is_searched_for_what_it_evaluates_on(tmp_path):
         datasets.find_annotations(tmp_path)
 
 
-def test_roboflows_folders_of_splits(tmp_path):
+def test_find_annotations_in_roboflow_exports(tmp_path):
     content = make_set(tmp_path / "set").read_text()
     for split in ("train", "valid", "test"):
         (tmp_path / "export" / split).mkdir(parents=True)

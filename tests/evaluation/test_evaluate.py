@@ -16,13 +16,13 @@ NAMES = ("anchor", "black_chess_knight", "umbrella", "snowman")
 
 
 def make_set(tmp_path, *, federated=True, images=6, folder="images"):
-    """An annotation file and its images, (40, 64) pixels each."""
+    """Write an annotation file and its images, (40, 64) pixels each; return the file."""
     rng = np.random.default_rng(0)
     (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     (tmp_path / "annotations").mkdir(exist_ok=True)
     content = {"images": [], "annotations": [], "categories": []}
     for n, name in enumerate(NAMES):
-        row = {"id": n, "name": name}  # the first id is 0
+        row = {"id": n, "name": name}  # ids start at 0
         extra = {"frequency": "rcff"[n], "group": "novel" if n == 3 else "base"}
         content["categories"].append(row | (extra if federated else {}))
     for n in range(images):
@@ -41,7 +41,7 @@ def make_set(tmp_path, *, federated=True, images=6, folder="images"):
 
 
 class Oracle:
-    """Answers with the ground truth of `make_set`, out of order; reads no pixels but the size."""
+    """A predictor that answers with the ground truth of `make_set`, in another order."""
 
     config, canvas, batch_size = DecodeConfig(), (64, 64), 2
 
@@ -62,7 +62,7 @@ class Oracle:
                 yield number, UserError(f"{path}: broken")
                 continue
             rows = self._truth.boxes_of_image[self._by_name[path.name]]
-            labels = self._truth.category_ids[rows]  # here an id is its place in the list
+            labels = self._truth.category_ids[rows]  # here an id is its index
             yield (
                 number,
                 ImageDetections(
@@ -75,7 +75,7 @@ class Oracle:
             )
 
 
-def test_right_answers_score_one(tmp_path):
+def test_perfect_detections_score_one(tmp_path):
     truth = datasets.load_ground_truth(make_set(tmp_path))
     oracle = Oracle(truth)
     results = measure.measure_model(
@@ -92,10 +92,10 @@ def test_right_answers_score_one(tmp_path):
     rows = json.loads((tmp_path / "out" / "categories.json").read_text())
     assert [row["fixed_AP"] for row in rows] == pytest.approx([1.0] * 4)
     sheet = Image.open(tmp_path / "out" / "detections" / "step_00000012.png")
-    assert sheet.width > 4 * 480  # two pairs a row
+    assert sheet.width > 4 * 480  # two pairs per row
 
 
-def test_pictures_show_the_best_name_of_a_place():
+def test_without_overlaps_keeps_the_best_box_of_a_place():
     boxes = np.float32([[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [0, 0, 9, 10]])
     scores = np.float32([0.9, 0.8, 0.7, 0.6])
     found = ImageDetections(boxes, scores, np.arange(4), ("a", "b", "c", "d"), (40, 40))
@@ -104,7 +104,7 @@ def test_pictures_show_the_best_name_of_a_place():
     assert not len(report.without_overlaps(nothing))
 
 
-def test_coco_sets_get_the_twelve_figures(tmp_path):
+def test_coco_datasets_get_the_twelve_metrics(tmp_path):
     truth = datasets.load_ground_truth(make_set(tmp_path, federated=False))
     results = measure.measure_model(Oracle(truth), truth, tmp_path / "images", progress=False)
     assert set(results) == {"dataset", "step", "coco", "settings"}
@@ -122,14 +122,14 @@ def test_layout_can_be_forced(tmp_path):
         datasets.load_ground_truth(path, "lvis")
 
 
-def test_missing_and_broken_images_are_counted_and_explained(tmp_path, capsys):
+def test_missing_and_broken_images_are_counted_with_a_warning(tmp_path, capsys):
     truth = datasets.load_ground_truth(make_set(tmp_path))
     (tmp_path / "images" / "0.png").unlink()
     (tmp_path / "images" / "1.png").write_text("broken")
     results = measure.measure_model(Oracle(truth), truth, tmp_path / "images", progress=False)
     settings = results["settings"]
     assert settings["images_missing"] == settings["images_unreadable"] == 1
-    assert results["fixed"]["AP"] < 1  # what was not seen was not found
+    assert results["fixed"]["AP"] < 1  # nothing is detected in images that cannot be read
     errors = capsys.readouterr().err
     assert "image 0 was not found in" in errors and "1.png: broken" in errors
     assert "1 missing, 1 unreadable" in report.results_table(results)
@@ -168,7 +168,7 @@ def test_images_are_found_by_name_or_url(tmp_path):
     assert find(file_name="3.jpg") is None
 
 
-def test_the_directory_of_the_images_is_guessed(tmp_path):
+def test_guess_image_dir(tmp_path):
     truth = datasets.load_ground_truth(make_set(tmp_path))
     assert datasets.guess_image_dir(truth) == tmp_path / "images"
     (tmp_path / "images").rename(tmp_path / "elsewhere")
@@ -226,6 +226,6 @@ def test_command_with_a_real_model(checkpoint, tmp_path, capsys, federated):
     assert ("fixed AP" in printed) == federated and "AP50" in printed
 
 
-def test_command_says_what_is_wrong_in_a_sentence(checkpoint, tmp_path, capsys):
+def test_the_command_prints_a_user_error(checkpoint, tmp_path, capsys):
     assert evaluate.main(["--checkpoint=run", "--dataset=none.json", f"--output={tmp_path}"]) == 2
     assert capsys.readouterr().err.startswith("error: none.json: no such file")

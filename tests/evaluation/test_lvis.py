@@ -12,7 +12,7 @@ AREAS = [(0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10)]
 
 
 def overlap(a, b):
-    """IoU of two xyxy boxes in float64."""
+    """Return the IoU of two xyxy boxes in float64."""
     sides = [min(a[2 + k], b[2 + k]) - max(a[k], b[k]) for k in (0, 1)]
     if min(sides) <= 0:
         return 0.0
@@ -22,7 +22,7 @@ def overlap(a, b):
 
 
 def match(truths, answers, threshold, low, high, exhaustive):
-    """One image and category: [(score, is right)] of the answers, and how many truths count."""
+    """Match one image and category: [(score, is right)], and how many ground truths count."""
     ignored = [not low <= area <= high for _, area in truths]
     order = sorted(range(len(truths)), key=lambda g: ignored[g])
     taken, outcome = set(), []
@@ -47,7 +47,7 @@ def match(truths, answers, threshold, low, high, exhaustive):
 
 
 def average_precision(outcomes, positives):
-    """101-point interpolated AP of [(score, is right)] in rank order, ties as given."""
+    """Return the 101-point AP of [(score, is right)]; ties rank as given."""
     ranked = sorted(outcomes, key=lambda outcome: -outcome[0])
     right = np.cumsum([r for _, r in ranked])
     precision = right / (np.arange(len(ranked)) + 1) if ranked else np.zeros(0)
@@ -59,7 +59,7 @@ def average_precision(outcomes, positives):
 
 
 def reference(content, detections, max_per_category=None, max_per_image=None):
-    """(category, threshold, area) -> AP, for categories with ground truth; detections in order."""
+    """Return (category, threshold, area) -> AP for categories with ground truth."""
     rows = list(detections)
     for limit, column in ((max_per_image, 0), (max_per_category, 3)):
         if limit is not None:
@@ -115,9 +115,9 @@ def figures(table, content):
 
 
 def world(seed, images=9, categories=(0, 1, 2, 5, 7, 9), grid=8):
-    """A generated split and detections, on a coarse grid so that overlaps and scores tie.
+    """Generate annotations and detections on a coarse grid, so that overlaps and scores tie.
 
-    The last category has no ground truth and the one before is nowhere known.
+    The last category has no ground truth; the one before counts on no image.
     """
     rng = np.random.default_rng(seed)
     named = [
@@ -144,7 +144,7 @@ def world(seed, images=9, categories=(0, 1, 2, 5, 7, 9), grid=8):
             for _ in range(rng.integers(1, 4)):
                 x, y, w, h = (grid * rng.integers(1, (20, 20, 18, 18))).tolist()
                 row = {"id": len(content["annotations"]), "image_id": image, "category_id": c}
-                area = w * h * float(rng.choice([1.0, 0.6]))  # as of a mask: less than the box
+                area = w * h * float(rng.choice([1.0, 0.6]))  # of a mask: smaller than the box
                 content["annotations"].append({**row, "bbox": [x, y, w, h], "area": area})
         for row in [r for r in content["annotations"] if r["image_id"] == image]:
             x, y, w, h = row["bbox"]
@@ -184,12 +184,12 @@ def assert_close(found, wanted):
 
 
 def precisions(figures):
-    """AP of all sorts; recall is compared with lvis-api (test_references.py)."""
+    """Return the AP metrics; recall is compared with lvis-api (test_references.py)."""
     return {name: value for name, value in figures.items() if name.startswith("AP")}
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_both_figures_equal_a_direct_implementation(tmp_path, seed):
+def test_both_protocols_equal_a_direct_implementation(tmp_path, seed):
     content, detections = world(seed)
     limits = {"max_per_image": 5, "max_per_category": 7}
     scores = evaluate(tmp_path, content, detections, **limits)
@@ -197,7 +197,7 @@ def test_both_figures_equal_a_direct_implementation(tmp_path, seed):
     fixed = reference(content, detections, max_per_category=7)
     assert_close(precisions(scores.standard), figures(standard, content))
     assert_close(precisions(scores.fixed), figures(fixed, content))
-    assert scores.standard != scores.fixed  # the limits bite, so the two must differ
+    assert scores.standard != scores.fixed  # the limits drop detections, so the two must differ
     for group in ("base", "novel"):
         members = {row["id"] for row in content["categories"] if row["group"] == group}
         part = {key: value for key, value in fixed.items() if key[0] in members}
@@ -209,7 +209,7 @@ def test_both_figures_equal_a_direct_implementation(tmp_path, seed):
         assert_close({"AP": row["standard_AP"]}, {"AP": mean(mine)})
 
 
-def test_without_limits_that_bite_both_figures_agree(tmp_path):
+def test_both_protocols_agree_below_the_limits(tmp_path):
     scores = evaluate(tmp_path, *world(11))
     assert scores.standard == scores.fixed
 
@@ -245,8 +245,8 @@ def test_no_ground_truth_at_all_is_null_not_nan(tmp_path):
     assert "NaN" not in json.dumps([scores.fixed, scores.groups, scores.categories])
 
 
-def test_the_cut_of_fixed_ap_comes_before_the_federated_filter(tmp_path):
-    """Detections on images that do not know the category use up its 10,000."""
+def test_the_limit_of_fixed_ap_precedes_the_federated_filter(tmp_path):
+    """Detections on images where the category does not count use up its 10,000."""
     category = [{"id": 1, "name": "cup", "frequency": "f"}]
     blank = {"height": 99, "width": 99, "neg_category_ids": [], "not_exhaustive_category_ids": []}
     images = [{"id": n, "file_name": f"{n}.jpg", **blank} for n in (1, 2)]
@@ -259,8 +259,8 @@ def test_the_cut_of_fixed_ap_comes_before_the_federated_filter(tmp_path):
 
 
 @pytest.mark.parametrize("buffer", [0, 3, 50])
-def test_memory_is_bounded_and_the_bound_changes_no_figure(tmp_path, monkeypatch, buffer):
-    """Detections that come late and score less than what is kept are dropped when they come."""
+def test_memory_is_bounded_without_changing_metrics(tmp_path, monkeypatch, buffer):
+    """Later detections that score less than the kept ones are dropped at once."""
     content, _ = world(8, images=60)
     labels, limit, count = [0, 1, 2, 5, 7, 9], 40, 100
     path = tmp_path / "lvis.json"
@@ -337,7 +337,7 @@ def test_wrong_calls_are_refused(tmp_path):
         (("annotations", 3, "area"), "big", r"annotations\[3\]\.area"),
     ],
 )
-def test_broken_entries_are_named(tmp_path, place, value, named):
+def test_invalid_entries_are_named(tmp_path, place, value, named):
     content, _ = world(2)
     entry = content[place[0]][place[1]]
     entry[place[2]] = value
@@ -348,7 +348,7 @@ def test_broken_entries_are_named(tmp_path, place, value, named):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"images": []}', '{"images": 3}'])
-def test_what_is_no_lvis_file_is_refused(tmp_path, text):
+def test_invalid_files_are_refused(tmp_path, text):
     path = tmp_path / "broken.json"
     path.write_text(text)
     with pytest.raises(UserError, match=r"broken\.json"):

@@ -37,7 +37,7 @@ def some(scores):
     return ImageDetections(boxes, np.array(scores, np.float32), np.arange(count), names, (40, 60))
 
 
-def test_names_stand_between_commas_and_on_lines_each_once():
+def test_parse_names():
     text = "cat, traffic light\n dog ,,\n\nCat,a  b"
     assert page.parse_names(text) == ["Cat", "traffic light", "dog", "a  b"]
     for text in ("", " ,\n, "):
@@ -45,14 +45,14 @@ def test_names_stand_between_commas_and_on_lines_each_once():
             page.parse_names(text)
 
 
-def test_what_is_found_is_what_the_detector_finds(detector, photo):
+def test_detect_finds_what_the_detector_finds(detector, photo):
     pixels, found = page.detect(detector, photo, "cat\ndog")
     assert pixels.shape == (40, 60, 3) and len(found) > 1
     (other,) = detector(photo, ["cat", "dog"], score_threshold=page.MIN_SCORE)
     assert np.array_equal(found.boxes, other.boxes) and found.names == other.names
 
 
-def test_no_image_no_names_and_a_broken_image_are_a_sentence(detector, photo, tmp_path):
+def test_missing_image_missing_names_and_broken_image_are_errors(detector, photo, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff not a picture")
     with pytest.raises(UserError, match="Drop an image first"):
@@ -64,7 +64,7 @@ def test_no_image_no_names_and_a_broken_image_are_a_sentence(detector, photo, tm
     assert page._without_folder(error.value, str(broken)).startswith("broken.jpg: cannot be read")
 
 
-def test_sliders_choose_among_what_was_found():
+def test_show_selects_by_score_and_number():
     pixels, found = np.zeros((40, 60, 3), np.uint8), some([0.9, 0.5, 0.3, 0.02])
     picture, rows, summary = page.show(pixels, found, 0.4, 50)
     assert picture.size == (640, 427) and summary == "2 of 2 boxes with a score above 0.40"
@@ -77,7 +77,7 @@ def test_sliders_choose_among_what_was_found():
     assert page.show(pixels, some([]), 0.3, 5)[2] == "Nothing found: no box has a score above 0.01."
 
 
-def test_examples_are_validation_images_with_what_is_in_them(tmp_path, photo):
+def test_example_inputs_are_validation_images_with_their_names(tmp_path, photo):
     images = [{"id": n, "file_name": "photo.png", "height": 40, "width": 60} for n in range(9)]
     images[0]["file_name"] = "missing.png"
     boxes = [
@@ -101,7 +101,7 @@ def test_without_gradio_the_command_says_how_to_install_it(monkeypatch, capsys):
 
 
 def other_address():
-    """An address of this machine that is not the loopback's; skips where it has none."""
+    """Return an address of this machine other than the loopback; skip the test if it has none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # sends nothing
@@ -115,7 +115,7 @@ def served(detector, photo):
     pytest.importorskip("gradio")
     blocks = page.build_page(detector, "tiny", [[photo, "cat, dog"]])
     source = pathlib.Path(page.__file__)
-    assert not source.with_suffix(".pyi").exists(), "Gradio writes one for a class of its own sort"
+    assert not source.with_suffix(".pyi").exists(), "Gradio wrote a .pyi file for the Upload class"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -124,7 +124,7 @@ def served(detector, photo):
 
 
 @pytest.mark.slow
-def test_the_page_listens_on_the_loopback_alone(served):
+def test_the_page_listens_only_on_the_loopback(served):
     address, port = served
     assert address.startswith(f"http://127.0.0.1:{port}")
     socket.create_connection(("127.0.0.1", port), timeout=5).close()
@@ -135,7 +135,7 @@ def test_the_page_listens_on_the_loopback_alone(served):
 
 
 @pytest.mark.slow
-def test_a_browser_finds_boxes_moves_the_threshold_and_asks_nobody_else(served, tmp_path):
+def test_a_browser_finds_boxes_and_contacts_no_other_server(served, tmp_path):
     playwright = pytest.importorskip("playwright.sync_api")
     if not (chromium := shutil.which("chromium") or shutil.which("google-chrome")):
         pytest.skip("no browser")

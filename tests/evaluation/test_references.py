@@ -1,4 +1,4 @@
-"""Every figure against lvis-api's LVISEval and pycocotools' COCOeval, on hostile data."""
+"""Every metric compared with lvis-api's LVISEval and pycocotools' COCOeval, on hard data."""
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ import worlds
 from detclipv2_jax.evaluation import coco, lvis, results_file
 
 FAST, ALL = 30, 500
-# Of lvis-api's.
+# From lvis-api.
 pytestmark = pytest.mark.filterwarnings("ignore:The 'warn' method:DeprecationWarning")
 needs_lvis = pytest.mark.skipif(
     importlib.util.find_spec("lvis") is None, reason="lvis is not installed"
@@ -24,7 +24,7 @@ def read(tmp_path, truth, entries):
 
 
 def compare_lvis(tmp_path, content, entries, max_per_image=300, max_per_category=10_000):
-    """Standard and fixed AP: all figures, and the whole curves of each category."""
+    """Compare all metrics of standard and fixed AP, and the curves of each category."""
     content = worlds.without_crowds(content)
     truth = lvis.from_content("lvis.json", content)
     evaluator = lvis.LvisEvaluator(
@@ -72,7 +72,7 @@ def assert_equal(found, wanted):
         assert mine == pytest.approx(value, abs=1e-9, rel=0), name
 
 
-LIMITS = ((300, 10_000), (5, 7), (1, 1))  # detections an image, a category
+LIMITS = ((300, 10_000), (5, 7), (1, 1))  # detections per image, per category
 
 
 @needs_lvis
@@ -89,7 +89,7 @@ def test_equal_to_pycocotools(tmp_path, seed):
 @pytest.mark.slow
 @needs_lvis
 @pytest.mark.parametrize("seed", range(FAST, ALL))
-def test_equal_on_more_sets(tmp_path, seed):
+def test_equal_on_more_datasets(tmp_path, seed):
     compare_lvis(tmp_path, *worlds.world(seed), *LIMITS[seed % 3])
     compare_coco(tmp_path, *worlds.world(seed))
 
@@ -102,7 +102,7 @@ def blank_image(number):
 @needs_lvis
 @pytest.mark.parametrize("first", [0, 1])
 def test_more_than_ten_thousand_of_a_category(tmp_path, first):
-    """The cut takes detections that the federated filter would leave out; it falls in a tie."""
+    """The limit keeps detections that the federated filter drops; it falls into a tie."""
     rng = np.random.default_rng(first)
     images = [blank_image(number) for number in range(36)]
     categories = [
@@ -129,7 +129,7 @@ def test_more_than_ten_thousand_of_a_category(tmp_path, first):
 @needs_lvis
 @pytest.mark.parametrize("marked", [True, False])
 def test_crowded_image(tmp_path, marked):
-    """Hundreds of boxes of a category on an image, more detections than standard AP takes."""
+    """Hundreds of boxes of a category in an image, more detections than standard AP keeps."""
     rng = np.random.default_rng(7)
     image = blank_image(0)
     image["not_exhaustive_category_ids"] = [] if marked else [0]

@@ -13,7 +13,7 @@ GOOD = {"image_id": 0, "category_id": 1, "bbox": [1, 2, 3.5, 4], "score": 0.5}
 
 
 def found(truth, seed=0):
-    """(image id, xyxy boxes, scores, category ids) of each image, in odd float32 numbers."""
+    """Yield (image id, xyxy boxes, scores, category ids), with all digits of float32."""
     rng = np.random.default_rng(seed)
     for image in truth.images:
         boxes = truth.boxes[truth.boxes_of_image[image.id]].repeat(3, axis=0)
@@ -53,7 +53,7 @@ def test_what_is_written_reads_back_to_the_same_metrics(tmp_path, federated):
     assert str(path) in report.results_table(measured)
 
 
-def test_a_run_that_is_cut_off_leaves_no_file(tmp_path):
+def test_an_interrupted_writer_leaves_no_file(tmp_path):
     path = tmp_path / "found.json"
     with pytest.raises(KeyboardInterrupt), results_file.results_writer(path) as write:
         write(0, np.ones((1, 4)), np.ones(1), np.ones(1, int))
@@ -64,7 +64,7 @@ def test_a_run_that_is_cut_off_leaves_no_file(tmp_path):
     assert json.loads(path.read_text()) == []
 
 
-def test_entries_may_stand_in_any_order_and_come_in_pieces(tmp_path, monkeypatch):
+def test_order_of_entries_and_sizes_of_chunks_do_not_matter(tmp_path, monkeypatch):
     truth = datasets.load_ground_truth(make_set(tmp_path))
     path = tmp_path / "found.json"
     with results_file.results_writer(path) as write:
@@ -81,7 +81,7 @@ def test_entries_may_stand_in_any_order_and_come_in_pieces(tmp_path, monkeypatch
     assert measure.measure_results_file(path, truth) == whole
 
 
-def test_strange_entries_are_counted_and_told(tmp_path, capsys):
+def test_strange_entries_are_counted_with_a_warning(tmp_path, capsys):
     truth = datasets.load_ground_truth(make_set(tmp_path))
     strange = [{"image_id": 99}, {"category_id": 99}, {"image_id": -1, "category_id": 99}]
     strange += [{"bbox": [5, 5, -2, 3]}, {"bbox": [5, 5, 0, 3]}]
@@ -89,11 +89,11 @@ def test_strange_entries_are_counted_and_told(tmp_path, capsys):
     settings = measure.measure_results_file(path, truth)["settings"]
     counts = {"unknown_images": 2, "unknown_categories": 1, "negative_sizes": 1}
     assert settings.items() >= {"entries": 6, "images": 6, **counts}.items()
-    told = capsys.readouterr().err
+    warnings = capsys.readouterr().err
     assert (
-        "2 of 6 entries have an image_id that is not" in told
-        and "category_id" in told
-        and "negative" in told
+        "2 of 6 entries have an image_id that is not" in warnings
+        and "category_id" in warnings
+        and "negative" in warnings
     )
     with pytest.raises(UserError, match="none of the 2 entries"):
         measure.measure_results_file(save(tmp_path, [GOOD | strange[0]] * 2), truth)
@@ -101,7 +101,7 @@ def test_strange_entries_are_counted_and_told(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, message",
     [
         ({"score": "high"}, r"entry \[2\]: 'score' is \"high\", expected a finite number"),
         ({"score": None}, r"entry \[2\]: 'score' is missing"),
@@ -118,17 +118,17 @@ def test_strange_entries_are_counted_and_told(tmp_path, capsys):
         ({"category_id": [1]}, r"entry \[2\]: 'category_id'"),
     ],
 )
-def test_broken_entries_are_named(tmp_path, monkeypatch, change, told):
+def test_broken_entries_are_named(tmp_path, monkeypatch, change, message):
     truth = datasets.load_ground_truth(make_set(tmp_path))
     path = save(tmp_path, [GOOD, GOOD, GOOD | change, GOOD])
     for batch in (1, 3, 100):
         monkeypatch.setattr(results_file, "_ENTRIES_PER_CHECK", batch)
-        with pytest.raises(UserError, match=rf"found\.json: {told}"):
+        with pytest.raises(UserError, match=rf"found\.json: {message}"):
             results_file.read_results(path, truth)
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, message",
     [
         ("{}", "holds a JSON object, not a list"),
         ("3", "holds a JSON int, not a list"),
@@ -139,9 +139,9 @@ def test_broken_entries_are_named(tmp_path, monkeypatch, change, told):
         ("\x00\x01", "JSON"),
     ],
 )
-def test_what_is_no_results_file_is_one_sentence(tmp_path, capsys, text, told):
+def test_a_file_without_results_is_a_user_error(tmp_path, capsys, text, message):
     dataset, path = make_set(tmp_path), save(tmp_path, text)
-    with pytest.raises(UserError, match=rf"found\.json.*{told}"):
+    with pytest.raises(UserError, match=rf"found\.json.*{message}"):
         results_file.read_results(path, datasets.load_ground_truth(dataset))
     command = [f"--predictions={path}", f"--dataset={dataset}", f"--output={tmp_path / 'out'}"]
     assert evaluate.main(command) == 2

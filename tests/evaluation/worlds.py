@@ -1,4 +1,4 @@
-"""Made-up data sets that are hard on an evaluator; what lvis-api and pycocotools say of them."""
+"""Generated datasets that are hard for an evaluator; lvis-api and pycocotools run on them."""
 
 import contextlib
 import copy
@@ -12,11 +12,11 @@ from pycocotools.cocoeval import COCOeval
 
 
 def world(seed: int) -> tuple[dict, list[dict]]:
-    """A federated annotation file, with crowds for COCO's sake, and a results list for it.
+    """Return a federated annotation file, with crowds for COCO, and a results list for it.
 
-    What it is like depends on the seed: how many images, categories and boxes, which ids, whether
-    numbers lie on a grid (so that overlaps tie) or have decimals, whether scores tie, whether one
-    image is crowded, whether anything is marked or found at all.
+    The seed decides the numbers of images, categories and boxes, the ids, whether coordinates lie
+    on a grid (so that overlaps tie), whether scores tie, whether an image is crowded, and whether
+    there are any annotations or detections.
     """
     rng = np.random.default_rng(seed)
     grid = float(rng.choice([16, 8, 1, 0.01, 0]))
@@ -43,7 +43,7 @@ def world(seed: int) -> tuple[dict, list[dict]]:
         content["images"].append(_image(rng, image, ids, labels))
         boxes = _boxes(rng, count, grid)
         if count > 2 and rng.random() < 0.3:
-            boxes[1], labels[1] = boxes[0], labels[0]  # two of a place: every overlap ties
+            boxes[1], labels[1] = boxes[0], labels[0]  # two equal boxes: every overlap ties
         for box, label in zip(boxes.tolist(), labels.tolist()):
             content["annotations"].append(_annotation(rng, content, image, label, box))
         found = np.concatenate(
@@ -56,7 +56,7 @@ def world(seed: int) -> tuple[dict, list[dict]]:
         for box, label, score in zip(found.tolist(), classes.tolist(), scores.tolist()):
             row = {"image_id": image, "category_id": label, "bbox": box, "score": float(score)}
             results.append(row)
-    if rng.random() < 0.3:  # a file need not stand image by image
+    if rng.random() < 0.3:  # entries of an image need not be consecutive
         results = [results[n] for n in rng.permutation(len(results))]
     nothing = rng.random()
     if nothing < 0.04:
@@ -68,7 +68,7 @@ def world(seed: int) -> tuple[dict, list[dict]]:
 
 def _image(rng, image: int, ids: np.ndarray, labels: np.ndarray) -> dict:
     shown = np.unique(labels)
-    # What is shown may also be said to be absent, and what is absent to be partly marked.
+    # A category may be both present and listed as absent, or absent and listed as not exhaustive.
     absent = ids[rng.random(len(ids)) < 0.4]
     unmarked = np.union1d(shown[rng.random(len(shown)) < 0.3], ids[rng.random(len(ids)) < 0.05])
     return {
@@ -92,7 +92,7 @@ def _boxes(rng, count: int, grid: float) -> np.ndarray:
 
 
 def _near(rng, boxes: np.ndarray, grid: float) -> np.ndarray:
-    """Two detections near each box: exact, shifted by a step or so, or of half the size."""
+    """Return two detections near each box: exact, shifted by about a step, or half the size."""
     found = np.repeat(boxes, 2, axis=0)
     step = grid if grid >= 1 else 3.7
     moved = rng.random(len(found)) < 0.6
@@ -117,13 +117,13 @@ def _annotation(rng, content: dict, image: int, label: int, box: list[float]) ->
 
 
 def without_crowds(content: dict) -> dict:
-    """The same as an LVIS file: it knows no crowds."""
+    """Return the same as an LVIS file, which has no crowds."""
     rows = [row | {"iscrowd": 0} for row in content["annotations"]]
     return content | {"annotations": rows}
 
 
 def cut(results: list[dict], limit: int) -> list[dict]:
-    """Fixed AP's: the best `limit` of each category, of equal scores the first, in their order."""
+    """Return the best `limit` of each category, of equal scores the first, in their order."""
     kept = []
     for category in {row["category_id"] for row in results}:
         mine = [n for n, row in enumerate(results) if row["category_id"] == category]
@@ -132,7 +132,7 @@ def cut(results: list[dict], limit: int) -> list[dict]:
 
 
 def lvis_api(content: dict, results: list[dict], max_per_image: int):
-    """(figures, precision (T, R, K, A), recall (T, K, A)) of LVISEval; -1: nothing to find.
+    """Return (metrics, precision (T, R, K, A), recall (T, K, A)) of LVISEval; -1: no truth.
 
     `max_per_image` -1: no limit. Categories by id.
     """
@@ -140,22 +140,22 @@ def lvis_api(content: dict, results: list[dict], max_per_image: int):
 
     logging.getLogger("lvis").setLevel(logging.ERROR)
     logging.getLogger("lvis.results").setLevel(logging.ERROR)
-    truth = LVIS.__new__(LVIS)  # its constructor takes a file only
+    truth = LVIS.__new__(LVIS)  # its constructor takes only a file
     truth.logger, truth.dataset = logging.getLogger("lvis"), copy.deepcopy(content)
     truth._create_index()
-    if not results:  # it cannot take none, but leaves out boxes without an area
+    if not results:  # it needs one, but ignores boxes without an area
         image, category = content["images"][0]["id"], content["categories"][0]["id"]
         box = {"bbox": [0, 0, 0, 0], "score": 1.0}
         results = [{"image_id": image, "category_id": category, **box}]
     evaluation = LVISEval(truth, LVISResults(truth, copy.deepcopy(results), max_per_image), "bbox")
-    with mock.patch.object(np, "float", float, create=True):  # lvis 0.5.3 is of NumPy 1's time
+    with mock.patch.object(np, "float", float, create=True):  # lvis 0.5.3 is written for NumPy 1
         evaluation.run()
     found = {name.split("@")[0]: float(v) for name, v in evaluation.get_results().items()}
     return found, evaluation.eval["precision"], evaluation.eval["recall"]
 
 
 def pycocotools(content: dict, results: list[dict]) -> list[float]:
-    """The twelve figures of COCOeval; -1: nothing to find."""
+    """Return the twelve metrics of COCOeval; -1: no ground truth."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth, found = COCO(), COCO()
         truth.dataset = copy.deepcopy(content)

@@ -1,4 +1,4 @@
-"""The benchmark's names, table and picture; what it measures takes minutes."""
+"""Names, table and picture of the benchmark; the measurement itself takes minutes."""
 
 import importlib.util
 

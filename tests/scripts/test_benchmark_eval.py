@@ -1,4 +1,4 @@
-"""The benchmark's contestants do the same work, on a small set."""
+"""The benchmark's contestants agree on a small dataset."""
 
 import dataclasses
 import importlib.util
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# Of lvis-api's.
+# From lvis-api.
 pytestmark = pytest.mark.filterwarnings("ignore:The 'warn' method:DeprecationWarning")
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/benchmarks/benchmark_eval.py"
 

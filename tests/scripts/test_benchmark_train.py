@@ -1,4 +1,4 @@
-"""The benchmark of the training step: its parts, what it tells, and that PyTorch's is the same."""
+"""The benchmark of the training step: parts, tables, and agreement with the PyTorch model."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ def batch_of(kind, cfg=tiny_model.CONFIG):
     return step_parts.random_batch(abstract, cfg.text.vocab)
 
 
-def test_what_a_step_s_parts_are():
+def test_parts_of_a_step():
     dense = ["assignment", "losses", "optimizer"]
     encoders = ["backbone", "neck", "head", "deformable sampling", "text"]
     assert list(parts_of("detection")) == encoders + dense
@@ -109,7 +109,7 @@ def test_least_bytes_of_the_neck_by_hand():
 
 
 def test_least_bytes_know_every_parameter():
-    """Without an image what is left is parameters: read twice, and their gradient written."""
+    """Without images, only parameters remain: read twice, and their gradient written."""
     cfg = tiny_model.CONFIG
     least = least_bytes.Least(cfg, LOSS, (64, 64), 0, 0)
     found = parts_of("detection")
@@ -222,7 +222,7 @@ import benchmark_train
 
 @pytest.mark.slow
 def test_a_run(tmp_path, capsys):
-    """The step alone; the first program takes the time."""
+    """Only the step; compiling takes most of the time."""
     arguments = [f"--output={tmp_path}", "--steps=detection:2x64x64", "--concepts=8", "--rounds=2"]
     benchmark.run(arguments, tiny_model.CONFIG)
     found = json.loads((tmp_path / "train.json").read_text())
@@ -275,7 +275,7 @@ def test_pytorch_s_loss_and_gradient_are_ours(kind):
     shapes = {name: x.shape for name, x in parameter_paths(abstract).items()}
 
     def ours(tensors):
-        """Their tensors by our paths."""
+        """Return their tensors by our paths."""
         found = {}
         for path, shape in shapes.items():
             if path.startswith("backbone/"):
@@ -318,7 +318,7 @@ def test_pytorch_s_loss_and_gradient_are_ours(kind):
 
 
 def renamed(tensors, path):
-    """Their tensor of our neck, head or text parameter, as ours is laid out."""
+    """Return their tensor of our neck, head or text parameter, in our layout."""
     name = path.replace("/", ".")
     for old, new in (
         (".kernel", ".weight"), (".scale", ".weight"), ("attn.", ""), ("mlp.", ""),

@@ -1,4 +1,4 @@
-"""The list of deliberate mistakes still fits the code; `scripts/verify/mutations.py` makes them."""
+"""The list of deliberate mistakes fits the code; `scripts/verify/mutations.py` makes them."""
 
 import tomllib
 from pathlib import Path

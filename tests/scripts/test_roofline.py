@@ -1,4 +1,4 @@
-"""The script that holds each part of a step against a chip's limits; its compiler is not asked."""
+"""The roofline script, without the TPU compiler."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""DetCLIPv2 in PyTorch, for comparison only: what a careful user of PyTorch would write.
+"""DetCLIPv2 in PyTorch, for comparison only, as a careful PyTorch user would write it.
 
 Hugging Face's Swin, a plain FPN, an ATSS head that runs level by level, a text tower like CLIP's
 with PyTorch's own attention, and its losses (torch_losses.py). It has the arithmetic of
@@ -28,7 +28,7 @@ from detclipv2_jax.training.optimizer import OptimizerConfig
 
 
 def backbone(cfg: SwinConfig) -> nn.Module:
-    """Hugging Face's, with the attention that it chooses by itself."""
+    """Hugging Face's Swin, with the attention that it selects."""
     return transformers.SwinBackbone(
         transformers.SwinConfig(
             embed_dim=cfg.embed_dim,
@@ -45,7 +45,7 @@ def backbone(cfg: SwinConfig) -> nn.Module:
 
 
 class FPN(nn.Module):
-    """Three maps in, five out (NCHW)."""
+    """FPN: three maps in, five out (NCHW)."""
 
     def __init__(self, widths: Sequence[int], channels: int):
         super().__init__()
@@ -54,7 +54,7 @@ class FPN(nn.Module):
         self.extra = nn.ModuleList(_conv(channels, channels, stride=2) for _ in range(2))
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """P3 to P7."""
+        """Return P3 to P7."""
         merged = [lateral(x) for lateral, x in zip(self.lateral, maps)]
         for level in reversed(range(len(merged) - 1)):
             size = merged[level].shape[-2:]
@@ -96,7 +96,7 @@ class DeformConv(nn.Module):
         self.register_buffer("taps", taps, persistent=False)
 
     def forward(self, x: Tensor, regression: Tensor) -> Tensor:
-        """Samples `x` where `regression` says."""
+        """Sample `x` at the offsets that `regression` gives."""
         batch, width, rows, columns = x.shape
         outputs = self.offset(regression).float()
         offsets = outputs[:, :18].reshape(batch, 9, 2, rows, columns)
@@ -105,10 +105,10 @@ class DeformConv(nn.Module):
         z = torch.arange(columns, device=x.device) + self.taps[:, 1, None, None]
         y, z = y + offsets[:, :, 0], z + offsets[:, :, 1]
         # grid_sample counts from -1, the first pixel's left edge, to 1, the last one's right. The
-        # taps lie below one another, so that one call samples all of them.
+        # taps are stacked vertically, so that one call samples all of them.
         grid = torch.stack([(2 * z + 1) / columns - 1, (2 * y + 1) / rows - 1], dim=-1)
         grid = grid.reshape(batch, 9 * rows, columns, 2)
-        # In float32, as autocast would have it: bfloat16 cannot say where between two pixels.
+        # In float32, like autocast: bfloat16 cannot represent positions between two pixels.
         samples = functional.grid_sample(x.float(), grid, padding_mode="zeros", align_corners=False)
         samples = samples.to(x.dtype).reshape(batch, width, 9, rows, columns)
         samples = samples * weights[:, None].to(samples.dtype)
@@ -118,7 +118,7 @@ class DeformConv(nn.Module):
 
 
 class Head(nn.Module):
-    """Two branches shared by all levels, which run one after another."""
+    """ATSS head: two branches shared by all levels, which run one after another."""
 
     def __init__(self, width: int, levels: int, cfg: HeadConfig):
         super().__init__()
@@ -132,7 +132,7 @@ class Head(nn.Module):
         self.scales = nn.Parameter(torch.ones(levels))
 
     def forward(self, levels: Sequence[Tensor]) -> Regions:
-        """Of all anchors, fine to coarse, each level row by row, in float32."""
+        """Return float32 outputs of all anchors, fine to coarse, each level row by row."""
         found = [[], [], []]
         for x, scale in zip(levels, self.scales):
             regression = self.reg_convs(x)
@@ -146,7 +146,7 @@ class Head(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """Pre-norm causal attention and MLP."""
+    """Transformer block: pre-norm causal attention and MLP."""
 
     def __init__(self, cfg: TextConfig):
         super().__init__()
@@ -158,7 +158,7 @@ class TextBlock(nn.Module):
         self.c_proj = nn.Linear(4 * cfg.width, cfg.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(M, L, C), the same shape."""
+        """Return features of the shape of the input, (M, L, C)."""
         batch, length, width = x.shape
         query, key, value = (
             part.reshape(batch, length, self.heads, -1).transpose(1, 2)
@@ -171,7 +171,7 @@ class TextBlock(nn.Module):
 
 
 class TextTower(nn.Module):
-    """CLIP's, over short concepts."""
+    """CLIP's text tower on short concepts."""
 
     def __init__(self, cfg: TextConfig):
         super().__init__()
@@ -182,7 +182,7 @@ class TextTower(nn.Module):
         self.text_projection = nn.Parameter(torch.randn(cfg.width, cfg.embed_dim) * cfg.width**-0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Features of M concepts, float32: read at [EOS], the largest id."""
+        """Return float32 features of M concepts, read at [EOS], the largest id."""
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         x = self.resblocks(x)
         end = tokens.argmax(dim=1)
@@ -207,17 +207,17 @@ class DetCLIP(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGE_STD), persistent=False)
 
     def maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Of uint8 images, NHWC."""
+        """Return the backbone's maps of uint8 NHWC images."""
         x = (images.float() - self.mean) / self.std
         return self.backbone(x.permute(0, 3, 1, 2)).feature_maps
 
     def regions(self, levels: Sequence[Tensor]) -> Regions:
-        """What the head says, its embeddings as they are compared."""
+        """Return the head's outputs, with embeddings ready to compare."""
         embeddings, deltas, centerness = self.head(levels)
         return self._comparable(embeddings), deltas, centerness
 
     def concepts(self, tokens: Tensor) -> Tensor:
-        """Features of the concepts, as they are compared."""
+        """Return the features of the concepts, ready to compare."""
         return self._comparable(self.text(tokens))
 
     def _comparable(self, x: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ class DetCLIP(nn.Module):
 
 
 class Trainer:
-    """A model with its losses and its update on a device, as it is timed."""
+    """A model with its losses and its update on a device."""
 
     def __init__(
         self,
@@ -257,19 +257,19 @@ class Trainer:
         self._used: list[nn.Parameter] = []
 
     def forward_backward(self) -> None:
-        """Loss and gradient."""
+        """Compute loss and gradient."""
         self.model.zero_grad(set_to_none=True)
         with self._autocast():
             loss = self._loss()
         loss.backward()
 
     def step(self) -> None:
-        """Loss, gradient, update, as `train_step` does."""
+        """Compute loss, gradient and update, like `train_step`."""
         self.forward_backward()
         self.update()
 
     def update(self) -> None:
-        """Clipping, AdamW with a tenth of the rate for the text tower, moving average."""
+        """Clip; update by AdamW (a tenth of the rate for the text tower) and the moving average."""
         if not hasattr(self, "_adamw"):
             self._begin()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
@@ -281,12 +281,12 @@ class Trainer:
         self.norm = norm
 
     def _begin(self) -> None:
-        """Optimizer and moving average."""
+        """Create optimizer and moving average."""
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters():
             key = (name.startswith("text."), parameter.ndim > 1)
             groups.setdefault(key, []).append(parameter)
-        rate = 1e-6  # small: it is timed over and over on one batch
+        rate = 1e-6  # small, because every step uses the same batch
         self._adamw = torch.optim.AdamW(
             [
                 {
@@ -302,7 +302,7 @@ class Trainer:
         self._average = [p.detach().clone() for p in self.model.parameters()]
 
     def parts(self) -> dict[str, Callable[[], None]]:
-        """The parts of a step, each to be run forward and backward, by the names of ours.
+        """Return the parts of a step by the names of ours; each runs forward and backward.
 
         The head is without its deformable convolution, which is timed by itself.
         """
@@ -355,7 +355,7 @@ class Trainer:
     def _pulled(
         self, forward: Callable[[], Any], module: nn.Module | None, learned: Sequence[Tensor]
     ) -> Callable[[], None]:
-        """Forward, and the gradient by parameters and `learned` under random cotangents."""
+        """Return a function that runs forward and backward under random cotangents."""
         parameters = [] if module is None else list(module.parameters())
         forward, cotangents = self._compile(forward), []
 

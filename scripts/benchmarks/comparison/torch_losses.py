@@ -22,7 +22,7 @@ Regions = tuple[Tensor, Tensor, Tensor]  # embeddings (B K D), deltas (B K 4), c
 
 
 class Tensors:
-    """A Batch in PyTorch."""
+    """`Batch` in PyTorch."""
 
     def __init__(self, batch: Batch, device: Any):
         tensor = lambda array: torch.from_numpy(np.array(array)).to(device)
@@ -35,7 +35,7 @@ class Tensors:
 
 
 def overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and union pair by pair (shapes broadcast)."""
+    """Return IoU and union of each pair (shapes broadcast)."""
     low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
     shared = (high - low).clamp(min=0).prod(dim=-1)
     union = area(a) + area(b) - shared
@@ -43,12 +43,12 @@ def overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def area(boxes: Tensor) -> Tensor:
-    """Square pixels."""
+    """Return areas in square pixels."""
     return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1)
 
 
 def giou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU pair by pair (Rezatofighi et al. 2019)."""
+    """Return the generalized IoU of each pair (Rezatofighi et al. 2019)."""
     found, union = overlaps(a, b)
     low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
     hull = (high - low).clamp(min=0).prod(dim=-1)
@@ -56,7 +56,7 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def decode(anchors: Tensor, deltas: Tensor, stds: Tensor) -> Tensor:
-    """Boxes in pixels."""
+    """Return boxes in pixels."""
     centers, sides = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
     deltas = deltas * stds
     centers = centers + deltas[..., :2] * sides
@@ -92,7 +92,7 @@ def atss(
     depth = torch.minimum(at - boxes[:, :, None, :2], boxes[:, :, None, 2:] - at).amin(dim=-1)
     real = (boxes[..., 2] > boxes[..., 0])[..., None]
     claims = exists & real & (found >= threshold) & (depth > 0.01)
-    # The largest overlap wins, and of equal ones the first box.
+    # The largest overlap wins; of equal ones the first box.
     flat, overlap = near.flatten(1), torch.where(claims, found, -1.0).flatten(1)
     best = torch.full(inside.shape, -1.0, device=boxes.device)
     best = best.scatter_reduce(1, flat, overlap, "amax")
@@ -114,7 +114,7 @@ class Objective:
         self.stds = torch.tensor(DELTA_STDS, device=device)
 
     def __call__(self, model: nn.Module, batch: Tensors) -> Tensor:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
         regions = model.regions(model.neck(model.maps(batch.images)))
         concepts = model.concepts(batch.tokens)
         scale = model.logit_scale.exp()
@@ -125,7 +125,7 @@ class Objective:
         return self.dense(regions, concepts, scale, model.logit_bias, targets, batch)
 
     def assign(self, batch: Tensors) -> tuple[Tensor, ...]:
-        """positive, label, scored, box and centerness of every anchor."""
+        """Return positive, label, scored, box and centerness of every anchor."""
         matched, inside = atss(
             self.anchors, self.levels, batch.sizes, batch.boxes, self.loss.candidates
         )
@@ -149,7 +149,7 @@ class Objective:
         targets: tuple[Tensor, ...],
         batch: Tensors,
     ) -> Tensor:
-        """Alignment of all anchors with all concepts, boxes, centerness."""
+        """Return the losses of alignment (all anchors, all concepts), boxes and centerness."""
         embeddings, deltas, centerness = regions
         positive, label, scored, box, central = targets
         positives = positive.sum().clamp(min=1)
@@ -178,7 +178,7 @@ class Objective:
         once: that needs no table of overlaps, and no value on the host.
         """
         if self.loss.proposals.score != "batch":
-            raise ValueError("the comparison knows the paper's choice of regions alone.")
+            raise ValueError("the comparison supports only the paper's choice of regions.")
         embeddings, deltas, _ = regions
         pools = batch.texts.reshape(len(batch.texts) // self.loss.proposals.group, -1)
         owned = torch.zeros(len(pools), len(concepts) + 1, dtype=torch.bool, device=pools.device)
@@ -218,10 +218,10 @@ class Objective:
         chosen: tuple[Tensor, Tensor],
         batch: Tensors,
     ) -> Tensor:
-        """λ times the cross-entropy of each text's image (paper eq. 3 to 5)."""
+        """Return λ times the cross-entropy of each text's image (Yao et al. 2023, eq. 3 to 5)."""
         cfg, (index, there) = self.loss.word_region, chosen
         if (cfg.direction, cfg.matching) != ("text_to_image", "max"):
-            raise ValueError("the comparison knows the paper's contrastive loss alone.")
+            raise ValueError("the comparison supports only the paper's contrastive loss.")
         width = embeddings.shape[-1]
         features = embeddings.gather(1, index[..., None].expand(-1, -1, width)) * scale
         dots = torch.einsum("bpd,md->bpm", features, concepts).float()
