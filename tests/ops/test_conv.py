@@ -17,18 +17,18 @@ def case(batch, height, width, channels, out):
     return [RNG.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-def definition(x, kernel, gradient):
+def definition(x, kernel, grad_out):
     """Return the convolution and its two gradients, tap by tap, in float64."""
-    x, kernel, gradient = (a.astype(np.float64) for a in (x, kernel, gradient))
+    x, kernel, grad_out = (a.astype(np.float64) for a in (x, kernel, grad_out))
     height, width = x.shape[1:3]
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    y, by_x, by_kernel = np.zeros_like(gradient), np.zeros_like(padded), np.zeros_like(kernel)
+    y, grad_x, grad_kernel = np.zeros_like(grad_out), np.zeros_like(padded), np.zeros_like(kernel)
     for i, j in np.ndindex(3, 3):
         tap = np.s_[:, i : i + height, j : j + width]
         y += padded[tap] @ kernel[i, j]
-        by_x[tap] += gradient @ kernel[i, j].T
-        by_kernel[i, j] = np.einsum("bhwc,bhwo->co", padded[tap], gradient)
-    return y, by_x[:, 1:-1, 1:-1], by_kernel
+        grad_x[tap] += grad_out @ kernel[i, j].T
+        grad_kernel[i, j] = np.einsum("bhwc,bhwo->co", padded[tap], grad_out)
+    return y, grad_x[:, 1:-1, 1:-1], grad_kernel
 
 
 def close(actual, expected):
@@ -38,10 +38,10 @@ def close(actual, expected):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_equal_the_definition(shape, monkeypatch):
     monkeypatch.setattr(conv, "_WORTH", 0)
-    x, kernel, gradient = case(*shape)
+    x, kernel, grad_out = case(*shape)
     y, pullback = jax.vjp(jax.jit(conv.conv3x3), x, kernel)
     for actual, expected in zip(
-        (y, *pullback(gradient)), definition(x, kernel, gradient), strict=True
+        (y, *pullback(grad_out)), definition(x, kernel, grad_out), strict=True
     ):
         close(actual, expected)
 
@@ -49,10 +49,10 @@ def test_values_and_gradients_equal_the_definition(shape, monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_both_kernel_gradients_equal_the_definition(shape):
     """Both are compared with float64, within the same bounds."""
-    x, kernel, gradient = case(*shape)
-    expected = definition(x, kernel, gradient)[2]
+    x, kernel, grad_out = case(*shape)
+    expected = definition(x, kernel, grad_out)[2]
     for way in (conv.kernel_gradient_by_products, conv.kernel_gradient_by_convolution):
-        close(jax.jit(way)(x, gradient), expected)
+        close(jax.jit(way)(x, grad_out), expected)
 
 
 def test_bfloat16_sums_in_float32():
@@ -66,11 +66,11 @@ def test_bfloat16_sums_in_float32():
 def test_only_large_maps_on_cpus_use_products():
     """TPUs and GPUs use XLA's convolution; no program contains both implementations."""
 
-    def by_kernel(x, kernel, gradient):
-        return jax.vjp(conv.conv3x3, x, kernel)[1](gradient)[1]
+    def grad_kernel(x, kernel, grad_out):
+        return jax.vjp(conv.conv3x3, x, kernel)[1](grad_out)[1]
 
     def ways(platform, *shape):
-        traced = jax.jit(by_kernel).trace(*case(*shape))
+        traced = jax.jit(grad_kernel).trace(*case(*shape))
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         return {way for way in ("dot_general", "convolution") if f"stablehlo.{way}" in text}
 

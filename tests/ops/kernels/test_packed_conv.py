@@ -72,8 +72,8 @@ def test_map_statistics_and_gradients_equal_those_of_plain_jax(
         def run(x, norm, kernel):
             x = jnp.where(packed.mask, x, gaps)
             value, back = jax.vjp(lambda *args: function(*args, packed), x, norm, kernel)
-            by_x, by_norm, by_kernel = back(grad_outs)
-            return value, jnp.where(packed.mask, by_x, 0), by_norm, by_kernel
+            grad_x, grad_norm, grad_kernel = back(grad_outs)
+            return value, jnp.where(packed.mask, grad_x, 0), grad_norm, grad_kernel
 
         return jax.jit(run)(x, norm, kernel)
 

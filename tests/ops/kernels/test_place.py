@@ -39,12 +39,12 @@ def test_images_are_split_and_gradients_of_weights_are_summed(already_split):
         return value, back(grad_out)
 
     with jax.set_mesh(mesh):
-        value, (by_x, by_weights) = jax.jit(everything)(jax.device_put(x, images), weights)
+        value, (grad_x, grad_weights) = jax.jit(everything)(jax.device_put(x, images), weights)
     factor = factors[:, None, None, None]
     np.testing.assert_allclose(value, x * factor * weights["scale"] + 2000.0, rtol=1e-6)
-    np.testing.assert_allclose(by_x, grad_out * factor * weights["scale"], rtol=1e-6)
+    np.testing.assert_allclose(grad_x, grad_out * factor * weights["scale"], rtol=1e-6)
     expected = np.sum(np.asarray(grad_out * x * factor, np.float64), axis=(0, 1, 2))
-    np.testing.assert_allclose(by_weights["scale"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grad_weights["scale"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_without_a_mesh_nothing_is_split():
