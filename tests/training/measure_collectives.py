@@ -1,6 +1,6 @@
 """Writes the collectives between 8 devices in a tiny step of each kind, as JSON.
 
-    PYTHONPATH=tests:scripts python tests/training/measure_collectives.py \\
+    PYTHONPATH=tests:scripts/benchmarks python tests/training/measure_collectives.py \\
         tests/training/collectives.json
 
 test_collectives.py compares the code with that file. Update it after an intended change.

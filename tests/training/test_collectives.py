@@ -13,7 +13,7 @@ from measure_collectives import compile_ahead
 TESTS = Path(__file__).parent
 STORED = TESTS / "collectives.json"
 UPDATE = (
-    "PYTHONPATH=tests:scripts python tests/training/measure_collectives.py "
+    "PYTHONPATH=tests:scripts/benchmarks python tests/training/measure_collectives.py "
     "tests/training/collectives.json"
 )
 

@@ -1,7 +1,7 @@
 """Compile a config's training steps for other devices; report the memory and work they need.
 
-    python scripts/compile_ahead.py --config=configs/pretrain.py:swin_t --topology=v5e:4x8
-    python scripts/compile_ahead.py --config=configs/pretrain.py:nano --topology=cpu:8
+    python scripts/benchmarks/compile_ahead.py --config=configs/pretrain.py:swin_t --topology=v5e:4x8
+    python scripts/benchmarks/compile_ahead.py --config=configs/pretrain.py:nano --topology=cpu:8
 
 For a TPU topology (v5e:4x8, v5p:4x4x4, v6e:4x8), any machine can run the TPU's compiler:
 `pip install "libtpu==0.0.42.*"`, for jax 0.10.2. cpu:N means N CPU devices. For each (kind, canvas)
@@ -32,7 +32,7 @@ from ml_collections import config_flags
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.training.flags import run_with_config
 
-PACKAGE = Path(__file__).resolve().parent.parent / "detclipv2_jax"
+PACKAGE = Path(__file__).resolve().parents[2] / "detclipv2_jax"
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file of the run, with its size after a colon."
 )
