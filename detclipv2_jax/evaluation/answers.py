@@ -117,7 +117,7 @@ class AnswerStore:
             return False
         return stored["numbers"].tolist() == self._numbers_with_file(chunk)
 
-    def answer(
+    def answer_chunks(
         self, predictors: Sequence[Predictor], chunks: Sequence[int], title: str | None
     ) -> None:
         """Answer some chunks and store them; each predictor takes the next chunk that waits.

@@ -217,11 +217,11 @@ def _load_odinw(data_dir: pathlib.Path) -> Iterator[EvaluationSet]:
     root = next((r for r in roots if any((r / s.directory).is_dir() for s in odinw.SETS)), roots[0])
     missing = [s.name for s in odinw.SETS if not (root / s.directory / s.evaluation).is_file()]
     if missing:
-        first = odinw.SETS[0]
+        first = next(s for s in odinw.SETS if s.name == missing[0])
         raise UserError(
-            f"odinw13: {', '.join(missing)} not found under {root} (expected such as "
-            f"{first.directory}/{first.evaluation}). {_GET_ODINW}, or name another place with "
-            "--data_dir=DIR."
+            f"odinw13: {', '.join(missing)} not found under {root} (for example "
+            f"{root / first.directory / first.evaluation}). {_GET_ODINW}, or name another place "
+            "with --data_dir=DIR."
         )
     for one in odinw.SETS:
         path = root / one.directory / one.evaluation

@@ -235,7 +235,7 @@ def _evaluate_set(
         answered = len(store) - len(missing)
         print(f"resuming: {answered} of {len(store)} chunks of images are answered", flush=True)
     mine = missing[jax.process_index() :: jax.process_count()]
-    store.answer(model.predictors, mine, _bar_title(model, one, mine, missing))
+    store.answer_chunks(model.predictors, mine, _bar_title(model, one, mine, missing))
     distributed.barrier()
 
     def measured() -> dict[str, Any]:

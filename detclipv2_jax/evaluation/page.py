@@ -136,6 +136,7 @@ def build_page(detector: Detector, title: str, examples: list[list[str]]) -> "gr
     def choose(answer, threshold, max_boxes):
         return show(*answer, threshold, max_boxes) if answer else (None, [], "")
 
+    # Long, because Gradio declares a page as nested blocks.
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         answer = gr.State()
         gr.Markdown(f"## {title}\nDrop an image and type the names of what to look for.")
