@@ -67,7 +67,7 @@ def test_a_skipped_update_changes_nothing():
     params = _params()
     rule = optimizer.create(CONFIG, params, 20)
     grads = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
-    old = (params, params, rule.init(params))
+    old = optimizer.Updated(params, params, rule.init(params))
     nan, no = jnp.float32(jnp.nan), jnp.bool_(False)
     new = jax.jit(rule.update)(*old, grads, nan, jnp.int32(5), no)
     jax.tree.map(np.testing.assert_array_equal, new, old)
