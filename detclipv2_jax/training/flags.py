@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from detclipv2_jax.common.cli import exit_status
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.training import recipes
 
 
 def run_with_config(main: Callable[[list[str]], None]) -> None:
@@ -20,21 +21,12 @@ def run_with_config(main: Callable[[list[str]], None]) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parse flags with absl, for absl.app.run; return the program's name.
 
-    `--config` may come after `--config.FIELD`, which ml_collections does not allow.
-
     Raises:
         UserError: a flag, field or value is unknown or of another type.
     """
     from absl import flags
 
-    first_field = next(
-        (i for i, a in enumerate(argv) if a.lstrip("-").startswith("config.")), len(argv)
-    )
-    config_at = next(
-        (i for i, a in enumerate(argv) if a.lstrip("-").split("=")[0] == "config"), None
-    )
-    if config_at is not None and config_at > first_field:
-        argv = [argv[0], argv[config_at], *argv[1:config_at], *argv[config_at + 1 :]]
+    argv = _with_config_first(argv)
     try:
         rest = flags.FLAGS(argv)
     except (AttributeError, KeyError) as error:
@@ -43,8 +35,26 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except (flags.Error, OSError, TypeError, ValueError) as error:
         raise UserError(str(error).splitlines()[0]) from None
     if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}: every option starts with --.")
+        raise UserError(f"unexpected argument {rest[1]!r}. Every option starts with --.")
     return rest
+
+
+def _with_config_first(argv: list[str]) -> list[str]:
+    """Return the arguments with `--config` before its fields, and its file found as a recipe.
+
+    ml_collections knows the fields of a config only after it has read `--config`.
+    """
+    program, *arguments = argv
+    for i, argument in enumerate(arguments):
+        flag, has_value, value = argument.partition("=")
+        if flag in ("--config", "-config"):
+            rest = arguments[:i] + arguments[i + 1 :]
+            if not has_value:
+                if i == len(rest):
+                    break  # absl reports the missing value
+                value = rest.pop(i)
+            return [program, f"--config={recipes.resolve(value)}", *rest]
+    return argv
 
 
 def _check_fields(argv: list[str]) -> None:

@@ -15,24 +15,23 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from detclipv2_jax.common import config_dict
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.evaluation.config import EvalConfig
 from detclipv2_jax.inference import checkpoint
 from detclipv2_jax.models import detclip, parameters
-from detclipv2_jax.training import checkpointer, optimizer, sharding, state, train
-from detclipv2_jax.training.checkpointer import Checkpointer
+from detclipv2_jax.training import checkpointer, optimizer, sharding, state
+from detclipv2_jax.training.checkpointer import Checkpointer, abstract_state
 from detclipv2_jax.training.optimizer import OptimizerConfig
 
-META = {"config": {"model": tiny_model.CONFIG.to_dict()}, "names": ["cat", "dog"], "seconds": {}}
+CONFIG = {"model": tiny_model.CONFIG.to_dict(), "eval": config_dict.to_dict(EvalConfig())}
+META = {"config": CONFIG, "names": ["cat", "dog"], "seconds": {}}
 META = json.loads(json.dumps(META))  # lists where the config had tuples
+LAST_GOOD = "The last good checkpoint is that of step 1."
 
 
 def _state(seed=0, step=0):
     _, params = tiny_model.parts(seed)
     rule = optimizer.create(OptimizerConfig(), params, 10)
     return dataclasses.replace(state.create(params, rule), step=jnp.asarray(step, jnp.int32))
-
-
-def _abstract(tree, shardings):
-    return jax.tree.map(train._abstract, tree, shardings)
 
 
 def test_a_state_comes_back_bit_for_bit_on_another_mesh(tmp_path):
@@ -46,13 +45,13 @@ def test_a_state_comes_back_bit_for_bit_on_another_mesh(tmp_path):
 
     four = sharding.make_mesh(2, 2)
     shardings = sharding.state_shardings(four, old)
-    new, meta = Checkpointer(tmp_path, 2).restore(_abstract(old, shardings))
+    new, meta = Checkpointer(tmp_path, 2).restore(abstract_state(old, shardings))
     jax.tree.map(np.testing.assert_array_equal, new, old)
     assert meta == META | {"score": None}
     assert all(leaf.sharding.mesh.size == 4 for leaf in jax.tree.leaves(new))
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path):
+def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path):
     saver = Checkpointer(tmp_path, 2)
     for step, score in [(1, None), (2, 0.9), (3, 0.1), (4, None), (5, 0.2), (6, None)]:
         saver.save(_state(step=step), META, score)
@@ -74,8 +73,8 @@ def _save_scores(directory, scores):
     return checkpoint.steps(directory)
 
 
-def test_a_restart_remembers_which_was_the_best(tmp_path):
-    """Its score is read again, whether it is the newest at the start or an older one."""
+def test_a_restart_knows_the_best_checkpoint(tmp_path):
+    """Scores are read from disk at the start."""
     assert _save_scores(tmp_path, {1: 3.0}) == [1]
     assert _save_scores(tmp_path, {2: 1.0, 3: None}) == [1, 3]
     assert _save_scores(tmp_path, {4: 2.0, 5: 1.0, 6: None}) == [1, 6]
@@ -83,12 +82,13 @@ def test_a_restart_remembers_which_was_the_best(tmp_path):
     assert _save_scores(tmp_path, {7: 3.5, 8: 3.5, 9: 0.0}) == [8, 9]
 
 
-def test_a_damaged_checkpoint_does_not_make_the_best_forgotten(tmp_path, capsys):
-    """Neither one whose meta cannot be read, nor that the newest is set aside."""
+def test_the_best_checkpoint_is_kept_when_the_newest_one_is_damaged(tmp_path, capsys):
+    """The damaged one has a meta that cannot be read, and is renamed."""
     assert _save_scores(tmp_path, {1: 3.0, 2: 1.0}) == [1, 2]
     _cut(tmp_path / "checkpoints/2")
-    saver, one = Checkpointer(tmp_path, 1), sharding.replicated(sharding.make_mesh(1))
-    saver.restore(jax.tree.map(lambda leaf: train._abstract(leaf, one), _small(0)))
+    saver, small = Checkpointer(tmp_path, 1), _small(0)
+    one_device = sharding.replicated(sharding.make_mesh(1))
+    saver.restore(abstract_state(small, jax.tree.map(lambda _: one_device, small)))
     for step, score in [(2, 1.0), (3, 2.0), (4, 1.0)]:
         saver.save(_small(step), META, score)
     saver.close()
@@ -96,7 +96,7 @@ def test_a_damaged_checkpoint_does_not_make_the_best_forgotten(tmp_path, capsys)
 
 
 def _cut(directory):
-    """Half of every file, as a disk that filled up leaves them."""
+    """Cut every file to half its size, as a disk that filled up leaves them."""
     for file in directory.rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -114,26 +114,26 @@ def _saved(directory, *steps):
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, item, capsys):
     root = _saved(tmp_path, 1, 2)
     _cut(root / "2" / item)
-    target = _abstract(_state(), sharding.state_shardings(sharding.make_mesh(1), _state()))
+    target = abstract_state(_state(), sharding.state_shardings(sharding.make_mesh(1), _state()))
     saver = Checkpointer(tmp_path, 3)
     restored, _ = saver.restore(target)
     assert int(restored.step) == 1 and saver.latest == 1
     assert "checkpoints/2 cannot be read" in capsys.readouterr().out
     assert (root / "2.damaged").is_dir()
-    saver.save(_state(step=2), META, None)  # the run comes by again
+    saver.save(_state(step=2), META, None)  # the run repeats that step
     saver.close()
     assert Checkpointer(tmp_path, 3).latest == 2
 
 
-def test_only_damaged_checkpoints_are_an_error(tmp_path):
+def test_no_readable_checkpoint_is_an_error(tmp_path):
     root = _saved(tmp_path, 1)
     _cut(root / "1")
-    target = _abstract(_state(), sharding.state_shardings(sharding.make_mesh(1), _state()))
-    with pytest.raises(UserError, match="none of its checkpoints can be read.*damaged"):
+    target = abstract_state(_state(), sharding.state_shardings(sharding.make_mesh(1), _state()))
+    with pytest.raises(UserError, match="no checkpoint can be read.*damaged"):
         Checkpointer(tmp_path, 3).restore(target)
 
 
-def test_a_full_disk_is_told_and_ends_the_run_at_the_third_time(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_a_warning_twice_and_then_ends_the_run(tmp_path, monkeypatch, capsys):
     saver = Checkpointer(tmp_path, 3)
     saver.save(_state(step=1), META, None)
     saver.wait()
@@ -145,10 +145,10 @@ def test_a_full_disk_is_told_and_ends_the_run_at_the_third_time(tmp_path, monkey
     monkeypatch.setattr(saver._manager, "save", full)
     for step in (2, 3):
         saver.save(_state(step=step), META, None)
-        said = capsys.readouterr().out
-        assert f"the checkpoint of step {step} could not be written" in said
-        assert "No space left on device" in said and "last good one is of step 1" in said
-    with pytest.raises(UserError, match="3 in a row; the last good one is of step 1: make room"):
+        printed = capsys.readouterr().out
+        assert f"the checkpoint of step {step} could not be written" in printed
+        assert "No space left on device" in printed and LAST_GOOD in printed
+    with pytest.raises(UserError, match=f"; 3 in a row have failed. {LAST_GOOD} Make"):
         saver.save(_state(step=4), META, None)
     monkeypatch.setattr(saver._manager, "save", whole)  # room was made
     saver.save(_state(step=5), META, None)
@@ -156,10 +156,8 @@ def test_a_full_disk_is_told_and_ends_the_run_at_the_third_time(tmp_path, monkey
     assert Checkpointer(tmp_path, 3).latest == 5
 
 
-def test_on_a_disk_that_is_full_the_run_goes_on_and_saves_again_when_there_is_room(
-    small_disk, fill, capsys
-):
-    """The state of 14 MB takes 7 there; with a MB or so left its arrays are written in part."""
+def test_a_run_survives_a_full_disk_and_saves_again_when_there_is_room(small_disk, fill, capsys):
+    """The state takes 7 MB on disk; with 1.5 MB left its arrays are written in part."""
     saver = Checkpointer(small_disk, 1)
     saver.save(_state(step=1), META, None)
     saver.wait()
@@ -167,37 +165,37 @@ def test_on_a_disk_that_is_full_the_run_goes_on_and_saves_again_when_there_is_ro
     for step in (2, 3):
         saver.save(_state(step=step), META, None)
         saver.wait()
-        said = capsys.readouterr().out
-        assert f"the checkpoint of step {step} could not be written" in said
-        assert "No space left on device" in said and "last good one is of step 1" in said
+        printed = capsys.readouterr().out
+        assert f"the checkpoint of step {step} could not be written" in printed
+        assert "No space left on device" in printed and LAST_GOOD in printed
         assert not [t for t in threading.enumerate() if "orbax" in type(t).__module__]
     filling.unlink()
     saver.save(_state(step=4), META, None)
     saver.wait()
     assert saver.latest == 4 and "could not" not in capsys.readouterr().out
-    saver.save(_state(step=5), META, None)  # by now what tensorstore still wrote is removed, too
+    saver.save(_state(step=5), META, None)  # also removes what tensorstore wrote after the failure
     saver.close()
     assert [p.name for p in (small_disk / "checkpoints").iterdir()] == ["5"]
-    target = _abstract(_state(), sharding.state_shardings(sharding.make_mesh(1), _state()))
+    target = abstract_state(_state(), sharding.state_shardings(sharding.make_mesh(1), _state()))
     restored, _ = Checkpointer(small_disk, 1).restore(target)
     jax.tree.map(np.testing.assert_array_equal, restored.params, _state().params)
 
 
 def _savers():
-    """Threads of Orbax that are at work; asyncio's wait for any work, and stay."""
+    """Return the threads of Orbax that are saving."""
     return [t.name for t in threading.enumerate() if type(t).__module__.startswith("orbax.")]
 
 
-def test_a_lost_directory_is_told_with_the_last_good_step_and_may_come_back(tmp_path, capsys):
+def test_a_lost_directory_is_a_warning_and_may_come_back(tmp_path, capsys):
     root = _saved(tmp_path, 1)
     saver = Checkpointer(tmp_path, 3)
     root.rename(tmp_path / "away")
     root.write_text("in its place")
     before = _savers()
     saver.save(_state(step=2), META, None)
-    said = capsys.readouterr().out
-    assert "checkpoint of step 2 could not be written" in said and "one is of step 1" in said
-    assert _savers() == before, "nothing waits for what cannot come"
+    printed = capsys.readouterr().out
+    assert "checkpoint of step 2 could not be written" in printed and "that of step 1." in printed
+    assert _savers() == before, "no thread waits for a directory that cannot be created"
     root.unlink()
     (tmp_path / "away").rename(root)
     saver.save(_state(step=3), META, None)
@@ -211,32 +209,32 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path):
     root.rename(tmp_path / "away")
     root.write_text("in its place")
     saver.save(_state(step=2), META, None)
-    with pytest.raises(UserError, match="last checkpoint could not .*good one is of step 1: make"):
+    with pytest.raises(UserError, match=f"last checkpoint could not .*{LAST_GOOD} Make"):
         saver.close()
 
 
-def test_a_thread_that_failed_does_not_wait_for_the_other_processes(monkeypatch):
-    met = []
-    barrier = lambda **_: met.append("met")
+def test_a_failed_thread_does_not_wait_for_the_other_processes(monkeypatch):
+    calls = []
+    barrier = lambda **_: calls.append("barrier")
     monkeypatch.setattr(checkpointer.multihost, "get_barrier_sync_fn", lambda: barrier)
-    checkpointer._meet_unless_failed(key="done", timeout_ms=1)
-    assert met == ["met"]
+    checkpointer._barrier_unless_failed(key="done", timeout_ms=1)
+    assert calls == ["barrier"]
     with pytest.raises(OSError, match="full"):
         try:
             raise OSError("full")
         finally:
-            checkpointer._meet_unless_failed(key="done", timeout_ms=1)
-    assert met == ["met"]
+            checkpointer._barrier_unless_failed(key="done", timeout_ms=1)
+    assert calls == ["barrier"]
 
 
-def test_a_workdir_that_cannot_be_made_is_one_sentence(tmp_path):
+def test_a_workdir_that_cannot_be_created_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/run/checkpoints: cannot be made or read"):
+    with pytest.raises(UserError, match="file/run/checkpoints: cannot be created or read"):
         Checkpointer(tmp_path / "file" / "run", 3)
 
 
 def _save_often(directory, saves, look_every):
-    """(Python's allocated blocks, MB of resident memory) at every `look_every`-th of many saves."""
+    """Return (Python's allocated blocks, MB of resident memory) after every `look_every` saves."""
     small, saver, seen = _small(0), Checkpointer(directory, 3), []
     for step in range(1, saves + 1):
         now = dataclasses.replace(small, step=jnp.asarray(step, jnp.int32))
@@ -251,8 +249,8 @@ def _save_often(directory, saves, look_every):
     return seen
 
 
-def test_nothing_stays_in_memory_of_a_save(tmp_path):
-    """tensorstore would keep some 300 strings and lists of each, more with more parameters."""
+def test_a_save_leaves_nothing_in_memory(tmp_path):
+    """Unpatched, tensorstore keeps about 300 strings and lists per save."""
     (before, _), (after, _) = _save_often(tmp_path, 60, 30)
     assert after - before < 30 * 30
 
@@ -260,9 +258,9 @@ def test_nothing_stays_in_memory_of_a_save(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_memory_does_not_grow_over_thousands_of_saves(tmp_path):
-    """Python's objects grow by 16 a save (1.2 KB): the JSON of two new paths, kept by tensorstore.
+    """Python's objects grow by 16 per save (1.2 KB): tensorstore keeps the JSON of two new paths.
 
-    Of the C heap what is in use stays the same; what lies free between it grows by 4 MB at first.
+    The used part of the C heap stays the same; its free part grows by 4 MB at first.
     """
     seen = _save_often(tmp_path, 2400, 400)
     print([f"{megabytes:.1f} MB" for _, megabytes in seen])
@@ -278,7 +276,7 @@ def test_saving_the_same_step_twice_is_harmless(tmp_path):
     assert Checkpointer(tmp_path, 2).latest == 1
 
 
-def test_load_model_gives_the_average_and_what_is_needed_to_use_it(tmp_path):
+def test_load_model_returns_the_averaged_parameters_and_names(tmp_path):
     old = dataclasses.replace(_state(step=4), ema=tiny_model.parts(1)[1])
     saver = Checkpointer(tmp_path, 1)
     saver.save(old, META, None)
@@ -290,7 +288,7 @@ def test_load_model_gives_the_average_and_what_is_needed_to_use_it(tmp_path):
         detclip.build(loaded.graphdef, loaded.params)
 
 
-def test_an_unfinished_checkpoint_is_not_taken_for_one(tmp_path):
+def test_an_unfinished_checkpoint_is_ignored(tmp_path):
     saver = Checkpointer(tmp_path, 3)
     saver.save(_state(step=1), META, None)
     saver.close()
@@ -304,7 +302,7 @@ def test_an_unfinished_checkpoint_is_not_taken_for_one(tmp_path):
     ("directory", "step", "message"),
     [("nowhere", None, "no checkpoint in .*nowhere"), (".", 9, "checkpoint of step 9: it has 1")],
 )
-def test_what_is_not_there_is_said(tmp_path, directory, step, message):
+def test_a_missing_checkpoint_is_a_user_error(tmp_path, directory, step, message):
     saver = Checkpointer(tmp_path, 1)
     saver.save(_state(step=1), META, None)
     saver.close()
@@ -312,7 +310,7 @@ def test_what_is_not_there_is_said(tmp_path, directory, step, message):
         checkpoint.load_model(tmp_path / directory, step)
 
 
-def test_a_checkpoint_of_another_model_is_named_with_the_parameter(tmp_path):
+def test_a_checkpoint_of_another_model_is_refused_with_the_name_of_a_parameter(tmp_path):
     saver = Checkpointer(tmp_path, 1)
     saver.save(_state(step=1), META, None)
     saver.close()
@@ -324,10 +322,11 @@ def test_a_checkpoint_of_another_model_is_named_with_the_parameter(tmp_path):
     rule = optimizer.create(OptimizerConfig(), params, 10)
     zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape), params)
     target = jax.eval_shape(lambda: state.create(zeros(), rule))
-    target = _abstract(target, jax.tree.map(lambda _: sharding.replicated(mesh), target))
-    with pytest.raises(UserError, match="of another model: backbone/.* is .* there, .* in this"):
+    target = abstract_state(target, jax.tree.map(lambda _: sharding.replicated(mesh), target))
+    message = "of another model: backbone/.* is .* in the checkpoint, .* in this config"
+    with pytest.raises(UserError, match=message):
         Checkpointer(tmp_path, 1).restore(target)
-    wrong = META | {"config": {"model": config_dict.to_dict(other)}}
+    wrong = META | {"config": META["config"] | {"model": config_dict.to_dict(other)}}
     saver = Checkpointer(tmp_path / "b", 1)
     saver.save(_state(step=1), wrong, None)
     saver.close()
@@ -335,7 +334,7 @@ def test_a_checkpoint_of_another_model_is_named_with_the_parameter(tmp_path):
         checkpoint.load_model(tmp_path / "b")
 
 
-def test_optimizer_state_and_average_are_laid_out_like_their_parameters():
+def test_optimizer_state_and_average_are_sharded_like_their_parameters():
     mesh, tree = sharding.make_mesh(1, 4), _state()
     shardings = sharding.state_shardings(mesh, tree)
     wanted = NamedSharding(mesh, PartitionSpec(None, "fsdp"))

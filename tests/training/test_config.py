@@ -7,18 +7,18 @@ from detclipv2_jax.common import config_dict
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.config import DataConfig, KindConfig
 from detclipv2_jax.evaluation.config import EvalConfig
-from detclipv2_jax.training import config
+from detclipv2_jax.training import config, flags, recipes
 from detclipv2_jax.training.recipes import load
 
 
 @pytest.mark.parametrize("size", ["nano", "swin_t", "swin_l"])
-def test_recipes_parse_and_survive_json(size):
+def test_recipes_parse_and_are_the_same_after_json(size):
     values = load("pretrain").get_config(size).to_dict()
     parsed = config.parse(values)
     assert config.parse(json.loads(json.dumps(config_dict.to_dict(parsed)))) == parsed
 
 
-def test_the_papers_numbers_are_in_the_recipe():
+def test_the_recipe_has_the_papers_numbers():
     t, large = (
         config.parse(load("pretrain").get_config(s).to_dict()) for s in ("swin_t", "swin_l")
     )
@@ -41,7 +41,7 @@ def test_the_papers_numbers_are_in_the_recipe():
 
 @pytest.mark.parametrize("size", ["nano", "swin_t", "swin_l"])
 @pytest.mark.parametrize("name", ["finetune_lvis", "finetune_coco_format"])
-def test_fine_tuning_rehearses_the_pre_training_of_its_size(name, size):
+def test_fine_tuning_rehearses_the_pretraining_of_its_size(name, size):
     before, after = (
         config.parse(load(file).get_config(size).to_dict()) for file in ("pretrain", name)
     )
@@ -55,7 +55,7 @@ def test_fine_tuning_rehearses_the_pre_training_of_its_size(name, size):
 
 
 @pytest.mark.parametrize("size", ["swin_t", "swin_l"])
-def test_the_papers_numbers_are_in_fine_tuning(size):
+def test_the_fine_tuning_recipes_have_the_papers_numbers(size):
     lvis, coco = (
         config.parse(load(name).get_config(size).to_dict())
         for name in ("finetune_lvis", "finetune_coco_format")
@@ -104,6 +104,17 @@ def test_a_wrong_path_is_named(path, message):
     config_dict.check_path(config.RunConfig, "model.swin.depths", "--config")
     with pytest.raises(UserError, match=message):
         config_dict.check_path(config.RunConfig, path, "--config")
+
+
+def test_a_recipe_is_found_by_its_name_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = f"--config={recipes.directory()}/pretrain.py:nano"
+    fields_first = ["--config.seed=1", "--config", "pretrain.py:nano"]
+    for argv in (fields_first, ["--config=pretrain.py:nano"]):
+        assert flags._with_config_first(["program", *argv])[:2] == ["program", shipped]
+    (tmp_path / "pretrain.py").touch()
+    own = ["program", "--config=pretrain.py", "--workdir=x"]
+    assert flags._with_config_first(own) == own
 
 
 def test_every_field_is_read_somewhere():

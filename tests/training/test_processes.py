@@ -1,4 +1,4 @@
-"""Processes that find each other, train as one, and do not outlive each other."""
+"""Several processes connect, train as one, and end together."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from detclipv2_jax.common import distributed
 from detclipv2_jax.common.errors import UserError
 
 DEVICES = 4  # of each process
-_PATIENCE = 900  # seconds for a start: sixteen programs are compiled on the same cores
+_PATIENCE = 900  # seconds: sixteen programs compile on the same cores
 
 
 @pytest.mark.parametrize(
@@ -46,30 +46,32 @@ def test_a_cluster_is_recognized(environment):
         {"TPU_WORKER_HOSTNAMES": "localhost"},
     ],
 )
-def test_a_lone_process_is_alone(environment):
+def test_a_single_process_connects_to_nothing(environment):
     assert not distributed.cluster_has_other_processes(environment)
 
 
 @pytest.mark.parametrize(
     ("environment", "joins"),
     [
-        ({}, True),  # JAX asks the metadata server
+        ({}, True),  # the metadata server knows
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
         ({"TPU_SKIP_MDS_QUERY": "1"}, False),
     ],
 )
-def test_on_a_tpu_vm_the_machine_is_asked_where_the_environment_is_silent(environment, joins):
+def test_on_a_tpu_vm_jax_asks_the_metadata_server_if_the_environment_names_no_hosts(
+    environment, joins
+):
     assert distributed.cluster_has_other_processes(environment, on_tpu_vm=True) == joins
 
 
-def test_a_jax_that_does_not_tell_of_tpu_vms_is_no_crash(monkeypatch):
+def test_a_jax_without_tpu_vm_detection_is_no_crash(monkeypatch):
     assert not distributed._on_tpu_vm()
     monkeypatch.setitem(sys.modules, "jax._src.cloud_tpu_init", None)
     assert not distributed._on_tpu_vm()
 
 
-def test_kubernetes_without_its_client_is_one_sentence(monkeypatch):
+def test_kubernetes_without_its_client_is_a_user_error(monkeypatch):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda _: None)
@@ -80,7 +82,7 @@ def test_kubernetes_without_its_client_is_one_sentence(monkeypatch):
 @pytest.mark.parametrize(
     "given", [("localhost:1", None, None), (None, 2, 0), ("localhost:1", 2, None)]
 )
-def test_half_of_the_flags_is_an_error(given):
+def test_some_of_the_flags_are_an_error(given):
     with pytest.raises(UserError, match="belong together"):
         distributed.start(*given)
 
@@ -94,7 +96,7 @@ def data(tmp_path_factory):
 
 @contextlib.contextmanager
 def two_processes(data, workdir, **overrides):
-    """A run of two processes of four devices each, two of which share a copy of the parameters."""
+    """Start a run of two processes with four devices each; two devices share a parameter copy."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -142,11 +144,11 @@ def wait_for_steps(workdir, count, *started):
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_two_processes_train_as_one_and_a_checkpoint_moves_between_them(data, tmp_path):
-    """Over all three kinds; on two processes of four devices, then on one device, and back."""
+    """All three kinds; on two processes of four devices, then on one device."""
     assert tiny_run.run(data, tmp_path / "one").returncode == 0
     expected = losses(tmp_path / "one")
     assert len(expected) >= 20 and len({kind for kind, _ in expected}) == 3
-    # One device goes on with what two processes began, and the other way round.
+    # One device resumes what two processes began.
     with two_processes(data, tmp_path / "two") as started:
         wait_for_steps(tmp_path / "two", 9, *started)
         for process in started:
@@ -157,7 +159,8 @@ def test_two_processes_train_as_one_and_a_checkpoint_moves_between_them(data, tm
     with two_processes(data, tmp_path / "all") as started:
         assert [process.wait(_PATIENCE) for process in started] == [0, 0]
         assert "fixed AP" in (tmp_path / "all/stdout0").read_text()
-        assert "compiled" not in (tmp_path / "all/stdout1").read_text()  # one voice, but Gloo's
+        # Only the first process prints; Gloo does in both.
+        assert "compiled" not in (tmp_path / "all/stdout1").read_text()
     for workdir in ("two", "all"):
         check_losses(tmp_path / workdir, expected)
 
@@ -165,7 +168,7 @@ def test_two_processes_train_as_one_and_a_checkpoint_moves_between_them(data, tm
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_eight_devices_train_as_one_and_a_checkpoint_moves_between_them(data, tmp_path):
-    """Over all three kinds; on eight devices, then on one, and the other way round."""
+    """All three kinds; on eight devices, then on one, and the other way round."""
 
     def start(workdir, devices, *, stop_after=None):
         flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
@@ -209,7 +212,7 @@ def test_a_process_that_dies_stops_the_other_within_a_minute(data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_process_that_cannot_save_says_so_and_stops_the_other_within_a_minute(
+def test_a_process_that_cannot_save_reports_it_and_stops_the_other_within_a_minute(
     data, tmp_path, which
 ):
     with two_processes(data, tmp_path, **{"train.epochs": 100.0}) as started:
@@ -219,5 +222,5 @@ def test_a_process_that_cannot_save_says_so_and_stops_the_other_within_a_minute(
         began = time.monotonic()
         assert started[1 - which].wait(60) != 0
         print(f"process {1 - which} ended {time.monotonic() - began:.1f} s after it")
-        said = (tmp_path / f"stderr{which}").read_text().splitlines()[-1]
-        assert "could not be written" in said and "the last good one is of step" in said
+        message = (tmp_path / f"stderr{which}").read_text().splitlines()[-1]
+        assert "could not be written" in message and "last good checkpoint is that" in message

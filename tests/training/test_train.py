@@ -17,6 +17,8 @@ from detclipv2_jax import export
 from detclipv2_jax.inference import checkpoint, detector
 from detclipv2_jax.text import tokenizer
 
+STOPPED = r"stopped by SIGTERM after step (\d+), which is saved\. Run the same command"
+
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
@@ -27,7 +29,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(data, tmp_path_factory):
-    """A run that nothing disturbed: (workdir, what it printed)."""
+    """An undisturbed run: (workdir, its standard output)."""
     workdir = tmp_path_factory.mktemp("finished")
     process = tiny_run.run(data, workdir)
     assert process.returncode == 0, process.stderr[-3000:]
@@ -45,13 +47,15 @@ def _checkpoints(workdir):
 
 
 def _check_goodput(workdir, printed, lost):
-    """Over all starts: the log adds up, the checkpoint has it by part, the end says it."""
+    """Goodput over all starts: in the log, by part in the checkpoint, and in the final report."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "kind" in line]
     totals = [line["seconds"] for line in lines]
     assert totals == sorted(totals)
     for line in lines:
         assert 0 < line["goodput"] < 1 and 0 <= line["data_wait"] < 1
+        assert 0 < line["step_seconds"] < 60 and 0 < line["mfu"] < 2
+        assert line["model_tflops_per_second"] > 0
     newest = workdir / f"checkpoints/{_checkpoints(workdir)[-1]}"
     parts = json.loads((newest / "meta/metadata").read_text())["seconds"]
     assert parts.keys() - {"lost"} == {
@@ -62,7 +66,7 @@ def _check_goodput(workdir, printed, lost):
     assert re.search(r"\ngoodput \d+% of \d+ s \(this start \d+%\); the rest: \w+ \d+ s", printed)
 
 
-def test_a_run_leaves_what_the_readme_says(finished):
+def test_a_run_writes_the_files_that_the_readme_lists(finished):
     workdir, printed = finished
     losses = _losses(workdir)
     assert [step for step, *_ in losses] == list(range(1, len(losses) + 1))
@@ -77,6 +81,7 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert list((workdir / "tensorboard").glob("events*"))
     assert printed.count("compiled ") == 3, "one program for each (kind, canvas)"
     assert "fixed AP" in printed and "novel" in printed
+    assert re.search(r"peak of a device \(cpu\): \S+ TFLOP/s \(measured, float32 ", printed)
     _check_goodput(workdir, printed, lost=False)
 
 
@@ -119,9 +124,9 @@ def test_a_run_stopped_by_sigterm_whose_checkpoint_is_damaged_ends_with_the_same
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 6):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + signal.SIGTERM, said[-3000:]
-    step = int(re.search(r"stopped by SIGTERM after step (\d+), which is saved; the same", said)[1])
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM, stderr[-3000:]
+    step = int(re.search(STOPPED, stderr)[1])
     saved = _checkpoints(tmp_path)
     assert saved[-1] == step and saved[0] == 4
     assert log.read_text().count("\n") == step  # every line is there
@@ -132,7 +137,7 @@ def test_a_run_stopped_by_sigterm_whose_checkpoint_is_damaged_ends_with_the_same
     process = tiny_run.run(data, tmp_path)
     assert process.returncode == 0, process.stderr[-3000:]
     assert f"checkpoints/{step} cannot be read" in process.stdout
-    assert "going on after step 4" in process.stdout or step > 8
+    assert "resuming after step 4" in process.stdout or step > 8
     assert (tmp_path / "checkpoints" / f"{step}.damaged").is_dir()
     assert _losses(tmp_path) == expected
 
@@ -164,14 +169,14 @@ def _wait_until(process, what):
 
 @pytest.mark.slow
 def test_signals_while_it_evaluates_while_it_saves_and_twice(data, tmp_path):
-    """Three runs, each stopped at its moment."""
+    """Three runs, each stopped at another moment."""
     evaluating, saving, hasty = (tmp_path / name for name in ("evaluating", "saving", "hasty"))
 
     def lines(workdir):
         log = workdir / "metrics.jsonl"
         return log.read_text().splitlines() if log.exists() else []
 
-    # A step's line is written before its evaluation begins, the evaluation's after it.
+    # The line of a step is written before its evaluation, the line of the evaluation after it.
     with _started(data, evaluating, **{"train.eval_every": 1}) as run:
         _wait_until(run, lambda: len(lines(evaluating)) == 3)
         run.send_signal(signal.SIGTERM)
@@ -183,14 +188,12 @@ def test_signals_while_it_evaluates_while_it_saves_and_twice(data, tmp_path):
     with _started(data, hasty) as run:
         _wait_until(run, lambda: lines(hasty))
         run.send_signal(signal.SIGINT)
-        _wait_until(run, lambda: "Ctrl-C again: at once" in (hasty / "stderr").read_text())
+        _wait_until(run, lambda: "press Ctrl-C again" in (hasty / "stderr").read_text())
         run.send_signal(signal.SIGINT)
         assert run.wait(10) == 128 + signal.SIGINT
     for workdir in (evaluating, saving):
-        said = (workdir / "stderr").read_text()
-        step = int(
-            re.search(r"stopped by SIGTERM after step (\d+), which is saved; the same", said)[1]
-        )
+        stderr = (workdir / "stderr").read_text()
+        step = int(re.search(STOPPED, stderr)[1])
         assert _checkpoints(workdir)[-1] == step == _losses(workdir)[-1][0]
         assert not list(workdir.glob("checkpoints/*-tmp"))
     assert any("fixed/AP" in json.loads(line) for line in lines(evaluating)[3:])
@@ -198,21 +201,21 @@ def test_signals_while_it_evaluates_while_it_saves_and_twice(data, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_the_first_step_ends_the_run_at_once(data, tmp_path, number):
-    """While it starts Python, imports, reads, draws parameters, traces, compiles."""
+    """At random moments: imports, reading, initialization, tracing, compilation."""
     runs = [_start(data, tmp_path / str(i), **{"train.epochs": 50.0}) for i in range(3)]
     for i, run in enumerate(runs):
         time.sleep(random.uniform(0.5, 3))
         run.send_signal(number)
         assert run.wait(20) != 0
-        said = (tmp_path / str(i) / "stderr").read_text()
-        assert run.returncode in (128 + number, -number), said[-2000:]
+        stderr = (tmp_path / str(i) / "stderr").read_text()
+        assert run.returncode in (128 + number, -number), stderr[-2000:]
     assert not list(tmp_path.glob("*/checkpoints/*"))
 
 
-def test_a_workdir_that_cannot_be_written_to_is_one_sentence(
+def test_a_workdir_that_cannot_be_written_to_is_a_user_error(
     data, finished, tmp_path, make_read_only
 ):
-    """Neither begun nor gone on with; the checkpoints that are there stay."""
+    """For a new run and for one to resume, whose checkpoints stay."""
     shutil.copytree(finished[0], tmp_path / "locked/finished")
     make_read_only(tmp_path / "locked")
     for name in ("new", "finished"):
@@ -224,12 +227,12 @@ def test_a_workdir_that_cannot_be_written_to_is_one_sentence(
     assert _checkpoints(tmp_path / "locked/finished") == _checkpoints(finished[0])
 
 
-def test_a_run_started_on_a_full_disk_is_one_sentence_and_goes_on_when_there_is_room(
+def test_a_start_on_a_full_disk_is_a_user_error_and_works_when_there_is_room(
     data, finished, small_disk, fill
 ):
     run = small_disk / "run"
     shutil.copytree(finished[0], run)
-    there = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     filling = fill(small_disk, 0)
     process = tiny_run.run(data, run)
     assert process.returncode == 2, process.stderr[-3000:]
@@ -240,14 +243,14 @@ def test_a_run_started_on_a_full_disk_is_one_sentence_and_goes_on_when_there_is_
     )
     assert "Traceback" not in process.stderr
     filling.unlink()
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == there
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
     process = tiny_run.run(data, run)
     assert process.returncode == 0, process.stderr[-3000:]
-    assert "going on after step" in process.stdout and _losses(run) == _losses(finished[0])
+    assert "resuming after step" in process.stdout and _losses(run) == _losses(finished[0])
 
 
-def _spoil(source, count):
-    """Overwrites the first bytes of some of a source's stored pictures, as a bad disk would."""
+def _damage(source, count):
+    """Overwrite the first bytes of some stored images of a source, as a bad disk would."""
     shards = sorted(source.glob("*.array_record-*"))
     content = bytearray(shards[0].read_bytes())
     starts = [found.start() for found in re.finditer(b"\xff\xd8\xff", content)]
@@ -256,10 +259,10 @@ def _spoil(source, count):
     shards[0].write_bytes(content)
 
 
-def test_a_run_over_data_with_broken_pictures_finishes_and_counts_them(data, tmp_path):
+def test_a_run_over_data_with_damaged_images_finishes_and_counts_them(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
-    _spoil(tmp_path / "data/detection", 1)
-    _spoil(tmp_path / "data/image_text", 2)
+    _damage(tmp_path / "data/detection", 1)
+    _damage(tmp_path / "data/image_text", 2)
     share = {"data.max_broken_share": 0.06}
     process = tiny_run.run(tmp_path / "data", tmp_path / "run", **share)
     assert process.returncode == 0, process.stderr[-3000:]
@@ -270,6 +273,45 @@ def test_a_run_over_data_with_broken_pictures_finishes_and_counts_them(data, tmp
     assert "record" in process.stderr and "source 'detection'" in process.stderr
     assert all(math.isfinite(loss) for _, _, loss, _ in _losses(tmp_path / "run"))
     assert (tmp_path / "run/results.json").is_file()
+    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    counts = [line for line in lines if "kind" in line][-1]
+    assert counts["input/unreadable/detection"] == 2 and counts["input/read/detection"] == 48
+    assert counts["input/unreadable/image_text"] == 4 and counts["input/unreadable/grounding"] == 0
+
+
+def test_data_that_has_no_room_is_counted(data, tmp_path):
+    small = {"data.detection.max_boxes": 1, "data.grounding.table_size": 4, "train.epochs": 1.0}
+    small |= {"data.detection.crop": True, "data.detection.scales": (1.5, 2.0), "eval.dataset": ""}
+    process = tiny_run.run(data, tmp_path, **small)
+    assert process.returncode == 0, process.stderr[-3000:]
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for name in ("cut_boxes", "dropped_concepts", "cropped_boxes"):
+        counts = [line[f"input/{name}"] for line in lines]
+        assert counts == sorted(counts) and counts[-1] > 0
+        assert f"\ninput: {counts[-1]} " in process.stdout
+    events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").glob("events*"))
+    assert b"input/cut_boxes" in events and b"detection/mfu" in events
+
+
+def test_a_profile_of_some_steps_is_written(data, tmp_path):
+    """In a new run, and in a resumed one that has done some of the steps."""
+    short = {"eval.dataset": "", "train.checkpoint_every": 5}
+    line = [*tiny_run.command(data, tmp_path, **short), "--profile=3:5"]
+    options = dict(env=tiny_run.environment(), capture_output=True, text=True, cwd=tiny_run.ROOT)
+    process = subprocess.run(line, **options)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert f"profile: steps 3 to 4 are in {tmp_path}/profile. To open" in process.stdout
+    (trace,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
+    assert trace.stat().st_size > 10_000
+    for step in _checkpoints(tmp_path)[1:]:
+        shutil.rmtree(tmp_path / "checkpoints" / str(step))
+    first = _checkpoints(tmp_path)[0]
+    process = subprocess.run([*line[:-1], f"--profile={first}:{first + 3}"], **options)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert f"profile: steps {first + 1} to {first + 2} are in" in process.stdout
+    process = subprocess.run([*line[:-1], "--profile=1:99"], **options)
+    assert process.returncode == 2
+    assert "--profile=1:99 is outside of the run, which has steps 1 to " in process.stderr
 
 
 _POISONED = """
@@ -290,7 +332,7 @@ def poisoned(*args):
                 nan = np.float32(np.nan)
                 params["logit_scale"] = jax.device_put(nan, scale.sharding) if {explicit} else nan
             new, values = compiled(dataclasses.replace(state, params=params), batch)
-            if bad:  # only the step was to see it
+            if bad:  # only this step gets the bad value
                 new = dataclasses.replace(new, params=new.params | {{"logit_scale": scale}})
             return new, values
         return run
@@ -311,10 +353,10 @@ def _run_poisoned(data, workdir, steps, explicit=True, **overrides):
     )  # fmt: skip
 
 
-def test_steps_that_are_not_finite_are_left_out_and_the_run_goes_on(data, tmp_path):
+def test_steps_that_are_not_finite_are_skipped_and_the_run_continues(data, tmp_path):
     process = _run_poisoned(data, tmp_path, {2, 3, 7})
     assert process.returncode == 0, process.stderr[-3000:]
-    assert "3 updates were skipped: their loss or gradient was not finite" in process.stdout
+    assert "3 updates were skipped: loss or gradient was not finite" in process.stdout
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "kind" in line]
     bad = [line["step"] for line in lines if None in (line["loss"], line["gradient_norm"])]
@@ -328,25 +370,25 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(data, tmp_path)
     process = _run_poisoned(data, tmp_path, set(range(5, 99)), **{"train.max_skipped": 3})
     assert process.returncode == 2
     assert re.search(
-        r"error: the last 3 steps up to step 8 \(\w+, records .*the last good checkpoint is 4",
+        r"error: step 8 \(\w+, records .* 3 in a row.* last good checkpoint is that of step 4:",
         process.stderr,
     )
 
 
 @pytest.mark.slow
-def test_a_transfer_that_nobody_asked_for_ends_the_run(data, tmp_path):
+def test_an_implicit_transfer_ends_the_run(data, tmp_path):
     process = _run_poisoned(data, tmp_path, {1}, explicit=False)
     assert process.returncode == 1 and "Disallowed host-to-device transfer" in process.stderr
 
 
-_LOOKING = """
+_WATCHED = """
 import gc, itertools, resource, runpy, sys
 import jax
 from detclipv2_jax.training import train
 
 compile_programs = train.compile_programs
 
-def looking(*args):
+def watched(*args):
     def program(compiled):
         def run(state, batch):
             if (step := next(count)) % 500 == 0:
@@ -361,7 +403,7 @@ def looking(*args):
     count = itertools.count()
     return {key: program(value) for key, value in compile_programs(*args).items()}
 
-train.compile_programs = looking
+train.compile_programs = watched
 sys.argv[0] = "main"
 runpy.run_module("detclipv2_jax.main", run_name="__main__")
 """
@@ -370,14 +412,14 @@ runpy.run_module("detclipv2_jax.main", run_name="__main__")
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_memory_does_not_grow_over_thousands_of_steps(data, tmp_path):
-    """From step 500 on Python's objects grow by a tenth of one a step, and arrays not at all."""
+    """From step 500 on Python's objects grow by 0.1 per step, and arrays not at all."""
     small = {"train.epochs": 50.0, "train.checkpoint_every": 0, "eval.dataset": ""}
     small |= {f"data.{kind}.batch_size": 2 for kind in ("detection", "grounding", "image_text")}
     small |= {f"data.{kind}.shapes": ((64, 64),) for kind in ("detection", "grounding")}
     small |= {"data.image_text.shapes": ((32, 32),), "loss.proposals.group": 2}
     _, _, _, *arguments = tiny_run.command(data, tmp_path, **small)
     process = subprocess.run(
-        [sys.executable, "-c", _LOOKING, *arguments],
+        [sys.executable, "-c", _WATCHED, *arguments],
         env=tiny_run.environment(), capture_output=True, text=True, cwd=tiny_run.ROOT,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
@@ -389,11 +431,11 @@ def test_memory_does_not_grow_over_thousands_of_steps(data, tmp_path):
     assert blocks < 1500 / 2 and arrays < 10 and megabytes < 10
 
 
-def test_a_finished_run_started_again_only_reports(data, finished):
+def test_a_finished_run_that_is_started_again_only_reports(data, finished):
     before = (finished[0] / "metrics.jsonl").read_text()
     process = tiny_run.run(data, finished[0])
     assert process.returncode == 0, process.stderr[-3000:]
-    assert "going on after step" in process.stdout and "compiled " not in process.stdout
+    assert "resuming after step" in process.stdout and "compiled " not in process.stdout
     assert (finished[0] / "metrics.jsonl").read_text() == before
 
 
@@ -410,13 +452,13 @@ def test_a_run_starts_from_an_exported_model(data, finished, tmp_path):
     assert process.returncode == 2 and "none.pth: no such file" in process.stderr
 
 
-def test_a_checkpoint_tells_a_job_that_follows_whether_it_is_the_last_and_the_best(finished):
+def test_a_checkpoint_is_known_as_the_last_and_as_the_best_of_its_run(finished):
     workdir, _ = finished
     assert checkpoint.is_finished(workdir)
     assert checkpoint.best_step(workdir) == checkpoint.steps(workdir)[-1]
 
 
-def test_a_run_is_fine_tuned_and_what_it_knew_is_rehearsed_and_measured(data, finished, tmp_path):
+def test_a_run_is_fine_tuned_with_rehearsal_and_zero_shot_evaluation(data, finished, tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("grounding", "image_text", "archives"):
         (tmp_path / "data" / name).symlink_to(data / name)
@@ -431,10 +473,10 @@ def test_a_run_is_fine_tuned_and_what_it_knew_is_rehearsed_and_measured(data, fi
     )
     assert process.returncode == 0, process.stderr[-3000:]
     # 24 scenes; half as many phrases, twice as many captions as there are; all in batches of 8.
-    epoch = "20 steps; an epoch is 10: 3 of detection, 2 of grounding, 5 of image_text"
-    assert f"{epoch}; of these 7 rehearse" in process.stdout
+    epoch = "20 steps, 10 per epoch (3 detection, 2 grounding, 5 image_text"
+    assert f"{epoch}; 7 of them rehearsal)" in process.stdout
     assert f"model from {finished[0]} (detclipv2_jax)" in process.stdout
-    assert f"{tmp_path}/data/detection is not there: it is not rehearsed" in process.stdout
+    assert f"{tmp_path}/data/detection is missing: it is not rehearsed" in process.stdout
     before, after, pretrained = (
         json.loads(path.read_text())
         for path in (
@@ -452,7 +494,7 @@ def test_a_run_is_fine_tuned_and_what_it_knew_is_rehearsed_and_measured(data, fi
     assert "zero_shot/novel/fixed/AP" in process.stdout
 
 
-def test_another_model_in_the_same_workdir_is_one_sentence(data, finished):
+def test_another_model_in_the_same_workdir_is_a_user_error(data, finished):
     process = tiny_run.run(data, finished[0], **{"model.swin.embed_dim": 16})
     assert process.returncode == 2
     assert "is of another model: backbone/" in process.stderr and "Traceback" not in process.stderr
@@ -469,14 +511,14 @@ def test_another_model_in_the_same_workdir_is_one_sentence(data, finished):
         ({"data.detection.sources": "('grounding',)"}, "grounding"),
     ],
 )
-def test_a_mistake_at_the_start_is_one_sentence(data, tmp_path, overrides, message):
+def test_a_mistake_in_the_command_is_a_user_error(data, tmp_path, overrides, message):
     process = tiny_run.run(data, tmp_path, **overrides)
     assert process.returncode == 2, process.stderr[-2000:]
     assert message in process.stderr and "Traceback" not in process.stderr
     assert process.stderr.strip().splitlines()[-1].startswith("error: ")
 
 
-def test_a_run_with_a_dictionary_asks_for_definitions_in_training_and_in_testing(data, tmp_path):
+def test_a_run_with_a_dictionary_uses_definitions_in_training_and_evaluation(data, tmp_path):
     script = [sys.executable, str(tiny_run.ROOT / "scripts/prepare_concepts.py")]
     script += [f"--from={data}", f"--to={tmp_path / 'concepts'}", "--min_count=2"]
     subprocess.run(script, check=True, capture_output=True)
@@ -489,7 +531,7 @@ def test_a_run_with_a_dictionary_asks_for_definitions_in_training_and_in_testing
     settings = json.loads((tmp_path / "run/results.json").read_text())["settings"]
     assert settings["definitions"] and settings["names_defined"] > 100
 
-    # The checkpoint is enough: neither the data nor the dictionary is there any more.
+    # The checkpoint is enough: it needs neither the data nor the dictionary.
     (tmp_path / "concepts").rename(tmp_path / "gone")
     rows = (tmp_path / "gone/dictionary.jsonl").read_text(encoding="utf-8").splitlines()[1:]
     known = {row["name"]: row["definition"] for row in map(json.loads, rows)}
@@ -501,7 +543,7 @@ def test_a_run_with_a_dictionary_asks_for_definitions_in_training_and_in_testing
     assert texts.prompts[1].startswith("hoverboard, ")
 
 
-def test_a_dictionary_that_is_not_there_is_told(data, tmp_path):
+def test_a_missing_dictionary_is_a_user_error(data, tmp_path):
     process = tiny_run.run(data, tmp_path, **{"data.dictionary": "none"})
     assert process.returncode == 2 and "Traceback" not in process.stderr
     assert "none/dictionary.jsonl: no such file; make it with" in process.stderr
