@@ -184,7 +184,7 @@ class MapNorm(LayerNorm):
         return self._by_kernels(x) if self.has_kernels(x.shape) else super().__call__(x)
 
     def has_kernels(self, shape: tuple[int, ...]) -> bool:
-        """Whether the TPU kernel handles a map of this shape on the current device."""
+        """Return whether the TPU kernel handles a map of this shape on the current device."""
         return self.fused and place.vmem_budget() >= layer_norm.vmem_bytes(shape)
 
     def _by_kernels(self, x):
@@ -304,9 +304,8 @@ class SwinBlock(nnx.Module):
 
     def _attend(self, x):
         _, height, width, _ = x.shape
-        x = pad_to_multiple(
-            x, self.window
-        )  # after the norm, so that pads are zeros as in the reference
+        # Padding follows the norm, so that the attention sees zeros, as in the reference.
+        x = pad_to_multiple(x, self.window)
         _, padded_height, padded_width, _ = x.shape
         mask = None
         if self.shift:
@@ -319,11 +318,12 @@ class SwinBlock(nnx.Module):
         return x[:, :height, :width]
 
     def has_kernels(self, shape: tuple[int, ...]) -> bool:
-        """Whether TPU kernels handle a map of this shape on the current device."""
+        """Return whether TPU kernels handle a map of this shape on the current device."""
         if not self.fused:
             return False
-        attend = attention.vmem_bytes(shape, self.attn.heads, self.window)
-        return place.vmem_budget() >= max(attend, mlp.vmem_bytes(shape, self.mlp.fc1.kernel.shape[1]))
+        for_attention = attention.vmem_bytes(shape, self.attn.heads, self.window)
+        for_mlp = mlp.vmem_bytes(shape, self.mlp.fc1.kernel.shape[1])
+        return place.vmem_budget() >= max(for_attention, for_mlp)
 
     def _by_kernels(self, x, drop_path_factors):
         """Compute the block by TPU kernels, whose backward pass stores only their inputs."""
@@ -385,7 +385,7 @@ class PatchMerging(nnx.Module):
         return self.reduction(self.norm.scale_and_shift(x))
 
     def has_kernels(self, shape: tuple[int, ...]) -> bool:
-        """Whether the TPU kernel handles a map of this shape (even sides) on the current device."""
+        """Return whether the TPU kernel handles a map of this shape (even sides) on the current device."""
         return self.fused and place.vmem_budget() >= patch_merging.vmem_bytes(shape, 2 * shape[-1])
 
     def _by_kernels(self, x):

@@ -119,13 +119,13 @@ class TextBlock(nnx.Module):
             return x + self.mlp(self.ln_2(x))
 
     def has_kernels(self, shape: tuple[int, ...]) -> bool:
-        """Whether TPU kernels handle sequences of this shape on the current device."""
+        """Return whether TPU kernels handle sequences of this shape on the current device."""
         _, length, width = shape
         if not self.fused or not causal.supports(width, self.attn.heads, length):
             return False
         tokens = (1, 16, causal.UNIT, width)  # more rows do not need more memory
-        expand = mlp.vmem_bytes(tokens, self.mlp.c_fc.kernel.shape[1])
-        return place.vmem_budget() >= max(causal.vmem_bytes(width), expand)
+        for_mlp = mlp.vmem_bytes(tokens, self.mlp.c_fc.kernel.shape[1])
+        return place.vmem_budget() >= max(causal.vmem_bytes(width), for_mlp)
 
     def _by_kernels(self, x):
         """Compute the block by TPU kernels, whose backward pass stores only their inputs."""
