@@ -1,1 +1,1 @@
-"""Text to tokens, definitions from WordNet, noun phrases of captions. No JAX, no TensorFlow."""
+"""Tokens of texts, definitions from WordNet, noun phrases of captions. No JAX, no TensorFlow."""

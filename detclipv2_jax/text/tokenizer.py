@@ -1,9 +1,7 @@
-"""Concepts: text to tokens, and the dictionaries of several sources merged without their strings.
+"""Text to tokens: CLIP's tokenizer, the normal form of a concept, and names with definitions.
 
-A concept is a short text that the text tower encodes: a category name, a noun phrase, a whole
-caption. Inside a prepared source it is a *local* id, the line number in `concepts.jsonl`; across
-the sources of a run it is a *global* id, which `Dictionary` gives from 64-bit keys of normalized
-texts.
+A concept is a short text that the text tower encodes: a category name, a noun phrase or a whole
+caption. Two concepts are the same if their normalized texts are; a 64-bit key identifies them.
 """
 
 import functools
@@ -21,71 +19,66 @@ from tokenizers import Encoding, Regex, Tokenizer, models, normalizers, pre_toke
 
 from detclipv2_jax.common.errors import UserError
 
-CONTEXT = 16  # tokens a concept, start and end included (paper.md §2)
-
-
-VOCABULARY = 49408
-
-
+CONTEXT = 16  # tokens per concept, start and end included (Yao et al. 2023, §4.1)
+VOCABULARY_SIZE = 49408
 START, END = 49406, 49407
-
-
-TEMPLATE = "{name}, {definition}"  # of a name with its definition; ours: the paper gives none
-
-
+TEMPLATE = "{name}, {definition}"  # how a name and its definition are joined [ours]
 _MERGES = Path(__file__).parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
-
-
-# CLIP's word pattern without its two special tokens: those are put around a text, never read in it.
+# CLIP's word pattern without its two special tokens, which are added, never read from a text.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-
-
-_CHUNK = 65536  # texts handed to the tokenizer at once: bounds its memory
+_CHUNK = 65536  # texts given to the tokenizer at once: bounds its memory
 
 
 def normalize(text: str) -> str:
-    """A concept as CLIP cleans text: by ftfy (NFC, straight quotes, mended encodings, …), HTML
-    unescaped twice, single spaces, lower case."""
-    if not (text.isascii() and text.isprintable()):  # in which ftfy finds nothing but HTML to mend
+    """Return a text as CLIP cleans it.
+
+    ftfy fixes encodings, quotes and Unicode forms; then HTML is unescaped twice, spaces become
+    single, and letters lower case.
+    """
+    if not (text.isascii() and text.isprintable()):  # in such text ftfy would only unescape HTML
         text = ftfy.fix_text(text)
     text = html.unescape(html.unescape(text))
     return " ".join(text.split()).lower()
 
 
 def enriched(name: str, definition: str | None, template: str = TEMPLATE) -> str:
-    """The text that is encoded: a name, joined with its definition if it has one (paper.md §1)."""
+    """Return the text to encode: a name, joined with its definition if it has one.
+
+    This is the concept enrichment of Yao et al. 2022 (DetCLIP).
+    """
     return template.format(name=name, definition=definition) if definition else name
 
 
 def check_template(template: str, where: str) -> None:
-    """`UserError` unless a template names {name} and {definition}, each once and nothing else."""
+    """Raise `UserError` unless a template has {name} and {definition}, each once, and no other
+    field; `where` names the config field."""
     try:
         parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError:
         parts = []
     if sorted(parts) != [("definition", "", None), ("name", "", None)]:
         raise UserError(
-            f"{where} is {template!r}; it must hold {{name}} and {{definition}}, each once, "
-            f"as {TEMPLATE!r} does"
+            f"{where} is {template!r}. It must contain {{name}} and {{definition}}, each once, "
+            f"like {TEMPLATE!r}."
         )
 
 
 def key(text: str) -> int:
-    """Stable 64-bit identity of a text, whatever its case, spacing or HTML escapes."""
+    """Return a stable 64-bit key of a text, the same for any case, spacing or HTML escapes."""
     digest = hashlib.blake2b(normalize(text).encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
 
 
 def keys(texts: Sequence[str]) -> UInt64[np.ndarray, " n"]:
-    """`key` of each text."""
+    """Return the key of each text."""
     return np.fromiter((key(text) for text in texts), np.uint64, len(texts))
 
 
 def byte_characters() -> list[str]:
-    """The characters that stand for the 256 bytes in byte-level BPE, in CLIP's vocabulary order.
+    """Return the characters that represent the 256 bytes in byte-level BPE, in CLIP's order.
 
-    Printable Latin-1 bytes stand for themselves and come first; the others take the code points
-    from 256 up.
+    Printable Latin-1 bytes represent themselves and come first; the others use the code points
+    from 256 on.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     printable += range(ord("®"), ord("ÿ") + 1)
@@ -94,13 +87,15 @@ def byte_characters() -> list[str]:
 
 @functools.cache
 def tokenizer() -> Tokenizer:
-    """CLIP's byte-level BPE, without start and end; the vocabulary is numbered as OpenAI's is.
+    """Return CLIP's byte-level BPE, numbered like OpenAI's, without start and end tokens.
 
-    256 bytes, 256 bytes that end a word, 48,894 merges, then the two special tokens.
+    Its vocabulary: 256 bytes, 256 bytes that end a word, 48,894 merges, then two special tokens.
     """
     lines = gzip.decompress(_MERGES.read_bytes()).decode("utf-8").split("\n")
     characters = byte_characters()
-    merges = [tuple(line.split()) for line in lines[1 : VOCABULARY - 2 - 2 * len(characters) + 1]]
+    merges = [
+        tuple(line.split()) for line in lines[1 : VOCABULARY_SIZE - 2 - 2 * len(characters) + 1]
+    ]
     pieces = characters + [c + "</w>" for c in characters] + ["".join(pair) for pair in merges]
     model = models.BPE(
         vocab={piece: i for i, piece in enumerate(pieces)},
@@ -119,10 +114,10 @@ def tokenizer() -> Tokenizer:
 
 
 def tokenize(texts: Sequence[str], context: int = CONTEXT) -> Int32[np.ndarray, "n {context}"]:
-    """Token ids of each text: start, its tokens, end, then zeros.
+    """Return the token ids of each text: start, its tokens, end, then zeros.
 
-    A text too long keeps its first `context - 2` tokens, so that the end, where the text tower
-    reads its feature, is always there. No text is refused: an empty one is start and end.
+    A text that is too long keeps its first `context - 2` tokens: the text tower reads its feature
+    at the end token, so there must be one. An empty text is start and end.
     """
     rows = np.zeros((len(texts), context), np.int32)
     rows[:, 0] = START
@@ -135,7 +130,7 @@ def tokenize(texts: Sequence[str], context: int = CONTEXT) -> Int32[np.ndarray, 
 
 
 def _encode(texts: Sequence[str]) -> list[Encoding]:
-    # Lone surrogates (broken \u escapes in somebody's JSON) cannot cross into the tokenizer.
+    # The tokenizer does not accept lone surrogates, which come from broken \u escapes in JSON.
     clean = [normalize(text).encode("utf-8", "replace").decode("utf-8") for text in texts]
     return tokenizer().encode_batch_fast(clean)
 
@@ -146,15 +141,16 @@ def fitted(
     template: str = TEMPLATE,
     context: int = CONTEXT,
 ) -> list[str]:
-    """`enriched` texts that the tower reads to their end, in `context - 2` tokens.
+    """Return `enriched` texts of at most `context - 2` tokens, so that `tokenize` cuts nothing.
 
-    Of a definition that is too long as many whole words are kept as fit; the bare name where not
-    one does. A name that is too long by itself stays whole: `tokenize` cuts it.
+    Of a definition that is too long, as many whole words are kept as fit; if none fits, the text is
+    the bare name. A name that is too long by itself stays whole, and `tokenize` cuts it.
     """
     names = [normalize(name) for name in names]
     words = [normalize(definition or "").split() for definition in definitions]
     lengths: dict[str, int] = {}
-    # By halving, for all texts at once: `kept` words fit (0: the bare name), beyond `most` none do.
+    # Binary search for all texts at once: `kept` words fit (0: the bare name), more than `most` do
+    # not.
     kept = np.zeros(len(words), int)
     most = np.array([min(len(row), context - 2) for row in words], int)
     while (open_ := np.flatnonzero(kept < most)).size:
@@ -166,14 +162,14 @@ def fitted(
 
 
 def _joined(name: str, words: Sequence[str], template: str) -> str:
-    # What a cut leaves open, a comma or a bracket, goes too.
+    # A comma or an open bracket at the cut is removed too.
     return enriched(name, " ".join(words).rstrip(" ,;:([-"), template)
 
 
 def _lengths(texts: Sequence[str], known: dict[str, int]) -> Int[np.ndarray, " n"]:
-    """Tokens of each text, start and end not counted; `known` keeps those of its words.
+    """Return the number of tokens of each text, without start and end; `known` caches its words.
 
-    No token reaches over a space, so a text has as many as its words have together.
+    No token crosses a space, so the tokens of a text are those of its words.
     """
     rows = [text.split() for text in texts]
     new = list({word for row in rows for word in row} - known.keys())
@@ -182,7 +178,7 @@ def _lengths(texts: Sequence[str], known: dict[str, int]) -> Int[np.ndarray, " n
 
 
 def pack_tokens(rows: Int32[np.ndarray, "n 16"]) -> UInt16[np.ndarray, "n 16"]:
-    """Token ids as they are stored: 49,407 fits 16 bits."""
-    if rows.size and rows.max() >= VOCABULARY:
-        raise UserError("a token id lies outside CLIP's vocabulary")
+    """Return token ids as they are stored: 49,407 fits 16 bits."""
+    if rows.size and rows.max() >= VOCABULARY_SIZE:
+        raise UserError("A token id is outside CLIP's vocabulary: make the tokens with `tokenize`.")
     return rows.astype(np.uint16)

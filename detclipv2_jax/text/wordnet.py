@@ -1,7 +1,7 @@
-"""WordNet 3.0's nouns: what a word means, which words mean the same, the singular of a plural.
+"""The nouns of WordNet 3.0: meanings of words, synonyms, and singulars of plurals.
 
-The data lies beside this file (assets/wordnet/, with Princeton's license; made by
-scripts/vendor_wordnet.py). It is read when it is first asked for, in about half a second.
+The data is in assets/wordnet/, with Princeton's license; scripts/vendor_wordnet.py made it. Reading
+it takes about half a second, on first use.
 """
 
 import functools
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _ASSETS = Path(__file__).parent / "assets" / "wordnet"
-# How the singular is made of a plural (morphy(7)): an ending, and what takes its place.
+# Endings of plurals and those of their singulars (morphy(7)).
 _ENDINGS = (
     ("s", ""),
     ("ses", "s"),
@@ -22,19 +22,24 @@ _ENDINGS = (
     ("men", "man"),
     ("ies", "y"),
 )
-# Plurals that are nouns themselves, of a meaning that pictures seldom show ("men": a workforce).
+# Plurals that are also nouns, of a meaning that images seldom show ("men": a workforce).
 _RATHER_PLURAL = frozenset({"men"})
-_UNJOINED = 4  # letters of a word that is looked up without its joints; fewer are abbreviations
+# A word of fewer letters is an abbreviation: it is not looked up without its spaces and hyphens.
+_LEAST_UNJOINED = 4
 _SYNSET = re.compile(r"(.+)\.n\.(\d+)")
 
 
 class WordNet:
-    """The nouns of WordNet 3.0. A synset, a meaning, is named "traffic_light.n.01"."""
+    """The nouns of WordNet 3.0.
+
+    A synset is a meaning, named like "traffic_light.n.01". A lemma is a word for it, with
+    underscores for spaces.
+    """
 
     def __init__(self):
         """Read the assets."""
         self._lines = _read("nouns.txt.gz")
-        # Lemma → rows of `_lines`, as {sense: row}: the file has meanings, not words, in order.
+        # Lemma → {number of the sense: row of `_lines`}; the file is ordered by synset.
         self._senses: dict[str, dict[int, int]] = {}
         for row, line in enumerate(self._lines):
             words = line[: line.index("\t")].split(" ")
@@ -47,30 +52,30 @@ class WordNet:
         return len(self._lines)
 
     def synsets(self, lemma: str) -> list[str]:
-        """The synsets of a noun as it stands in WordNet, the most frequent sense first."""
+        """Return the synsets of a lemma, the most frequent sense first."""
         senses = self._senses.get(lemma.lower().replace(" ", "_"), {})
         return [self._name(senses[sense]) for sense in sorted(senses)]
 
     def definition(self, synset: str) -> str | None:
-        """What a synset means; None if WordNet has no such noun."""
+        """Return the definition of a synset; None if WordNet has no such noun."""
         row = self._row(synset)
         return None if row is None else self._lines[row].partition("\t")[2]
 
     def lemmas(self, synset: str) -> list[str]:
-        """The words for a synset, joined by underscores; none if WordNet has no such noun."""
+        """Return the lemmas of a synset; none if WordNet has no such noun."""
         row = self._row(synset)
         return [] if row is None else self._words(row)[::2]
 
     def canonical(self, synset: str) -> str | None:
-        """The one name of a synset, which any of its lemmas may be used to tell; else None."""
+        """Return the standard name of a synset that is named by any of its lemmas, else None."""
         row = self._row(synset)
         return None if row is None else self._name(row)
 
     def noun(self, phrase: str) -> str | None:
-        """The lemma under which WordNet knows a phrase as a whole; None if it does not.
+        """Return the lemma for a phrase as a whole, or None.
 
-        Case, and how words are joined, do not matter ("T shirt" is "t-shirt"). A phrase that is no
-        lemma itself is tried as a plural. Numbers and single letters are none.
+        Case, spaces and hyphens do not matter ("T shirt" is "t-shirt"). A phrase that is not a
+        lemma is tried as a plural. Numbers and single letters have no lemma.
         """
         joined = "_".join(re.findall(r"[^\s_]+", phrase.lower()))
         if sum(map(str.isalpha, joined)) < 2:
@@ -80,7 +85,7 @@ class WordNet:
             if form in self._senses:
                 return form
         for bare in map(_unjoined, forms):
-            if len(bare) < _UNJOINED:
+            if len(bare) < _LEAST_UNJOINED:
                 continue
             if bare in self._senses:
                 return bare
@@ -89,9 +94,9 @@ class WordNet:
         return None
 
     def head(self, phrase: str) -> str | None:
-        """The longest end of a phrase that WordNet knows, as a lemma: its head noun.
+        """Return the head noun of a phrase: the longest ending that is a lemma, or None.
 
-        "a tall traffic light pole" ends in "pole"; None where not even its last word is known.
+        "a wide traffic light" has "traffic_light".
         """
         words = re.findall(r"[^\s_]+", phrase)
         ends = (" ".join(words[first:]) for first in range(len(words)))
@@ -99,14 +104,14 @@ class WordNet:
 
     @functools.cached_property
     def _joined(self) -> dict[str, str]:
-        """The lemmas of several words, by their letters alone."""
+        """Lemmas of several words, by the lemma without underscores and hyphens."""
         joined = (lemma for lemma in self._senses if "_" in lemma or "-" in lemma)
         return {_unjoined(lemma): lemma for lemma in joined}
 
     def _singulars(self, word: str) -> Iterator[str]:
-        """What a word may be the plural of: the irregular singulars first, then by the endings.
+        """Yield what a word may be the plural of: irregular singulars first, then by the endings.
 
-        As in morphy: words in -ss and of two letters are no plurals; "boxesful" is of "boxful".
+        As in morphy, words in -ss and of two letters are not plurals; "boxesful" is of "boxful".
         """
         yield from self._exceptions.get(word, ())
         stem, full = (word[:-3], "ful") if word.endswith("ful") else (word, "")
@@ -135,7 +140,7 @@ def _unjoined(lemma: str) -> str:
 
 @functools.cache
 def wordnet() -> WordNet:
-    """The nouns, read once a process."""
+    """Return WordNet's nouns, read once per process."""
     return WordNet()
 
 

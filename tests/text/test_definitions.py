@@ -91,7 +91,7 @@ def test_nearest_in_pieces_and_at_edges(monkeypatch):
         int(np.argmax([q @ a / np.linalg.norm(a) for a in among])) for q in queries
     ]  # fmt: skip
     assert definitions.nearest(queries, among).tolist() == expected
-    monkeypatch.setattr(definitions, "_PIECE", 5)
+    monkeypatch.setattr(definitions, "_CHUNK", 5)
     assert definitions.nearest(queries, among).tolist() == expected
     assert definitions.nearest(queries[:0], among).shape == (0,)
     assert definitions.nearest(np.zeros((1, 8)), among).tolist() == [0]  # no direction at all
