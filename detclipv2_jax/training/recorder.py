@@ -86,11 +86,10 @@ class Recorder:
         if values["skipped_in_row"] >= self.config.max_skipped:
             records = planned.records[planned.records >= 0][:4].tolist()
             raise UserError(
-                f"step {step.number} ({planned.kind}, records {records} …): its update and those "
-                f"before it, {self.config.max_skipped} in a row, were skipped because "
-                f"{_WHY_SKIPPED}. The last good checkpoint is that of step "
-                f"{self.latest_checkpoint()}: resume with a lower config.optimizer.learning_rate, "
-                "or look at these records."
+                f"the last {self.config.max_skipped} updates, up to step {step.number} "
+                f"({planned.kind}, records {records} …), were skipped because {_WHY_SKIPPED}. The "
+                f"last good checkpoint is that of step {self.latest_checkpoint()}: resume with a "
+                "lower config.optimizer.learning_rate, or look at these records."
             )
 
 
