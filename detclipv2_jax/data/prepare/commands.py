@@ -170,5 +170,5 @@ def _prepare_files(
         print(f"{target.to}: already prepared, {len(existing):,} records of {kind}")
         return
     archives = [source.read(path, folder, **reader_options) for path in files]
-    source = prepare(archives, target.to, name=target.name, inputs=inputs, options=target.options)
-    print(format_report(source))
+    written = prepare(archives, target.to, name=target.name, inputs=inputs, options=target.options)
+    print(format_report(written))
