@@ -478,7 +478,7 @@ def _optimizer(model: DetCLIPConfig, config: OptimizerConfig) -> Part:
         good = jnp.isfinite(norm)
         return rule.update(*learned, gradients, norm, fixed["step"], good)
 
-    learned = (params, params, jax.eval_shape(rule.init, params))
+    learned = optimizer_lib.Updated(params, params, jax.eval_shape(rule.init, params))
     fixed = {"gradients": params, "step": jax.ShapeDtypeStruct((), jnp.int32)}
     # Reads the gradient for its norm; then reads five arrays and writes four.
     return Part(
