@@ -119,7 +119,7 @@ class DeformConv(nnx.Module):
         return rematerialize(run, self.remat)(self, x, sampling)
 
     def has_kernels(self, shape: tuple[int, ...]) -> bool:
-        """Return whether the TPU kernel handles a packed map of this shape on the current device."""
+        """Return whether the TPU kernel handles a packed map of this shape on this device."""
         needed = deform.vmem_bytes(shape, self.kernel.shape[3])
         return self.fused and place.vmem_budget() >= needed
 
@@ -207,7 +207,7 @@ class ATSSHead(nnx.Module):
         )
 
     def has_kernels(self, shape: tuple[int, ...]) -> bool:
-        """Return whether TPU kernels handle a packed map of this shape on the current device."""
+        """Return whether TPU kernels handle a packed map of this shape on this device."""
         if not self.fused:
             return False
         kernels = [layer.conv.kernel for layer in (*self.reg_convs, *self.cls_convs)]

@@ -184,7 +184,7 @@ class MapNorm(LayerNorm):
         return self._by_kernels(x) if self.has_kernels(x.shape) else super().__call__(x)
 
     def has_kernels(self, shape: tuple[int, ...]) -> bool:
-        """Return whether the TPU kernel handles a map of this shape on the current device."""
+        """Return whether the TPU kernel handles a map of this shape on this device."""
         return self.fused and place.vmem_budget() >= layer_norm.vmem_bytes(shape)
 
     def _by_kernels(self, x):
@@ -318,7 +318,7 @@ class SwinBlock(nnx.Module):
         return x[:, :height, :width]
 
     def has_kernels(self, shape: tuple[int, ...]) -> bool:
-        """Return whether TPU kernels handle a map of this shape on the current device."""
+        """Return whether TPU kernels handle a map of this shape on this device."""
         if not self.fused:
             return False
         for_attention = attention.vmem_bytes(shape, self.attn.heads, self.window)
@@ -385,7 +385,7 @@ class PatchMerging(nnx.Module):
         return self.reduction(self.norm.scale_and_shift(x))
 
     def has_kernels(self, shape: tuple[int, ...]) -> bool:
-        """Return whether the TPU kernel handles a map of this shape (even sides) on the current device."""
+        """Return whether the TPU kernel handles a map of this shape, of even sides, on this device."""
         return self.fused and place.vmem_budget() >= patch_merging.vmem_bytes(shape, 2 * shape[-1])
 
     def _by_kernels(self, x):

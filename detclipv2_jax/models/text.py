@@ -119,7 +119,7 @@ class TextBlock(nnx.Module):
             return x + self.mlp(self.ln_2(x))
 
     def has_kernels(self, shape: tuple[int, ...]) -> bool:
-        """Return whether TPU kernels handle sequences of this shape on the current device."""
+        """Return whether TPU kernels handle sequences of this shape on this device."""
         _, length, width = shape
         if not self.fused or not causal.supports(width, self.attn.heads, length):
             return False
