@@ -140,7 +140,7 @@ def test_strings_of_numbers_and_sizes_that_are_not_told(folder):
         (
             '{"images": [], "annotations": [], "categories": '
             '[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
-            "taken already",
+            "already used",
         ),
         ("[" * 100_000, "not JSON text"),
     ],
@@ -177,7 +177,7 @@ def test_image_folder(folder, tmp_path):
     assert roots.find(str(folder / "images" / "2.jpg")) == folder / "images" / "2.jpg"
     for name in ("", ".", "v1", "9.jpg", ".."):
         assert roots.find(name) is None
-    with pytest.raises(UserError, match="none: no such directory; .*--images"):
+    with pytest.raises(UserError, match=r"none: no such directory\. .*--images"):
         ImageFolder(folder / "none")
 
 
