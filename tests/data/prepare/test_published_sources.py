@@ -153,7 +153,9 @@ def test_goldg_without_visual_genomes_list(tmp_path):
         goldg.read_without_coco(mixed, images)
     for content in ({"image_id": 1}, [{"image_id": 1}], [3], [{"image_id": "x", "coco_id": 1}]):
         miniature.write_json(tmp_path / "image_data.json", content)
-        with pytest.raises(UserError, match='image_data.json: not a list of images with "image_id"'):
+        with pytest.raises(
+            UserError, match='image_data.json: not a list of images with "image_id"'
+        ):
             goldg.read_without_coco(mixed, images)
     (tmp_path / "image_data.json").write_bytes(b"\xff[")
     with pytest.raises(UserError, match="image_data.json"):
@@ -242,7 +244,9 @@ def test_odinw(tmp_path):
     pistols = odinw.find("PISTOLS")
     assert pistols.annotation_file("valid") == "val_annotations_without_background.json"
     assert odinw.find("PascalVOC").annotation_file("test").startswith("valid/")
-    with pytest.raises(UserError, match="Cars: not a set of ODinW. Use one of AerialMaritimeDrone, "):
+    with pytest.raises(
+        UserError, match="Cars: not a set of ODinW. Use one of AerialMaritimeDrone, "
+    ):
         odinw.find("Cars")
     assert odinw.set_of(tmp_path / "pothole.json") is None
     assert odinw.training_files(tmp_path / "pothole") == []
