@@ -408,7 +408,7 @@ def test_command_where_an_older_format_lies(folder, capsys):
     info.write_text(json.dumps({**json.loads(info.read_text()), "format": 1}))
     assert run(*arguments) == 2
     assert "format 1, this version reads 2" in (error := capsys.readouterr().err)
-    assert error.endswith(f"--to={folder / 'out'} --overwrite`\n")
+    assert error.endswith(f"--to={folder / 'out'} --overwrite`.\n")
     assert run(*arguments, "--overwrite") == 0
     assert len(Source.open(folder / "out")) == 4
 
