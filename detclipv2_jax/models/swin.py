@@ -385,7 +385,7 @@ class PatchMerging(nnx.Module):
         return self.reduction(self.norm.scale_and_shift(x))
 
     def has_kernels(self, shape: tuple[int, ...]) -> bool:
-        """Return whether the TPU kernel handles a map of this shape, of even sides, on this device."""
+        """Return whether the TPU kernel handles a map of this (even) shape on this device."""
         return self.fused and place.vmem_budget() >= patch_merging.vmem_bytes(shape, 2 * shape[-1])
 
     def _by_kernels(self, x):
