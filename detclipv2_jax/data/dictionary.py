@@ -1,7 +1,7 @@
-"""The concept dictionary of a run: names and frequent phrases, what they mean, which are one thing.
+"""The concept dictionary: names and frequent phrases, with their definitions and synonyms.
 
-scripts/prepare_concepts.py writes it once for all prepared sources, to DIR/dictionary.jsonl. The
-first line tells what it was made of; each other line is a concept, the most frequent first:
+`detclip prepare concepts` writes it once for all prepared sources, to DIR/dictionary.jsonl. The
+first line says what it was made from. Each other line is a concept, the most frequent first:
 
     {"name", "count", "definition", "origin", "like", "synsets", "group"}
 
@@ -34,33 +34,37 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dictionary:
-    """A dictionary, opened. Its n concepts are in the order of the file."""
+    """An open dictionary of n concepts, in the order of its file."""
 
     directory: Path
-    info: Mapping[str, Any]
-    rows: Sequence[Mapping[str, Any]]
+    info: Mapping[str, Any]  # the first line
+    rows: Sequence[Mapping[str, Any]]  # the other lines
 
     @classmethod
     def open(cls, directory: str | Path) -> "Dictionary":
-        """Read a prepared dictionary; `UserError` if it is missing, damaged, of another format."""
+        """Read a prepared dictionary.
+
+        Raises:
+            UserError: it is missing, damaged or of another format.
+        """
         directory = Path(directory)
         path = directory / FILE
         try:
             lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except FileNotFoundError:
-            raise UserError(f"{path}: no such file; {_remedy(directory)}") from None
+            raise UserError(f"{path}: no such file. {_remedy(directory)}") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); {_remedy(directory)}") from None
+            raise UserError(f"{path}: cannot be read ({error}). {_remedy(directory)}") from None
         info = _parse(path, 1, lines[0], {"format": int, "concepts": int})
         if info["format"] != FORMAT:
             raise UserError(
-                f"{path}: format {info['format']}, this version reads {FORMAT}; "
+                f"{path}: format {info['format']}, this version reads {FORMAT}. "
                 f"{_remedy(directory)}"
             )
         rows = [_row(path, number, line) for number, line in enumerate(lines[1:], 2)]
         if len(rows) != info["concepts"]:
             raise UserError(
-                f"{path}: has {len(rows)} concepts, its first line says {info['concepts']}; "
+                f"{path}: has {len(rows)} concepts, its first line says {info['concepts']}. "
                 f"{_remedy(directory)}"
             )
         return cls(directory, info, rows)
@@ -70,56 +74,60 @@ class Dictionary:
 
     @functools.cached_property
     def names(self) -> list[str]:
-        """The concepts, normalized."""
+        """The concepts' texts, normalized."""
         return [row["name"] for row in self.rows]
 
     @functools.cached_property
     def definitions(self) -> dict[str, str]:
-        """Name → definition, of those that have one."""
+        """Name → definition, for concepts that have one."""
         return {row["name"]: row["definition"] for row in self.rows if row["definition"]}
 
     @functools.cached_property
     def keys(self) -> UInt64[np.ndarray, " n"]:
-        """`concepts.key` of each name."""
+        """`tokenizer.key` of each name."""
         return tokenizer_lib.keys(self.names)
 
     @functools.cached_property
     def tokens(self) -> UInt16[np.ndarray, "n 16"]:
-        """Token ids of the bare names."""
+        """Token ids of the names without definitions."""
         return tokenizer_lib.pack_tokens(tokenizer_lib.tokenize(self.names))
 
     @functools.cached_property
     def groups(self) -> Int32[np.ndarray, " n"]:
-        """The group of each concept; no two things that are the same are in different ones."""
+        """The group of each concept; synonyms have the same group."""
         return np.array([row["group"] for row in self.rows], np.int32)
 
     def groups_of(self, names: Iterable[str]) -> Int32[np.ndarray, " m"]:
-        """The group that each of other names would be in; -1 where it is like no concept."""
+        """Return the group that each name belongs to; -1 for one that is no concept's synonym."""
         return np.array([self._group_of(name) for name in names], np.int32)
 
     @property
     def concepts(self) -> Sequence[Mapping[str, Any]]:
-        """The rows, under the name that a source has for them."""
+        """The rows, by the name that `Source` uses for them."""
         return self.rows
 
     def meanings(
         self, vocabulary: Vocabulary, defined: Collection[str], template: str
     ) -> "Meanings":
-        """What is known of a run's concepts, those that the dictionary lacks included.
+        """Return synonyms and definitions of a run's concepts.
 
-        Their synonyms in the dictionary are looked up for every kind that has negatives; their
-        definitions, as `definitions.define` finds them without embeddings, for kinds of `defined`.
+        Args:
+            vocabulary: the run's concepts. Those that are not in the dictionary are included: their
+                synonyms are looked up for every kind that has negatives.
+            defined: kinds whose names get definitions. A name that is not in the dictionary gets
+                what `definitions.define` finds without embeddings.
+            template: how a name and its definition are joined.
         """
-        drawn = self._beside(vocabulary, {"detection", "grounding", *defined})
+        others = self._other_names(vocabulary, {"detection", "grounding", *defined})
         groups = np.full(len(vocabulary), -1, np.int32)
         groups[vocabulary.lookup(self.names)] = self.groups
-        groups[vocabulary.lookup(drawn)] = self.groups_of(drawn)
+        groups[vocabulary.lookup(others)] = self.groups_of(others)
         names: list[str] = []
         texts: list[str] = []
         if defined:
-            asked = self._beside(vocabulary, defined)
-            own = define(asked, dictionary=self.definitions)
-            known = self.definitions | {n: d.text for n, d in zip(asked, own) if d.text}
+            others = self._other_names(vocabulary, defined)
+            found = define(others, dictionary=self.definitions)
+            known = self.definitions | {n: d.text for n, d in zip(others, found) if d.text}
             names, texts = list(known), list(known.values())
         ids = vocabulary.lookup(names)
         order = np.argsort(ids)
@@ -131,8 +139,8 @@ class Dictionary:
             tokens=tokenizer_lib.tokenize(tokenizer_lib.fitted(names, texts, template))[order],
         )
 
-    def _beside(self, vocabulary: Vocabulary, kinds: Collection[str]) -> list[str]:
-        """Names and phrases of sources of some kinds that the dictionary lacks."""
+    def _other_names(self, vocabulary: Vocabulary, kinds: Collection[str]) -> list[str]:
+        """Return names and phrases of some kinds' sources that are not in the dictionary."""
         sources = [source for source in vocabulary.sources.values() if source.kind in kinds]
         wanted = [source.vocabulary & ~np.isin(source.keys, self.keys) for source in sources]
         rows = itertools.chain.from_iterable(map(rows_where, sources, wanted))
@@ -140,7 +148,7 @@ class Dictionary:
 
     @functools.cached_property
     def _by_mark(self) -> dict[str, int]:
-        """What marks a concept → its group: its synsets, and its letters."""
+        """Mark → group. The marks of a concept are its synsets and its letters."""
         return {
             mark: row["group"]
             for row in self.rows
@@ -154,18 +162,18 @@ class Dictionary:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Meanings:
-    """What is known of the n concepts of a run; e of them have a definition."""
+    """Synonyms and definitions of the n concepts of a run; e of them have a definition."""
 
-    groups: Int32[np.ndarray, " n"]  # concepts of one group are synonyms; -1: none known
-    kinds: frozenset[str]  # those whose names are encoded with their definitions
-    definitions: Mapping[str, str]  # name → definition; none where no kind uses them
-    ids: Int32[np.ndarray, " e"]  # ascending
-    tokens: Int32[np.ndarray, "e 16"]  # of the name with its definition
+    groups: Int32[np.ndarray, " n"]  # concepts of one group are synonyms; -1: no group
+    kinds: frozenset[str]  # kinds whose names are encoded with their definitions
+    definitions: Mapping[str, str]  # name → definition; empty if no kind uses them
+    ids: Int32[np.ndarray, " e"]  # global ids of the concepts that have one, ascending
+    tokens: Int32[np.ndarray, "e 16"]  # of each of these, with its definition
 
     def places(
         self, ids: Int[np.ndarray, " m"]
     ) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
-        """Which of `ids` have a definition, and their rows of `tokens`."""
+        """Return which of `ids` have a definition, and their rows of `tokens`."""
         if not len(self.ids):
             return np.zeros((2, 0), int)
         at = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
@@ -188,14 +196,14 @@ _FIELDS = {
 class Counts:
     """How often the names and phrases of some sources occur."""
 
-    counts: Mapping[str, int]  # normalized text → mentions, captions left out
-    categories: frozenset[str]  # those that detection sources call their categories
+    counts: Mapping[str, int]  # normalized text → mentions; no captions
+    categories: frozenset[str]  # the category names of detection sources
 
     def chosen(self, *, min_count: int, size: int) -> list[str]:
-        """The concepts of a dictionary, the most frequent first.
+        """Return the concepts of a dictionary, the most frequent first.
 
-        All categories, and phrases of at least `min_count` mentions, the most frequent ones, until
-        there are `size` concepts.
+        These are all categories, then the most frequent phrases of at least `min_count` mentions,
+        up to `size` concepts together.
         """
         ranked = sorted(self.counts, key=lambda name: (-self.counts[name], name))
         phrases = [n for n in ranked if self.counts[n] >= min_count and n not in self.categories]
@@ -205,7 +213,7 @@ class Counts:
 
 
 def count(sources: Iterable[Source]) -> Counts:
-    """Reads the names, phrases and their counts of prepared sources."""
+    """Read the names, phrases and their counts of prepared sources."""
     counts: Counter[str] = Counter()
     categories: set[str] = set()
     for source in sources:
@@ -217,7 +225,7 @@ def count(sources: Iterable[Source]) -> Counts:
 
 
 def rows_where(source: Source, wanted: Bool[np.ndarray, " c"]) -> Iterator[dict[str, Any]]:
-    """Some rows of a source's concepts.jsonl; the file may be too large to hold all of it."""
+    """Yield the wanted rows of a source's concepts.jsonl, which may be too large for memory."""
     if wanted.any():
         with open(source.directory / "concepts.jsonl", encoding="utf-8") as lines:
             yield from map(json.loads, itertools.compress(lines, wanted))
@@ -232,15 +240,18 @@ def build(
     embed: Embed | None = None,
     created_from: Mapping[str, Any] | None = None,
 ) -> Dictionary:
-    """Writes the dictionary of `names`, whole or not at all, and opens it.
+    """Write the dictionary of `names` atomically, and open it.
 
     Args:
-        directory: where the file goes.
+        directory: of the file.
         names: different concepts, normalized.
-        counts: mentions of each, as told in the file.
-        synsets: normalized name → synset, where one is known to be meant.
-        embed: for the nearest concept (`definitions.define`).
-        created_from: goes to the first line as it is.
+        counts: name → mentions.
+        synsets: normalized name → synset, for names whose meaning is known.
+        embed: embeds texts to find the nearest concept (`definitions.define`).
+        created_from: written to the first line.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     synsets = synsets or {}
     found = define(names, synsets=synsets, embed=embed)
@@ -265,10 +276,10 @@ def build(
 
 
 def group(names: Sequence[str], synsets: Sequence[Sequence[str]]) -> list[int]:
-    """A number for each name; names that are the same thing, be it through a third, have one.
+    """Return the number of each name's group of synonyms.
 
-    The same are two names with a synset in common, or that differ only in how their words are
-    joined and in a plural's s.
+    Two names are synonyms if they have a synset in common, or differ only in spaces, punctuation
+    and a plural's s. Synonyms of synonyms are in the same group.
     """
     parent = list(range(len(names)))
 
@@ -286,20 +297,23 @@ def group(names: Sequence[str], synsets: Sequence[Sequence[str]]) -> list[int]:
 
 
 def lvis_synsets(path: str | Path) -> dict[str, str]:
-    """Normalized name → synset, from an LVIS annotation file or the list of its categories.
+    """Return normalized name → synset, from an LVIS annotation file or a list of its categories.
 
-    Names and synonyms, as LVIS spells them and without what it adds in brackets; a bare name that
-    categories of several synsets share is left out.
+    Names and synonyms are included as LVIS spells them, and without the words in brackets. A name
+    that several synsets share is left out.
+
+    Raises:
+        UserError: the file cannot be read or has no categories with synsets.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); give LVIS's file") from None
+        raise UserError(f"{path}: cannot be read as JSON ({error}). Name LVIS's file.") from None
     rows = content.get("categories") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and isinstance(row.get("synset"), str) for row in rows
     ):
-        raise UserError(f'{path}: holds no list of categories with a "synset"; give LVIS\'s file')
+        raise UserError(f'{path}: has no list of categories with a "synset". Name LVIS\'s file.')
     found: dict[str, set[str]] = {}
     for row in rows:
         for spelling in (row.get("name"), *(row.get("synonyms") or ())):
@@ -310,7 +324,7 @@ def lvis_synsets(path: str | Path) -> dict[str, str]:
 
 
 def report(dictionary: Dictionary, examples: int = 3) -> str:
-    """For people: how many concepts have their definition from where, and some of each."""
+    """Return lines for people: how many definitions have each origin, with examples."""
     found = [Definition(r["definition"], r["origin"], like=r["like"]) for r in dictionary.rows]
     sizes = Counter(row["group"] for row in dictionary.rows)
     several = [size for size in sizes.values() if size > 1]
@@ -326,8 +340,8 @@ def report(dictionary: Dictionary, examples: int = 3) -> str:
 _TITLES = {
     "synset": "defined by a given synset",
     "wordnet": "by WordNet's first sense",
-    "nearest": "as the nearest concept",
-    "head": "as their head noun",
+    "nearest": "like the nearest concept",
+    "head": "like their head noun",
     "none": "not defined: bare names",
 }
 
@@ -338,13 +352,13 @@ def _example(row: Mapping[str, Any]) -> str:
 
 
 def _letters(name: str) -> str:
-    """A name's letters and digits, without a plural's s; the name itself where it has none."""
+    """Return a name's letters and digits without a plural's s; the name itself if it has none."""
     letters = re.sub(r"[\W_]+", "", name)
     return letters[:-1] if letters.endswith("s") and not letters.endswith("ss") else letters or name
 
 
 def _row(path: Path, number: int, line: str) -> dict[str, Any]:
-    """A concept's line; somebody may have edited it."""
+    """Return a concept's line, checked, because users may edit the file."""
     row = _parse(path, number, line, _FIELDS)
     row["name"] = tokenizer_lib.normalize(row["name"])
     for field, holds in (
@@ -353,29 +367,32 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
         ("group", 0 <= row["group"] < 2**31),
     ):
         if not holds:
-            raise UserError(f"{path}, line {number}: no valid {field!r}; {_remedy(path.parent)}")
+            raise UserError(
+                f"{path}, line {number}: {field!r} is not valid. {_remedy(path.parent)}"
+            )
     return row
 
 
 def _parse(path: Path, number: int, line: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of the file, whose `fields` are of these types."""
+    """Return a line of the file as an object; `fields`: its required fields and their types."""
     try:
         row = json.loads(line)
     except ValueError:
         row = None
+    is_object = isinstance(row, dict)
     wrong = [
         field
         for field, kind in fields.items()
-        if not isinstance(row, dict) or field not in row or not isinstance(row[field], kind)
+        if not is_object or field not in row or not isinstance(row[field], kind)
     ]
     if wrong:
         raise UserError(
             f"{path}, line {number}: "
-            f"{'no JSON object' if not isinstance(row, dict) else f'no valid {wrong[0]!r}'}; "
+            f"{f'{wrong[0]!r} is missing or not valid' if is_object else 'not a JSON object'}. "
             f"{_remedy(path.parent)}"
         )
     return row
 
 
 def _remedy(directory: Path) -> str:
-    return f"make it with `python scripts/prepare_concepts.py --from=DATA --to={directory}`"
+    return f"Make it with `detclip prepare concepts --from=DATA --to={directory}`."

@@ -134,7 +134,7 @@ def test_lvis_synsets(tmp_path):
 @pytest.mark.parametrize("content", ["", "[1]", "{}", '[{"name": "cat"}]', '{"categories": 3}'])
 def test_a_file_that_is_not_of_lvis(tmp_path, content):
     (tmp_path / "lvis.json").write_text(content)
-    with pytest.raises(UserError, match=r"lvis\.json: .* give LVIS's file"):
+    with pytest.raises(UserError, match=r"lvis\.json: .* Name LVIS's file"):
         dictionary_lib.lvis_synsets(tmp_path / "lvis.json")
     with pytest.raises(UserError, match="none.json: cannot be read"):
         dictionary_lib.lvis_synsets(tmp_path / "none.json")
@@ -151,20 +151,20 @@ def change(number, **fields):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda lines: lines.clear(), "line 1: no JSON object"),
+        (lambda lines: lines.clear(), "line 1: not a JSON object"),
         (change(0, format=9), "format 9, this version reads 1"),
-        (change(0, format="gone"), "line 1: no valid 'format'"),
+        (change(0, format="gone"), "line 1: 'format' is .*not valid"),
         (lambda lines: lines.pop(), "has 7 concepts, its first line says 8"),
-        (lambda lines: lines.__setitem__(3, lines[3][:-9]), "line 4: no JSON object"),
-        (change(2, definition=7), "line 3: no valid 'definition'"),
-        (change(5, group="gone"), "line 6: no valid 'group'"),
-        (change(5, synsets=None), "line 6: no valid 'synsets'"),
-        (change(5, synsets=[["sofa.n.01"]]), "line 6: no valid 'synsets'"),
-        (change(4, group=-1), "line 5: no valid 'group'"),
-        (change(4, group=2**31), "line 5: no valid 'group'"),
-        (change(4, name=" "), "line 5: no valid 'name'"),
-        (lambda lines: lines.insert(3, ""), "line 4: no JSON object"),
-        (lambda lines: lines.__setitem__(1, "[]"), "line 2: no JSON object"),
+        (lambda lines: lines.__setitem__(3, lines[3][:-9]), "line 4: not a JSON object"),
+        (change(2, definition=7), "line 3: 'definition' is .*not valid"),
+        (change(5, group="gone"), "line 6: 'group' is .*not valid"),
+        (change(5, synsets=None), "line 6: 'synsets' is .*not valid"),
+        (change(5, synsets=[["sofa.n.01"]]), "line 6: 'synsets' is .*not valid"),
+        (change(4, group=-1), "line 5: 'group' is .*not valid"),
+        (change(4, group=2**31), "line 5: 'group' is .*not valid"),
+        (change(4, name=" "), "line 5: 'name' is .*not valid"),
+        (lambda lines: lines.insert(3, ""), "line 4: not a JSON object"),
+        (lambda lines: lines.__setitem__(1, "[]"), "line 2: not a JSON object"),
     ],
 )
 def test_a_damaged_file_is_told_by_its_line(sources, tmp_path, damage, message):
@@ -173,7 +173,7 @@ def test_a_damaged_file_is_told_by_its_line(sources, tmp_path, damage, message):
     lines = path.read_text(encoding="utf-8").splitlines()
     damage(lines)
     path.write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(UserError, match=f"{message}.*prepare_concepts.py") as error:
+    with pytest.raises(UserError, match=f"{message}.*detclip prepare concepts") as error:
         Dictionary.open(tmp_path / "to")
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
@@ -186,13 +186,13 @@ def test_a_file_that_somebody_edited(sources, tmp_path):
     path.write_text("\n".join(lines), encoding="utf-8")
     opened = Dictionary.open(tmp_path / "to")
     assert opened.definitions["sofa"] == "what one\u2028sits on"
-    dictionary = Vocabulary(sources, opened, defined=["detection"])
-    row = dictionary.tokens(dictionary.lookup(["sofa"]), "detection")
+    vocabulary = Vocabulary(sources, opened, defined=["detection"])
+    row = vocabulary.tokens(vocabulary.lookup(["sofa"]), "detection")
     np.testing.assert_array_equal(row, tokenizer.tokenize(["sofa, what one sits on"]))
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(UserError, match="dictionary.jsonl: no such file.*prepare_concepts.py"):
+    with pytest.raises(UserError, match="dictionary.jsonl: no such file.*detclip prepare concepts"):
         Dictionary.open(tmp_path)
     (tmp_path / dictionary_lib.FILE).write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="dictionary.jsonl: cannot be read"):
@@ -204,50 +204,50 @@ def test_an_empty_dictionary(sources, tmp_path):
     assert (
         len(empty) == 0 and empty.definitions == {} and "0 concepts" in dictionary_lib.report(empty)
     )
-    dictionary = Vocabulary(sources, empty, defined=["detection"])
-    assert len(dictionary) == len(Vocabulary(sources))
-    assert dictionary.pool("grounding").size == 0
-    assert (dictionary.meanings.groups == -1).all()
+    vocabulary = Vocabulary(sources, empty, defined=["detection"])
+    assert len(vocabulary) == len(Vocabulary(sources))
+    assert vocabulary.pool("grounding").size == 0
+    assert (vocabulary.meanings.groups == -1).all()
     # The names of the sources are defined all the same.
-    assert set(dictionary.definitions("detection")) == {"sofa", "bus"}
+    assert set(vocabulary.definitions("detection")) == {"sofa", "bus"}
 
 
 def test_a_run_s_concepts_with_their_definitions(sources, tmp_path):
     opened = made(sources, tmp_path / "to", min_count=6)
     bare = Vocabulary(sources)
-    dictionary = Vocabulary(sources, opened, defined=["detection"])
-    ids = dictionary.lookup(["sofa", "hoverboard", "bus", "tree", "rare thing"])
+    vocabulary = Vocabulary(sources, opened, defined=["detection"])
+    ids = vocabulary.lookup(["sofa", "hoverboard", "bus", "tree", "rare thing"])
     texts = tokenizer.fitted(["sofa", "bus"], [opened.definitions[n] for n in ("sofa", "bus")])
-    rows = dictionary.tokens(ids, "detection")
+    rows = vocabulary.tokens(ids, "detection")
     np.testing.assert_array_equal(rows[[0, 2]], tokenizer.tokenize(texts))
     names = ["hoverboard", "tree", "rare thing"]  # not defined; a caption; not in the dictionary
     np.testing.assert_array_equal(rows[[1, 3, 4]], tokenizer.tokenize(names))
     for kind in ("grounding", "image_text", None):
         np.testing.assert_array_equal(
-            dictionary.tokens(ids, kind), bare.tokens(bare.lookup(dictionary.names(ids)))
+            vocabulary.tokens(ids, kind), bare.tokens(bare.lookup(vocabulary.names(ids)))
         )
-    np.testing.assert_array_equal(dictionary.tokens([-1], "detection"), np.zeros((1, 16)))
-    assert dictionary.definitions("detection")["couch"] == opened.definitions["couch"]
-    assert dictionary.definitions("grounding") == {} == bare.definitions("detection")
+    np.testing.assert_array_equal(vocabulary.tokens([-1], "detection"), np.zeros((1, 16)))
+    assert vocabulary.definitions("detection")["couch"] == opened.definitions["couch"]
+    assert vocabulary.definitions("grounding") == {} == bare.definitions("detection")
     # Grounding draws from the dictionary, detection from its own names.
-    pool = dictionary.names(dictionary.pool("grounding"))
+    pool = vocabulary.names(vocabulary.pool("grounding"))
     assert sorted(pool) == sorted(opened.names)
-    assert set(dictionary.names(dictionary.pool("detection"))) == {"sofa", "bus", "hoverboard"}
-    assert dictionary.names(dictionary.lookup(opened.names)) == opened.names
+    assert set(vocabulary.names(vocabulary.pool("detection"))) == {"sofa", "bus", "hoverboard"}
+    assert vocabulary.names(vocabulary.lookup(opened.names)) == opened.names
 
 
 def test_kinds_and_template_can_be_chosen(sources, tmp_path):
     opened = made(sources, tmp_path / "to", min_count=6)
     template = "{definition}: a {name}"
-    dictionary = Vocabulary(sources, opened, defined=["grounding", "image_text"], template=template)
-    ids = dictionary.lookup(["couch", "rare thing", "a caption", "tree"])
-    rows = dictionary.tokens(ids, "image_text")
+    vocabulary = Vocabulary(sources, opened, defined=["grounding", "image_text"], template=template)
+    ids = vocabulary.lookup(["couch", "rare thing", "a caption", "tree"])
+    rows = vocabulary.tokens(ids, "image_text")
     assert not np.array_equal(rows[1], tokenizer.tokenize(["rare thing"])[0])  # as its head noun
     np.testing.assert_array_equal(rows[2:], tokenizer.tokenize(["a caption", "tree"]))
     text = tokenizer.fitted(["couch"], [opened.definitions["couch"]], template)
     np.testing.assert_array_equal(rows[:1], tokenizer.tokenize(text))
-    np.testing.assert_array_equal(dictionary.tokens(ids, "grounding"), rows)
-    assert not np.array_equal(dictionary.tokens(ids, "detection"), rows)
+    np.testing.assert_array_equal(vocabulary.tokens(ids, "grounding"), rows)
+    assert not np.array_equal(vocabulary.tokens(ids, "detection"), rows)
 
 
 def test_names_beside_the_dictionary_have_their_group(sources, tmp_path):
@@ -278,11 +278,11 @@ def test_fourteen_thousand_concepts_are_ready_soon(sources, tmp_path):
     opened = dictionary_lib.build(tmp_path / "to", names, {})
     assert len(opened) == 14_000
     started = time.process_time()
-    dictionary = Vocabulary(sources, Dictionary.open(tmp_path / "to"), defined=["detection"])
+    vocabulary = Vocabulary(sources, Dictionary.open(tmp_path / "to"), defined=["detection"])
     assert time.process_time() - started < 5  # 0.9 s, most of it tokens
-    assert len(dictionary.definitions("detection")) > 13_900
-    ids = dictionary.pool("grounding")
-    rows = dictionary.tokens(ids, "detection")
+    assert len(vocabulary.definitions("detection")) > 13_900
+    ids = vocabulary.pool("grounding")
+    rows = vocabulary.tokens(ids, "detection")
     assert (rows.max(axis=1) == tokenizer.END).all() and (rows[:, 15] <= tokenizer.END).all()
 
 

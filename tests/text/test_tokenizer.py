@@ -1,6 +1,5 @@
-"""Tokens against hand-checked ids of CLIP and a plain BPE; dictionaries against Python's."""
+"""Tokens against hand-checked ids of CLIP and against a plain byte-pair encoding."""
 
-import dataclasses
 import gzip
 import re
 from pathlib import Path
@@ -9,9 +8,6 @@ import numpy as np
 import pytest
 
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.data import vocabulary as vocabulary_lib
-from detclipv2_jax.data.index import Source
-from detclipv2_jax.data.prepare import index_writer
 from detclipv2_jax.text import tokenizer
 
 ASSETS = Path(tokenizer.__file__).parent / "assets"
@@ -46,7 +42,7 @@ def test_vocabulary_layout():
 
 
 def naive_ids(text: str) -> list[int]:
-    """Byte-pair encoding as the papers tell it: merge the pair of best rank until none is left."""
+    """Byte-pair encoding as published: merge the pair of best rank until none is left."""
     with gzip.open(ASSETS / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")[1:48895]
     ranks = {tuple(line.split()): i for i, line in enumerate(lines)}
@@ -117,105 +113,6 @@ def test_key_is_stable_and_blind_to_spelling():
 def test_enriched():
     assert tokenizer.enriched("bat", None) == "bat"
     assert tokenizer.enriched("bat", "a flying mammal") == "bat, a flying mammal"
-
-
-def test_table_counts_and_merges_spellings():
-    table = index_writer.ConceptTable()
-    assert table.add("Traffic Light", count=0) == 0
-    assert table.add("a cat on a mat", vocabulary=False) == 1
-    assert [table.add(" traffic  LIGHT"), table.add("traffic light")] == [0, 0]
-    assert table.add("dog") == 2
-    assert (table.names, table.counts) == (["traffic light", "a cat on a mat", "dog"], [2, 1, 1])
-    assert table.vocabulary == [True, False, True] and len(table) == 3
-    table.add("a cat on a mat")  # now somebody's phrase as well
-    assert table.vocabulary[1]
-
-
-def source(names, *, kind="detection", captions=()) -> Source:
-    """A source in memory that has concepts and no records."""
-    none = np.zeros(0, np.int32)
-    result = Source(
-        directory=Path("nowhere"),
-        name="s",
-        kind=kind,
-        info={},
-        height=none,
-        width=none,
-        positives_offsets=np.zeros(1, np.int64),
-        positives=none,
-        tokens=tokenizer.pack_tokens(tokenizer.tokenize(names)),
-        keys=tokenizer.keys(names),
-        vocabulary=np.array([name not in captions for name in names], bool),
-    )
-    result.__dict__["concepts"] = [{"name": name} for name in names]
-    return result
-
-
-def test_dictionary_merges_by_text():
-    sources = {
-        "boxes": source(["cat", "dog", "bus"]),
-        "phrases": source(["red cat", "dog"], kind="grounding"),
-        "pairs": source(
-            ["a dog runs", "dog", "bus", "red cat"], kind="image_text", captions=["a dog runs"]
-        ),
-    }
-    dictionary = vocabulary_lib.Vocabulary(sources)
-    assert len(dictionary) == 5
-    for name, one in sources.items():
-        ids = dictionary.local_to_global[name]
-        assert ids.dtype == np.int32
-        texts = [row["name"] for row in one.concepts]
-        assert dictionary.names(ids) == texts
-        np.testing.assert_array_equal(dictionary.tokens(ids), tokenizer.tokenize(texts))
-        np.testing.assert_array_equal(dictionary.lookup(texts), ids)
-    assert sorted(dictionary.names(dictionary.pool("detection"))) == ["bus", "cat", "dog"]
-    assert sorted(dictionary.names(dictionary.pool("image_text"))) == ["bus", "dog", "red cat"]
-    assert dictionary.pool("nothing").shape == (0,)
-    turned = vocabulary_lib.Vocabulary(dict(reversed(sources.items())))
-    for name in sources:
-        np.testing.assert_array_equal(
-            turned.local_to_global[name], dictionary.local_to_global[name]
-        )
-
-
-def test_dictionary_edges():
-    dictionary = vocabulary_lib.Vocabulary({"a": source(["cat", "dog"]), "none": source([])})
-    tokens = dictionary.tokens(np.array([-1, 0, -1]))
-    assert not tokens[[0, 2]].any() and tokens[1, 0] == 49406
-    assert dictionary.names(np.array([-1])) == [""]
-    assert dictionary.lookup(["unheard of"]).tolist() == [-1]
-    assert dictionary.tokens(np.zeros(0, int)).shape == (0, 16)
-    for wrong in (2, -2):
-        with pytest.raises(IndexError, match="-1 … 1"):
-            dictionary.tokens(np.array([wrong]))
-    empty = vocabulary_lib.Vocabulary({})
-    assert len(empty) == 0 and empty.pool("detection").size == 0
-    assert empty.lookup(["cat"]).tolist() == [-1]
-
-
-def test_dictionary_of_many_concepts():
-    """Half a million a source, half of them shared, by arrays alone."""
-    rng = np.random.default_rng(0)
-    keys = rng.permutation(np.unique(rng.integers(0, 2**63, 750_000, dtype=np.uint64)))
-    third = len(keys) // 3
-
-    def big(part):
-        tokens = np.zeros((len(part), 16), np.uint16)
-        tokens[:, :4] = part[:, None].view(np.uint16)  # so that each concept's tokens tell its key
-        mask = np.ones(len(part), bool)
-        return dataclasses.replace(source([]), keys=part, tokens=tokens, vocabulary=mask)
-
-    parts = {"a": keys[: 2 * third], "b": keys[third:]}
-    dictionary = vocabulary_lib.Vocabulary({name: big(part) for name, part in parts.items()})
-    assert len(dictionary) == len(keys)
-    for name, part in parts.items():
-        some = rng.integers(0, len(part), 1000)
-        ids = dictionary.local_to_global[name][some]
-        assert len(np.unique(dictionary.local_to_global[name])) == len(part)
-        tokens = dictionary.tokens(ids)[:, :4].astype(np.uint16)
-        np.testing.assert_array_equal(
-            np.ascontiguousarray(tokens).view(np.uint64)[:, 0], part[some]
-        )
 
 
 def naive_fit(name: str, definition: str, template: str) -> str:
