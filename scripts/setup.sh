@@ -1,6 +1,6 @@
 # Sourced by the other scripts: makes the virtual environment once and puts it on the PATH.
 #   PYTHON=  interpreter to make it with (3.11 or newer; default: the newest of python3.11-3.13, else python3)
-#   VENV=    where it lies (default: .venv in the root of the repository)
+#   VENV=    its directory (default: .venv in the root of the repository)
 #   $1       "test" installs what only the tests need as well
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,7 +13,7 @@ if [ -z "${PYTHON:-}" ]; then
   done
 fi
 if [ -z "${PYTHON:-}" ] || ! supported "$PYTHON"; then
-  echo "error: Python 3.11 or newer is needed and '${PYTHON:-python3}' is none: set PYTHON=/path/to/python3.12." >&2
+  echo "error: Python 3.11 or newer is needed but '${PYTHON:-python3}' is not: set PYTHON=/path/to/python3.12." >&2
   exit 2
 fi
 
