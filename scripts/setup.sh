@@ -13,7 +13,7 @@ if [ -z "${PYTHON:-}" ]; then
   done
 fi
 if [ -z "${PYTHON:-}" ] || ! supported "$PYTHON"; then
-  echo "error: Python 3.11 or newer is needed but '${PYTHON:-python3}' is not: set PYTHON=/path/to/python3.12." >&2
+  echo "error: '${PYTHON:-python3}' is not Python 3.11 or newer. Set PYTHON=/path/to/python3.12." >&2
   exit 2
 fi
 
