@@ -1,6 +1,6 @@
 """The data benchmarks on tiny inputs."""
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -15,16 +15,9 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import Source
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, tiny_run.ROOT / f"scripts/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def full_size():
-    return script("benchmarks/full_size")
+    return importlib.import_module("full_size")
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +49,7 @@ def test_writing_again_changes_nothing(full_size, made_up):
     assert (made_up / "goldg/info.json").stat().st_mtime_ns == before
 
 
-def test_start_up_and_planning_are_measured(full_size, made_up, monkeypatch):
-    monkeypatch.setitem(sys.modules, "full_size", full_size)  # fresh processes import it by name
-    monkeypatch.setattr(sys, "path", [str(tiny_run.ROOT / "scripts/benchmarks"), *sys.path])
+def test_start_up_and_planning_are_measured(full_size, made_up):
     figures = full_size.measure(made_up, rounds=1)
     assert figures["records"] == 330 + 385 + 6500
     assert set(figures["start_up_seconds"]) == {"0", "150000"}
@@ -91,7 +82,7 @@ def test_shapes_are_chosen_for_a_config(made_up):
         ((), "either --config"),
         (("--data=DIR/goldg",), "--area"),
         (("--data=DIR/goldg", "--area=wide"), "--area=wide"),
-        (("--data=DIR/none", "--area=64x64"), "none: no prepared data"),
+        (("--data=DIR/none", "--area=64x64"), "none: no prepared source"),
     ],
 )
 def test_shapes_cannot_be_chosen(made_up, arguments, words):
@@ -107,7 +98,7 @@ def test_shapes_are_chosen_for_a_directory(made_up):
 
 
 def test_ratios_are_those_of_a_round():
-    benchmark = script("benchmark_data")
+    benchmark = importlib.import_module("benchmark_data")
     figures = lambda rate: {
         "images_per_second": rate,
         "images_per_cpu_second": rate / 2,
@@ -147,7 +138,7 @@ def test_the_race_runs(tmp_path):
 
 
 def test_a_folder_without_images_is_an_error(tmp_path):
-    benchmark = script("benchmark_data")
+    benchmark = importlib.import_module("benchmark_data")
     with pytest.raises(UserError, match="contains no JPEG files"):
         benchmark.prepare(tmp_path / "out", tmp_path)
     assert isinstance(benchmark.machine()["cores"], int)
