@@ -1,7 +1,7 @@
 """Training from scratch on your own images with COCO-format boxes, phrases or captions.
 
-    python scripts/prepare_data.py custom --from=my_photos --to=data/my_photos
-    python -m detclipv2_jax.main --config=configs/coco_format.py:nano \
+    detclip prepare custom --from=my_photos --to=data/my_photos
+    detclip train --config=configs/coco_format.py:nano \
         --config.data_dir=data/my_photos --workdir=runs/my_photos
 
 nano (the default) trains on two CPU cores, about 0.33 s per step. From 244 COCO photos it reaches
@@ -30,7 +30,7 @@ def get_config(size: str = "nano") -> ConfigDict:
     config = ConfigDict(config_dict.to_dict(config_lib.RunConfig(model=model)))
     data = config.data
     data.skip_missing = True
-    data.prepare = "python scripts/prepare_data.py custom --from=YOUR_FOLDER --to=DATA_DIR"
+    data.prepare = "detclip prepare custom --from=YOUR_FOLDER --to=DATA_DIR"
     for kind in ("detection", "grounding", "image_text"):
         data[kind].sources = (kind,)
     for kind in (data.detection, data.grounding):

@@ -1,7 +1,7 @@
 """Fine-tuning of a trained detector on your own COCO-format boxes, while rehearsing the old data.
 
-    python scripts/prepare_data.py custom --from=my_photos --to=data/target
-    python -m detclipv2_jax.main --config=configs/finetune_coco_format.py:swin_t \
+    detclip prepare custom --from=my_photos --to=data/target
+    detclip train --config=configs/finetune_coco_format.py:swin_t \
         --config.init.model=runs/swin_t --workdir=runs/my_photos \
         --config.eval.dataset=$PWD/my_photos/val.json --config.eval.images=$PWD/my_photos/images
 
@@ -37,7 +37,7 @@ def get_config(size: str = "swin_t") -> ConfigDict:
     config = pretrain.get_config(size)
     data = config.data
     data.skip_missing = True
-    data.prepare = "python scripts/prepare_data.py custom --from=YOUR_FOLDER --to=DATA_DIR/target"
+    data.prepare = "detclip prepare custom --from=YOUR_FOLDER --to=DATA_DIR/target"
     for kind in ("detection", "grounding", "image_text"):
         data[kind].rehearsal = data[kind].sources
         data[kind].sources = ()

@@ -1,7 +1,7 @@
 """Fine-tuning of a trained detector on LVIS v1, 1,203 categories (paper §4).
 
-    python scripts/prepare_data.py lvis --from=lvis --to=data/lvis_train
-    python -m detclipv2_jax.main --config=configs/finetune_lvis.py:swin_t \
+    detclip prepare lvis --from=lvis --to=data/lvis_train
+    detclip train --config=configs/finetune_lvis.py:swin_t \
         --config.init.model=runs/swin_t --workdir=runs/lvis_swin_t
 
 The paper reports 50.7 (Swin-T) and 60.1 (Swin-L) fixed AP on minival. This code has not been
@@ -47,7 +47,7 @@ def get_config(size: str = "swin_t") -> ConfigDict:
         config.optimizer.learning_rate = 5e-4
         config.train.epochs = 1.0
         return config
-    data.prepare = "python scripts/prepare_data.py lvis --from=DIR --to=data/lvis_train"
+    data.prepare = "detclip prepare lvis --from=DIR --to=data/lvis_train"
     data.detection.sources = ("lvis_train",)
     data.detection.table_size = 1280  # LVIS has 1,203 names
     for kind in (data.detection, data.grounding):

@@ -5,15 +5,15 @@ on 500 unseen scenes: 0.33 for names with boxes, 0.26 for names known from capti
 two seeds, docs/results/captions/README.md); 0.60 and 0.46 after three epochs
 (docs/results/three_epochs/README.md). `./scripts/quickstart.sh` installs, then runs:
 
-    python scripts/prepare_data.py symbols --to=data/symbols
-    python -m detclipv2_jax.main --config=configs/pretrain.py:nano --workdir=runs/quickstart
+    detclip prepare symbols --to=data/symbols
+    detclip train --config=configs/pretrain.py:nano --workdir=runs/quickstart
 
 swin_t (the default) and swin_l: the paper's recipe on Objects365, GoldG and CC15M, 12 epochs, about
 159,000 steps. The paper reports 40.4 and 44.7 fixed AP on LVIS minival; this code has not been
 trained at these sizes yet. The sources are prepared under `data/` first (docs/data.md):
 
-    python -m detclipv2_jax.main --config=configs/pretrain.py:swin_t --workdir=runs/swin_t
-    python -m detclipv2_jax.main --config=configs/pretrain.py:swin_l --workdir=runs/swin_l
+    detclip train --config=configs/pretrain.py:swin_t --workdir=runs/swin_t
+    detclip train --config=configs/pretrain.py:swin_l --workdir=runs/swin_l
 
 A comment [paper] marks a value of the paper (Yao et al. 2023, §4.1), [ours] a choice where it is
 silent. Values that are not set here are defaults; docs/paper_vs_ours.md lists all of them.
@@ -44,9 +44,9 @@ def swin_t() -> ConfigDict:
     config = ConfigDict(config_dict.to_dict(config_lib.RunConfig(model=sizes.SWIN_T)))
     data = config.data
     data.prepare = (
-        "python scripts/prepare_data.py objects365|goldg|conceptual_captions --from=DIR "
+        "detclip prepare objects365|goldg|conceptual_captions --from=DIR "
         "--to=data/NAME for the names objects365, goldg and cc15m, then "
-        "scripts/prepare_concepts.py --from=data --to=data/concepts (docs/data.md)"
+        "detclip prepare concepts --from=data --to=data/concepts (docs/data.md)"
     )
     data.dictionary = "concepts"
     data.detection.sources = ("objects365",)
@@ -90,7 +90,7 @@ def nano() -> ConfigDict:
     config.model = ConfigDict(sizes.NANO.to_dict())
     data = config.data
     config.data_dir = "data/symbols"
-    data.prepare = "python scripts/prepare_data.py symbols --to=data/symbols"
+    data.prepare = "detclip prepare symbols --to=data/symbols"
     data.dictionary = ""  # no definitions: the text tower starts from scratch and learns names
     for kind in (data.detection, data.grounding):
         kind.batch_size = 16

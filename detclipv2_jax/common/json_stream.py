@@ -98,7 +98,7 @@ def _lists(
             continue
         raise UserError(
             f'{path}: its top level has no list "{field}". Give a file in the format that '
-            "`python scripts/prepare_data.py --help` describes."
+            "`detclip prepare --help` describes."
         )
 
 

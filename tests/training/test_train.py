@@ -505,7 +505,7 @@ def test_another_model_in_the_same_workdir_is_a_user_error(data, finished):
     [
         ({"train.epoch": 3}, "--config.train.epoch is not a field of the config. Did you mean"),
         ({"trian.epochs": 3}, "--config.trian is not a field of the config. Did you mean train?"),
-        ({"data_dir": "/nowhere"}, "prepare_data.py symbols --to=data/symbols"),
+        ({"data_dir": "/nowhere"}, "detclip prepare symbols --to=data/symbols"),
         ({"train.epochs": "many"}, "many"),
         ({"eval.dataset": "none.json"}, "none.json"),
         ({"data.detection.sources": "('grounding',)"}, "grounding"),

@@ -70,7 +70,7 @@ class Indexer:
         `names` are concepts that come first, whether or not a record has them.
         """
         self._captioned = kind == "image_text"
-        self._concepts = ConceptTable()
+        self._concepts = ConceptCounter()
         for name in names:
             self._concepts.add(name, count=0)
         self._sizes: list[tuple[int, int]] = []
@@ -109,7 +109,7 @@ class Indexer:
         )
 
 
-class ConceptTable:
+class ConceptCounter:
     """Collects and counts the concepts of one source during preparation.
 
     Local ids follow the first appearance. `vocabulary` is True for names and phrases, which may be

@@ -4,7 +4,7 @@ from detclipv2_jax.data.prepare import index_writer
 
 
 def test_table_counts_and_merges_spellings():
-    table = index_writer.ConceptTable()
+    table = index_writer.ConceptCounter()
     assert table.add("Traffic Light", count=0) == 0
     assert table.add("a cat on a mat", vocabulary=False) == 1
     assert [table.add(" traffic  LIGHT"), table.add("traffic light")] == [0, 0]

@@ -297,10 +297,10 @@ def test_a_small_source_has_shards_for_many_processes(tmp_path):
 
 @pytest.mark.parametrize("kind", ["detection", "image_text"])
 def test_merged_shards_equal_one_table(kind, tmp_path):
-    """The ids and counts are those of one ConceptTable that sees all records in order."""
+    """The ids and counts are those of one ConceptCounter that sees all records in order."""
     rng = np.random.default_rng(0)
     words = [f"word {i}" for i in range(40)]
-    table = index_writer.ConceptTable()
+    table = index_writer.ConceptCounter()
     for name in words[:3]:
         table.add(name, count=0)
     paths, positives = [tmp_path / "names.npz"], []
