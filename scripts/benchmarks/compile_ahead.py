@@ -1,6 +1,7 @@
 """Compile a config's training steps for other devices; report the memory and work they need.
 
-    python scripts/benchmarks/compile_ahead.py --config=configs/pretrain.py:swin_t --topology=v5e:4x8
+    python scripts/benchmarks/compile_ahead.py --config=configs/pretrain.py:swin_t \\
+        --topology=v5e:4x8
     python scripts/benchmarks/compile_ahead.py --config=configs/pretrain.py:nano --topology=cpu:8
 
 For a TPU topology (v5e:4x8, v5p:4x4x4, v6e:4x8), any machine can run the TPU's compiler:
