@@ -26,3 +26,8 @@ class Batch:
     tokens: Int[Array, "M L"]  # the step's concepts, each once for the whole global batch
     token_mask: Bool[Array, " M"]  # False: an unused row of the table
     kind: Kind = dataclasses.field(metadata={"static": True})
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """(height, width) of the canvas in pixels."""
+        return self.images.shape[1], self.images.shape[2]

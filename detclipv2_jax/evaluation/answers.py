@@ -87,11 +87,11 @@ class AnswerStore:
           UserError: the directory has the answers of another job; names the first difference.
         """
         path = self._directory / "job.json"
-        identity = json.loads(json.dumps(identity))
+        wanted: dict[str, Any] = json.loads(json.dumps(identity))
         if path.exists():
-            self._check_same_job(path, identity)
+            self._check_same_job(path, wanted)
         else:
-            write_json(path, identity)
+            write_json(path, wanted)
         return [chunk for chunk in range(len(self._chunks)) if not self._is_complete(chunk)]
 
     def _check_same_job(self, path: pathlib.Path, identity: dict[str, Any]) -> None:
@@ -115,7 +115,7 @@ class AnswerStore:
         stored = self._load(chunk)
         if stored is None or any(stored["errors"]):
             return False
-        return stored["numbers"].tolist() == self._numbers_with_file(chunk)
+        return stored["numbers"].tolist() == list(self._files(chunk))
 
     def answer_chunks(
         self, predictors: Sequence[Predictor], chunks: Sequence[int], title: str | None
@@ -128,7 +128,7 @@ class AnswerStore:
           title: of the progress bar; None shows no bar.
         """
         waiting, stop, lock = collections.deque(chunks), threading.Event(), threading.Lock()
-        total = sum(len(self._numbers_with_file(chunk)) for chunk in chunks)
+        total = sum(len(self._files(chunk)) for chunk in chunks)
         bar = tqdm(total=total, desc=title, unit="image", disable=title is None, smoothing=0.05)
 
         def work(predictor: Predictor) -> None:
@@ -137,10 +137,10 @@ class AnswerStore:
                     chunk = waiting.popleft()
                 except IndexError:  # another predictor took the last one
                     return
-                numbers = self._numbers_with_file(chunk)
-                paths = [self._paths[number] for number in numbers]
+                files = self._files(chunk)
+                numbers = list(files)
                 answers: dict[int, ImageDetections | UserError] = {}
-                for index, found in predictor.stream(paths, self._names):
+                for index, found in predictor.stream(files.values(), self._names):
                     if stop.is_set():
                         return
                     answers[numbers[index]] = found
@@ -172,8 +172,10 @@ class AnswerStore:
             answers = dict(self._unpack(stored))
             yield from ((number, answers.get(number)) for number in numbers)
 
-    def _numbers_with_file(self, chunk: int) -> list[int]:
-        return [number for number in self._chunks[chunk] if self._paths[number] is not None]
+    def _files(self, chunk: int) -> dict[int, pathlib.Path]:
+        """Return index -> file of the images of a chunk, without the images that are missing."""
+        files = ((number, self._paths[number]) for number in self._chunks[chunk])
+        return {number: path for number, path in files if path is not None}
 
     def _path(self, chunk: int) -> pathlib.Path:
         # "part" is the word of older versions; the name stays so that their jobs can resume.
@@ -261,7 +263,7 @@ def _difference(stored: Any, now: Any) -> tuple[str, str]:
     """Return both values as short texts; of nested fields only those that differ."""
     if isinstance(stored, dict) and isinstance(now, dict):
         keys = sorted(k for k in stored.keys() | now.keys() if stored.get(k) != now.get(k))
-        return tuple(
-            ", ".join(f"{k} {json.dumps(side.get(k))[:60]}" for k in keys) for side in (stored, now)
-        )
-    return tuple(json.dumps(side)[:20] for side in (stored, now))
+        text = lambda side: ", ".join(f"{k} {json.dumps(side.get(k))[:60]}" for k in keys)
+    else:
+        text = lambda side: json.dumps(side)[:20]
+    return text(stored), text(now)

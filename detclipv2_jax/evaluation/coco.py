@@ -9,7 +9,7 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -20,6 +20,7 @@ from detclipv2_jax.evaluation import matching
 # In the order of COCOeval.summarize.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _MAX_DETECTIONS = 100  # per image and category
+_Ids = Int[np.ndarray, " n"] | Sequence[int] | int  # as in the annotation file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +97,11 @@ class GroundTruth:
         ends = np.searchsorted(ordered, ids, side="right")
         return {image: order[start:end] for image, start, end in zip(ids, starts, ends)}
 
-    def image_indices(self, ids: Int[np.ndarray, " n"] | int) -> Int[np.ndarray, " n"]:
+    def image_indices(self, ids: _Ids) -> Int[np.ndarray, " n"]:
         """Return the positions of image ids in `sorted_image_ids`; -1 for unknown ids."""
         return _indices(self.sorted_image_ids, ids)
 
-    def category_indices(self, ids: Int[np.ndarray, " n"] | int) -> Int[np.ndarray, " n"]:
+    def category_indices(self, ids: _Ids) -> Int[np.ndarray, " n"]:
         """Return the positions of category ids in `sorted_category_ids`; -1 for unknown ids."""
         return _indices(self.sorted_category_ids, ids)
 
@@ -113,7 +114,7 @@ class GroundTruth:
         return rows
 
 
-def _indices(known: Int[np.ndarray, " k"], ids: Int[np.ndarray, " n"] | int) -> np.ndarray:
+def _indices(known: Int[np.ndarray, " k"], ids: _Ids) -> np.ndarray:
     found = np.minimum(np.searchsorted(known, ids), len(known) - 1)
     return np.where(known[found] == ids, found, -1)
 
@@ -238,10 +239,11 @@ def _optional_text(row: dict[str, Any], field: str) -> str | None:
     return value if isinstance(value, str) and value.strip() else None
 
 
-def is_finite_number(value: object) -> bool:
+def is_finite_number(value: object) -> TypeGuard[float]:
     """Return whether a value of a JSON file is a finite number; JSON's integers have any size."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) < 1e300 and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 1e300 and math.isfinite(value)
 
 
 def _unique_ids(path: str | pathlib.Path, field: str, ids: Sequence[int]) -> set[int]:

@@ -183,6 +183,8 @@ class LvisEvaluator(coco.DetectionEvaluator):
     the best detections of each category so far; what scores no higher than all of them is dropped.
     """
 
+    _truth: LvisGroundTruth
+
     def __init__(
         self,
         ground_truth: LvisGroundTruth,
@@ -332,7 +334,7 @@ class _BestOfCategories:
     def chunks(self, size: int) -> Iterator[_Chunk]:
         """Yield the best detections in whole categories, about `size` detections at a time."""
         self._sort()
-        for category in np.flatnonzero(self._counts > self._limit):
+        for category in np.flatnonzero(self._counts > self._limit).tolist():
             self._cut(category)
         first, total = 0, 0
         for category, count in enumerate(self._counts.tolist()):
@@ -353,7 +355,7 @@ class _BestOfCategories:
             # Copy: a view of a few rows would keep all of them in memory.
             self._rows[category].append(rows[edges[category] : edges[category + 1]].copy())
         self._counts += np.diff(edges)
-        for category in np.flatnonzero(self._counts > self._limit + self._limit // 4):
+        for category in np.flatnonzero(self._counts > self._limit + self._limit // 4).tolist():
             self._cut(category)
 
     def _cut(self, category: int) -> None:

@@ -85,10 +85,10 @@ def _answers(
 ) -> Iterator[tuple[int, Answer]]:
     """Yield (index of the image, answer): first None for missing images, then the others."""
     yield from ((number, None) for number, path in enumerate(paths) if path is None)
-    found = [number for number, path in enumerate(paths) if path is not None]
-    stream = predictor.stream([paths[number] for number in found], names)
-    bar = tqdm(stream, total=len(found), desc="evaluating", unit="image", disable=not progress)
-    yield from ((found[index], answer) for index, answer in bar)
+    files = {number: path for number, path in enumerate(paths) if path is not None}
+    stream, numbers = predictor.stream(files.values(), names), list(files)
+    bar = tqdm(stream, total=len(files), desc="evaluating", unit="image", disable=not progress)
+    yield from ((numbers[index], answer) for index, answer in bar)
 
 
 def measure_answers(

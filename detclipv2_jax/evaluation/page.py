@@ -21,7 +21,7 @@ from detclipv2_jax.inference.detector import Detector
 from detclipv2_jax.text.tokenizer import normalize
 
 if TYPE_CHECKING:
-    import gradio
+    import gradio  # pyright: ignore[reportMissingImports]  # optional
 
 
 # The detector returns this much; the sliders choose from it, so the model runs once per image.
@@ -128,13 +128,16 @@ def build_page(detector: Detector, title: str, examples: list[list[str]]) -> "gr
 
     def search(image, text, threshold, max_boxes):
         try:
-            answer = detect(detector, image, text)
+            pixels, found = detect(detector, image, text)
         except UserError as error:
             return None, None, [], f"⚠ {_without_folder(error, image)}"
-        return answer, *show(*answer, threshold, max_boxes)
+        return (pixels, found), *show(pixels, found, threshold, max_boxes)
 
     def choose(answer, threshold, max_boxes):
-        return show(*answer, threshold, max_boxes) if answer else (None, [], "")
+        if not answer:
+            return None, [], ""
+        pixels, found = answer
+        return show(pixels, found, threshold, max_boxes)
 
     # Long, because Gradio declares a page as nested blocks.
     with gr.Blocks(title=title, analytics_enabled=False) as page:
@@ -191,7 +194,7 @@ def _gradio() -> Any:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        import gradio
+        import gradio  # pyright: ignore[reportMissingImports]  # optional
     except ImportError:
         raise UserError(
             "the page needs Gradio, which is not installed. Run "

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 from PIL import Image
@@ -84,7 +85,10 @@ def draw_comparison(
     pictures, titles = [], []
     for number in sorted(samples):
         image, found = truth.images[number], samples[number]
-        pixels, boxes = images.read(paths[number]), truth.boxes_of_image[image.id]
+        path = paths[number]
+        if path is None:
+            raise ValueError(f"image {number} has detections but no file")
+        pixels, boxes = images.read(path), truth.boxes_of_image[image.id]
         scale = np.tile([found.size[1] / image.width, found.size[0] / image.height], 2)
         labels = [names[int(key)] for key in truth.category_ids[boxes]]
         pictures.append(drawing.draw_boxes(pixels, truth.boxes[boxes] * scale, labels, side=480))
@@ -102,9 +106,8 @@ def without_overlaps(found: ImageDetections) -> Int[np.ndarray, " k"]:
 
     For pictures only: metrics count every name at a place.
     """
-    count = min(len(found), 200)
-    everything = np.ones(count, bool)
-    return np.flatnonzero(nms(found.boxes[:count], found.scores[:count], everything, 0.6))
+    boxes, scores = jnp.asarray(found.boxes[:200]), jnp.asarray(found.scores[:200])
+    return np.flatnonzero(nms(boxes, scores, jnp.ones(len(scores), bool), 0.6))
 
 
 def _tables(results: Mapping[str, Any]) -> dict[str, dict[str, Metrics]]:

@@ -106,7 +106,9 @@ def read_results(path: str | pathlib.Path, truth: coco.GroundTruth) -> ResultsFi
         belongs to the ground truth. Names the file and the entry.
     """
     chunks = [np.zeros(0, matching.DETECTION_DTYPE)]
-    counts = dict.fromkeys(("entries", "unknown_images", "unknown_categories", "negative_sizes"), 0)
+    counts: dict[str, int] = dict.fromkeys(
+        ("entries", "unknown_images", "unknown_categories", "negative_sizes"), 0
+    )
     entries = json_stream.read_entries(pathlib.Path(path))
     while some := list(itertools.islice(entries, _ENTRIES_PER_CHECK)):
         columns = _columns(some)
@@ -146,20 +148,22 @@ def _columns(entries: Sequence[Any]) -> _Columns | None:
     """
     try:
         lists = [[entry[key] for entry in entries] for key in ("image_id", "category_id", "score")]
-        *ids, scores = map(np.asarray, lists)
+        image_ids, category_ids, scores = map(np.asarray, lists)
         boxes = np.asarray([entry["bbox"] for entry in entries])
     except (TypeError, KeyError, ValueError):
         return None
     if any(bool in set(map(type, values)) for values in lists):  # NumPy takes true for 1
         return None
     count = len(entries)
-    if boxes.shape != (count, 4) or any(c.shape != (count,) for c in (*ids, scores)):
+    if boxes.shape != (count, 4) or any(
+        column.shape != (count,) for column in (image_ids, category_ids, scores)
+    ):
         return None
-    if any(column.dtype.kind != "i" for column in ids):
+    if image_ids.dtype.kind != "i" or category_ids.dtype.kind != "i":
         return None
     if any(c.dtype.kind not in "if" or not np.isfinite(c).all() for c in (boxes, scores)):
         return None
-    return _Columns(*ids, boxes, scores)
+    return _Columns(image_ids, category_ids, boxes, scores)
 
 
 def _first_problem(path: str | pathlib.Path, start: int, entries: Sequence[Any]) -> UserError:

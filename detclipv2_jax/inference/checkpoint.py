@@ -7,6 +7,7 @@ writes them (training/checkpointer.py).
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class LoadedModel:
 # In all functions `directory` is the workdir of a run or its `checkpoints/`.
 
 
-def steps(directory: Path | str) -> list[int]:
+def steps(directory: str | os.PathLike) -> list[int]:
     """Return the steps of the complete checkpoints of a run, ascending; [] if there are none."""
     root = _root(directory)
     if not root.is_dir():
@@ -65,7 +66,7 @@ def steps(directory: Path | str) -> list[int]:
     return sorted(int(path.name) for path in root.iterdir() if path.name.isdigit())
 
 
-def require_steps(directory: Path | str) -> list[int]:
+def require_steps(directory: str | os.PathLike) -> list[int]:
     """Return what `steps` returns; raise `UserError` if there are none."""
     found = steps(directory)
     if not found:
@@ -75,7 +76,7 @@ def require_steps(directory: Path | str) -> list[int]:
     return found
 
 
-def best_step(directory: Path | str) -> int:
+def best_step(directory: str | os.PathLike) -> int:
     """Return the step with the best score in training's evaluations; of equal scores the last.
 
     Raises:
@@ -91,13 +92,13 @@ def best_step(directory: Path | str) -> int:
     return max(evaluated, key=lambda step: (scores[step], step))
 
 
-def stored_score(directory: Path | str, step: int) -> float | None:
+def stored_score(directory: str | os.PathLike, step: int) -> float | None:
     """Return the score that training measured at `step`; None if it did not evaluate there."""
     with _open(directory) as manager:
         return _meta(manager, step).get("score")
 
 
-def is_finished(directory: Path | str) -> bool:
+def is_finished(directory: str | os.PathLike) -> bool:
     """Return whether the newest checkpoint is that of the run's last step.
 
     False for old checkpoints, which do not store the number of steps.
@@ -109,7 +110,7 @@ def is_finished(directory: Path | str) -> bool:
         return _meta(manager, known[-1]).get("total_steps") == known[-1]
 
 
-def load_model(directory: Path | str, step: int | None = None) -> LoadedModel:
+def load_model(directory: str | os.PathLike, step: int | None = None) -> LoadedModel:
     """Load the model of one checkpoint onto the first local device of this process.
 
     Args:
@@ -188,12 +189,11 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
 
 def item_handlers(processes: ocp.options.MultiprocessingOptions | None = None) -> dict[str, Any]:
     """Return Orbax's handler for each item of a checkpoint."""
-    options = {"multiprocessing_options": processes or ocp.options.MultiprocessingOptions()}
-    standard = ocp.StandardCheckpointHandler
+    processes = processes or ocp.options.MultiprocessingOptions()
     return {
-        "model": standard(**options),
-        "state": standard(**options),
-        "meta": ocp.JsonCheckpointHandler(**options),
+        "model": ocp.StandardCheckpointHandler(multiprocessing_options=processes),
+        "state": ocp.StandardCheckpointHandler(multiprocessing_options=processes),
+        "meta": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
     }
 
 
@@ -202,12 +202,12 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-def _root(directory: Path | str) -> Path:
+def _root(directory: str | os.PathLike) -> Path:
     root = Path(directory).absolute()
     return root / SUBDIRECTORY if (root / SUBDIRECTORY).is_dir() else root
 
 
-def _open(directory: Path | str) -> ocp.CheckpointManager:
+def _open(directory: str | os.PathLike) -> ocp.CheckpointManager:
     """Return a read-only manager that does not wait for other processes."""
     index = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
@@ -218,4 +218,4 @@ def _open(directory: Path | str) -> ocp.CheckpointManager:
 
 
 def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]

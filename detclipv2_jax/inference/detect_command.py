@@ -194,23 +194,28 @@ def _detect_video(
             read_ahead[number] = frame
             yield frame
 
-    entries, counts = [], collections.Counter()
+    entries, counts, size = [], collections.Counter(), None
     stream = detector.predictor.stream(frames(), encoded)
     progress = tqdm(stream, total=video.frames or None, unit="frame", desc=file.path, disable=None)
     with video_writer(output / file.drawn, video.rate) as add_frame:
         for number, found in progress:
+            if isinstance(found, UserError):
+                raise found
             pixels = read_ahead.pop(number)
             drawn = drawing.draw_boxes(pixels, found.boxes, found.names, found.scores)
             add_frame(np.asarray(drawn))
             counts.update(found.names)
+            size = found.size
             seconds = round(number / video.rate, 3)
             entries.append({"frame": number, "seconds": seconds, "detections": _to_json(found)})
+        if size is None:
+            raise UserError(f"{file.path}: cannot be read as a video (no frame can be decoded).")
     tqdm.write(f"{file.path}: {len(entries)} frames, {_summary(counts)} -> {output / file.drawn}")
     return {
         "video": file.path,
         "picture": file.drawn,
-        "height": found.size[0],
-        "width": found.size[1],
+        "height": size[0],
+        "width": size[1],
         "frames_per_second": round(video.rate, 3),
         "frames": entries,
     }

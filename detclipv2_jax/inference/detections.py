@@ -89,7 +89,7 @@ class ImageDetections:
           UserError: the package `supervision` is not installed.
         """
         try:
-            import supervision
+            import supervision  # pyright: ignore[reportMissingImports]  # optional
         except ImportError:
             raise UserError(
                 "to_supervision() needs the package supervision. Run `pip install supervision`."

@@ -43,7 +43,7 @@ def draw_boxes(
     image: UInt8[np.ndarray, "h w 3"],
     boxes: Float[np.ndarray, "n 4"],
     names: Sequence[str],
-    scores: Sequence[float] | None = None,
+    scores: Float[np.ndarray, " n"] | Sequence[float] | None = None,
     *,
     side: int = 640,
 ) -> Image.Image:

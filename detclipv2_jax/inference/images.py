@@ -75,7 +75,7 @@ def read(source: ImageSource, *, upright: bool = False) -> UInt8[np.ndarray, "h 
 def oriented_canvas(canvas: tuple[int, int], height: int, width: int) -> tuple[int, int]:
     """Return the canvas or its transpose, whichever shows an image of that size larger."""
     scale = lambda shape: min(shape[0] / height, shape[1] / width)
-    return max(canvas, canvas[::-1], key=scale)
+    return max(canvas, (canvas[1], canvas[0]), key=scale)
 
 
 def fitted_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
@@ -108,7 +108,7 @@ def _decode(
     except IsADirectoryError:
         raise UserError(f"{path}: is a directory. Give the image files in it.") from None
     except Image.DecompressionBombError:
-        limit = 2 * Image.MAX_IMAGE_PIXELS
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # None turns this error off
         raise UserError(
             f"{path}: has more than {limit:,} pixels, which PIL refuses for safety. Scale the "
             "image down, or pass it as an array."
@@ -128,8 +128,8 @@ def _decode_file(
         swapped = upright and image.getexif().get(_ORIENTATION, 1) in _SWAPS_SIDES
         size = (image.width, image.height) if swapped else (image.height, image.width)
         if canvas is not None:
-            target = fitted_size(size, oriented_canvas(canvas, *size))
-            _draft(image, target[::-1] if swapped else target)
+            height, width = fitted_size(size, oriented_canvas(canvas, *size))
+            _draft(image, (width, height) if swapped else (height, width))
         return _pil_to_rgb(ImageOps.exif_transpose(image) if upright else image), size
 
 

@@ -41,8 +41,9 @@ def predict(
       Boxes clipped to the image. A score that is not finite is no detection.
     """
     regions = model.encode_image(images)
-    boxes, box_mask = clipped_boxes(model, regions, images.shape[1:3], sizes)
-    score_block = lambda block: score_names(model, regions, *block, config)
+    canvas = (images.shape[1], images.shape[2])
+    boxes, box_mask = clipped_boxes(model, regions, canvas, sizes)
+    score_block = lambda block: score_names(model, regions, block[0], block[1], config)
     if name_mask is None:
         name_mask = jnp.ones(len(embeddings), bool)
     detections = class_nms(

@@ -324,9 +324,10 @@ class Predictor:
         """Tell a TPU's kernels which devices share the images, or the names."""
         if self._sharding is None:
             return contextlib.nullcontext()
-        return jax.set_mesh(self._sharding.mesh)
+        mesh = self._sharding.mesh  # of devices, never an abstract one
+        return jax.set_mesh(mesh)  # pyright: ignore[reportArgumentType]
 
-    def _sharded(self, array: np.ndarray) -> Array:
+    def _sharded(self, array: np.ndarray) -> Array | np.ndarray:
         if self._sharding is None:
             return array
         return jax.make_array_from_callback(array.shape, self._sharding, lambda part: array[part])
@@ -340,10 +341,10 @@ def _in_image_pixels(
     (height, width), (original_height, original_width) = image.size, image.original_size
     scale = np.tile([original_width / width, original_height / height], 2)
     limits = np.tile([original_width, original_height], 2)
-    labels = found.labels[slot][kept]
+    labels = np.asarray(found.labels[slot][kept])
     return ImageDetections(
         boxes=np.minimum(found.boxes[slot][kept] * scale, limits).astype(np.float32),
-        scores=found.scores[slot][kept],
+        scores=np.asarray(found.scores[slot][kept]),
         labels=labels,
         names=tuple(names[label] for label in labels),
         size=image.original_size,

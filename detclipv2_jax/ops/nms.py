@@ -60,7 +60,7 @@ def class_nms(
     blocks: PyTree,
     *,
     iou_threshold: float,
-    score_threshold: float,
+    score_threshold: Float[Array, ""] | float,
     pre_nms_top_k: int,
     max_detections: int,
 ) -> tuple[Float[Array, "B T 4"], Float[Array, "B T"], Int[Array, "B T"], Bool[Array, "B T"]]:

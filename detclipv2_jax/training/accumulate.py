@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt8
 
 from detclipv2_jax.common.errors import UserError
@@ -113,7 +113,7 @@ class _Run:
     graphdef: Any
     config: LossConfig
     micro_batches: int
-    mesh: Mesh | None
+    mesh: Mesh | AbstractMesh | None
 
     def build(self, params: PyTree) -> detclip.DetCLIP:
         return detclip.build(self.graphdef, params)
@@ -159,7 +159,7 @@ def _dense(
 
     The normalizers depend on the assignment alone, so all images are assigned first.
     """
-    canvas, grid = batch.images.shape[1:3], run.build(params).cfg.anchors
+    canvas, grid = batch.canvas, run.build(params).cfg.anchors
     with_boxes = objective.has_box_losses(batch.kind, run.config)
 
     def assign(_: PyTree, annotations: _Annotations) -> objective.Targets:
@@ -217,14 +217,13 @@ def _image_text(
            loss(F, scale, concepts) and its gradients, for the whole batch at once
         2. Σ_micro-batches ∂/∂θ ⟨F(θ), ∂loss/∂F⟩, micro-batch by micro-batch
     """
-    canvas = batch.images.shape[1:3]
 
     def select(shared: PyTree, part: _PooledImages) -> _SelectedRegions:
         params, concepts = shared
         model = run.build(params)
         regions = part.images.encode(model)
         selection = objective.select_regions(
-            model, regions, concepts, part.pools, part.sizes, canvas, run.config.proposals
+            model, regions, concepts, part.pools, part.sizes, batch.canvas, run.config.proposals
         )
         return _SelectedRegions(objective.selected_embeddings(regions, selection), selection)
 
@@ -277,7 +276,7 @@ def map_micro_batches(
     shared: PyTree,
     images: PyTree,
     micro_batches: int,
-    mesh: Mesh | None,
+    mesh: Mesh | AbstractMesh | None,
 ) -> PyTree:
     """Return `fn(shared, micro_batch)` of all micro-batches, concatenated.
 
@@ -305,7 +304,7 @@ def sum_micro_batches(
     fixed: PyTree,
     images: PyTree,
     micro_batches: int,
-    mesh: Mesh | None,
+    mesh: Mesh | AbstractMesh | None,
 ) -> LossAndGradient:
     """Return the sum of `fn(learned, fixed, micro_batch)` over all micro-batches and devices.
 
@@ -341,7 +340,9 @@ def _split(images: PyTree, micro_batches: int) -> PyTree:
     return jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), images)
 
 
-def _on_each_device(run: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: Any) -> Any:
+def _on_each_device(
+    run: Callable[..., Any], mesh: Mesh | AbstractMesh, inputs: Any, outputs: Any
+) -> Any:
     # check_vma: until `sum_micro_batches` adds them up, gradients differ between devices although
     # the parameters do not.
     return jax.shard_map(run, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)

@@ -195,7 +195,8 @@ class Checkpointer:
                 raise
             except Exception as error:  # its type depends on what is damaged
                 reason = first_line(error)
-            if _in_all_processes(restored is not None):
+            is_readable = _in_all_processes(restored is not None)
+            if restored is not None and is_readable:
                 return restored
             print(f"warning: the checkpoint {path} cannot be read ({reason}); using the one before")
             self._set_aside(step)
@@ -207,9 +208,7 @@ class Checkpointer:
     def _restore_step(
         self, step: int, target: TrainState, path: Any
     ) -> tuple[TrainState, dict[str, Any]]:
-        meta = self._manager.restore(
-            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-        ).meta
+        stored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
         check_shapes(self._manager, step, target.ema, path)
         restored = self._manager.restore(
             step,
@@ -218,7 +217,7 @@ class Checkpointer:
                 state=ocp.args.StandardRestore(_without_ema(target)),
             ),
         )
-        return TrainState(ema=restored.model, **restored.state), meta
+        return TrainState(ema=restored["model"], **restored["state"]), stored["meta"]
 
     def _set_aside(self, step: int) -> None:
         """Rename a damaged checkpoint: the run will write that step again, and people may look."""
@@ -306,7 +305,8 @@ def _stop_tensorstore_leaks() -> None:
             found = cache[key] = original(spec, **options)
         return copy.deepcopy(found)
 
-    tensorstore.KvStore.Spec.to_json = to_json
+    # The stub names the option; `to_json` passes on all of them.
+    tensorstore.KvStore.Spec.to_json = to_json  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _in_all_processes(value: bool) -> bool:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -87,9 +87,10 @@ def _open_sources(root: Path, kinds: Mapping[Kind, KindConfig], prepare: str) ->
         raise UserError(f"{str(error).rstrip('.')}.{hint}") from None
 
 
-def abstract_batch(kind: str, shape: tuple[int, int], config: KindConfig) -> Batch:
+def abstract_batch(kind: Kind, shape: tuple[int, int], config: KindConfig) -> Batch:
     """Return the shapes and types of a global batch with the canvas `shape` (height, width)."""
-    array, images, boxes = jax.ShapeDtypeStruct, config.batch_size, config.max_boxes
+    array = cast(Any, jax.ShapeDtypeStruct)  # a description takes the place of each array
+    images, boxes = config.batch_size, config.max_boxes
     return Batch(
         images=array((images, *shape, 3), np.uint8),
         sizes=array((images, 2), np.int32),

@@ -1,6 +1,7 @@
 """The metrics of a run: metrics.jsonl, TensorBoard, and the progress line."""
 
 import contextlib
+import io
 import json
 import math
 import time
@@ -66,8 +67,8 @@ class MetricsLog:
         values = {k: _finite_or_none(v) if isinstance(v, float) else v for k, v in values.items()}
         run = run or {}
         counters = {f"input/{name}": count for name, count in (counters or {}).items()}
-        self._unwritten += json.dumps({"step": step} | values | run | counters).encode() + b"\n"
-        self._write_lines()
+        self._unwritten += json.dumps({"step": step, **values, **run, **counters}).encode() + b"\n"
+        self._write_lines(self._file)
         prefix = values.get("kind", "evaluation")
         scalars = {f"{prefix}/{name}": value for name, value in values.items()}
         scalars |= {f"run/{name}": value for name, value in run.items()} | counters
@@ -76,16 +77,16 @@ class MetricsLog:
                 if self._events is not None and isinstance(value, int | float):
                     self._events.add_scalar(name, value, step)
 
-    def _write_lines(self) -> None:
+    def _write_lines(self, file: io.FileIO) -> None:
         """Write what is pending. On a full disk, warn once and try again with the next line."""
         try:
             while self._unwritten:
-                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+                self._unwritten = self._unwritten[file.write(self._unwritten) :]
             self._has_warned = False
         except OSError as error:
             if not self._has_warned:
                 print(
-                    f"warning: {self._file.name}: cannot be written ({error.strerror}). Its lines "
+                    f"warning: {file.name}: cannot be written ({error.strerror}). Its lines "
                     "are kept in memory until it can be written again.",
                     flush=True,
                 )
@@ -107,7 +108,7 @@ class MetricsLog:
     def close(self) -> None:
         """Write everything that is pending and close the files."""
         if self._file is not None:
-            self._write_lines()
+            self._write_lines(self._file)
             self._file.close()
             with self._errors_end_events():
                 if self._events is not None:

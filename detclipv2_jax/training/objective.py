@@ -86,7 +86,7 @@ def dense_loss(
     drop_path_factors = model.backbone.draw_drop_path(key, len(batch.images))
     regions = model.encode_image(batch.images, drop_path_factors)
     scaled_concepts = model.scale() * encode_concepts(model, batch.tokens, replicated)
-    canvas, with_boxes = batch.images.shape[1:3], has_box_losses(batch.kind, config)
+    canvas, with_boxes = batch.canvas, has_box_losses(batch.kind, config)
     assign = functools.partial(
         assign_targets, canvas=canvas, grid=model.cfg.anchors, candidates=config.candidates
     )
@@ -270,7 +270,7 @@ def image_text_loss(
     concepts = encode_concepts(model, batch.tokens, replicated)
     pools = concept_pools(batch, config)
     selection = select_regions(
-        model, regions, concepts, pools, batch.sizes, batch.images.shape[1:3], config.proposals
+        model, regions, concepts, pools, batch.sizes, batch.canvas, config.proposals
     )
     features = selected_embeddings(regions, selection)
     return contrastive_loss(model.scale(), features, selection, concepts, batch.texts, config)

@@ -60,7 +60,8 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> Callable[[Array]
         drops = jnp.asarray([round(share * total_steps) for share in config.drops])
         level = lambda step: config.learning_rate * 0.1 ** jnp.sum(step >= drops)
         return lambda step: level(step) * jnp.minimum(1.0, step / warmup if warmup else 1.0)
-    return optax.warmup_cosine_decay_schedule(
+    # Its type allows numbers instead of arrays; for an array it returns an array.
+    return optax.warmup_cosine_decay_schedule(  # pyright: ignore[reportReturnType]
         init_value=0.0 if warmup else config.learning_rate,
         peak_value=config.learning_rate,
         warmup_steps=warmup,

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from detclipv2_jax.data.batch import Batch
+from detclipv2_jax.data.index import Kind
 from detclipv2_jax.training import accumulate, optimizer, sharding
 from detclipv2_jax.training.config import RunConfig
 from detclipv2_jax.training.inputs import abstract_batch
@@ -17,7 +18,7 @@ from detclipv2_jax.training.objective import Scalars
 from detclipv2_jax.training.state import TrainState
 from detclipv2_jax.training.step import train_step
 
-Program = tuple[str, tuple[int, int]]  # the kind of data and the canvas (height, width) of a step
+Program = tuple[Kind, tuple[int, int]]  # the kind of data and the canvas (height, width) of a step
 
 
 def step_function(
@@ -76,16 +77,23 @@ def compile_programs(
     def compile_one(program: Program) -> Any:
         (kind, (height, width)), began = program, time.monotonic()
         compiled = lower_program(step_fn, program, state, shardings, mesh, config).compile()
-        memory, seconds = compiled.memory_analysis(), time.monotonic() - began
-        gflop = compiled.cost_analysis().get("flops", 0) / 1e9
         print(
             f"compiled {kind}, {config.data.kinds()[kind].batch_size} × {height}×{width}, in "
-            f"{seconds:.0f} s. Per device: {gflop:.1f} GFLOP, "
-            f"{memory.argument_size_in_bytes / 2**30:.2f} GiB for state and batch, "
-            f"{memory.temp_size_in_bytes / 2**30:.2f} GiB temporary",
+            f"{time.monotonic() - began:.0f} s{_needs(compiled)}",
             flush=True,
         )
         return compiled
 
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         return dict(zip(programs, pool.map(compile_one, programs)))
+
+
+def _needs(compiled: jax.stages.Compiled) -> str:
+    """Return what a program needs on each device, without what JAX does not know there."""
+    cost, memory, parts = compiled.cost_analysis(), compiled.memory_analysis(), []
+    if cost is not None:
+        parts.append(f"{cost.get('flops', 0) / 1e9:.1f} GFLOP")
+    if memory is not None:
+        parts.append(f"{memory.argument_size_in_bytes / 2**30:.2f} GiB for state and batch")
+        parts.append(f"{memory.temp_size_in_bytes / 2**30:.2f} GiB temporary")
+    return f". Per device: {', '.join(parts)}" if parts else ""

@@ -33,6 +33,8 @@ def load(name: str) -> ModuleType:
     """Import a shipped recipe by its name without `.py`, such as 'pretrain'."""
     path = directory() / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"detclipv2_jax_recipe_{name}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

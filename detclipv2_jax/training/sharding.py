@@ -1,6 +1,7 @@
 """The device mesh, and the sharding of every array of a run."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -24,7 +25,12 @@ PARAMETER_RULES: tuple[tuple[str, int | None], ...] = (
 BATCH = ("data", "fsdp")  # the mesh axes over which a batch is split: all of them
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    # The stub of jaxlib takes the class for a variable.
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+) -> Mesh:
     """Return a mesh of `data` × `fsdp` devices.
 
     The batch is split over both axes. Parameters are split over `fsdp` and replicated over `data`.
@@ -64,7 +70,7 @@ def parameter_shardings(mesh: Mesh, params: PyTree) -> PyTree:
     def sharding(axis: int | None, value: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         if axis is None or value.shape[axis] % mesh.shape["fsdp"]:
             return replicated(mesh)
-        spec = [None] * value.ndim
+        spec: list[str | None] = [None] * value.ndim
         spec[axis] = "fsdp"
         return NamedSharding(mesh, PartitionSpec(*spec))
 
@@ -87,7 +93,8 @@ def batch_shardings(mesh: Mesh, batch: Batch) -> Batch:
     Each device encodes its share of the concepts, and the step gathers the features. If the number
     of rows is not divisible by the number of devices, every device encodes the whole table.
     """
-    images, whole = split(mesh), replicated(mesh)
+    # Shardings take the place of the arrays.
+    images, whole = cast(Any, split(mesh)), cast(Any, replicated(mesh))
     tokens = whole if len(batch.tokens) % mesh.size else images
     return Batch(
         images=images, sizes=images, boxes=images, labels=images, texts=images,

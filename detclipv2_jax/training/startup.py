@@ -36,7 +36,8 @@ def keep_compiled_programs(workdir: Path) -> None:
 
     A resumed run, or one that only evaluates again, then finds its programs compiled.
     """
-    if not jax.config.jax_compilation_cache_dir:
+    # JAX adds its options to the class at run time.
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from detclipv2_jax.data.index import Kind
 from detclipv2_jax.models import flops
 from detclipv2_jax.training.config import RunConfig
 
@@ -90,7 +91,7 @@ class Utilization:
         tflops = self.peak.flops_per_second / 1e12
         print(f"peak of a device ({kind}): {tflops:.3g} TFLOP/s ({self.peak.source})")
 
-    def metrics(self, kind: str, canvas: tuple[int, int], seconds: float) -> dict[str, float]:
+    def metrics(self, kind: Kind, canvas: tuple[int, int], seconds: float) -> dict[str, float]:
         """Return the metrics of one step.
 
         Args:
@@ -109,7 +110,7 @@ class Utilization:
         }
 
 
-def model_flops(config: RunConfig, kind: str, canvas: tuple[int, int]) -> float:
+def model_flops(config: RunConfig, kind: Kind, canvas: tuple[int, int]) -> float:
     """Return the model FLOPs of one step of a run, forward and backward, over the global batch."""
     data, proposals = config.data.kinds()[kind], config.loss.proposals
     parts = flops.step(

@@ -329,6 +329,17 @@ def test_command_reports_unreadable_videos(checkpoint, tmp_path, capsys):
     assert not list((tmp_path / "o").glob("*.mp4"))
 
 
+def test_command_reports_videos_without_frames(checkpoint, tmp_path, monkeypatch):
+    with video_writer(tmp_path / "a.mp4", 10) as add:
+        add(random_image(40, 60))
+    monkeypatch.setattr(Video, "__iter__", lambda self: iter(()))
+    flags = ["--checkpoint=run", "--names=cat", f"--output={tmp_path}/o", str(tmp_path / "a.mp4")]
+    assert detect.main(flags) == 2
+    (failed,) = json.loads((tmp_path / "o" / "detections.json").read_text())["failed"]
+    assert "no frame can be decoded" in failed["error"]
+    assert not list((tmp_path / "o").glob("*.mp4"))
+
+
 def test_command_writes_coco_format(checkpoint, tmp_path):
     COCO = pytest.importorskip("pycocotools.coco").COCO
     Image.fromarray(random_image()).save(tmp_path / "a.png")
