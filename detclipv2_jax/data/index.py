@@ -19,9 +19,10 @@ Arrays are memory-mapped. Planning a run needs neither TensorFlow nor strings.
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,6 +108,12 @@ class Source:
     def positives_of(self, record: int) -> Int32[np.ndarray, " k"]:
         """Return the local ids of the concepts of one record."""
         return self.positives[self.positives_offsets[record] : self.positives_offsets[record + 1]]
+
+    def read_concepts(self, wanted: Bool[np.ndarray, " c"]) -> Iterator[dict[str, Any]]:
+        """Yield the wanted rows of concepts.jsonl, which may be too large for memory."""
+        if wanted.any():
+            with open(self.directory / "concepts.jsonl", encoding="utf-8") as lines:
+                yield from map(json.loads, itertools.compress(lines, wanted))
 
     @functools.cached_property
     def concepts(self) -> list[dict[str, Any]]:

@@ -1,16 +1,17 @@
 """The concepts of all prepared sources of a run, under one set of ids, without their strings."""
 
+import dataclasses
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
-from detclipv2_jax.text.tokenizer import CONTEXT, TEMPLATE, keys
-
-if TYPE_CHECKING:
-    from detclipv2_jax.data.dictionary import Dictionary
-    from detclipv2_jax.data.index import Source
+from detclipv2_jax.data.dictionary import Dictionary
+from detclipv2_jax.data.index import Source
+from detclipv2_jax.text.definitions import define
+from detclipv2_jax.text.tokenizer import CONTEXT, TEMPLATE, fitted, keys, tokenize
 
 
 class Vocabulary:
@@ -29,8 +30,8 @@ class Vocabulary:
 
     def __init__(
         self,
-        sources: Mapping[str, "Source"],
-        dictionary: "Dictionary | None" = None,
+        sources: Mapping[str, Source],
+        dictionary: Dictionary | None = None,
         *,
         defined: Collection[str] = (),
         template: str = TEMPLATE,
@@ -57,7 +58,9 @@ class Vocabulary:
         self._tables = tables
         self._table_of = (np.searchsorted(starts, first, side="right") - 1).astype(np.int32)
         self._local_of = (first - starts[self._table_of]).astype(np.int64)
-        self.meanings = None if dictionary is None else dictionary.meanings(self, defined, template)
+        self.meanings = None
+        if dictionary is not None:
+            self.meanings = meanings_of(self, dictionary, defined, template)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -149,6 +152,72 @@ class Vocabulary:
 class _Located(NamedTuple):
     """Some of m concepts, found in one table: a source or the dictionary."""
 
-    table: "Source | Dictionary"
+    table: Source | Dictionary
     local: Int[np.ndarray, " k"]  # their local ids there
     mask: Bool[np.ndarray, " m"]  # which of the m they are
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Meanings:
+    """Synonyms and definitions of the n concepts of a run; e of them have a definition."""
+
+    groups: Int32[np.ndarray, " n"]  # concepts of one group are synonyms; -1: no group
+    kinds: frozenset[str]  # kinds whose names are encoded with their definitions
+    definitions: Mapping[str, str]  # name → definition; empty if no kind uses them
+    ids: Int32[np.ndarray, " e"]  # global ids of the concepts that have one, ascending
+    tokens: Int32[np.ndarray, "e 16"]  # of each of these, with its definition
+
+    def places(
+        self, ids: Int[np.ndarray, " m"]
+    ) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
+        """Return which of `ids` have a definition, and their rows of `tokens`."""
+        if not len(self.ids):
+            return np.zeros((2, 0), int)
+        at = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        known = np.flatnonzero(self.ids[at] == ids)
+        return known, at[known]
+
+
+def meanings_of(
+    vocabulary: Vocabulary, dictionary: Dictionary, defined: Collection[str], template: str
+) -> Meanings:
+    """Return synonyms and definitions of a run's concepts.
+
+    Args:
+        vocabulary: the run's concepts. Those that are not in the dictionary are included: their
+            synonyms are looked up for every kind that has negatives.
+        dictionary: the prepared dictionary.
+        defined: kinds whose names get definitions. A name that is not in the dictionary gets what
+            `definitions.define` finds without embeddings.
+        template: how a name and its definition are joined.
+    """
+    others = _other_names(vocabulary, dictionary, {"detection", "grounding", *defined})
+    groups = np.full(len(vocabulary), -1, np.int32)
+    groups[vocabulary.lookup(dictionary.names)] = dictionary.groups
+    groups[vocabulary.lookup(others)] = dictionary.groups_of(others)
+    names: list[str] = []
+    texts: list[str] = []
+    if defined:
+        others = _other_names(vocabulary, dictionary, defined)
+        found = define(others, dictionary=dictionary.definitions)
+        known = dictionary.definitions | {n: d.text for n, d in zip(others, found) if d.text}
+        names, texts = list(known), list(known.values())
+    ids = vocabulary.lookup(names)
+    order = np.argsort(ids)
+    return Meanings(
+        groups=groups,
+        kinds=frozenset(defined),
+        definitions=dict(zip(names, texts)),
+        ids=ids[order],
+        tokens=tokenize(fitted(names, texts, template))[order],
+    )
+
+
+def _other_names(
+    vocabulary: Vocabulary, dictionary: Dictionary, kinds: Collection[str]
+) -> list[str]:
+    """Return names and phrases of some kinds' sources that are not in the dictionary."""
+    sources = [source for source in vocabulary.sources.values() if source.kind in kinds]
+    wanted = [source.vocabulary & ~np.isin(source.keys, dictionary.keys) for source in sources]
+    rows = itertools.chain.from_iterable(map(Source.read_concepts, sources, wanted))
+    return list(dict.fromkeys(row["name"] for row in rows))

@@ -23,6 +23,7 @@ from detclipv2_jax.data import dictionary as dictionary_lib
 from detclipv2_jax.data.config import KindConfig
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.plan import Plan
+from detclipv2_jax.data.prepare import dictionary_writer
 from detclipv2_jax.data.vocabulary import Vocabulary
 from detclipv2_jax.text import phrases
 from detclipv2_jax.text.tokenizer import keys, pack_tokens, tokenize, tokenizer
@@ -92,7 +93,7 @@ def time_dictionary(folder: Path) -> None:
 
 
 def _made(folder: Path, names: Sequence[str]) -> float:
-    return seconds(lambda: dictionary_lib.build(folder, names, {}))
+    return seconds(lambda: dictionary_writer.build(folder, names, {}))
 
 
 def time_phrases(captions: Path) -> None:

@@ -12,7 +12,8 @@ from shared_data import clip_text, lvis_categories
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import dictionary as dictionary_lib
 from detclipv2_jax.data.dictionary import Dictionary
-from detclipv2_jax.data.vocabulary import Vocabulary
+from detclipv2_jax.data.prepare import dictionary_writer
+from detclipv2_jax.data.vocabulary import Meanings, Vocabulary
 from detclipv2_jax.text import tokenizer
 
 LONG = "word " * 40
@@ -37,13 +38,13 @@ def sources(tmp_path):
 
 
 def made(sources, to, *, min_count=5, size=100, **options) -> Dictionary:
-    counted = dictionary_lib.count(sources.values())
+    counted = dictionary_writer.count(sources.values())
     names = counted.chosen(min_count=min_count, size=size)
-    return dictionary_lib.build(to, names, counted.counts, **options)
+    return dictionary_writer.build(to, names, counted.counts, **options)
 
 
 def test_names_and_frequent_phrases_are_chosen(sources):
-    counted = dictionary_lib.count(sources.values())
+    counted = dictionary_writer.count(sources.values())
     assert counted.counts["sofa"] == 11 and counted.counts["rare thing"] == 4
     assert "a caption" not in counted.counts and "tree" not in counted.counts
     assert counted.categories == {"sofa", "bus", "hoverboard"}
@@ -112,32 +113,38 @@ def test_synonyms_are_one_group(sources, tmp_path):
 def test_groups_join_through_a_third():
     names = ["a", "b", "c", "d", "e"]
     synsets = [["x"], ["y"], ["x", "y"], [], ["z"]]
-    assert dictionary_lib.group(names, synsets) == [0, 0, 0, 1, 2]
-    assert dictionary_lib.group(list(reversed(names)), list(reversed(synsets))) == [0, 1, 2, 2, 2]
-    assert dictionary_lib.group([], []) == []
+    assert dictionary_writer.group(names, synsets) == [0, 0, 0, 1, 2]
+    assert dictionary_writer.group(list(reversed(names)), list(reversed(synsets))) == [
+        0,
+        1,
+        2,
+        2,
+        2,
+    ]
+    assert dictionary_writer.group([], []) == []
     spelt = ["t-shirt", "t shirts", "glass", "glas", "!!", "??", "日本"]
-    assert dictionary_lib.group(spelt, [[]] * 7) == [0, 0, 1, 2, 3, 4, 5]
+    assert dictionary_writer.group(spelt, [[]] * 7) == [0, 0, 1, 2, 3, 4, 5]
 
 
 def test_lvis_synsets(tmp_path):
     path = clip_text() / "lvis_v1_train_cat_info.json"
-    found = dictionary_lib.lvis_synsets(path)
+    found = dictionary_writer.lvis_synsets(path)
     assert found["aerosol can"] == found["spray can"] == "aerosol.n.02"
     assert found["mouse (computer equipment)"] == found["mouse"] == "mouse.n.04"
     # Two sorts of bows: which is meant by the bare word is not known.
     assert found["bow (weapon)"] == "bow.n.04" and "bow" not in found
     whole = tmp_path / "lvis.json"
     whole.write_text(json.dumps({"categories": lvis_categories(), "images": []}))
-    assert dictionary_lib.lvis_synsets(whole) == found
+    assert dictionary_writer.lvis_synsets(whole) == found
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{}", '[{"name": "cat"}]', '{"categories": 3}'])
 def test_a_file_that_is_not_of_lvis(tmp_path, content):
     (tmp_path / "lvis.json").write_text(content)
     with pytest.raises(UserError, match=r"lvis\.json: .* Name LVIS's file"):
-        dictionary_lib.lvis_synsets(tmp_path / "lvis.json")
+        dictionary_writer.lvis_synsets(tmp_path / "lvis.json")
     with pytest.raises(UserError, match="none.json: cannot be read"):
-        dictionary_lib.lvis_synsets(tmp_path / "none.json")
+        dictionary_writer.lvis_synsets(tmp_path / "none.json")
 
 
 def change(number, **fields):
@@ -200,9 +207,11 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_an_empty_dictionary(sources, tmp_path):
-    empty = dictionary_lib.build(tmp_path / "to", [], {})
+    empty = dictionary_writer.build(tmp_path / "to", [], {})
     assert (
-        len(empty) == 0 and empty.definitions == {} and "0 concepts" in dictionary_lib.report(empty)
+        len(empty) == 0
+        and empty.definitions == {}
+        and "0 concepts" in dictionary_writer.report(empty)
     )
     vocabulary = Vocabulary(sources, empty, defined=["detection"])
     assert len(vocabulary) == len(Vocabulary(sources))
@@ -275,7 +284,7 @@ def test_fourteen_thousand_concepts_are_ready_soon(sources, tmp_path):
 
     nouns = wordnet()
     names = [name.replace("_", " ") for name in list(nouns._senses)[:70_000:5]]
-    opened = dictionary_lib.build(tmp_path / "to", names, {})
+    opened = dictionary_writer.build(tmp_path / "to", names, {})
     assert len(opened) == 14_000
     started = time.process_time()
     vocabulary = Vocabulary(sources, Dictionary.open(tmp_path / "to"), defined=["detection"])
@@ -287,14 +296,14 @@ def test_fourteen_thousand_concepts_are_ready_soon(sources, tmp_path):
 
 
 def test_the_report_tells_how_many_and_some(sources, tmp_path):
-    report = dictionary_lib.report(made(sources, tmp_path / "to"))
+    report = dictionary_writer.report(made(sources, tmp_path / "to"))
     assert "8 concepts" in report and "sofa, an upholstered seat" in report
     assert "red bus, " in report and "(like bus)" in report and "not defined" in report
     assert "with synonyms among the others" in report and report.strip().endswith("4")
 
 
 def test_meanings_find_their_places():
-    none = dictionary_lib.Meanings(
+    none = Meanings(
         groups=np.zeros(0, np.int32),
         kinds=frozenset(["detection"]),
         definitions={},

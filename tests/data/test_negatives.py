@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from concept_sources import source
 
-from detclipv2_jax.data import dictionary as dictionary_lib
 from detclipv2_jax.data.config import KindConfig
 from detclipv2_jax.data.plan import Plan
+from detclipv2_jax.data.prepare import dictionary_writer
 from detclipv2_jax.data.vocabulary import Vocabulary
 from detclipv2_jax.text.wordnet import wordnet
 
@@ -47,7 +47,7 @@ def planned(
     one = source(tmp_path / kind, kind, dict.fromkeys(names, 9))
     one = with_records(one, positives)
     known = [*(() if only_words else names), *words]
-    opened = dictionary_lib.build(tmp_path / "to", list(dict.fromkeys(known)), {})
+    opened = dictionary_writer.build(tmp_path / "to", list(dict.fromkeys(known)), {})
     vocabulary = Vocabulary({kind: one}, opened)
     fields = {"table_size": 64, "concepts_per_image": 64} | fields
     config = KindConfig(sources=(kind,), batch_size=batch_size, shapes=((8, 8),), **fields)

@@ -19,12 +19,12 @@ from array_record.python import array_record_module
 from PIL import Image
 
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.data import dictionary, pipeline, reader, records
+from detclipv2_jax.data import pipeline, reader, records
 from detclipv2_jax.data import transforms as transforms_lib
 from detclipv2_jax.data.config import KindConfig
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.plan import Plan
-from detclipv2_jax.data.prepare import record_writer
+from detclipv2_jax.data.prepare import dictionary_writer, record_writer
 from detclipv2_jax.data.vocabulary import Vocabulary
 from detclipv2_jax.text.tokenizer import fitted, tokenize
 
@@ -656,7 +656,9 @@ print(next(feed)[1].images.shape)
 
 
 def test_a_kind_sees_definitions_if_it_is_to(sources, tmp_path):
-    opened = dictionary.build(tmp_path, NAMES[:20], {}, synsets=dict.fromkeys(NAMES, "sofa.n.01"))
+    opened = dictionary_writer.build(
+        tmp_path, NAMES[:20], {}, synsets=dict.fromkeys(NAMES, "sofa.n.01")
+    )
     plan = make_plan(sources)
     plan = Plan(sources, Vocabulary(sources, opened, defined=["detection"]), plan.kinds, seed=3)
     seen = set()

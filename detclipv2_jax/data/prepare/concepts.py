@@ -6,8 +6,8 @@ See data/dictionary.py for the file and docs/concepts.md for its use.
 from pathlib import Path
 
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.data import dictionary as dictionary_lib
 from detclipv2_jax.data.index import Source
+from detclipv2_jax.data.prepare import dictionary_writer
 
 
 def find_sources(root: Path) -> list[Source]:
@@ -57,13 +57,13 @@ def prepare_concepts(
         from detclipv2_jax.weights.text_embedder import text_embedder  # imports jax
 
         embed = text_embedder(text)
-    counted = dictionary_lib.count(sources)
+    counted = dictionary_writer.count(sources)
     names = counted.chosen(min_count=min_count, size=size)
-    dictionary = dictionary_lib.build(
+    dictionary = dictionary_writer.build(
         to,
         names,
         counted.counts,
-        synsets=dictionary_lib.lvis_synsets(lvis) if lvis else None,
+        synsets=dictionary_writer.lvis_synsets(lvis) if lvis else None,
         embed=embed,
         created_from={
             "sources": {source.name: len(source) for source in sources},
@@ -80,4 +80,4 @@ def prepare_concepts(
         f"all sources: {len(counted.counts):,} names and phrases, {len(counted.categories):,} of "
         f"them categories; {frequent:,} occur at least {min_count} times"
     )
-    print(dictionary_lib.report(dictionary))
+    print(dictionary_writer.report(dictionary))
