@@ -476,7 +476,7 @@ def test_a_run_is_fine_tuned_with_rehearsal_and_zero_shot_evaluation(data, finis
     epoch = "20 steps, 10 per epoch (3 detection, 2 grounding, 5 image_text"
     assert f"{epoch}; 7 of them rehearsal)" in process.stdout
     assert f"model from {finished[0]} (detclipv2_jax)" in process.stdout
-    assert f"{tmp_path}/data/detection is missing: it is not rehearsed" in process.stdout
+    assert f"{tmp_path}/data/detection is missing, so it is not rehearsed" in process.stdout
     before, after, pretrained = (
         json.loads(path.read_text())
         for path in (
@@ -546,4 +546,4 @@ def test_a_run_with_a_dictionary_uses_definitions_in_training_and_evaluation(dat
 def test_a_missing_dictionary_is_a_user_error(data, tmp_path):
     process = tiny_run.run(data, tmp_path, **{"data.dictionary": "none"})
     assert process.returncode == 2 and "Traceback" not in process.stderr
-    assert "none/dictionary.jsonl: no such file; make it with" in process.stderr
+    assert "none/dictionary.jsonl: no such file. Make it with" in process.stderr
