@@ -16,6 +16,7 @@ from detclipv2_jax.data.prepare.options import PrepareOptions
 from detclipv2_jax.data.prepare.prepare import format_report, prepare, remove_leftovers
 from detclipv2_jax.data.prepare.registry import ArchiveSource
 from detclipv2_jax.data.prepare.sources import lvis, symbols
+from detclipv2_jax.text import phrases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +72,11 @@ def prepare_folder(
     files = annotations or registry.discover_and_report(origin)
     if not files:
         raise UserError(
-            f"{origin}: no annotation file for training here or in annotations/. Name one with "
+            f"{origin}: no annotation file for training here or in annotations/. Give one with "
             "--detection=FILE, --grounding=FILE or --image_text=FILE."
         )
+    if "image_text" in files:
+        _check_phrases(target)
     for kind in KINDS:
         if kind in files:
             source = registry.OF_KIND[kind]
@@ -90,6 +93,7 @@ def prepare_symbols(target: Target, *, seed: int, settings: Sequence[str]) -> No
         seed: of the scenes.
         settings: "NAME=VALUE" of fields of `SymbolsOptions`.
     """
+    _check_phrases(target)
     options, archives = parse_symbols_options(settings), target.to / "archives"
     archives.parent.mkdir(parents=True, exist_ok=True)
     symbols.generate(archives, seed=seed, processes=target.options.jobs, options=options)
@@ -101,6 +105,13 @@ def prepare_symbols(target: Target, *, seed: int, settings: Sequence[str]) -> No
     for kind, file in files.items():
         path = archives / "annotations" / file
         _prepare_files(registry.OF_KIND[kind], [path], archives, _of_kind(target, kind))
+
+
+def _check_phrases(target: Target) -> None:
+    """Find out before the work on other kinds whether captions can be taken apart."""
+    is_prepared = (target.to / "image_text" / "info.json").exists()
+    if target.options.phrase_limit and not is_prepared:
+        phrases.load(target.options.phrase_model)
 
 
 def parse_symbols_options(settings: Sequence[str]) -> symbols.SymbolsOptions:

@@ -100,3 +100,11 @@ def test_the_fingerprint_of_a_folder_of_shards_depends_on_its_files(tmp_path):
     assert before == registry.fingerprint([tmp_path], images, None)
     (tmp_path / "00002.tar").write_bytes(b"more")
     assert before != registry.fingerprint([tmp_path], images, None)
+
+
+def test_a_missing_pipeline_is_noticed_before_anything_is_drawn(tmp_path, capsys):
+    """Not after a minute of work on the kinds that need none."""
+    line = ["symbols", f"--to={tmp_path / 'to'}", "--spacy_model=xx_none"]
+    assert command(*line) == 2
+    assert "xx_none is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "to").exists()
