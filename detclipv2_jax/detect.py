@@ -94,7 +94,7 @@ def _add_names(result: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cache",
         metavar="DIR",
-        help="where embeddings of long lists of names are kept; empty: nowhere (default: "
+        help="directory that caches embeddings of long lists of names; empty: no cache (default: "
         "$XDG_CACHE_HOME/detclipv2_jax or ~/.cache/detclipv2_jax)",
     )
 

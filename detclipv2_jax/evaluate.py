@@ -130,11 +130,11 @@ def _add_output(result: argparse.ArgumentParser) -> None:
 
 
 def _add_names(result: argparse.ArgumentParser) -> None:
-    add = result.add_argument_group("how the model is asked").add_argument
+    add = result.add_argument_group("prompts and batches").add_argument
     add(
         "--definitions",
         choices=DEFINITIONS,
-        help="whether names are asked with their definitions (default: as in the training run)",
+        help="whether to ask for each name with its definition (default: as in the training run)",
     )
     add(
         "--prompts",
@@ -153,7 +153,7 @@ def _add_names(result: argparse.ArgumentParser) -> None:
 
 def _add_processes(result: argparse.ArgumentParser) -> None:
     add = result.add_argument_group(
-        "several processes", "All three, or none on a cluster that JAX knows."
+        "several processes", "Give all three, or none on a cluster that JAX detects."
     ).add_argument
     add("--coordinator_address", metavar="HOST:PORT", help="address of the first process")
     add("--num_processes", type=int, metavar="N", help="number of processes")

@@ -21,13 +21,13 @@ from detclipv2_jax.training import flags as flags_lib
 
 _BEGAN = time.monotonic()  # imports and set-up count as time of the run
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file of the run, with its size after a colon.", lock_config=True
+    "config", None, "Recipe and size of the model, such as pretrain.py:swin_t.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory that the run writes to, and resumes from if it holds a checkpoint."
+    "workdir", None, "Directory of the run; if it holds a checkpoint, the run resumes from it."
 )
 _PROFILE = flags.DEFINE_string(
-    "profile", "", "Steps to trace into WORKDIR/profile: FIRST:LAST, without LAST, e.g. 100:103."
+    "profile", "", "Steps to trace into WORKDIR/profile: FIRST:LAST, LAST excluded, e.g. 100:103."
 )
 _ADDRESS = flags.DEFINE_string(
     "coordinator_address", None, "host:port of the first process, if no cluster manager sets it."

@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )
     address = result.add_argument_group("address")
     address.add_argument(
-        "--port", type=int, default=7860, metavar="N", help="(default: %(default)s)"
+        "--port", type=int, default=7860, metavar="N", help="TCP port (default: %(default)s)"
     )
     address.add_argument(
         "--host",

@@ -16,7 +16,7 @@ A folder has its annotation files directly in it or in annotations/, and its ima
 
 All cores are used. You can stop the command at any time: run it again to resume. TO appears when it
 is complete, and a source that is already prepared is not prepared again. The report at the end says
-what was read, written and dropped, and why; TO/info.json keeps it.
+what was read, written and dropped, and why; TO/info.json contains the same.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the command line: one subcommand per source."""
+    """Return the parser of the command line, with one subcommand per source."""
     from detclipv2_jax.data.prepare.registry import SOURCES
 
     parser = argparse.ArgumentParser(
@@ -173,7 +173,7 @@ def _add_concepts(subparsers) -> None:
         metavar="N",
         type=int,
         default=5,
-        help="mentions that a phrase needs; categories need none (default: %(default)s)",
+        help="minimum number of mentions of a phrase; categories need none (default: %(default)s)",
     )
     parser.add_argument(
         "--size",
@@ -249,7 +249,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_jobs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--jobs", type=int, help="processes (default: the number of cores)")
+    parser.add_argument("--jobs", type=int, help="number of processes (default: number of cores)")
 
 
 def _add_caption_options(parser: argparse.ArgumentParser) -> None:
@@ -266,7 +266,7 @@ def _add_caption_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=7,
-        help="most noun phrases per caption (default: 7)",
+        help="at most this many noun phrases per caption (default: 7)",
     )
     parser.add_argument(
         "--store_side",

@@ -65,7 +65,7 @@ def canvas_table(
     heights = np.concatenate([source.height for source in sources])
     widths = np.concatenate([source.width for source in sources])
     if not heights.size:
-        raise UserError(f"{sources[0].directory}: has no records. Name another source.")
+        raise UserError(f"{sources[0].directory}: has no records. Give another source.")
     sets = [("now", present)] if present else []
     sets += [(str(n), canvases.choose(heights, widths, n, area)) for n in counts]
     lines = [

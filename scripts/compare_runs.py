@@ -39,7 +39,7 @@ def read_run(directory: str) -> tuple[str, Values]:
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: not the results of an evaluation ({error!r}). Name the directory of a "
+            f"{path}: not the results of an evaluation ({error!r}). Give the directory of a "
             "finished run."
         ) from None
 

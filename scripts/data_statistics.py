@@ -152,7 +152,7 @@ def find_leaked(hashes: dict[str, np.ndarray], args: argparse.Namespace) -> dict
             candidates = file_names(entry)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(
-                f"{evaluation}: images[{number}] has no file name. Name a COCO or LVIS file."
+                f"{evaluation}: images[{number}] has no file name. Give a COCO or LVIS file."
             ) from None
         path = next((p for p in map(folder.find, candidates) if p is not None), None)
         if path is not None:

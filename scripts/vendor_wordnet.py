@@ -33,7 +33,7 @@ def read_lines(folder: Path, name: str) -> list[str]:
         return (folder / name).read_text(encoding="latin-1").splitlines()
     except OSError as error:
         raise UserError(
-            f"{folder / name}: cannot be read ({error.strerror}). Name the folder of WordNet 3.0's "
+            f"{folder / name}: cannot be read ({error.strerror}). Give the folder of WordNet 3.0's "
             "database with --from=DIR."
         ) from None
 

@@ -1,4 +1,4 @@
-"""A room imports only rooms above it in one table, and other rules for imports."""
+"""A package imports only packages above it in one table, and other rules for imports."""
 
 import ast
 import re
@@ -12,9 +12,9 @@ import tiny_run
 PACKAGE = tiny_run.ROOT / "detclipv2_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Each room may import itself and what it lists: rooms further up, and packages of EXTERNAL. `data/`
-# never imports `data/prepare/`.
-ROOMS = {
+# Each package may import itself and what it lists: packages further up, and those of EXTERNAL.
+# `data/` never imports `data/prepare/`.
+PACKAGES = {
     "common": [],
     "text": ["common"],
     "ops": ["common"],
@@ -27,7 +27,7 @@ ROOMS = {
     "training": ["evaluation", "inference", "data", "weights", "models", "ops", "text", "common"],
     "exporters": ["evaluation", "inference", "models", "ops", "text", "common", "tensorflow"],
 }
-DOORS = {"main", "evaluate", "detect", "export", "page", "prepare", "__main__", "__init__"}
+COMMANDS = {"main", "evaluate", "detect", "export", "page", "prepare", "__main__", "__init__"}
 EXTERNAL = {"tensorflow"}
 # Modules that must work without TensorFlow, which many GPU machines lack.
 WITHOUT_TENSORFLOW = [
@@ -36,10 +36,10 @@ WITHOUT_TENSORFLOW = [
 ]  # fmt: skip
 
 
-def room_of(module: str) -> str | None:
-    """Return the room of a dotted module path without `detclipv2_jax.`; None for a door."""
+def package_of(module: str) -> str | None:
+    """Return the package of a dotted module path without `detclipv2_jax.`; None for a command."""
     parts = module.split(".")
-    if parts[0] in DOORS or not parts[0]:
+    if parts[0] in COMMANDS or not parts[0]:
         return None
     return "data/prepare" if parts[:2] == ["data", "prepare"] else parts[0]
 
@@ -60,29 +60,33 @@ def imports(path: Path) -> list[tuple[str, bool]]:
 
 
 def test_the_table_lists_rooms_from_the_top_down():
-    names = list(ROOMS)
-    for number, (room, allowed) in enumerate(ROOMS.items()):
-        assert set(allowed) - EXTERNAL <= set(names[:number]), room
+    names = list(PACKAGES)
+    for number, (package, allowed) in enumerate(PACKAGES.items()):
+        assert set(allowed) - EXTERNAL <= set(names[:number]), package
     on_disk = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     assert on_disk == {name.split("/")[0] for name in names}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_a_room_imports_only_rooms_above_it(path):
-    room = room_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+    package = package_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
     for name, at_the_top in imports(path):
         first, _, rest = name.partition(".")
         if first == "tensorflow":
-            assert room is not None and "tensorflow" in ROOMS[room], "this room has no TensorFlow"
-            assert room != "exporters" or not at_the_top
+            assert package is not None and "tensorflow" in PACKAGES[package], (
+                "this package has no TensorFlow"
+            )
+            assert package != "exporters" or not at_the_top
         if first == "ml_collections":
-            assert path.name in ("main.py", "flags.py"), "configs become dataclasses at the door"
+            assert path.name in ("main.py", "flags.py"), "configs become dataclasses at the command"
         if first == "detclipv2_jax" and rest:
-            other = room_of(rest)
-            if room is None:
-                assert other is not None or path.name == "__main__.py", "nothing imports a door"
+            other = package_of(rest)
+            if package is None:
+                assert other is not None or path.name == "__main__.py", "nothing imports a command"
             else:
-                assert other == room or other in ROOMS[room], f"{room} imports {other} ({name})"
+                assert other == package or other in PACKAGES[package], (
+                    f"{package} imports {other} ({name})"
+                )
 
 
 def test_no_circle_of_modules():

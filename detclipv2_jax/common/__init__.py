@@ -1,1 +1,1 @@
-"""Shared by all rooms: errors, atomic writes, configs, processes, commands, plots."""
+"""Shared by all packages: errors, atomic writes, configs, processes, commands, plots."""

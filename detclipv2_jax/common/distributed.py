@@ -69,7 +69,7 @@ def barrier() -> None:
 
 
 def run_on_first_process(make: Callable[[], Any], path: str | os.PathLike) -> Any:
-    """Return what `make()` returns in process 0, in every process.
+    """Call `make()` in process 0 and return its result in every process.
 
     All processes must call this function. The value travels as JSON in a temporary file.
 

@@ -19,7 +19,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Remembers SIGTERM or Ctrl-C until the training loop asks for it after a step.
+    """Remembers SIGTERM or Ctrl-C until the training loop checks for it after a step.
 
     With several processes, JAX handles SIGTERM: its coordinator picks a step that no process has
     reached yet, and all processes stop after that step.

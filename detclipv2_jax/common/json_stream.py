@@ -43,9 +43,9 @@ def read_entries(path: Path) -> Iterator[Any]:
     with _open(path) as scanner:
         if scanner.peek() != "[":
             value = scanner.value()
-            kind = "object" if isinstance(value, dict) else type(value).__name__
+            found = "object" if isinstance(value, dict) else type(value).__name__
             raise UserError(
-                f"{path}: holds a JSON {kind}, not a list. Give a file of the right format."
+                f"{path}: holds a JSON {found}, not a list. Give a file of the right format."
             )
         yield from scanner.entries()
         scanner.end()

@@ -85,14 +85,14 @@ def make_table(
 
 
 class Wanted(NamedTuple):
-    """The concepts that a batch wants in its table."""
+    """The concepts that a batch needs in its table."""
 
     ids: Int32[np.ndarray, " w"]  # ascending and unique
     ranks: Int[np.ndarray, " w"]  # the lowest rank of each
 
 
 def wanted_concepts(positives: Positives) -> Wanted:
-    """Return each concept among the positives once."""
+    """Return the distinct concepts of the positives, with the lowest rank of each."""
     order = np.lexsort((positives.ranks, positives.ids))
     ids, ranks = positives.ids[order], positives.ranks[order]
     is_first = np.ones(len(ids), bool)

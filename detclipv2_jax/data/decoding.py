@@ -99,16 +99,16 @@ def _decoded(tile: Any, record: Any, frame: Any, concepts: Any) -> dict[str, Any
     """Parse and decode one record; an error if it contradicts itself or its index."""
     import tensorflow as tf
 
-    example = records_lib.parse(record)
-    labels = tf.cast(example["labels"], tf.int32)
-    counts = tf.shape(example["boxes"])[0], tf.shape(example["concepts"])[0]
+    fields = records_lib.parse(record)
+    labels = tf.cast(fields["labels"], tf.int32)
+    counts = tf.shape(fields["boxes"])[0], tf.shape(fields["concepts"])[0]
     agree = tf.reduce_all(tf.stack(counts) == tf.stack([tf.shape(labels)[0], concepts]))
     in_range = tf.reduce_all((labels >= 0) & (labels < concepts))
     # The raw operation: `tf.debugging` adds a condition around it, which costs time per image.
     valid = tf.raw_ops.Assert(condition=agree & in_range, data=["contradictory"])
     with tf.control_dependencies([valid]):
-        image = transforms_lib.decode_and_place(example["image"], frame)
-    return {"tile": tile, "image": image, "boxes": example["boxes"], "labels": labels}
+        image = transforms_lib.decode_and_place(fields["image"], frame)
+    return {"tile": tile, "image": image, "boxes": fields["boxes"], "labels": labels}
 
 
 def explain(serialized: bytes | None) -> str:

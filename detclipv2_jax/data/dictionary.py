@@ -54,13 +54,13 @@ class Dictionary:
         info = _parse(path, 1, lines[0], {"format": int, "concepts": int})
         if info["format"] != FORMAT:
             raise UserError(
-                f"{path}: format {info['format']}, this version reads {FORMAT}. "
+                f"{path}: has format {info['format']}, but this version reads {FORMAT}. "
                 f"{_remedy(directory)}"
             )
         rows = [_row(path, number, line) for number, line in enumerate(lines[1:], 2)]
         if len(rows) != info["concepts"]:
             raise UserError(
-                f"{path}: has {len(rows)} concepts, its first line says {info['concepts']}. "
+                f"{path}: has {len(rows)} concepts, but its first line says {info['concepts']}. "
                 f"{_remedy(directory)}"
             )
         return cls(directory, info, rows)
@@ -94,7 +94,7 @@ class Dictionary:
         return np.array([row["group"] for row in self.rows], np.int32)
 
     def groups_of(self, names: Iterable[str]) -> Int32[np.ndarray, " m"]:
-        """Return the group that each name belongs to; -1 for one that is no concept's synonym."""
+        """Return the group that each name belongs to; -1 for a synonym of no concept."""
         return np.array([self._group_of(name) for name in names], np.int32)
 
     @property
@@ -128,7 +128,7 @@ _FIELDS = {
 
 
 def letters(name: str) -> str:
-    """Return a name's letters and digits without a plural's s; the name itself if it has none."""
+    """Return a name's letters and digits without a plural s; the name itself if it has none."""
     letters = re.sub(r"[\W_]+", "", name)
     return letters[:-1] if letters.endswith("s") and not letters.endswith("ss") else letters or name
 

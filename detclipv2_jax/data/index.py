@@ -144,7 +144,8 @@ def _read_info(directory: Path) -> dict[str, Any]:
         ) from error
     if found != FORMAT:
         raise UserError(
-            f"{path}: format {found!r}, this version reads {FORMAT}. {_remedy_again(directory)}"
+            f"{path}: has format {found!r}, but this version reads {FORMAT}. "
+            f"{_remedy_again(directory)}"
         )
     if kind not in KINDS or missing:
         names = ", ".join(sorted(missing))
@@ -189,6 +190,6 @@ def _check(source: Source) -> None:
     for name, holds in claims.items():
         if not holds:
             raise UserError(
-                f"{source.directory / name}: missing or damaged, it does not fit the rest of the "
+                f"{source.directory / name}: missing or damaged: it does not fit the rest of the "
                 f"source. {_remedy_again(source.directory)}"
             )

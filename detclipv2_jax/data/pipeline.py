@@ -1,4 +1,4 @@
-"""The plan carried out: an iterator over a run's batches, read in the background.
+"""The input pipeline: an iterator over the planned batches, read in the background.
 
 One Python thread follows the plan and reads records by number (`slices.py`, `reader.py`); tf.data
 parses, decodes, resizes and stacks them in C++ (`decoding.py`); numpy does the rest, which is small
@@ -70,7 +70,7 @@ def batches(
         if config.batch_size % process_count:
             raise UserError(
                 f"config.data.{kind}.batch_size is {config.batch_size}, which {process_count} "
-                "processes cannot share equally. Set it to a multiple."
+                "processes cannot share equally. Set it to a multiple of the number of processes."
             )
     reader = SliceReader(
         plan,
@@ -206,12 +206,12 @@ class _Producer:
             if self.stopped.is_set():
                 return
             try:
-                part = self._reader.read(self._plan.plan(step))
+                slice_ = self._reader.read(self._plan.plan(step))
             except Exception as error:  # tf.data would turn it into a string
                 self._error = error
                 return
-            self._in_progress.append(part)
-            yield part.undecoded()
+            self._in_progress.append(slice_)
+            yield slice_.undecoded()
 
 
 def _fill(producer: _Producer, ready: queue.Queue) -> None:

@@ -1,4 +1,4 @@
-"""What every step of a run sees, as a pure function of (seed, step).
+"""The plan of a run: the batch of every step, as a pure function of (seed, step).
 
 Given the sources' offline indexes, a plan says for every step: the kind of data, the canvas, the
 records of the global batch, and the concepts that the global batch is scored on. Every process
@@ -79,7 +79,7 @@ class _Bucket:
 
 
 class _Position(NamedTuple):
-    """The batch that a step is."""
+    """The place of a step's batch in the run."""
 
     epoch: int
     bucket: int  # index of the bucket
@@ -96,7 +96,7 @@ class _Epoch:
 
 
 class Plan:
-    """Every step of a run.
+    """The plan of every step of a run.
 
     An epoch holds each record of every kind's `sources` exactly once, and of the sources in
     `rehearsal` some records, drawn at random in each epoch. All batches of all (kind, canvas)
@@ -226,12 +226,12 @@ class Plan:
         slots = np.concatenate([slots, np.repeat(slots, 3)])
         sources = np.concatenate([own.sources, extra.sources.reshape(-1)])
         records = np.concatenate([own.records, extra.records.reshape(-1)])
-        parts = []
+        by_source = []
         for index, name in enumerate(config.all_sources):
             mine = np.flatnonzero((sources == index) & (records >= 0))
             source, to_global = self._sources[kind][index], self.vocabulary.local_to_global[name]
-            parts.append(Positives.of_source(source, to_global, records[mine], slots[mine]))
-        positives = Positives.joined(parts)
+            by_source.append(Positives.of_source(source, to_global, records[mine], slots[mine]))
+        positives = Positives.joined(by_source)
         return positives.first(config.texts_per_image) if kind == "image_text" else positives
 
     def _table(self, step: int, bucket: _Bucket, own: _Records, positives: Positives) -> Table:
@@ -298,7 +298,7 @@ class Plan:
             return self._epochs[number]
 
     def _shuffled(self, number: int) -> _Epoch:
-        """Return the batches of an epoch in the order of their moments, uniform in [begin, 1)."""
+        """Return an epoch's batches in random order: sorted by moments drawn from [begin, 1)."""
         counts = [bucket.batches for bucket in self._buckets]
         buckets = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
         batches = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
@@ -353,8 +353,8 @@ def _check_sources(sources: Mapping[str, Source], kinds: Mapping[Kind, KindConfi
             field = "sources" if name in config.sources else "rehearsal"
             if name not in sources:
                 raise UserError(
-                    f"config.data.{kind}.{field}: source {name!r} is not open. Open it, or choose "
-                    f"among {', '.join(sources)}."
+                    f"config.data.{kind}.{field}: source {name!r} is not open. Open it, or use one "
+                    f"of {', '.join(sources)}."
                 )
             if (found := sources[name].kind) != kind:
                 raise UserError(
@@ -365,5 +365,5 @@ def _check_sources(sources: Mapping[str, Source], kinds: Mapping[Kind, KindConfi
             names = ", ".join(config.all_sources) or "none are named"
             raise UserError(
                 f"config.data.{kind}: its sources ({names}) have no records. Prepare them again or "
-                "name others."
+                "list others."
             )

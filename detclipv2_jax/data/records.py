@@ -198,7 +198,7 @@ def _check(record: Record) -> None:
     if len(set(concepts)) < len(concepts):
         raise ValueError(f"{where}: a concept occurs twice in {concepts}")
     if len(record.labels) and not 0 <= record.labels.min() <= record.labels.max() < len(concepts):
-        raise ValueError(f"{where}: a label is none of its {len(concepts)} concepts")
+        raise ValueError(f"{where}: a label is not in 0 … {len(concepts) - 1}, its concepts")
     limits = np.array([record.width, record.height] * 2, np.float32)
     # Written so that NaN fails too.
     if not ((boxes >= 0) & (boxes <= limits)).all() or not (boxes[:, 2:] > boxes[:, :2]).all():

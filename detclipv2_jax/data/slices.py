@@ -1,4 +1,4 @@
-"""One process's slice of a step: its records read, and the batch made of them.
+"""One process's slice of a step: read its records and make its batch.
 
 A slot of the batch is one canvas. A *tile* is where one image goes: a whole canvas, or a quarter of
 a mosaic. Below, b is the number of slots in the slice, p >= b the number of tiles, N the number of
@@ -71,7 +71,7 @@ class Slice:
     placement: transforms_lib.Placement
 
     def undecoded(self) -> dict[str, np.ndarray]:
-        """Return the readable records as `decoding.decoded_steps` wants them."""
+        """Return the readable records as `decoding.decoded_steps` expects them."""
         tiles = [tile for tile, record in enumerate(self.serialized) if record is not None]
         return {
             "tile": np.array(tiles, np.int32),
@@ -177,23 +177,23 @@ class SliceReader:
                 serialized[tile] = content
         return _Stored(serialized, heights, widths, concepts, seeds)
 
-    def assemble(self, part: Slice, decoded: Decoded) -> ReadyBatch:
+    def assemble(self, slice_: Slice, decoded: Decoded) -> ReadyBatch:
         """Put decoded images into their slots, and boxes and labels into the step's terms."""
-        plan, tiles, config = part.plan, part.tiles, self._kinds[part.plan.kind]
+        plan, tiles, config = slice_.plan, slice_.tiles, self._kinds[slice_.plan.kind]
         is_decoded = np.zeros(len(tiles.record), bool)
         is_decoded[decoded.tile] = True
         is_filled = np.bincount(tiles.slot[is_decoded], minlength=len(tiles.mosaic)) > 0
-        whole = part.placement.size[: len(tiles.mosaic)]
+        whole = slice_.placement.size[: len(tiles.mosaic)]
         sizes = np.where(tiles.mosaic[:, None], plan.shape, whole)
-        named = self._named_boxes(part, decoded, is_decoded)
-        placed = _by_slot(tiles, _on_canvas(part, named))
+        named = self._named_boxes(slice_, decoded, is_decoded)
+        placed = _by_slot(tiles, _on_canvas(slice_, named))
         largest = _largest(placed, config.max_boxes)
         batch = Batch(
-            images=_images(part, decoded),
+            images=_images(slice_, decoded),
             sizes=np.where(is_filled[:, None], sizes, 0).astype(np.int32),
             boxes=largest.boxes,
             labels=largest.labels,
-            texts=np.where(is_filled[:, None], part.texts, -1),
+            texts=np.where(is_filled[:, None], slice_.texts, -1),
             tokens=self._vocabulary.tokens(plan.concepts, plan.kind),
             token_mask=plan.concepts >= 0,
             kind=plan.kind,
@@ -205,7 +205,7 @@ class SliceReader:
             batch=batch,
             read=collections.Counter(names[tiles.record >= 0].tolist()),
             unreadable=tuple(
-                Unreadable(names[i], int(tiles.record[i]), decoding.explain(part.serialized[i]))
+                Unreadable(names[i], int(tiles.record[i]), decoding.explain(slice_.serialized[i]))
                 for i in unreadable
             ),
             cropped_boxes=int(named.kept.sum() - placed.kept.sum()),
@@ -213,10 +213,10 @@ class SliceReader:
         )
 
     def _named_boxes(
-        self, part: Slice, decoded: Decoded, is_decoded: Bool[np.ndarray, " p"]
+        self, slice_: Slice, decoded: Decoded, is_decoded: Bool[np.ndarray, " p"]
     ) -> _Boxes:
         """Return the stored boxes of each tile, labelled with rows of the step's concept table."""
-        tiles, config = part.tiles, self._kinds[part.plan.kind]
+        tiles, config = slice_.tiles, self._kinds[slice_.plan.kind]
         ids = np.full((len(is_decoded), decoded.labels.shape[1]), -1, np.int32)
         boxes = np.zeros((*ids.shape, 4), np.float32)
         ids[decoded.tile], boxes[decoded.tile] = decoded.labels, decoded.boxes
@@ -228,15 +228,15 @@ class SliceReader:
             # A label is a place among its record's concepts, which the index lists in that order.
             starts = source.positives_offsets[tiles.record[rows]]
             ids[rows, places] = to_global[source.positives[starts + ids[rows, places]]]
-        labels = part.plan.rows(ids.reshape(-1)).reshape(ids.shape)
+        labels = slice_.plan.rows(ids.reshape(-1)).reshape(ids.shape)
         return _Boxes(boxes, labels, ids >= 0)
 
 
-def _on_canvas(part: Slice, stored: _Boxes) -> _Boxes:
+def _on_canvas(slice_: Slice, stored: _Boxes) -> _Boxes:
     """Move boxes from pixels of their stored images to pixels of their canvases."""
-    boxes, kept = transforms_lib.move_boxes(part.placement, stored.boxes)
+    boxes, kept = transforms_lib.move_boxes(slice_.placement, stored.boxes)
     kept &= stored.kept
-    boxes += np.tile(part.corners[:, None, ::-1], 2) * kept[..., None]
+    boxes += np.tile(slice_.corners[:, None, ::-1], 2) * kept[..., None]
     return _Boxes(boxes, stored.labels, kept)
 
 
@@ -245,12 +245,12 @@ def _by_slot(tiles: Tiles, boxes: _Boxes) -> _Boxes:
     if not tiles.mosaic.any():
         return boxes
 
-    def gathered(array: np.ndarray) -> np.ndarray:
+    def of_slots(array: np.ndarray) -> np.ndarray:
         result = np.zeros((len(tiles.mosaic), 4, *array.shape[1:]), array.dtype)
         result[tiles.slot, tiles.quarter] = array
         return result.reshape(len(result), -1, *array.shape[2:])
 
-    return _Boxes(*map(gathered, boxes))
+    return _Boxes(*map(of_slots, boxes))
 
 
 def _largest(placed: _Boxes, count: int) -> _Boxes:
@@ -272,18 +272,18 @@ def _largest(placed: _Boxes, count: int) -> _Boxes:
     )
 
 
-def _images(part: Slice, decoded: Decoded) -> UInt8[np.ndarray, "b H W 3"]:
+def _images(slice_: Slice, decoded: Decoded) -> UInt8[np.ndarray, "b H W 3"]:
     """Return the canvases with the decoded images on them, each in the corner of its tile."""
-    tiles = part.tiles
+    tiles = slice_.tiles
     if len(decoded.tile) == len(tiles.record) and not tiles.mosaic.any():
         return decoded.image
-    images = np.zeros((len(tiles.mosaic), *part.plan.shape, 3), np.uint8)
+    images = np.zeros((len(tiles.mosaic), *slice_.plan.shape, 3), np.uint8)
     is_shared = tiles.mosaic[tiles.slot[decoded.tile]]
     images[tiles.slot[decoded.tile[~is_shared]]] = decoded.image[~is_shared]
-    height, width = np.array(part.plan.shape) // 2
+    height, width = np.array(slice_.plan.shape) // 2
     for row in np.flatnonzero(is_shared):
         tile = decoded.tile[row]
-        y, x = part.corners[tile]
+        y, x = slice_.corners[tile]
         place = images[tiles.slot[tile], y : y + height, x : x + width]
         place[:] = decoded.image[row, :height, :width]
     return images

@@ -36,7 +36,7 @@ class Placement:
     flip: Bool[np.ndarray, " n"]
 
     def frames(self) -> Int32[np.ndarray, "n 8"]:
-        """Return the same as rows of numbers, for `decode_and_place`."""
+        """Return the placement as one row of numbers per image, for `decode_and_place`."""
         fits = (self.crop[:, 2:] == self.size).all(axis=1)  # no resizing is needed
         columns = np.log2(self.ratio), *self.crop.T, *self.size.T, 2 * fits + self.flip
         return np.stack(columns, axis=1).astype(np.int32)

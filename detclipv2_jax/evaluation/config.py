@@ -7,7 +7,7 @@ from detclipv2_jax.inference.config import DetectConfig
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(DetectConfig):
-    """The validation data and how the detector is asked. Checkpoints store it for later jobs.
+    """The validation data and how the detector is queried. Checkpoints store it for later jobs.
 
     Attributes:
       dataset: LVIS or COCO JSON, relative to `data_dir`. Empty: no evaluation.

@@ -129,11 +129,11 @@ def find_annotations(folder: pathlib.Path) -> pathlib.Path:
     if not chosen:
         raise UserError(
             f"{folder}: no annotations in COCO's or LVIS's format, neither in the folder nor in "
-            "annotations/. Name the file (--dataset=FILE.json)."
+            "annotations/. Give the file (--dataset=FILE.json)."
         )
     names = ", ".join(str(path.relative_to(folder)) for path in chosen)
     raise UserError(
-        f"{folder}: several annotation files: {names}. Name the one to evaluate on "
+        f"{folder}: several annotation files: {names}. Give the one to evaluate on "
         "(--dataset=FILE.json)."
     )
 
@@ -198,7 +198,7 @@ def _find(
         if path.is_file():
             return path
     raise UserError(
-        f"{dataset}: {places[0] / files[-1]} does not exist. {how_to_get}, or name another place "
+        f"{dataset}: {places[0] / files[-1]} does not exist. {how_to_get}, or give another place "
         "with --data_dir=DIR, or with --dataset=FILE.json --images=DIR."
     )
 
@@ -220,7 +220,7 @@ def _load_odinw(data_dir: pathlib.Path) -> Iterator[EvaluationSet]:
         first = next(s for s in odinw.SETS if s.name == missing[0])
         raise UserError(
             f"odinw13: {', '.join(missing)} not found under {root} (for example "
-            f"{root / first.directory / first.evaluation}). {_GET_ODINW}, or name another place "
+            f"{root / first.directory / first.evaluation}). {_GET_ODINW}, or give another place "
             "with --data_dir=DIR."
         )
     for one in odinw.SETS:

@@ -184,7 +184,7 @@ def _evaluate_checkpoint(
 
 
 class _Model:
-    """A checkpoint on every device of this process, and how it is asked.
+    """A checkpoint on every device of this process, and how it is queried.
 
     Attributes:
       predictors: one per device, with the same compiled program.

@@ -33,11 +33,11 @@ _CHUNK = 1 << 18  # about how many detections are matched together, in whole cat
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LvisGroundTruth(coco.GroundTruth):
-    """An LVIS v1 dataset: adds what is known to be absent or is marked only in part.
+    """An LVIS v1 dataset: adds which categories of an image are absent or partly annotated.
 
     Attributes:
       negatives: image id -> ids of the categories known to be absent.
-      not_exhaustive: image id -> ids of the categories of which some objects may be unmarked.
+      not_exhaustive: image id -> ids of the categories of which some objects may not be annotated.
       frequencies: category id -> "r", "c" or "f".
       groups: name -> category ids (base, novel, ...), from the field "group" of the categories.
     """
@@ -59,7 +59,7 @@ class LvisGroundTruth(coco.GroundTruth):
 
     @functools.cached_property
     def not_exhaustive_keys(self) -> Int[np.ndarray, " p"]:
-        """Sorted `pair_keys` of the images and categories where some objects may be unmarked."""
+        """Sorted `pair_keys` of the images and categories whose objects may lack boxes."""
         return np.unique(self._keys_of(self.not_exhaustive))
 
     def pair_keys(self, rows: np.ndarray) -> Int[np.ndarray, " n"]:

@@ -186,11 +186,11 @@ def _match(detections: np.ndarray, truth: np.ndarray, ignored: Bool[np.ndarray, 
       ignored: per ground-truth box and area range, whether it is ignored.
     """
     pairs = _overlapping_pairs(detections, truth)
-    matched, candidate = np.unique(pairs.detection, return_inverse=True)
+    matched, matchable = np.unique(pairs.detection, return_inverse=True)
     rounds = _rounds(detections[matched])
     # By round, then by detection, then by IoU. Equal IoUs keep the order of the ground truth.
-    order = np.lexsort((pairs.iou, candidate, rounds[candidate]))
-    pairs = _Pairs(candidate, pairs.truth, pairs.iou).select(order)
+    order = np.lexsort((pairs.iou, matchable, rounds[matchable]))
+    pairs = _Pairs(matchable, pairs.truth, pairs.iou).select(order)
     outcome = np.full((len(matched), len(THRESHOLDS), len(AREAS)), _UNMATCHED, np.int8)
     free = np.ones((len(truth), len(THRESHOLDS), len(AREAS)), bool)
     for rows in _slices_within_rounds(pairs.detection, rounds[pairs.detection]):
@@ -338,13 +338,13 @@ def _category_curves(
 
     Precision peaks at true positives, so it is computed there alone: the h-th true positive has
     precision h / (true and false positives down to it). That sum starts from the false positives if
-    nothing matched and is corrected by what the candidates above did match.
+    nothing matched and is corrected by what the detections above did match.
 
     Args:
-      outcome: of the detections that may match something (the candidates), in ranking order.
-      false_if_unmatched: per candidate, whether it is a false positive if it matches nothing.
-      false_above: per candidate, how many detections above it would be false positives if nothing
-        matched.
+      outcome: of the n detections that overlap some ground truth, in ranking order.
+      false_if_unmatched: per such detection, whether it is a false positive if it matches nothing.
+      false_above: per such detection, how many detections above it would be false positives if
+        nothing matched.
       positives: how many ground-truth boxes count.
     """
     true_positive = outcome == _TRUE_POSITIVE
@@ -353,8 +353,8 @@ def _category_curves(
     hits = np.cumsum(true_positive, axis=0)
     peaks = np.zeros((len(outcome) + 1, *outcome.shape[1:]))  # [h - 1]: at the h-th true positive
     at = np.nonzero(true_positive)
-    candidate, threshold, area = at
-    counted = (false_above + false_if_unmatched)[candidate, area] + correction[at]
+    detection, threshold, area = at
+    counted = (false_above + false_if_unmatched)[detection, area] + correction[at]
     peaks[hits[at] - 1, threshold, area] = hits[at] / counted
     # Interpolated: the highest precision at this recall or any higher one.
     peaks = np.maximum.accumulate(peaks[::-1], axis=0)[::-1]

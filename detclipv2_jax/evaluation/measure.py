@@ -72,7 +72,7 @@ def measure_model(
 
 
 def encode_names(predictor: Predictor, truth: coco.GroundTruth, prompter: Prompter) -> EncodedNames:
-    """Encode the names of a dataset's categories; two categories of one name have a row each."""
+    """Encode the names of a dataset's categories; two with the same name have a row each."""
     return prompter.encode(
         predictor,
         [readable_name(category.name) for category in truth.categories],
@@ -115,7 +115,7 @@ def measure_answers(
       paths: the file of each image, None if it is missing.
       answers: (index of the image, answer) in any order.
       about: fields for the results: the model and its step.
-      settings: fields for the section "settings": how the model was asked.
+      settings: fields for the section "settings": how the model was queried.
       output: a directory; None writes nothing. Else writes `results.json` (what is returned), for
         LVIS `categories.json` (both AP of each category), `detections/*.png` (ground truth next to
         the best detections), and with `results_json` all detections as `predictions.json`.
@@ -173,7 +173,7 @@ def measure_results_file(
     *,
     output: str | pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """Return the metrics of a results file in COCO's and LVIS's format, of any tool.
+    """Return the metrics of a results file in COCO's and LVIS's format, written by any tool.
 
     Args:
       path: the file.

@@ -239,7 +239,7 @@ def serve(page: "gradio.Blocks", host: str, port: int, *, wait: bool = True) -> 
         raise UserError(
             f"port {port} of {host} is not free ({error}). Choose another --port."
         ) from None
-    print(f"Open {address} in a browser. Ctrl-C stops it.", flush=True)
+    print(f"Open {address} in a browser. Press Ctrl-C to stop.", flush=True)
     if wait:
         page.block_thread()
     return address

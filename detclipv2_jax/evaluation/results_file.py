@@ -67,7 +67,7 @@ class ResultsFile:
     counts: dict[str, int]
 
     def warnings(self) -> list[str]:
-        """Return a sentence for each count that users should know of."""
+        """Return a sentence for each count that users should know about."""
         sentences = {
             "unknown_images": "have an image_id that is not in the dataset; they are left out.",
             "unknown_categories": "have a category_id that is not in the dataset; they are left "

@@ -83,7 +83,7 @@ def _convert(
     )
 
 
-# `ops.nms.class_nms` in ONNX's text format: the best candidates of each name in each image, one
+# `ops.nms.class_nms` in ONNX's text format: the best anchors of each name in each image, one
 # suppression for each name and image, then the best boxes of each image. NonMaxSuppression returns
 # a list of indices of any length; they are scattered back into the table of scores, so that the
 # outputs have a fixed size. Words in capitals are replaced by numbers.

@@ -154,9 +154,9 @@ def suppress(tf: Any, config: DecodeConfig, boxes: Any, scores: Any) -> dict[str
     """
     count = tf.minimum(config.pre_nms_top_k, tf.shape(scores)[-1])
     values, anchors = tf.math.top_k(scores, count)
-    candidates = tf.gather(boxes, anchors, batch_dims=1)  # (B, C, count, 4)
+    class_boxes = tf.gather(boxes, anchors, batch_dims=1)  # (B, C, count, 4)
     found = tf.image.combined_non_max_suppression(
-        tf.transpose(candidates, [0, 2, 1, 3]),
+        tf.transpose(class_boxes, [0, 2, 1, 3]),
         tf.transpose(values, [0, 2, 1]),
         max_output_size_per_class=config.pre_nms_top_k,
         max_total_size=config.max_detections,

@@ -1,6 +1,6 @@
-"""Reading checkpoints.
+"""Read the checkpoints of a run (training/checkpointer.py writes them).
 
-A checkpoint is the whole run: parameters, their average, optimizer, step, config and vocabulary. On
+A checkpoint is the whole run: parameters, their average, optimizer, step, config and names. On
 disk, `workdir/checkpoints/STEP/` has three items: `model` (the averaged parameters, all that
 evaluation and detection read), `state` (the rest of the training state) and `meta` (JSON). Training
 writes them (training/checkpointer.py).
@@ -34,7 +34,7 @@ class LoadedModel:
       graphdef: structure of the model.
       params: the averaged parameters (EMA).
       model: the model's config.
-      detect: how the model is asked and how its output becomes detections.
+      detect: how the model is queried and how its output becomes detections.
       step: training step of the checkpoint.
       names: the names of the detection data that the model trained on.
       definitions: name -> definition; empty if the model trained with bare names.

@@ -1,4 +1,4 @@
-"""Settings of a detector: how model outputs become detections, and how names are asked.
+"""Settings of a detector: how model outputs become detections, and how it is queried.
 
 A training run has these fields in its config section `eval`. Every checkpoint stores them.
 """
@@ -60,7 +60,7 @@ class DetectConfig(DecodeConfig):
     Attributes:
       canvas: (height, width) in pixels. Images are scaled to fit into it.
       batch_size: images per call of the compiled program.
-      definitions: whether names are asked with their definitions: 'on', 'off', or 'as_trained'
+      definitions: whether to ask for names with their definitions: 'on', 'off', or 'as_trained'
         (like the names of the detection data in training; Yao et al. 2023 use definitions both in
         training and in testing).
       prompts: sentences such as 'a photo of a {}.'. The mean of their text embeddings stands for

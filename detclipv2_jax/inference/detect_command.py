@@ -115,8 +115,8 @@ def _input_files(paths: Sequence[str], output: pathlib.Path) -> list[_InputFile]
         in_folder = given.is_dir()
         for file in _images_under(given, output) if in_folder else [given]:
             stem = str(file.relative_to(given).with_suffix("")) if in_folder else file.stem
-            candidates = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
-            stem = next(candidate for candidate in candidates if candidate not in taken)
+            stems = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+            stem = next(free for free in stems if free not in taken)
             taken.add(stem)
             is_video = not in_folder and _is_video(file)
             files.append(_InputFile(str(file), is_video, f"{stem}.{'mp4' if is_video else 'png'}"))

@@ -18,7 +18,7 @@ class Detections:
     Attributes:
       boxes: (x_min, y_min, x_max, y_max) in pixels of the canvas.
       scores: probabilities.
-      labels: index into the names that were asked.
+      labels: index into the names that were asked for.
       mask: False where there is no detection (padding).
     """
 
@@ -38,7 +38,7 @@ class ImageDetections:
     Attributes:
       boxes: (x_min, y_min, x_max, y_max) in pixels of the image, clipped to it.
       scores: between 0 and 1.
-      labels: index into the names that were asked.
+      labels: index into the names that were asked for.
       names: the name of each box.
       size: (height, width) of the image in pixels.
     """

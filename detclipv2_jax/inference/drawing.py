@@ -91,7 +91,7 @@ def grid(images: Sequence[Image.Image], titles: Sequence[str], *, columns: int) 
     """Return one image with all `images` in rows of `columns`, each under its title.
 
     Raises:
-      ValueError: there are no images, or the number of titles is another one.
+      ValueError: there are no images, or their number is not that of the titles.
     """
     if not images or len(images) != len(titles):
         raise ValueError("a grid needs at least one image, and one title for each")

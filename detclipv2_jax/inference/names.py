@@ -47,7 +47,7 @@ def check_names(names: Sequence[str]) -> None:
       UserError: a name is not valid; the message gives its number.
     """
     if not len(names):
-        raise UserError("no names were given. Name at least one thing to look for.")
+        raise UserError("no names were given. Give at least one name to look for.")
     for number, name in enumerate(names, start=1):
         if not isinstance(name, str):
             raise UserError(f"name {number} of {len(names)} is {name!r}, expected a string.")

@@ -38,7 +38,7 @@ def predict(
       score_threshold: replaces the config's; it may change without a new compilation.
 
     Returns:
-      Boxes clipped to the image. A score that is not finite is no detection.
+      Boxes clipped to the image. A score that is not finite does not count as a detection.
     """
     regions = model.encode_image(images)
     canvas = (images.shape[1], images.shape[2])

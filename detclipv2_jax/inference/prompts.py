@@ -41,7 +41,7 @@ class Prompter:
             _check_sentence(sentence)
         if self.with_definitions and self.sentences:
             raise UserError(
-                "names can be asked with their definitions or in sentences (prompts), not both. "
+                "names can be given with their definitions or in sentences (prompts), not both. "
                 "Leave one of them out."
             )
 

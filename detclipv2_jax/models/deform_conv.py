@@ -156,7 +156,7 @@ def _corners(
 
 
 def _pixel_table(packed: PackedLevels) -> Float[np.ndarray, "H W 6"]:
-    """Return for each pixel of the packed map its place in its level, and the level's.
+    """Return each pixel's position in its level, and the level's size and position.
 
     The six values are (row, column) in the level, (height, width) of the level, and (top, left) of
     the level; zeros in the gaps.

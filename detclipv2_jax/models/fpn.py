@@ -1,4 +1,4 @@
-"""Feature pyramid network: three backbone maps in, five maps of equal width out."""
+"""Feature pyramid network: three backbone maps in, five maps of equal channels out."""
 
 import jax
 import jax.numpy as jnp

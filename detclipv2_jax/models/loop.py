@@ -1,4 +1,4 @@
-"""Run equal blocks one after another, as written-out code or as a loop that compiles faster."""
+"""Run blocks of equal shapes in sequence, unrolled or as a loop that compiles faster."""
 
 import operator
 from collections.abc import Callable, Sequence

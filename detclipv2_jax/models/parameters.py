@@ -27,7 +27,7 @@ def match_rules(rules: Sequence[tuple[str, object]], params: PyTree, what: str) 
     Args:
         rules: (regex, value) pairs. A regex must match the whole path.
         params: tree of parameters.
-        what: kind of rule, for the error message, such as "sharding".
+        what: what the rules assign, for the error message, such as "sharding".
 
     Returns:
         A tree like `params` with the rules' values as leaves.

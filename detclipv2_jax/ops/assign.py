@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from detclipv2_jax.ops.boxes import iou
 
-# By more than so many pixels an anchor's center must be inside its box (ATSS's reference code).
+# An anchor's center must be inside its box by more than this many pixels (ATSS's reference code).
 MIN_INSIDE = 0.01
 
 

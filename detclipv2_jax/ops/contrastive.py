@@ -40,7 +40,7 @@ class ContrastiveConfig:
         the best region's, "soft" the mean weighted by their softmax (one to many), "max_size" that
         of the largest region (as in Detic).
     temperature: divides the similarities of images and texts.
-    label_smoothing: share of the target that is spread evenly over all candidates.
+    label_smoothing: share of the target that is spread evenly over all choices.
     soft_temperature: of the softmax over regions, in units of similarity; read by "soft" only.
     """
 
@@ -67,7 +67,7 @@ def word_region_contrastive(
     """Return L_cts in nats: the cross-entropy of finding each text's image (or the reverse).
 
     Yao et al. 2023, eq. 3-5. The mean over the images that have both a region and a text; other
-    images are not candidates either. With n such images, label smoothing gives each the share
+    images are not choices either. With n such images, label smoothing gives each the share
     1 / n. The loss of no images is 0.
 
     Args:
@@ -84,7 +84,7 @@ def word_region_contrastive(
     valid = region_mask.any(axis=-1) & (text_ids >= 0).any(axis=-1)
     logits = similarity / cfg.temperature
     losses = []
-    if cfg.direction in ("text_to_image", "both"):  # rows: texts, candidates: images
+    if cfg.direction in ("text_to_image", "both"):  # rows: texts, choices: images
         losses.append(_cross_entropy(logits.T, valid, cfg.label_smoothing))
     if cfg.direction in ("image_to_text", "both"):
         losses.append(_cross_entropy(logits, valid, cfg.label_smoothing))

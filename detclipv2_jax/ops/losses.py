@@ -77,9 +77,9 @@ def alignment_loss(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _alignment(regions, texts, bias, labels, anchor_mask, concept_mask, block):
     def add_block(total, first):
-        part = _take_block(first, block, regions, labels, anchor_mask, concept_mask)
-        losses = sigmoid_focal(_logits(part.regions, texts, bias), part.positive)
-        return total + jnp.sum(jnp.where(part.valid, losses, 0.0)), None
+        taken = _take_block(first, block, regions, labels, anchor_mask, concept_mask)
+        losses = sigmoid_focal(_logits(taken.regions, texts, bias), taken.positive)
+        return total + jnp.sum(jnp.where(taken.valid, losses, 0.0)), None
 
     firsts = jnp.arange(0, regions.shape[1], max(block, 1))
     return jax.lax.scan(add_block, jnp.zeros((), jnp.float32), firsts)[0]
@@ -98,18 +98,18 @@ def _alignment_forward(regions, texts, bias, labels, anchor_mask, concept_mask, 
 
     def add_block(carry, first):
         total, grads = carry
-        part = _take_block(first, block, regions, labels, anchor_mask, concept_mask)
-        logits = _logits(part.regions, texts, bias)
-        losses, slope = _focal_and_slope(jnp.where(part.positive, logits, -logits), GAMMA)
-        weight = jnp.where(part.valid, jnp.where(part.positive, ALPHA, 1 - ALPHA), 0.0)
-        grad_logits = weight * jnp.where(part.positive, slope, -slope)
+        taken = _take_block(first, block, regions, labels, anchor_mask, concept_mask)
+        logits = _logits(taken.regions, texts, bias)
+        losses, slope = _focal_and_slope(jnp.where(taken.positive, logits, -logits), GAMMA)
+        weight = jnp.where(taken.valid, jnp.where(taken.positive, ALPHA, 1 - ALPHA), 0.0)
+        grad_logits = weight * jnp.where(taken.positive, slope, -slope)
         # Add, since the last block may start within the one before it; its gradient is zero for
         # the anchors that they share.
-        here = jax.lax.dynamic_slice_in_dim(grads.regions, part.start, block, axis=1)
+        here = jax.lax.dynamic_slice_in_dim(grads.regions, taken.start, block, axis=1)
         here += jnp.einsum("bkm,md->bkd", grad_logits, texts).astype(here.dtype)
-        grad_regions = jax.lax.dynamic_update_slice_in_dim(grads.regions, here, part.start, axis=1)
+        grad_regions = jax.lax.dynamic_update_slice_in_dim(grads.regions, here, taken.start, axis=1)
         grad_texts = grads.texts + jnp.einsum(
-            "bkm,bkd->md", grad_logits, part.regions.astype(jnp.float32)
+            "bkm,bkd->md", grad_logits, taken.regions.astype(jnp.float32)
         )
         total += jnp.sum(weight * losses)
         grad_bias = grads.bias + jnp.sum(grad_logits)
@@ -148,10 +148,10 @@ def _take_block(first, block, regions, labels, anchor_mask, concept_mask) -> _Bl
     start = jnp.minimum(first, regions.shape[1] - block)
     cut = lambda array: jax.lax.dynamic_slice_in_dim(array, start, block, axis=1)
     new = cut(anchor_mask) & (start + jnp.arange(block) >= first)
-    part = jnp.where(new[..., None], cut(regions), 0.0)
+    taken = jnp.where(new[..., None], cut(regions), 0.0)
     columns = jnp.arange(len(concept_mask), dtype=labels.dtype)
     positive = cut(labels)[..., None] == columns
-    return _Block(start, part, positive, new[..., None] & concept_mask)
+    return _Block(start, taken, positive, new[..., None] & concept_mask)
 
 
 def _logits(regions, texts, bias):

@@ -66,13 +66,13 @@ def class_nms(
 ) -> tuple[Float[Array, "B T 4"], Float[Array, "B T"], Int[Array, "B T"], Bool[Array, "B T"]]:
     """Return the best `max_detections` of each image; a box suppresses only boxes of its own class.
 
-    Of each class the `pre_nms_top_k` best anchors are candidates, if they score above
-    `score_threshold`. The number is per class, so that no class loses candidates to the scores of
+    Of each class the `pre_nms_top_k` best anchors take part, if they score above
+    `score_threshold`. The number is per class, so that no class loses anchors to the scores of
     another: fixed AP (Dave et al. 2021) measures each class by itself. Equal scores rank by class,
     then by anchor.
 
     Classes are processed in blocks, so that the memory is that of one block, however many there
-    are. The score of the last detection found so far is a bar for all that follow: a candidate
+    are. The score of the last detection found so far is a bar for all that follow: an anchor
     below it can neither be kept nor, since it ranks lower, suppress one that is.
 
     Args:
@@ -81,8 +81,8 @@ def class_nms(
       score: receives one block and returns the scores of its C classes.
       blocks: arrays whose first axis is the block.
       iou_threshold: a box overlapping a better one of its class by more is dropped.
-      score_threshold: candidates score above it.
-      pre_nms_top_k: candidates per class.
+      score_threshold: anchors that take part score above it.
+      pre_nms_top_k: anchors that take part per class.
       max_detections: T, detections per image.
 
     Returns:
@@ -139,7 +139,7 @@ def _add_classes(
     Args:
       found: the best detections so far.
       boxes: of all anchors, in pixels.
-      scores: of the C classes; minus infinity: not a candidate.
+      scores: of the C classes; minus infinity: takes no part.
       first: number of the first of the C classes.
       iou_threshold, pre_nms_top_k: as in `class_nms`.
     """
@@ -241,7 +241,7 @@ def select_proposals(
       objectness: ranks the anchors (`contrastive.proposal_scores`).
       mask: anchors that take part.
       level_sizes: anchors per level, fine to coarse; they sum to K.
-      pre_nms_per_level: candidates per level.
+      pre_nms_per_level: anchors that take part per level.
       iou_threshold: a box overlapping a better one by more is dropped.
       k: regions to select.
 

@@ -89,7 +89,7 @@ def load(model: str | None = None) -> Callable:
             continue
         if "parser" not in pipeline.pipe_names:
             raise UserError(
-                f"spaCy pipeline {name} has no parser, which noun phrases need. Name another."
+                f"spaCy pipeline {name} has no parser, which noun phrases need. Choose another."
             )
         if os.environ.get("OPENBLAS_NUM_THREADS") == "1":
             _multiply_by_numpy(pipeline)

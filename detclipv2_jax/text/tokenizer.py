@@ -70,7 +70,7 @@ def key(text: str) -> int:
 
 
 def keys(texts: Sequence[str]) -> UInt64[np.ndarray, " n"]:
-    """Return the key of each text."""
+    """Return the `key` of each text."""
     return np.fromiter((key(text) for text in texts), np.uint64, len(texts))
 
 
@@ -178,7 +178,7 @@ def _lengths(texts: Sequence[str], known: dict[str, int]) -> Int[np.ndarray, " n
 
 
 def pack_tokens(rows: Int32[np.ndarray, "n 16"]) -> UInt16[np.ndarray, "n 16"]:
-    """Return token ids as they are stored: 49,407 fits 16 bits."""
+    """Return token ids as uint16, as they are stored; the largest id is 49,407."""
     if rows.size and rows.max() >= VOCABULARY_SIZE:
         raise UserError("A token id is outside CLIP's vocabulary: make the tokens with `tokenize`.")
     return rows.astype(np.uint16)

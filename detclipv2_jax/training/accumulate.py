@@ -169,12 +169,12 @@ def _dense(
     targets = map_micro_batches(assign, (), annotations, run.micro_batches, run.mesh)
     divisors = objective.normalizers(targets)
 
-    def loss_fn(learned: PyTree, fixed: _Fixed, part: _AssignedImages) -> Loss:
+    def loss_fn(learned: PyTree, fixed: _Fixed, piece: _AssignedImages) -> Loss:
         params, concepts = learned
         model = run.build(params)
         return objective.loss_of_targets(
-            model, part.images.encode(model), model.scale() * concepts, fixed.token_mask,
-            part.targets, fixed.divisors, canvas, run.config, with_boxes,
+            model, piece.images.encode(model), model.scale() * concepts, fixed.token_mask,
+            piece.targets, fixed.divisors, canvas, run.config, with_boxes,
         )  # fmt: skip
 
     loss, (gradient, concepts_gradient) = sum_micro_batches(
@@ -218,12 +218,12 @@ def _image_text(
         2. Σ_micro-batches ∂/∂θ ⟨F(θ), ∂loss/∂F⟩, micro-batch by micro-batch
     """
 
-    def select(shared: PyTree, part: _PooledImages) -> _SelectedRegions:
+    def select(shared: PyTree, piece: _PooledImages) -> _SelectedRegions:
         params, concepts = shared
         model = run.build(params)
-        regions = part.images.encode(model)
+        regions = piece.images.encode(model)
         selection = objective.select_regions(
-            model, regions, concepts, part.pools, part.sizes, batch.canvas, run.config.proposals
+            model, regions, concepts, piece.pools, piece.sizes, batch.canvas, run.config.proposals
         )
         return _SelectedRegions(objective.selected_embeddings(regions, selection), selection)
 
@@ -242,10 +242,10 @@ def _image_text(
         loss_fn, argnums=(0, 1, 2), has_aux=True
     )(params, features, concepts)
 
-    def inner_product(params: PyTree, _: PyTree, part: _ImagesWithGradient) -> Loss:
-        regions = part.images.encode(run.build(params))
-        features = objective.selected_embeddings(regions, part.selection)
-        return Loss(jnp.sum(features * part.features_gradient), {})
+    def inner_product(params: PyTree, _: PyTree, piece: _ImagesWithGradient) -> Loss:
+        regions = piece.images.encode(run.build(params))
+        features = objective.selected_embeddings(regions, piece.selection)
+        return Loss(jnp.sum(features * piece.features_gradient), {})
 
     _, gradient = sum_micro_batches(
         inner_product, params, (), _ImagesWithGradient(images, selection, features_gradient),
@@ -289,7 +289,7 @@ def map_micro_batches(
     """
 
     def run(shared: PyTree, images: PyTree) -> PyTree:
-        outputs = jax.lax.map(lambda part: fn(shared, part), _split(images, micro_batches))
+        outputs = jax.lax.map(lambda piece: fn(shared, piece), _split(images, micro_batches))
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
 
     if mesh is None:
@@ -316,17 +316,17 @@ def sum_micro_batches(
     """
 
     def run(learned: PyTree, fixed: PyTree, images: PyTree) -> LossAndGradient:
-        def add(total: LossAndGradient, part: PyTree) -> tuple[LossAndGradient, None]:
-            (loss, terms), gradient = jax.value_and_grad(fn, has_aux=True)(learned, fixed, part)
+        def add(total: LossAndGradient, piece: PyTree) -> tuple[LossAndGradient, None]:
+            (loss, terms), gradient = jax.value_and_grad(fn, has_aux=True)(learned, fixed, piece)
             found = LossAndGradient(Loss(loss, terms), gradient)
             return jax.tree.map(jnp.add, total, found), None
 
-        parts = _split(images, micro_batches)
-        loss = jax.eval_shape(fn, learned, fixed, jax.tree.map(lambda x: x[0], parts))
+        pieces = _split(images, micro_batches)
+        loss = jax.eval_shape(fn, learned, fixed, jax.tree.map(lambda x: x[0], pieces))
         zero = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), LossAndGradient(Loss(*loss), learned)
         )
-        total, _ = jax.lax.scan(add, zero, parts)
+        total, _ = jax.lax.scan(add, zero, pieces)
         return total if mesh is None else jax.lax.psum(total, mesh.axis_names)
 
     if mesh is None:

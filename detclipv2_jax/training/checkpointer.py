@@ -220,7 +220,7 @@ class Checkpointer:
         return TrainState(ema=restored["model"], **restored["state"]), stored["meta"]
 
     def _set_aside(self, step: int) -> None:
-        """Rename a damaged checkpoint: the run will write that step again, and people may look."""
+        """Rename a damaged checkpoint, so that the run can write its step again."""
         path = Path(self._manager.directory) / str(step)
         if jax.process_index() == 0:
             aside = path.with_name(f"{step}.damaged")
@@ -251,7 +251,7 @@ class Checkpointer:
 
 
 def abstract_state(state: TrainState, shardings: TrainState) -> TrainState:
-    """Return the shapes, types and shardings of a state, as `Checkpointer.restore` wants them."""
+    """Return the shapes, types and shardings of a state, as `Checkpointer.restore` expects them."""
     return jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
         state,

@@ -1,4 +1,4 @@
-"""Where the wall time of a run goes."""
+"""Measurement of where the wall time of a run goes."""
 
 import contextlib
 import threading
@@ -111,7 +111,7 @@ class Clock:
             return dict(self.seconds)
 
     def figures(self) -> dict[str, float]:
-        """Return what the log holds of the run's time.
+        """Return the time metrics of a line of the log.
 
         Returns:
             `seconds` of all starts; `goodput` and `goodput_this_start`, the share of them, and of

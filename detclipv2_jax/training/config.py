@@ -57,5 +57,5 @@ class RunConfig:
 
 
 def parse(values: Mapping[str, Any]) -> RunConfig:
-    """Return the config that nested dicts describe; `UserError` names a field that is wrong."""
+    """Return the config that nested dicts describe; `UserError` names an invalid field."""
     return config_dict.from_dict(RunConfig, values, "config")

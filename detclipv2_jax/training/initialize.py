@@ -73,7 +73,7 @@ def table(reports: Sequence[Report]) -> str:
 
 
 def _briefly(names: Sequence[str]) -> str:
-    """Return like 'layers.*.attn_mask (12), head.bias': names that differ in numbers, counted."""
+    """Return a short list such as 'layers.*.attn_mask (12), head.bias'."""
     counts = collections.Counter(unnumbered(name) for name in names)
     shown = [name if count == 1 else f"{name} ({count})" for name, count in counts.items()]
     return ", ".join(shown[:6]) + (", …" if len(shown) > 6 else "")

@@ -68,7 +68,7 @@ def _available_kinds(root: Path, config: DataConfig) -> dict[Kind, KindConfig]:
     for kind, data in kinds.items():
         rehearsal = tuple(name for name in data.rehearsal if (root / name).exists())
         for name in set(data.rehearsal) - set(rehearsal):
-            print(f"{root / name} is missing: it is not rehearsed")
+            print(f"{root / name} is missing, so it is not rehearsed")
         is_complete = all((root / name).exists() for name in data.sources)
         sources = data.sources if is_complete else ()
         kinds[kind] = dataclasses.replace(data, sources=sources, rehearsal=rehearsal)
@@ -79,7 +79,7 @@ def _open_sources(root: Path, kinds: Mapping[Kind, KindConfig], prepare: str) ->
     """Open every source of the kinds; an error names `prepare`, the command that makes the data."""
     try:
         if not any(data.sources for data in kinds.values()):
-            raise UserError(f"{root}: no source of the config exists.")
+            raise UserError(f"{root}: none of the config's sources exists. Prepare them.")
         names = [name for data in kinds.values() for name in data.all_sources]
         return {name: Source.open(root / name) for name in names}
     except UserError as error:

@@ -100,8 +100,8 @@ class MetricsLog:
         except Exception as error:
             self._events = None
             print(
-                f"warning: TensorBoard's events cannot be written ({error}); this start of the run "
-                "writes no more of them.",
+                f"warning: TensorBoard's events cannot be written ({error}); no more are "
+                "written until the run is started again.",
                 flush=True,
             )
 

@@ -115,7 +115,7 @@ def encode_concepts(
 ) -> Float[Array, "M D"]:
     """Return the features of the step's concepts.
 
-    Each concept is encoded once, by one device, and then gathered on all devices (`replicated`).
+    Each concept is encoded once, by one device, and then replicated on all devices.
     """
     features = model.encode_text(tokens)
     return (

@@ -28,8 +28,8 @@ def parse_steps(text: str, total_steps: int) -> range:
     first, last = int(match[1]), int(match[2])
     if first >= last:
         raise UserError(
-            f"--profile={text} names no step: it stands for the steps from {first} to before "
-            f"{last}. Use a larger second number."
+            f"--profile={text} selects no step: it means the steps from {first} up to, but not "
+            f"including, {last}. Use a larger second number."
         )
     if first < 1 or last > total_steps + 1:
         raise UserError(
@@ -53,7 +53,7 @@ class Profiler:
         self._first_step: int | None = None  # of the trace that is being recorded
         self._latest_step = 0
         if steps and not self._steps:
-            print(f"profile: steps up to {steps.stop - 1} are done already, there is no trace")
+            print(f"profile: steps up to {steps.stop - 1} are already done, so no trace is written")
         if jax.process_index() != 0:
             self._steps = range(0)
 

@@ -89,7 +89,7 @@ def compile_programs(
 
 
 def _needs(compiled: jax.stages.Compiled) -> str:
-    """Return what a program needs on each device, without what JAX does not know there."""
+    """Return a program's FLOPs and memory per device, as far as JAX reports them."""
     cost, memory, parts = compiled.cost_analysis(), compiled.memory_analysis(), []
     if cost is not None:
         parts.append(f"{cost.get('flops', 0) / 1e9:.1f} GFLOP")

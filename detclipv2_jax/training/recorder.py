@@ -102,7 +102,7 @@ def report(
 ) -> None:
     """Print the results, where the time went and what was left out, and draw the loss curves.
 
-    All processes call it, because each has counted its own part of the data.
+    All processes call it, because each has counted its own slice of the data.
 
     Args:
         workdir: of the run; None in all processes but the first, which draw nothing.

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from detclipv2_jax.data.index import KINDS, Kind
 from detclipv2_jax.training.optimizer import OptimizerConfig
 
-MAX_IN_ROW = 5  # after so many spikes of a kind in a row, the next such norm is its new usual norm
+MAX_IN_ROW = 5  # after this many spikes of a kind in a row, the next norm is its new usual norm
 _MEMORY = 100  # steps of a kind over which its norm is averaged
 
 

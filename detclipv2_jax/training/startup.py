@@ -43,7 +43,7 @@ def keep_compiled_programs(workdir: Path) -> None:
 
 
 def silence_libraries() -> None:
-    """Hide what libraries log of a file that cannot be written; the run reports it itself, once.
+    """Hide what libraries log about unwritable files; the run reports each error once itself.
 
     Orbax logs the error in each of its threads, with the stack, and each file that it writes.
     asyncio and Python report results that still arrive for a save that was given up. TensorBoard's

@@ -141,7 +141,7 @@ def test_lvis_synsets(tmp_path):
 @pytest.mark.parametrize("content", ["", "[1]", "{}", '[{"name": "cat"}]', '{"categories": 3}'])
 def test_a_file_that_is_not_of_lvis(tmp_path, content):
     (tmp_path / "lvis.json").write_text(content)
-    with pytest.raises(UserError, match=r"lvis\.json: .* Name LVIS's file"):
+    with pytest.raises(UserError, match=r"lvis\.json: .* Give LVIS's file"):
         dictionary_writer.lvis_synsets(tmp_path / "lvis.json")
     with pytest.raises(UserError, match="none.json: cannot be read"):
         dictionary_writer.lvis_synsets(tmp_path / "none.json")
@@ -159,9 +159,9 @@ def change(number, **fields):
     ("damage", "message"),
     [
         (lambda lines: lines.clear(), "line 1: not a JSON object"),
-        (change(0, format=9), "format 9, this version reads 1"),
+        (change(0, format=9), "format 9, but this version reads 1"),
         (change(0, format="gone"), "line 1: 'format' is .*not valid"),
-        (lambda lines: lines.pop(), "has 7 concepts, its first line says 8"),
+        (lambda lines: lines.pop(), "has 7 concepts, but its first line says 8"),
         (lambda lines: lines.__setitem__(3, lines[3][:-9]), "line 4: not a JSON object"),
         (change(2, definition=7), "line 3: 'definition' is .*not valid"),
         (change(5, group="gone"), "line 6: 'group' is .*not valid"),

@@ -75,8 +75,8 @@ def test_round_trip(one):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"labels": np.array([3], np.int32)}, "none of its 3 concepts"),
-        ({"labels": np.array([-1], np.int32)}, "none of its 3 concepts"),
+        ({"labels": np.array([3], np.int32)}, "a label is not in 0 … 2"),
+        ({"labels": np.array([-1], np.int32)}, "a label is not in 0 … 2"),
         ({"concepts": ("cat", "dog", "cat")}, "twice"),
         ({"boxes": np.array([[0, 0, 61, 40]], np.float32)}, "outside"),
         ({"boxes": np.array([[-0.1, 0, 6, 4]], np.float32)}, "outside"),

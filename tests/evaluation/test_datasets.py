@@ -124,7 +124,7 @@ def test_find_annotations_chooses_a_file_for_evaluation(tmp_path):
     path.with_name("instances_test2017.json").write_text(train.read_text())
     assert datasets.find_annotations(tmp_path) == val  # before test
     path.with_name("more_val.json").write_text(train.read_text())
-    with pytest.raises(UserError, match="instances_val2017.json, annotations/more_val.json. Name"):
+    with pytest.raises(UserError, match="instances_val2017.json, annotations/more_val.json. Give"):
         datasets.find_annotations(tmp_path)
 
 

@@ -195,8 +195,8 @@ def test_class_nms_suppresses_within_a_class_only():
     np.testing.assert_allclose(values[:2], [0.9, 0.8])
 
 
-def test_class_nms_gives_every_class_its_own_candidates():
-    """A class with low scores keeps its candidates next to a class with high scores."""
+def test_class_nms_gives_every_class_its_own_anchors():
+    """A class with low scores keeps its anchors next to a class with high scores."""
     boxes = np.float32([[9 * i, 0, 9 * i + 8, 8] for i in range(6)])
     scores = np.stack([np.linspace(0.9, 0.8, 6), np.linspace(0.02, 0.01, 6)], 1).astype(np.float32)
     _, _, labels, mask = class_nms(

@@ -103,8 +103,8 @@ def test_the_steps_to_profile_are_checked():
     for text, message in [
         ("3", "must be FIRST:LAST"),
         ("a:b", "must be FIRST:LAST"),
-        ("5:5", "names no step"),
-        ("7:5", "names no step"),
+        ("5:5", "selects no step"),
+        ("7:5", "selects no step"),
         ("0:5", "outside of the run, which has steps 1 to 10"),
         ("8:12", "outside of the run.*numbers from 1 to 11"),
     ]:
@@ -138,7 +138,7 @@ def test_a_trace_of_a_run_that_ends_early_is_written(tmp_path, monkeypatch, caps
     assert "profile: steps 3 to 4 are in" in capsys.readouterr().out
     with profiling.Profiler(range(2, 9), tmp_path, resumed_at=8):
         pass
-    assert "there is no trace" in capsys.readouterr().out and len(calls) == 2
+    assert "no trace is written" in capsys.readouterr().out and len(calls) == 2
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 An image of log aspect a (height over width) that is scaled to fit a canvas of log aspect c covers
 exp(-|a - c|) of the canvas, whatever its area. So the canvas of the nearest aspect is the best one
-for an image. The best set of K canvases is found exactly, by dynamic programming over the
-candidates.
+for an image. The best set of K canvases is found exactly, by dynamic programming over
+the possible canvases.
 """
 
 import dataclasses
@@ -69,11 +69,11 @@ def choose(
     Raises:
         UserError: there are fewer than `count` canvases of this area.
     """
-    shapes = candidates(area, multiple, tolerance)
+    shapes = possible_canvases(area, multiple, tolerance)
     if not 1 <= count <= len(shapes):
         raise UserError(
             f"cannot choose {count} canvases of about {area} pixels whose sides are multiples of "
-            f"{multiple}: there are {len(shapes)}. Choose 1 to {len(shapes)}."
+            f"{multiple}: only {len(shapes)} exist. Choose 1 to {len(shapes)}."
         )
     aspects = np.sort(_log_aspects(heights, widths))
     targets = np.log([height / width for height, width in shapes])
@@ -90,7 +90,7 @@ def choose(
     return tuple(shapes[index] for index in reversed(chosen))
 
 
-def candidates(area: int, multiple: int = 32, tolerance: float = 0.05) -> list[Shape]:
+def possible_canvases(area: int, multiple: int = 32, tolerance: float = 0.05) -> list[Shape]:
     """Return the canvases of about `area` pixels, widest first.
 
     Of several canvases with one aspect, the one nearest in area is kept. The longer side is at most
@@ -112,7 +112,7 @@ def candidates(area: int, multiple: int = 32, tolerance: float = 0.05) -> list[S
 
 @dataclasses.dataclass(frozen=True)
 class TableUse:
-    """How well a concept table of a given size fits a number of steps."""
+    """How often a concept table of a given size overflows, and how full it is otherwise."""
 
     rows: int  # size of the table
     overflowing: float  # share of the steps with more concepts than rows
@@ -122,7 +122,7 @@ class TableUse:
 
 
 def table_use(wanted: Int[np.ndarray, " steps"], rows: Iterable[int]) -> list[TableUse]:
-    """Return how often tables of several sizes overflow.
+    """Return how well concept tables of several sizes fit the steps.
 
     Args:
         wanted: number of distinct positives of each of n >= 1 steps.

@@ -125,12 +125,12 @@ def lvis_synsets(path: str | Path) -> dict[str, str]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}). Name LVIS's file.") from None
+        raise UserError(f"{path}: cannot be read as JSON ({error}). Give LVIS's file.") from None
     rows = content.get("categories") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and isinstance(row.get("synset"), str) for row in rows
     ):
-        raise UserError(f'{path}: has no list of categories with a "synset". Name LVIS\'s file.')
+        raise UserError(f'{path}: has no list of categories with a "synset". Give LVIS\'s file.')
     found: dict[str, set[str]] = {}
     for row in rows:
         for spelling in (row.get("name"), *(row.get("synonyms") or ())):

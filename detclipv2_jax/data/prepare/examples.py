@@ -139,7 +139,7 @@ class ImageFolder:
         if not self.roots:
             tried = " or ".join(str(root) for root in roots)
             raise UserError(
-                f"{tried}: no such directory. Name the folder of the images with --images=DIR."
+                f"{tried}: no such directory. Give the folder of the images with --images=DIR."
             )
         # Each folder is looked up once, not once per image: on a network drive that takes hours.
         self._places = functools.lru_cache(maxsize=4096)(self._existing)

@@ -59,7 +59,7 @@ def encode_image(file: ImageFile, store_side: int | None = None) -> StoredImage:
             width, height = image.size
             return StoredImage(jpeg, height, width, size[::-1], not kept, shrunk)
     except UnidentifiedImageError:
-        return StoredImage(problem=f"{len(data)} bytes that are no image")
+        return StoredImage(problem=f"{len(data)} bytes that are not an image")
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
         return StoredImage(problem=str(error) or type(error).__name__)
 

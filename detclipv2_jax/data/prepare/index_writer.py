@@ -294,7 +294,7 @@ def refuse_foreign(directory: Path) -> None:
     occupied = directory.is_dir() and any(directory.iterdir())
     if occupied and not (directory / "info.json").is_file():
         raise UserError(
-            f"{directory}: not empty and not a prepared source. Name another directory."
+            f"{directory}: not empty and not a prepared source. Choose another directory."
         )
 
 

@@ -223,14 +223,14 @@ def _sum_up(builder: ShardBuilder, archives: Sequence[Archive], count: int) -> _
 
 
 def _refuse_unusable(archives: Sequence[Archive], kind: str, totals: _Totals) -> None:
-    """Refuse a source without records, or one whose boxes were all dropped: a wrong command."""
+    """Raise `UserError` if there are no records, or if all boxes were dropped."""
     files = ", ".join(str(archive.path) for archive in archives)
     drops = totals.drops
     if not totals.records:
         example = f", for example {drops.first()}" if drops.first() else ""
         raise UserError(
-            f"{files}: nothing usable in it, {drops.dropped.total()} entries were dropped"
-            f"{example}. Check the file, and name the folder of its images with --images=DIR."
+            f"{files}: contains nothing usable: {drops.dropped.total()} entries were dropped"
+            f"{example}. Check the file, and give the folder of its images with --images=DIR."
         )
     lost = [reason for reason in drops.dropped if reason.startswith("boxes")]
     if kind == "detection" and lost and not totals.boxes:

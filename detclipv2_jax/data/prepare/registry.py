@@ -44,7 +44,7 @@ def format_of(path: Path) -> str | None:
     """Return the format of a file, judged by its field names; None if it is unknown or LVIS.
 
     JSON is searched for the field names without parsing it or reading it into memory: the file of
-    Objects365 has several gigabytes. The shards of img2dataset are a folder.
+    Objects365 has several gigabytes. A folder with shards is the output of img2dataset.
     """
     if path.is_dir():
         return "img2dataset's shards" if img2dataset.shards(path) else None
@@ -125,7 +125,7 @@ def open_archives(files: Sequence[Path], images: ImageFolder, kind: str) -> list
         if name not in accepted:
             raise UserError(
                 f"{path}: its fields are those of {name}, but {kind} data must be "
-                f"{' or '.join(accepted)}. Name another file."
+                f"{' or '.join(accepted)}. Give another file."
             )
         archives.append(FORMATS[name][1](path, images))
     return archives
@@ -133,7 +133,7 @@ def open_archives(files: Sequence[Path], images: ImageFolder, kind: str) -> list
 
 @dataclasses.dataclass(frozen=True)
 class ArchiveSource:
-    """A source that has a name: how its annotation files are found and opened."""
+    """A type of archive that `detclip prepare` reads: how its files are found and opened."""
 
     kind: str  # "detection" | "grounding" | "image_text"
     about: str  # one line for --help
@@ -153,7 +153,7 @@ class ArchiveSource:
             raise UserError(f"{directory}: no such directory. Check --from.")
         if not (found := self.find(directory)):
             raise UserError(
-                f"{directory}: no {self.kind} file for training here or in annotations/. Name one "
+                f"{directory}: no {self.kind} file for training here or in annotations/. Give one "
                 "with --annotations=FILE."
             )
         return found
@@ -281,7 +281,7 @@ def prepared_before(to: Path, inputs: Mapping[str, Any], *, overwrite: bool) -> 
         return None
     if not (to / "info.json").is_file():
         raise UserError(
-            f"{to}: not empty and not a prepared source. Name another directory with --to."
+            f"{to}: not empty and not a prepared source. Choose another directory with --to."
         )
     if overwrite:
         return None
@@ -290,5 +290,5 @@ def prepared_before(to: Path, inputs: Mapping[str, Any], *, overwrite: bool) -> 
         return source
     raise UserError(
         f"{to}: holds a source made from other files or options. Add --overwrite to replace it, or "
-        "name another directory with --to."
+        "choose another directory with --to."
     )

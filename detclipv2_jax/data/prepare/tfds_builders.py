@@ -43,7 +43,7 @@ _OPTIONS = PrepareOptions(jobs=1)
 
 
 class _Source(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Builder of one of `registry.SOURCES`; each subclass says which."""
+    """Builder of one of `registry.SOURCES`; each subclass sets `SOURCE`."""
 
     VERSION = tfds.core.Version("1.0.0")
     SOURCE: ArchiveSource

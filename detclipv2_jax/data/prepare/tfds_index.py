@@ -120,14 +120,14 @@ def _open_dataset(directory: Path) -> Any:
 
     if not (directory / "dataset_info.json").is_file():
         raise UserError(
-            f"{directory}: not a dataset of TensorFlow Datasets. Name the folder that has its "
+            f"{directory}: not a dataset of TensorFlow Datasets. Give the folder that has its "
             "dataset_info.json, such as DATA_DIR/objects365/1.0.0."
         )
     builders = "detclipv2_jax.data.prepare.tfds_builders"
     info = tfds.builder_from_directory(directory).info
     if info.file_format.value != "array_record":
         raise UserError(
-            f"{directory}: its files are {info.file_format.value}. Build it as array_record."
+            f"{directory}: its file format is {info.file_format.value}. Build it as array_record."
         )
     if info.features.get_serialized_info() != features().get_serialized_info():
         raise UserError(

@@ -104,7 +104,7 @@ class _Tiling:
         return place.cores(self.batch)
 
     def row(self, band: Any, r: int) -> Any:
-        """Row of the map that is the r-th of a band of the rolled map; padding from `height` on."""
+        """Index in the map of row r of a band of the rolled map; padding if `height` or more."""
         return lax.rem(band * self.window + r + self.shift, self.bands * self.window)
 
 
@@ -185,7 +185,7 @@ def attention_branch(
 
 
 def _rows(tiling: _Tiling, x: Array) -> list[common.Input]:
-    """Return a band's rows, one input each: the last band of a rolled map has rows of both ends."""
+    """Return a band's rows, one input each: the last band of a rolled map takes both ends."""
 
     def block(r: int) -> pl.BlockSpec:
         def index(core: Any, image: Any, band: Any) -> tuple[Any, ...]:
@@ -425,7 +425,7 @@ def _backward_kernel(tiling: _Tiling, refs: _Backward) -> None:
 
 
 def _write_grad_x(tiling: _Tiling, step: _Step, refs: _Backward) -> None:
-    """Go from grad t, in `scratch.result`, to the gradients of x and of the norm's parameters.
+    """Turn grad t, in `scratch.result`, into the gradients of x and of the norm's parameters.
 
     With n the standardized x: scale: + Σ grad t · n; offset: + Σ grad t; and x: grad_out +
     `standardize_backward` of grad t · scale. Rows of padding have no part in them.
@@ -533,11 +533,11 @@ def _send_band(tiling: _Tiling, scratch: _Scratch, out: Ref) -> None:
 
     The last band of a core is written to the end.
     """
-    core, part, band = (pl.program_id(axis) for axis in range(3))
-    image = core * (tiling.batch // tiling.cores) + part
+    core, turn, band = (pl.program_id(axis) for axis in range(3))
+    image = core * (tiling.batch // tiling.cores) + turn
     _for_each_copy(tiling, scratch, out, image, band, lambda copy: copy.start())
 
-    @pl.when((part == tiling.batch // tiling.cores - 1) & (band == tiling.bands - 1))
+    @pl.when((turn == tiling.batch // tiling.cores - 1) & (band == tiling.bands - 1))
     def _():
         _for_each_copy(tiling, scratch, out, image, band, lambda copy: copy.wait())
 

@@ -112,7 +112,7 @@ def deform_conv(
     factors: Float[Array, "B T 3 S"],
     kernel: Float[Array, "9 C O"],
 ) -> Float[Array, "B H W O"]:
-    """Project nine bilinear samples of every pixel.
+    """Return a deformable convolution: nine bilinear samples of every pixel, projected.
 
     A block (see `in_blocks`) has S = 9 · 128 samples: the first tap of its 128 pixels, then the
     second, and so on.
@@ -366,7 +366,7 @@ def _backward_kernel(tiling: _Tiling, refs: _Backward) -> None:
 
 
 def _on_map(tiling: _Tiling, pixels: Array) -> Array:
-    """Set those of a block's pixels that are off the map to zero."""
+    """Set the pixels of a block that are off the map to zero."""
     number = lax.broadcasted_iota(jnp.int32, (_PIXELS, 1), 0)
     row = pl.program_id(2) * _BLOCK[0] + lax.div(number, _BLOCK[1])
     column = pl.program_id(3) * _BLOCK[1] + lax.rem(number, _BLOCK[1])
@@ -419,7 +419,7 @@ def _for_each_window(tiling: _Tiling, reach: Ref, visit: Callable[[_Window], Non
 
 @dataclasses.dataclass(frozen=True)
 class _Shares:
-    """What each of S samples takes of a window's rows and columns, and the derivatives."""
+    """Weight of each of a window's rows and columns in each of S samples, and derivatives."""
 
     of_row: Float[Array, "8 S"]
     of_column: Float[Array, "32 S"]
@@ -447,14 +447,14 @@ def _write_weights(window: _Window, inputs: _Inputs, weights: Ref) -> _Shares:
 
 
 def _share(corner: Array, beyond: Array, start: Any, first: Any, count: int) -> tuple[Array, Array]:
-    """Return what each sample takes of `count` rows or columns, and the derivative by `beyond`.
+    """Return the weight of `count` rows or columns in each sample, and its derivative by `beyond`.
 
-    Row `corner` has the share 1 - beyond, the row after it the share `beyond`, others none.
+    Row `corner` has the weight 1 - beyond, the row after it the weight `beyond`, others 0.
 
     Args:
       corner, beyond: (1, S): where each sample's neighbor is, and how far beyond it the sample is.
       start: the first of the rows.
-      first: rows before this one belong to an earlier window; their share is 0.
+      first: rows before this one belong to an earlier window; their weight is 0.
       count: how many rows.
     """
     place = start + lax.broadcasted_iota(jnp.int32, (count, 1), 0)

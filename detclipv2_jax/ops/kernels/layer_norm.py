@@ -83,7 +83,7 @@ def _band(tiling: _Tiling) -> pl.BlockSpec:
 
 
 def _cost(tiling: _Tiling, maps: int) -> pl.CostEstimate:
-    """Cost of reading or writing so many maps, in the padded bytes that the compiler counts."""
+    """Cost of reading or writing `maps` maps, in the padded bytes that the compiler counts."""
     item = jnp.dtype(tiling.dtype).itemsize
     return pl.CostEstimate(
         flops=0,

@@ -267,7 +267,7 @@ def _backward_kernel(tiling: _Tiling, refs: _Backward) -> None:
 
 
 def _add_norm_gradients(tiling: _Tiling, refs: _Backward) -> None:
-    """Go from the gradient of norm(x) to those of x and of the norm's scale and offset.
+    """Turn the gradient of norm(x) into those of x and of the norm's scale and offset.
 
     x: grad_out + `standardize_backward` of grad t · scale.
     """

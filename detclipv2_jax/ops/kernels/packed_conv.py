@@ -166,7 +166,7 @@ _convolve.defvjp(_convolve_and_save, _convolve_backward)
 
 
 class _Through(NamedTuple):
-    """What the gradient of a pixel of y is made of: grad_y + slope · y + constant."""
+    """Terms of the gradient of a pixel of y: grad_y + slope · y + constant."""
 
     y: Array  # (B, H, W, O)
     grad_y: Array  # (B, H, W, O)
@@ -436,7 +436,7 @@ def _backward_kernel(tiling: _Tiling, refs: _Backward) -> None:
 
 
 def _write_grad_x(tiling: _Tiling, r: Any, grad: Array, refs: _Backward) -> None:
-    """Go from the gradient of the band's r-th row of a to those of x, factor and offset.
+    """Turn the gradient of the band's r-th row of a into those of x, factor and offset.
 
     With d = grad a where a > 0, else 0: x: d · factor; factor: + Σ d · x; offset: + Σ d.
     """
@@ -476,7 +476,7 @@ def _inside(tiling: _Tiling, row: Any) -> Array:
 
 
 def _of_levels(tiling: _Tiling, row: Any, values: Ref) -> Array:
-    """Return each pixel's value, that of its level, for a row of the map; undefined in the gaps."""
+    """Return the value of each pixel's level, for a row of the map; undefined in the gaps."""
     spread = values[0, 0:1]
     for level in range(1, len(tiling.levels)):
         own = values[0, level : level + 1]

@@ -245,7 +245,7 @@ def _backward_kernel(tiling: _Tiling, refs: _Backward) -> None:
 
 
 def _write_grad_x(tiling: _Tiling, r: Any, refs: _Backward) -> None:
-    """Go from the gradients of the normalized pixels to those of x and the norm's parameters.
+    """Turn the gradients of the normalized pixels into those of x and the norm's parameters.
 
     For the r-th pair of rows. With n the standardized pixels and d = grad t · scale, over the four
     pixels together: x: (d - mean(d) - n · mean(d · n)) / sqrt(variance + EPS).

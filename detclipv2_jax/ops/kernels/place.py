@@ -26,14 +26,14 @@ def vmem_budget() -> float:
     return _SHARE * pltpu.get_tpu_info().vmem_capacity_bytes if _is_tpu() else 0.0
 
 
-def cores(parts: int) -> int:
-    """Return over how many of a chip's cores a kernel can spread so many equal parts.
+def cores(items: int) -> int:
+    """Return the number of a chip's cores that can share `items` equal pieces of work.
 
     1 where they do not divide evenly. Each core sums its own gradients. A simulation, where there
     is no TPU, has two cores, so that tests cover more than one.
     """
     number = pltpu.get_tpu_info().num_cores if _is_tpu() else 2
-    return number if parts % number == 0 else 1
+    return number if items % number == 0 else 1
 
 
 def _is_tpu() -> bool:
@@ -42,7 +42,7 @@ def _is_tpu() -> bool:
 
 
 def devices() -> int:
-    """Return over how many devices `on_each_device` splits its images."""
+    """Return the number of devices that `on_each_device` splits its images over."""
     mesh = jax.sharding.get_abstract_mesh()
     # No mesh, or already inside a shard_map.
     if all(kind == AxisType.Manual for kind in mesh.axis_types):

@@ -262,7 +262,7 @@ def test_an_image_in_a_file_of_many(tmp_path):
     inside = ImageFile(tmp_path / "a.tar", 6, len(jpeg(seed=3)))
     assert image_encoding.encode_image(inside).jpeg == jpeg(seed=3) and "byte 6" in str(inside)
     beyond = ImageFile(tmp_path / "a.tar", 10**6, 100)
-    assert "no image" in image_encoding.encode_image(beyond).problem
+    assert "not an image" in image_encoding.encode_image(beyond).problem
 
 
 def test_unreadable_images(tmp_path):
@@ -407,7 +407,7 @@ def test_command_where_an_older_format_lies(folder, capsys):
     info = folder / "out" / "info.json"
     info.write_text(json.dumps({**json.loads(info.read_text()), "format": 1}))
     assert run(*arguments) == 2
-    assert "format 1, this version reads 2" in (error := capsys.readouterr().err)
+    assert "has format 1, but this version reads 2" in (error := capsys.readouterr().err)
     assert error.endswith(f"--to={folder / 'out'} --overwrite`.\n")
     assert run(*arguments, "--overwrite") == 0
     assert len(Source.open(folder / "out")) == 4

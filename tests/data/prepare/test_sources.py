@@ -108,7 +108,7 @@ def test_coco_broken_images(folder):
     assert "images[3]" in explained["images: id given twice"][0]
     assert "no field 'file_name'" in explained["images: malformed entry"][0]
     assert "gone.jpg under" in explained["images: missing"][0]
-    assert "an address, not a file" in explained["images: missing"][1]
+    assert "a URL, not a file" in explained["images: missing"][1]
     assert all(len(sentences) <= 3 for sentences in explained.values())
 
 

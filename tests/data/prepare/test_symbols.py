@@ -453,10 +453,10 @@ def test_a_second_call_leaves_the_same_and_refuses_another(world, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in world.rglob("*")}
     symbols.generate(world, seed=3, options=TINY)
     assert before == {path: path.stat().st_mtime_ns for path in world.rglob("*")}
-    with pytest.raises(UserError, match="Remove it or name"):
+    with pytest.raises(UserError, match="Remove it or choose"):
         symbols.generate(world, seed=4, options=TINY)
     (tmp_path / "photo.jpg").write_text("mine")
-    with pytest.raises(UserError, match="Remove it or name"):
+    with pytest.raises(UserError, match="Remove it or choose"):
         symbols.generate(tmp_path, options=TINY)
     assert (tmp_path / "photo.jpg").read_text() == "mine"
 

@@ -1,1 +1,1 @@
-"""Readers of the formats that people have: one file a source."""
+"""Readers of annotation formats: one module per format or published archive."""

@@ -102,7 +102,7 @@ def find_image(
 def explain_missing(where: str, name: str, images: ImageFolder) -> str:
     """Return the explanation for an image that does not exist."""
     if "://" in name:
-        return f"{where}: {name} is an address, not a file; download it and name the file"
+        return f"{where}: {name} is a URL, not a file; download it and give the file"
     shown = shorten(name).strip("'")
     return f"{where}: no file {shown} under {images}"
 

@@ -87,7 +87,7 @@ class Exclusion:
                 if path.is_file():
                     return _read_genome(path)
         raise UserError(
-            f"{' or '.join(map(str, self._directories))}: no {GENOME_FILE} in it, which says which "
+            f"{' or '.join(map(str, self._directories))}: no {GENOME_FILE} in it. It says which "
             "images of GQA are COCO's. Get it from Visual Genome, or keep all images with "
             "--keep_coco."
         )

@@ -168,7 +168,7 @@ def _example(name: str, entry: _Entry, seen: SeenHashes, drops: Drops) -> Exampl
         drops.drop(reason, f"{where}: {shorten(metadata.get('error_message') or status)}")
         return None
     if entry.image is None:
-        drops.drop("images: missing", f"{where}: there is a caption or a row, but no image")
+        drops.drop("images: missing", f"{where}: it has a caption or a row, but no image")
         return None
     try:
         caption = _read_caption(entry, metadata)
@@ -285,7 +285,7 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
             if not previous < member.offset < member.offset_data or member.size < 0:
-                raise tarfile.ReadError("a header that leads back")
+                raise tarfile.ReadError("a header that points backwards")
             previous, tar.members = member.offset, []  # the list would grow without bound
             if member.isreg() and not member.issparse():
                 yield member

@@ -61,10 +61,10 @@ def minival(val: str | Path, content: dict[str, Any]) -> dict[str, Any]:
         annotations = [entry for entry in content["annotations"] if entry["image_id"] in ids]
         content = content | {"images": images, "annotations": annotations}
     except MALFORMED as error:
-        raise UserError(f"{val}: {describe(error)}. Name lvis_v1_val.json.") from error
+        raise UserError(f"{val}: {describe(error)}. Give lvis_v1_val.json.") from error
     if not images:
         raise UserError(
-            f'{val}: no image whose "coco_url" is in {MINIVAL_FOLDER}. Name lvis_v1_val.json.'
+            f'{val}: no image whose "coco_url" is in {MINIVAL_FOLDER}. Give lvis_v1_val.json.'
         )
     return content
 

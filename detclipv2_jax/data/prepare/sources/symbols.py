@@ -36,7 +36,7 @@ from detclipv2_jax.data.prepare.sources import symbols_captions as captions
 from detclipv2_jax.data.prepare.sources import symbols_scenes as scenes
 
 SPLITS = ("detection", "grounding", "image_text", "val")
-# LVIS: a category in at most so many training images is rare, common.
+# LVIS: upper limits of the training images of a rare and of a common category.
 RARE, COMMON = 10, 100
 
 _SECOND_CAPTION = 0.3  # share of the grounding images that have two captions
@@ -286,7 +286,7 @@ def _check_same(to: Path, seed: int, options: SymbolsOptions) -> None:
     if not same:
         raise UserError(
             f"{to}: exists and does not hold the symbols of this seed and these options. Remove it "
-            "or name another directory."
+            "or choose another directory."
         )
 
 

@@ -140,7 +140,7 @@ def font_path() -> Path:
     spec = importlib.util.find_spec("matplotlib")  # importing it takes half a second per process
     if spec is None or spec.origin is None:
         raise UserError(
-            "symbols: they are drawn with the font that matplotlib ships, and matplotlib is not "
+            "symbols: drawing them needs the font that matplotlib ships, and matplotlib is not "
             "installed. Run `pip install matplotlib`."
         )
     return Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -228,40 +228,40 @@ def readable_colors(tones: Float[np.ndarray, "n 3"]) -> list[str]:
 
 
 def _pattern(
-    rng: np.random.Generator, kind: str, height: int, width: int
+    rng: np.random.Generator, pattern: str, height: int, width: int
 ) -> Float[np.ndarray, "h w"]:
     """Return the share of the second tone in each pixel, 0 to 1."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     angle, period = rng.uniform(0, np.pi), rng.uniform(8, 26)
     u = x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle))
-    if kind == "gradient":
+    if pattern == "gradient":
         return (u - u.min()) / max(1.0, float(np.ptp(u)))
-    if kind == "striped":
+    if pattern == "striped":
         return np.clip(0.5 + 2 * np.sin(2 * np.pi * u / period), 0, 1)
-    if kind == "checked":
+    if pattern == "checked":
         v = y * np.float32(np.cos(angle)) - x * np.float32(np.sin(angle))
         waves = np.sin(np.pi * u / period) * np.sin(np.pi * v / period)
         return np.clip(0.5 + 4 * waves, 0, 1)
-    if kind == "speckled":
+    if pattern == "speckled":
         grains = rng.random((height // 2 + 1, width // 2 + 1), np.float32)
         return np.kron(grains, np.ones((2, 2), np.float32))[:height, :width]
-    if kind == "blotchy":
+    if pattern == "blotchy":
         coarse = Image.fromarray(rng.random((5, 5), np.float32))
         return np.clip(np.asarray(coarse.resize((width, height), Image.BICUBIC)), 0, 1)
     return np.zeros((height, width), np.float32)
 
 
 def draw_background(
-    rng: np.random.Generator, kind: str, height: int, width: int, difficulty: float
+    rng: np.random.Generator, pattern: str, height: int, width: int, difficulty: float
 ) -> tuple[Image.Image, Float[np.ndarray, "2 3"]]:
     """Return an image without symbols and its two tones (sRGB); all pixels are between them."""
     first = np.array(TONES[rng.integers(len(TONES))], float)
     # Darker or lighter, away from the nearer end of the scale, with a small change of hue.
     step = (16 + 64 * difficulty) * (1 if first.mean() < 128 else -1)
     second = np.clip(first + step + rng.uniform(-12, 12, 3), 0, 255)
-    tones = np.rint([first, first if kind == "plain" else second])
+    tones = np.rint([first, first if pattern == "plain" else second])
     grounds = [Image.new("RGB", (width, height), tuple(int(c) for c in tone)) for tone in tones]
-    share = np.rint(255 * _pattern(rng, kind, height, width)).astype(np.uint8)
+    share = np.rint(255 * _pattern(rng, pattern, height, width)).astype(np.uint8)
     return Image.composite(grounds[1], grounds[0], Image.fromarray(share)), tones
 
 
