@@ -39,9 +39,9 @@ class Positives:
         return cls(local_to_global[local], np.repeat(slots, counts), ranks)
 
     @classmethod
-    def joined(cls, parts: Sequence["Positives"]) -> "Positives":
+    def joined(cls, by_source: Sequence["Positives"]) -> "Positives":
         """Return the positives of several sources as one."""
-        fields = [(part.ids, part.slots, part.ranks) for part in parts]
+        fields = [(one.ids, one.slots, one.ranks) for one in by_source]
         return cls(*(np.concatenate(arrays) for arrays in zip(*fields)))
 
     def first(self, count: int) -> "Positives":

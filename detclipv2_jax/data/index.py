@@ -190,6 +190,6 @@ def _check(source: Source) -> None:
     for name, holds in claims.items():
         if not holds:
             raise UserError(
-                f"{source.directory / name}: missing or damaged: it does not fit the rest of the "
-                f"source. {_remedy_again(source.directory)}"
+                f"{source.directory / name}: missing or damaged (it does not fit the rest of the "
+                f"source). {_remedy_again(source.directory)}"
             )

@@ -229,7 +229,7 @@ class Predictor:
         """Yield (index of the source, its detections, or the error if it cannot be read).
 
         Threads read images while the device works. Images are batched by the orientation of their
-        canvas, so results come in another order than the sources, but always in the same one.
+        canvas, so the order of the results is not that of the sources, but is always the same.
 
         Args:
           sources: paths, arrays or PIL images of any sizes.

@@ -27,7 +27,7 @@ def run(
     With one job everything runs in this process. An error or Ctrl-C here stops the workers soon.
 
     Args:
-        work: picklable. It calls its own `progress` every so often with the amount of work done
+        work: picklable. It calls its own `progress` regularly with the amount of work done
             since the last call.
         tasks: (number, task); taken from the iterator only when they are about to run.
         jobs: processes.
