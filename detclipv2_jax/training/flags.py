@@ -1,7 +1,12 @@
 """Command lines with a run's config: absl flags, `--config=FILE` and `--config.FIELD=VALUE`."""
 
+import ast
+import dataclasses
 import sys
+import textwrap
+import typing
 from collections.abc import Callable
+from types import ModuleType
 
 from detclipv2_jax.common.cli import exit_status
 from detclipv2_jax.common.errors import UserError
@@ -15,7 +20,54 @@ def run_with_config(main: Callable[[list[str]], None]) -> None:
     """
     from absl import app
 
+    if {"-h", "-help", "--help"} & set(sys.argv[1:]):
+        print(_help(sys.modules[main.__module__]))
+        sys.exit(0)
     sys.exit(exit_status(lambda: app.run(main, flags_parser=_parse_flags)))
+
+
+def _help(module: ModuleType) -> str:
+    """Return the help of a program: its docstring, options, recipes and config fields.
+
+    absl would show the flags of `__main__` alone, and ml_collections knows no fields before it has
+    read a config.
+    """
+    from absl import flags
+
+    lines = [(module.__doc__ or "").strip(), "", "options:"]
+    for flag in flags.FLAGS.get_key_flags_for_module(module.__name__):
+        if flag.name not in ("?", "help", "helpfull", "helpshort", "helpxml"):
+            default = "" if flag.default in (None, "") else f" (default: {flag.default})"
+            lines += textwrap.wrap(
+                f"  --{flag.name}  {flag.help}{default}", 79, subsequent_indent=" " * 8
+            )
+    lines += ["", f"recipes in {recipes.directory()}:"]
+    for path in sorted(recipes.directory().glob("*.py")):
+        about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        lines += textwrap.wrap(
+            f"  {path.name}  {about.splitlines()[0]}", 79, subsequent_indent=" " * 8
+        )
+    lines += ["", "config fields, set with --config.FIELD=VALUE:"]
+    for section, names in _fields().items():
+        lines += textwrap.wrap(f"  {section}  {', '.join(names)}", 79, subsequent_indent=" " * 8)
+    return "\n".join(lines)
+
+
+def _fields() -> dict[str, list[str]]:
+    """Return the names of the fields in each section of a run's config."""
+    from detclipv2_jax.training.config import RunConfig
+
+    found: dict[str, list[str]] = {}
+
+    def visit(cls: type, section: str) -> None:
+        for name, hint in typing.get_type_hints(cls).items():
+            if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+                visit(hint, f"{section}{name}.")
+            else:
+                found.setdefault(section.removesuffix(".") or "(no section)", []).append(name)
+
+    visit(RunConfig, "")
+    return found
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

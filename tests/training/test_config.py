@@ -1,7 +1,10 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import tiny_run
 
 from detclipv2_jax.common import config_dict
 from detclipv2_jax.common.errors import UserError
@@ -123,3 +126,13 @@ def test_every_field_is_read_somewhere():
     for cls in (KindConfig, DataConfig, config.TrainConfig, EvalConfig):
         for name in cls.__dataclass_fields__:
             assert f".{name}" in code or f"{name}: " in code, f"{cls.__name__}.{name}"
+
+
+def test_help_lists_options_recipes_and_fields():
+    done = subprocess.run(
+        [sys.executable, "-m", "detclipv2_jax", "train", "--help"],
+        env=tiny_run.environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for word in ("--workdir", "--profile", "finetune_lvis.py", "data.detection", "ema_decay"):
+        assert word in done.stdout

@@ -54,8 +54,11 @@ def _check_goodput(workdir, printed, lost):
     assert totals == sorted(totals)
     for line in lines:
         assert 0 < line["goodput"] < 1 and 0 <= line["data_wait"] < 1
-        assert 0 < line["step_seconds"] < 60 and 0 < line["mfu"] < 2
-        assert line["model_tflops_per_second"] > 0
+        assert 0 < line["step_seconds"] < 60 and line["model_tflops_per_second"] > 0
+    # A busy host may notice the end of one step late and give its time to the next; the mean holds.
+    seconds = [line["step_seconds"] for line in lines]
+    mfu = sum(line["mfu"] * s for line, s in zip(lines, seconds)) / sum(seconds)
+    assert 0 < mfu < 2
     newest = workdir / f"checkpoints/{_checkpoints(workdir)[-1]}"
     parts = json.loads((newest / "meta/metadata").read_text())["seconds"]
     assert parts.keys() - {"lost"} == {
