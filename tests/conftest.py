@@ -1,5 +1,6 @@
 """Shared by all tests: CPU, four virtual devices, and one compilation cache."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -74,3 +75,21 @@ def fill():
         return path
 
     return fill
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """`made_once(name, make)`: the folder that `make(folder)` makes, shared by all workers."""
+
+    def made_once(name, make):
+        base = tmp_path_factory.getbasetemp()
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"once_{name}"
+        done = folder.with_suffix(".done")
+        with open(folder.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                make(folder)
+                done.touch()
+        return folder
+
+    return made_once

@@ -21,19 +21,28 @@ STOPPED = r"stopped by SIGTERM after step (\d+), which is saved\. Run the same c
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    to = tmp_path_factory.mktemp("symbols") / "data"
-    tiny_run.prepare(to)
-    return to
+def data(made_once):
+    return made_once("symbols", tiny_run.prepare)
 
 
 @pytest.fixture(scope="session")
-def finished(data, tmp_path_factory):
-    """An undisturbed run: (workdir, its standard output)."""
-    workdir = tmp_path_factory.mktemp("finished")
-    process = tiny_run.run(data, workdir)
-    assert process.returncode == 0, process.stderr[-3000:]
-    return workdir, process.stdout
+def finished(data, made_once):
+    """An undisturbed run, profiled in steps 3 and 4: (workdir, standard output). Read only."""
+
+    def make(workdir):
+        process = _run_with(data, workdir, "--profile=3:5")
+        assert process.returncode == 0, process.stderr[-3000:]
+        (workdir / "stdout").write_text(process.stdout)
+
+    workdir = made_once("finished", make)
+    return workdir, (workdir / "stdout").read_text()
+
+
+def _run_with(data, workdir, *options, **overrides):
+    """As `tiny_run.run`, with more options."""
+    line = [*tiny_run.command(data, workdir, **overrides), *options]
+    environment = tiny_run.environment()
+    return subprocess.run(line, env=environment, capture_output=True, text=True, cwd=tiny_run.ROOT)
 
 
 def _losses(workdir):
@@ -262,6 +271,7 @@ def _damage(source, count):
     shards[0].write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_run_over_data_with_damaged_images_finishes_and_counts_them(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     _damage(tmp_path / "data/detection", 1)
@@ -282,6 +292,7 @@ def test_a_run_over_data_with_damaged_images_finishes_and_counts_them(data, tmp_
     assert counts["input/unreadable/image_text"] == 4 and counts["input/unreadable/grounding"] == 0
 
 
+@pytest.mark.slow
 def test_data_that_has_no_room_is_counted(data, tmp_path):
     small = {"data.detection.max_boxes": 1, "data.grounding.table_size": 4, "train.epochs": 1.0}
     small |= {"data.detection.crop": True, "data.detection.scales": (1.5, 2.0), "eval.dataset": ""}
@@ -296,23 +307,27 @@ def test_data_that_has_no_room_is_counted(data, tmp_path):
     assert b"input/cut_boxes" in events and b"detection/mfu" in events
 
 
-def test_a_profile_of_some_steps_is_written(data, tmp_path):
-    """In a new run, and in a resumed one that has done some of the steps."""
-    short = {"eval.dataset": "", "train.checkpoint_every": 5}
-    line = [*tiny_run.command(data, tmp_path, **short), "--profile=3:5"]
-    options = dict(env=tiny_run.environment(), capture_output=True, text=True, cwd=tiny_run.ROOT)
-    process = subprocess.run(line, **options)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert f"profile: steps 3 to 4 are in {tmp_path}/profile. To open" in process.stdout
-    (trace,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
+def test_a_profile_of_some_steps_is_written(finished):
+    workdir, printed = finished
+    assert f"profile: steps 3 to 4 are in {workdir}/profile. To open" in printed
+    (trace,) = (workdir / "profile").glob("plugins/profile/*/*.xplane.pb")
     assert trace.stat().st_size > 10_000
-    for step in _checkpoints(tmp_path)[1:]:
-        shutil.rmtree(tmp_path / "checkpoints" / str(step))
-    first = _checkpoints(tmp_path)[0]
-    process = subprocess.run([*line[:-1], f"--profile={first}:{first + 3}"], **options)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_profiled_in_the_steps_that_it_does(data, finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    first, *later = _checkpoints(workdir)
+    for step in later:
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    process = _run_with(data, workdir, f"--profile={first}:{first + 3}")
     assert process.returncode == 0, process.stderr[-3000:]
     assert f"profile: steps {first + 1} to {first + 2} are in" in process.stdout
-    process = subprocess.run([*line[:-1], "--profile=1:99"], **options)
+
+
+def test_steps_to_profile_that_the_run_does_not_have_are_refused(data, tmp_path):
+    process = _run_with(data, tmp_path, "--profile=1:99")
     assert process.returncode == 2
     assert "--profile=1:99 is outside of the run, which has steps 1 to " in process.stderr
 
@@ -434,14 +449,16 @@ def test_memory_does_not_grow_over_thousands_of_steps(data, tmp_path):
     assert blocks < 1500 / 2 and arrays < 10 and megabytes < 10
 
 
-def test_a_finished_run_that_is_started_again_only_reports(data, finished):
-    before = (finished[0] / "metrics.jsonl").read_text()
-    process = tiny_run.run(data, finished[0])
+def test_a_finished_run_that_is_started_again_only_reports(data, finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    before = (workdir / "metrics.jsonl").read_text()
+    process = tiny_run.run(data, workdir)
     assert process.returncode == 0, process.stderr[-3000:]
     assert "resuming after step" in process.stdout and "compiled " not in process.stdout
-    assert (finished[0] / "metrics.jsonl").read_text() == before
+    assert (workdir / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_exported_model(data, finished, tmp_path):
     directory = tmp_path / "exported"
     assert export.main([f"--checkpoint={finished[0]}", f"--output={directory}"]) == 0
@@ -461,6 +478,7 @@ def test_a_checkpoint_is_known_as_the_last_and_as_the_best_of_its_run(finished):
     assert checkpoint.best_step(workdir) == checkpoint.steps(workdir)[-1]
 
 
+@pytest.mark.slow
 def test_a_run_is_fine_tuned_with_rehearsal_and_zero_shot_evaluation(data, finished, tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("grounding", "image_text", "archives"):
@@ -497,8 +515,9 @@ def test_a_run_is_fine_tuned_with_rehearsal_and_zero_shot_evaluation(data, finis
     assert "zero_shot/novel/fixed/AP" in process.stdout
 
 
-def test_another_model_in_the_same_workdir_is_a_user_error(data, finished):
-    process = tiny_run.run(data, finished[0], **{"model.swin.embed_dim": 16})
+def test_another_model_in_the_same_workdir_is_a_user_error(data, finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    process = tiny_run.run(data, workdir, **{"model.swin.embed_dim": 16})
     assert process.returncode == 2
     assert "is of another model: backbone/" in process.stderr and "Traceback" not in process.stderr
 
