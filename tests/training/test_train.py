@@ -239,6 +239,7 @@ def test_a_workdir_that_cannot_be_written_to_is_a_user_error(
     assert _checkpoints(tmp_path / "locked/finished") == _checkpoints(finished[0])
 
 
+@pytest.mark.slow
 def test_a_start_on_a_full_disk_is_a_user_error_and_works_when_there_is_room(
     data, finished, small_disk, fill
 ):
