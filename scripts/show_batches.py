@@ -110,7 +110,7 @@ def _summary(planned, batch: Batch) -> str:
         f"epoch {planned.epoch}",
         f"{int((batch.sizes[:, 0] > 0).sum())} of {len(batch.sizes)} slots filled",
         f"canvas {height}x{width}",
-        f"{int((batch.labels >= 0).sum())} boxes",
+        f"{int((batch.labels >= 0).any(axis=-1).sum())} boxes",
         f"{planned.positives} positives",
         f"{int(batch.token_mask.sum()) - planned.positives} negatives",
     ]
@@ -131,7 +131,7 @@ def draw(
             continue
         boxed = (batch.boxes[slot, :, 2:] > batch.boxes[slot, :, :2]).all(axis=1)
         rows = batch.labels[slot][boxed]
-        labels = [names[row] if row >= 0 else "(no row)" for row in rows]
+        labels = [" = ".join(names[row] for row in own[own >= 0]) or "(no row)" for own in rows]
         texts = [names[row] for row in batch.texts[slot] if row >= 0]
         picture = drawing.draw_boxes(batch.images[slot], batch.boxes[slot][boxed], labels, side=480)
         file = f"{folder}/slot-{slot:04d}.png"

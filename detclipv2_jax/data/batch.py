@@ -21,7 +21,12 @@ class Batch:
     images: UInt8[Array, "B H W 3"]  # each image in the top-left corner of its canvas, then zeros
     sizes: Int[Array, "B 2"]  # (height, width) of each image on its canvas, in pixels
     boxes: Float[Array, "B N 4"]  # zeros pad
-    labels: Int[Array, "B N"]  # row of `tokens` that names the box; -1: no box, or no row for it
+    # Rows of `tokens` that name each box, first ones first; -1 pads. A box without any is neither
+    # object nor background: none of its concepts has a row.
+    labels: Int[Array, "B N L"]
+    # Concepts that each image may be scored on as a negative. What names a box is a positive of its
+    # anchors whatever stands here. image_text: (B, 0), every text is compared with every image.
+    scored: Bool[Array, "B M"]
     texts: Int[Array, "B C"]  # image_text: rows of `tokens` of the image, caption first; -1 pads
     tokens: Int[Array, "M L"]  # the step's concepts, each once for the whole global batch
     token_mask: Bool[Array, " M"]  # False: an unused row of the table

@@ -27,6 +27,7 @@ class KindConfig:
     # detection 150, grounding 100); 0 draws none.
     concepts_per_image: int = 150
     max_boxes: int = 100  # boxes per canvas, the largest first; the others are dropped and counted
+    labels_per_box: int = 1  # concepts that may name one box; the others are dropped and counted
     texts_per_image: int = 0  # image_text: concepts per image, the caption first (ours: 8)
     flip: float = 0.5  # probability of a horizontal flip
     # Range of random image sizes, relative to the size that just fits the canvas: on an 800 x 1344
@@ -75,6 +76,7 @@ _LEAST = {
     "table_size": 1,
     "concepts_per_image": 0,
     "max_boxes": 0,
+    "labels_per_box": 1,
     "texts_per_image": 0,
 }
 

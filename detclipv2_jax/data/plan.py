@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import concept_table
@@ -43,6 +43,7 @@ class StepPlan:
     # image_text: rows of `concepts` of each image, caption first; -1 pads
     texts: Int[np.ndarray, "B C"]
     concepts: Int[np.ndarray, " M"]  # global ids: positives ascending, negatives ascending, -1 pads
+    scored: Bool[np.ndarray, "B M"]  # as in `Batch.scored`
     positives: int  # how many of `concepts` belong to a record of the batch
     dropped: int  # positives of the batch that the table has no row for
 
@@ -193,6 +194,7 @@ class Plan:
             extra_records=extra.records,
             texts=texts,
             concepts=table.concepts,
+            scored=self._scored(bucket.kind, table),
             positives=table.positives,
             dropped=table.dropped,
         )
@@ -252,6 +254,12 @@ class Plan:
             negatives = concept_table.draw_negatives(generator, pool, excluded, missing, room)
         dropped = int(wanted.ids.size - kept.size)
         return concept_table.make_table(config.table_size, kept, negatives, dropped)
+
+    def _scored(self, kind: Kind, table: Table) -> Bool[np.ndarray, "B M"]:
+        """Return the concepts that each image may be scored on as a negative."""
+        rows = 0 if kind == "image_text" else len(table.concepts)
+        used = table.concepts[:rows] >= 0
+        return np.broadcast_to(used, (self.kinds[kind].batch_size, rows)).copy()
 
     def _located(self, kind: Kind, numbers: Int[np.ndarray, "..."]) -> _Records:
         """Return the source and the record of numbers that run through all sources of a kind."""

@@ -64,6 +64,7 @@ class Slice:
 
     plan: StepPlan
     texts: Int[np.ndarray, "b C"]
+    scored: Bool[np.ndarray, "b M"]
     tiles: Tiles
     corners: Int[np.ndarray, "p 2"]  # (y, x) of each tile on its canvas, pixels
     serialized: list[bytes | None]  # as in `_Stored`
@@ -151,6 +152,7 @@ class SliceReader:
         return Slice(
             plan=plan,
             texts=plan.texts[slots],
+            scored=plan.scored[slots],
             tiles=tiles,
             corners=np.stack(np.divmod(tiles.quarter, 2), axis=1) * half,
             serialized=stored.serialized,
@@ -192,7 +194,12 @@ class SliceReader:
             images=_images(slice_, decoded),
             sizes=np.where(is_filled[:, None], sizes, 0).astype(np.int32),
             boxes=largest.boxes,
-            labels=largest.labels,
+            labels=np.pad(
+                largest.labels[..., None],
+                ((0, 0), (0, 0), (0, config.labels_per_box - 1)),
+                constant_values=-1,
+            ),
+            scored=slice_.scored,
             texts=np.where(is_filled[:, None], slice_.texts, -1),
             tokens=self._vocabulary.tokens(plan.concepts, plan.kind),
             token_mask=plan.concepts >= 0,

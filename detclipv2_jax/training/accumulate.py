@@ -135,7 +135,7 @@ class _Annotations(NamedTuple):
 
     sizes: Int[Array, "B 2"]
     boxes: Float[Array, "B N 4"]
-    labels: Int[Array, "B N"]
+    labels: Int[Array, "B N L"]
 
 
 class _AssignedImages(NamedTuple):

@@ -91,11 +91,13 @@ def abstract_batch(kind: Kind, shape: tuple[int, int], config: KindConfig) -> Ba
     """Return the shapes and types of a global batch with the canvas `shape` (height, width)."""
     array = cast(Any, jax.ShapeDtypeStruct)  # a description takes the place of each array
     images, boxes = config.batch_size, config.max_boxes
+    scored = 0 if kind == "image_text" else config.table_size
     return Batch(
         images=array((images, *shape, 3), np.uint8),
         sizes=array((images, 2), np.int32),
         boxes=array((images, boxes, 4), np.float32),
-        labels=array((images, boxes), np.int32),
+        labels=array((images, boxes, config.labels_per_box), np.int32),
+        scored=array((images, scored), np.bool_),
         texts=array((images, config.texts_per_image), np.int32),
         tokens=array((config.table_size, CONTEXT), np.int32),
         token_mask=array((config.table_size,), np.bool_),

@@ -139,7 +139,7 @@ class Targets:
 def assign_targets(
     sizes: Int[Array, "B 2"],
     boxes: Float[Array, "B N 4"],
-    labels: Int[Array, "B N"],
+    labels: Int[Array, "B N L"],
     canvas: tuple[int, int],
     grid: box_ops.AnchorConfig,
     candidates: int,
@@ -165,7 +165,8 @@ def assign_targets(
     )
     positive = matched >= 0
     box = jnp.take_along_axis(boxes, jnp.maximum(matched, 0)[..., None], axis=1)
-    label = jnp.where(positive, jnp.take_along_axis(labels, jnp.maximum(matched, 0), axis=1), -1)
+    first = labels[..., 0]
+    label = jnp.where(positive, jnp.take_along_axis(first, jnp.maximum(matched, 0), axis=1), -1)
     return Targets(
         positive=positive,
         label=label,

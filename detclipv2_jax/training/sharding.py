@@ -97,8 +97,8 @@ def batch_shardings(mesh: Mesh, batch: Batch) -> Batch:
     images, whole = cast(Any, split(mesh)), cast(Any, replicated(mesh))
     tokens = whole if len(batch.tokens) % mesh.size else images
     return Batch(
-        images=images, sizes=images, boxes=images, labels=images, texts=images,
-        tokens=tokens, token_mask=whole, kind=batch.kind,
+        images=images, sizes=images, boxes=images, labels=images, scored=images,
+        texts=images, tokens=tokens, token_mask=whole, kind=batch.kind,
     )  # fmt: skip
 
 

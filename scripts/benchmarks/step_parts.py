@@ -217,7 +217,8 @@ def abstract_batch(
         images=array((images, *shape, 3), np.uint8),
         sizes=array((images, 2), np.int32),
         boxes=array((images, boxes, 4), np.float32),
-        labels=array((images, boxes), np.int32),
+        labels=array((images, boxes, 1), np.int32),
+        scored=array((images, concepts if boxes else 0), np.bool_),
         texts=array((images, texts), np.int32),
         tokens=array((concepts, model.text.context), np.int32),
         token_mask=array((concepts,), np.bool_),
@@ -243,11 +244,13 @@ def random_batch(abstract: Batch, vocab: int, seed: int = 0) -> Batch:
     for row in tokens:
         length = min(int(rng.integers(3, 9)), len(row) - 2)
         row[: length + 2] = [vocab - 2, *rng.integers(1, vocab - 2, length), vocab - 1]
+    labels = np.where(there, rng.integers(0, concepts, (images, slots)), -1).astype(np.int32)
     return Batch(
         images=rng.integers(0, 256, abstract.images.shape, dtype=np.uint8),
         sizes=np.tile(np.int32([height, width]), (images, 1)),
         boxes=boxes.astype(np.float32),
-        labels=np.where(there, rng.integers(0, concepts, (images, slots)), -1).astype(np.int32),
+        labels=labels[..., None],
+        scored=np.ones(abstract.scored.shape, bool),
         texts=rng.integers(0, concepts, abstract.texts.shape).astype(np.int32),
         tokens=tokens,
         token_mask=np.ones(concepts, bool),

@@ -105,7 +105,7 @@ def collect(plan, sources, start, stop, **options):
     return list(feed), feed
 
 
-FIELDS = ("images", "sizes", "boxes", "labels", "texts", "tokens", "token_mask")
+FIELDS = ("images", "sizes", "boxes", "labels", "scored", "texts", "tokens", "token_mask")
 SHARED = ("tokens", "token_mask")
 
 
@@ -135,7 +135,8 @@ def test_batches_come_in_order_in_their_types(run):
             "images": ((size, *planned.shape, 3), np.uint8),
             "sizes": ((size, 2), np.int32),
             "boxes": ((size, boxes, 4), np.float32),
-            "labels": ((size, boxes), np.int32),
+            "labels": ((size, boxes, kind.labels_per_box), np.int32),
+            "scored": ((size, 0 if texts else kind.table_size), np.bool_),
             "texts": ((size, texts), np.int32),
             "tokens": ((kind.table_size, 16), np.int32),
             "token_mask": ((kind.table_size,), np.bool_),
@@ -183,8 +184,8 @@ def test_batches_hold_what_the_records_say(run, sources):
             expected = expected[: kind.max_boxes]
             got = [
                 (*box, batch.tokens[label].tolist())
-                for box, label in zip(batch.boxes[slot], batch.labels[slot])
-                if label >= 0
+                for box, labels in zip(batch.boxes[slot], batch.labels[slot])
+                for label in labels[labels >= 0]
             ]
             assert sorted(got) == sorted(expected)
             texts = stored.concepts if planned.kind == "image_text" else ()
@@ -306,8 +307,8 @@ def test_boxes_of_concepts_that_found_no_room_keep_their_place_without_a_name(ru
 def named_boxes(batch, slot):
     return {
         (*box.tolist(), *batch.tokens[label].tolist())
-        for box, label in zip(batch.boxes[slot], batch.labels[slot])
-        if label >= 0
+        for box, labels in zip(batch.boxes[slot], batch.labels[slot])
+        for label in labels[labels >= 0]
     }
 
 

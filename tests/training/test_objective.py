@@ -62,7 +62,8 @@ def test_an_empty_slot_and_unused_concepts_do_not_matter(kind):
 
     nothing = {"images": 0, "sizes": 0, "boxes": 0, "labels": -1, "texts": -1}
     empty = {name: emptied(name, value) for name, value in nothing.items()}
-    three = {n: getattr(batch, n)[:3] for n in ("images", "sizes", "boxes", "labels", "texts")}
+    fields = ("images", "sizes", "boxes", "labels", "scored", "texts")
+    three = {name: getattr(batch, name)[:3] for name in fields}
     config = LossConfig(proposals=ProposalConfig(group=1, k=6, score="sample"))
     a = loss(dataclasses.replace(batch, **empty), config=config)
     b = loss(dataclasses.replace(batch, **three), config=config)
@@ -86,7 +87,7 @@ def test_a_box_without_a_concept_in_the_table_is_neither_object_nor_background()
     anchors = jnp.asarray(boxes.anchor_grid(64, 64, model.cfg.anchors))
     inside = boxes.anchors_inside(anchors, batch.sizes)
     levels = boxes.level_sizes(64, 64, model.cfg.anchors)
-    matched = atss_assign(anchors, inside[0], levels, batch.boxes[0], batch.labels[0] >= 0)
+    matched = atss_assign(anchors, inside[0], levels, batch.boxes[0], batch.labels[0, :, 0] >= 0)
     own = np.asarray(matched) == 0
     assert own.any()
     regions = jax.jit(lambda m: detclip.build(tiny_model.parts()[0], m).encode_image(batch.images))(
@@ -113,7 +114,7 @@ def _positives(batch, topk):
     inside = boxes.anchors_inside(anchors, batch.sizes)
     levels = boxes.level_sizes(64, 64, grid)
     return sum(
-        int((atss_assign(anchors, mask, levels, box, label >= 0, topk=topk) >= 0).sum())
+        int((atss_assign(anchors, mask, levels, box, label[:, 0] >= 0, topk=topk) >= 0).sum())
         for mask, box, label in zip(inside, batch.boxes, batch.labels)
     )
 

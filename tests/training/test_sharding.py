@@ -15,7 +15,8 @@ def batch(value):
         images=rng.integers(0, 256, (8, 4, 6, 3), dtype=np.uint8),
         sizes=np.full((8, 2), value, np.int32),
         boxes=rng.random((8, 2, 4), dtype=np.float32),
-        labels=np.zeros((8, 2), np.int32),
+        labels=np.zeros((8, 2, 1), np.int32),
+        scored=rng.random((8, 5)) < 0.5,
         texts=np.zeros((8, 0), np.int32),
         tokens=rng.integers(0, 9, (5, 16), dtype=np.int32),
         token_mask=np.ones(5, bool),
@@ -33,7 +34,7 @@ def feed(count, taken, fail=False):
 
 def assert_on_device(found, number, mesh):
     expected = batch(number)
-    for field in ("images", "sizes", "boxes", "labels", "texts", "tokens", "token_mask"):
+    for field in ("images", "sizes", "boxes", "labels", "scored", "texts", "tokens", "token_mask"):
         array = getattr(found, field)
         assert isinstance(array, jax.Array)
         np.testing.assert_array_equal(array, getattr(expected, field))

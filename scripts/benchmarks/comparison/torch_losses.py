@@ -29,7 +29,7 @@ class Tensors:
         self.kind = batch.kind
         self.images, self.sizes, self.boxes = map(tensor, (batch.images, batch.sizes, batch.boxes))
         self.labels, self.texts, self.tokens = (
-            tensor(array).long() for array in (batch.labels, batch.texts, batch.tokens)
+            tensor(array).long() for array in (batch.labels[..., 0], batch.texts, batch.tokens)
         )
         self.token_mask = tensor(batch.token_mask)
 
