@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from detclipv2_jax.common import config_dict
+from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.config import DataConfig
 from detclipv2_jax.evaluation.config import EvalConfig
 from detclipv2_jax.models.detclip import DetCLIPConfig
@@ -54,6 +55,15 @@ class RunConfig:
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
+
+    def __post_init__(self):
+        cosine = self.model.similarity == "cosine"
+        if cosine and self.model.initial_scale > self.optimizer.max_scale:
+            raise UserError(
+                f"config.model.initial_scale is {self.model.initial_scale}, above "
+                f"config.optimizer.max_scale {self.optimizer.max_scale}. Lower it, or raise the "
+                "limit."
+            )
 
 
 def parse(values: Mapping[str, Any]) -> RunConfig:

@@ -31,6 +31,9 @@ class OptimizerConfig:
     beta2: float = 0.999
     weight_decay: float = 0.05
     clip_norm: float = 10.0  # global norm of the gradient [ours]
+    # Upper limit of exp(a), the scale of the similarity: after each step a is set back to it, as in
+    # CLIP. [ours]
+    max_scale: float = 100.0
     # A step whose gradient norm is above this factor times the usual norm of its kind is skipped
     # (spikes.py); 0 skips none. [ours]
     spike_factor: float = 20.0
@@ -46,6 +49,10 @@ class OptimizerConfig:
             raise UserError(
                 f"config.optimizer.drops is {self.drops}: each must be a share of the run, above 0 "
                 "and below 1."
+            )
+        if self.max_scale <= 0:
+            raise UserError(
+                f"config.optimizer.max_scale is {self.max_scale}. Choose a positive number."
             )
 
 

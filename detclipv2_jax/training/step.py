@@ -1,5 +1,6 @@
 """One training step: loss, gradient, update."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
+from jaxtyping import PyTree
 
 from detclipv2_jax.data.batch import Batch
 from detclipv2_jax.training import accumulate, spikes
@@ -43,8 +45,10 @@ def train_step(
       replicated: sharding of an array that every device holds; None on one device.
 
     Returns:
-      The new state, and scalars for the log: `loss`, its terms, `gradient_norm`, `scale` of the
-      similarity, `skipped`, `skipped_in_row` and `spiked`.
+      The new state, and scalars for the log: `loss`, its terms, `gradient_norm`, `scale` and
+      `bias` of the similarity, `scale_gradient`, `skipped`, `skipped_in_row` and `spiked`.
+      `scale_gradient` is the derivative by a = log(scale), which all kinds share: it shows which
+      kind of data moves the scale, and where to.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
@@ -63,10 +67,13 @@ def train_step(
         state.params, state.ema, state.moments, gradient, norm, state.step, good
     )
     bad = (~good).astype(jnp.int32)
+    params, ema = (
+        _limit_scale(tree, optimizer.config.max_scale) for tree in (updated.params, updated.ema)
+    )
     state = TrainState(
         step=state.step + 1,
-        params=updated.params,
-        ema=updated.ema,
+        params=params,
+        ema=ema,
         moments=updated.moments,
         skipped=state.skipped + bad,
         skipped_in_row=(state.skipped_in_row + bad) * bad,
@@ -77,9 +84,20 @@ def train_step(
         "loss": loss.total,
         **loss.terms,
         "gradient_norm": norm,
-        "scale": jnp.exp(updated.params["logit_scale"]),
+        "scale": jnp.exp(params["logit_scale"]),
+        "bias": params["logit_bias"],
+        "scale_gradient": gradient["logit_scale"],
         "skipped": state.skipped,
         "skipped_in_row": state.skipped_in_row,
         "spiked": state.spiked,
     }
     return state, metrics
+
+
+def _limit_scale(params: PyTree, max_scale: float) -> PyTree:
+    """Set a back to log(max_scale) where exp(a) is above `max_scale`.
+
+    The parameter is limited rather than its use, so that it cannot move far beyond the limit while
+    nobody sees it: the first step with a positive gradient brings the scale back.
+    """
+    return params | {"logit_scale": jnp.minimum(params["logit_scale"], math.log(max_scale))}

@@ -136,3 +136,13 @@ def test_help_lists_options_recipes_and_fields():
     assert done.returncode == 0, done.stderr
     for word in ("--workdir", "--profile", "finetune_lvis.py", "data.detection", "ema_decay"):
         assert word in done.stdout
+
+
+def test_a_scale_that_starts_above_its_limit_is_refused():
+    values = load("pretrain").get_config("swin_t").to_dict()
+    values["optimizer"]["max_scale"] = 10.0
+    with pytest.raises(UserError, match="model.initial_scale .* above config.optimizer.max_scale"):
+        config.parse(values)
+    values["optimizer"]["max_scale"] = 0.0
+    with pytest.raises(UserError, match="config.optimizer.max_scale is 0.0"):
+        config.parse(values)

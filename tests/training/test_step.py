@@ -74,6 +74,48 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
     assert not np.array_equal(healed.params["logit_bias"], start.params["logit_bias"])
 
 
+def test_the_scale_is_limited_and_comes_back():
+    """It stays at the limit while the gradient pushes up, and falls with the first that does not.
+
+    With a low bias only positives matter, and opposite embeddings have the opposite gradient.
+    """
+    graphdef, params = tiny_model.parts()
+    rule = optimizer.create(
+        OptimizerConfig(learning_rate=1e-3, warmup_steps=0, max_scale=20.0), params, 100
+    )
+    fn = jax.jit(functools.partial(
+        step.train_step, graphdef=graphdef, optimizer=rule, config=LOSS, seed=0, micro_batches={}
+    ))  # fmt: skip
+    batch, embed = make_batch("detection"), params["head"]["embed"]
+    opposite = {**params["head"], "embed": jax.tree.map(jnp.negative, embed)}
+    found = {}
+    for head in (params["head"], opposite):
+        at_limit = params | {"head": head, "logit_scale": jnp.log(20.0)}
+        at_limit["logit_bias"] = jnp.float32(-30.0)
+        after, metrics = fn(state.create(at_limit, rule), batch)
+        found[float(metrics["scale_gradient"]) > 0] = float(metrics["scale"])
+        assert metrics["bias"] == after.params["logit_bias"]
+    assert found[False] == pytest.approx(20, rel=1e-6)
+    assert found[True] == pytest.approx(20 * np.exp(-1e-3), rel=1e-5)
+    beyond = params | {"logit_scale": jnp.log(500.0)}
+    after, metrics = fn(state.create(beyond, rule), batch)
+    for value in (
+        metrics["scale"],
+        *(jnp.exp(p["logit_scale"]) for p in (after.params, after.ema)),
+    ):
+        assert float(value) == pytest.approx(20, rel=1e-6)
+
+
+def test_the_logged_gradient_of_the_scale_is_its_derivative():
+    fn, start = _compiled()
+    batch, a, h = make_batch("image_text"), start.params["logit_scale"], 1e-2
+    at = lambda a: fn(dataclasses.replace(start, params=start.params | {"logit_scale": a}), batch)[
+        1
+    ]
+    slope = (float(at(a + h)["loss"]) - float(at(a - h)["loss"])) / (2 * h)
+    assert float(at(a)["scale_gradient"]) == pytest.approx(slope, rel=1e-2)
+
+
 @pytest.mark.parametrize(
     ("kind", "mesh"),
     [
