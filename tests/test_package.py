@@ -28,6 +28,7 @@ def test_the_wheel_holds_the_package_its_data_and_the_recipes(wheel):
         "detclipv2_jax/configs/pretrain.py",
         "detclipv2_jax/text/assets/bpe_simple_vocab_16e6.txt.gz",
         "detclipv2_jax/text/assets/LICENSE",
+        "detclipv2_jax/text/assets/senses.tsv",
         "detclipv2_jax/text/assets/wordnet/LICENSE",
         "detclipv2_jax/data/prepare/sources/symbols.csv",
         "detclipv2_jax/exporters/card.md.jinja",
