@@ -36,7 +36,10 @@ def get_config(size: str = "nano") -> ConfigDict:
     for kind in (data.detection, data.grounding):
         kind.batch_size = 4 if nano else 8
         kind.table_size = 512
-        kind.shapes = ((192, 256), (256, 192)) if nano else ((800, 1344), (1344, 800))
+        kind.shapes = ((192, 256), (256, 192)) if nano else ((800, 1216), (1216, 800))
+        if not nano:  # short sides 480 to 800, as in pretrain.py
+            kind.rungs = (0.72, 0.84, 1.0)
+            kind.scales = (0.834, 1.0)
     data.image_text.batch_size = 32
     data.image_text.shapes = ((128, 128),) if nano else ((320, 320),)
     data.image_text.table_size = 256

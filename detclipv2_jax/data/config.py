@@ -29,9 +29,18 @@ class KindConfig:
     max_boxes: int = 100  # boxes per canvas, the largest first; the others are dropped and counted
     labels_per_box: int = 1  # concepts that may name one box; the others are dropped and counted
     texts_per_image: int = 0  # image_text: concepts per image, the caption first (ours: 8)
-    flip: float = 0.5  # probability of a horizontal flip
-    # Range of random image sizes, relative to the size that just fits the canvas: on an 800 x 1344
-    # canvas (0.6, 1.0) is the multi-scale training with short sides 480 to 800.
+    # Probability of a horizontal flip. An image with a concept that says left or right is never
+    # flipped [ours].
+    flip: float = 0.5
+    # Each step draws one of these factors of its canvas's sides [ours]: all images of the step are
+    # smaller, and little of the canvas is padding. Ascending; the last is 1, the canvas itself.
+    rungs: tuple[float, ...] = (1.0,)
+    # A schedule of resolutions over the run: (first epoch, weight of each rung) of each phase, like
+    # ((0, (1, 1, 0)), (9, (0, 0, 1))). (): throughout, each rung in proportion to its factor.
+    rung_phases: tuple[tuple[float, tuple[float, ...]], ...] = ()
+    # Range of random image sizes, relative to the size that just fits the step's canvas. On an
+    # 800 x 1344 canvas (0.6, 1.0) is multi-scale training with short sides 480 to 800. With the
+    # rungs (0.72, 0.84, 1.0), (0.834, 1.0) is the same range.
     scales: tuple[float, float] = (0.6, 1.0)
     crop: bool = False  # True: an image larger than its canvas is cropped at random; False: shrunk
     mosaic: float = 0.0  # share of canvases with four images (not image_text); raise max_boxes
@@ -100,9 +109,22 @@ def check_kind(kind: Kind, config: KindConfig) -> None:
     check("flip", 0 <= config.flip <= 1, "a probability, from 0 to 1")
     is_range = len(config.scales) == 2 and 0 < config.scales[0] <= config.scales[1]
     check("scales", is_range, "(low, high) with 0 < low <= high")
+    rungs = config.rungs
+    is_ladder = bool(rungs) and rungs[0] > 0 and rungs[-1] == 1 and list(rungs) == sorted({*rungs})
+    check("rungs", is_ladder, "factors above 0, ascending, the last of them 1")
+    begins = [begin for begin, _ in config.rung_phases]
+    is_schedule = not begins or (begins[0] == 0 and begins == sorted({*begins}))
+    is_schedule &= all(_are_weights(weights, len(rungs)) for _, weights in config.rung_phases)
+    rule = "(first epoch, weight of each rung) of each phase, ascending, the first from epoch 0"
+    check("rung_phases", is_schedule, rule)
     check("begin", 0 <= config.begin < 1, "at least 0 and below 1")
     if kind == "image_text":
         check("mosaic", config.mosaic == 0, "0: image_text data has no mosaics")
     check("mosaic", 0 <= config.mosaic <= 1, "from 0 to 1")
     is_disjoint = not set(config.rehearsal) & set(config.sources)
     check("rehearsal", is_disjoint, "without the names that are in `sources`")
+
+
+def _are_weights(weights: tuple[float, ...], count: int) -> bool:
+    """Return whether these are weights for `count` rungs: none negative, and one above 0."""
+    return len(weights) == count and min(weights) >= 0 and max(weights) > 0

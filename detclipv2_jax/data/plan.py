@@ -18,13 +18,14 @@ from jaxtyping import Bool, Int
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import concept_table
+from detclipv2_jax.data import rungs as rungs_lib
 from detclipv2_jax.data.concept_table import Positives, Table
 from detclipv2_jax.data.config import KindConfig
 from detclipv2_jax.data.index import KINDS, Kind, Source
 from detclipv2_jax.data.vocabulary import Vocabulary
 
 # Purposes of random streams: streams of one seed with different purposes are independent.
-_SEQUENCE, _ORDER, _CONCEPTS, _MOSAIC = range(4)
+_SEQUENCE, _ORDER, _CONCEPTS, _MOSAIC, _RUNGS = range(5)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,6 +86,7 @@ class _Position(NamedTuple):
     epoch: int
     bucket: int  # index of the bucket
     batch: int  # number of the batch in its bucket
+    rung: int  # index among the kind's `rungs`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,6 +95,7 @@ class _Epoch:
 
     buckets: Int[np.ndarray, " S"]  # bucket of each step
     batches: Int[np.ndarray, " S"]  # its batch in the bucket
+    rungs: Int[np.ndarray, " S"]  # index of its rung
     orders: dict[int, Int[np.ndarray, " n"]]  # bucket → its records in the order of this epoch
 
 
@@ -103,6 +106,7 @@ class Plan:
     `rehearsal` some records, drawn at random in each epoch. All batches of all (kind, canvas)
     buckets form one shuffled sequence, so a kind is drawn in proportion to its batches left (paper
     §4). In the first epoch a kind may `begin` late. Empty slots fill the last batch of a bucket.
+    Each step draws its rung, a factor of its bucket's canvas (`rungs.py`).
 
     Args:
         sources: the prepared sources by name, at least those that `kinds` name.
@@ -160,7 +164,12 @@ class Plan:
     @property
     def programs(self) -> list[tuple[Kind, tuple[int, int]]]:
         """The (kind, canvas) pairs that occur: one compiled step each."""
-        return list(dict.fromkeys(map(self._program, self._buckets)))
+        pairs = (
+            self._program(bucket, rung)
+            for bucket in self._buckets
+            for rung in range(len(self.kinds[bucket.kind].rungs))
+        )
+        return list(dict.fromkeys(pairs))
 
     @property
     def rehearsal_batches(self) -> int:
@@ -169,7 +178,8 @@ class Plan:
 
     def program(self, step: int) -> tuple[Kind, tuple[int, int]]:
         """Return the (kind, canvas) of a step, without the rest of its plan."""
-        return self._program(self._buckets[self._position(step).bucket])
+        position = self._position(step)
+        return self._program(self._buckets[position.bucket], position.rung)
 
     def plan(self, step: int) -> StepPlan:
         """Return the plan of one step, counted from 0 over all epochs."""
@@ -187,7 +197,7 @@ class Plan:
             step=step,
             epoch=position.epoch,
             kind=bucket.kind,
-            shape=config.shapes[bucket.shape_index],
+            shape=self._program(bucket, position.rung)[1],
             sources=own.sources,
             records=own.records,
             extra_sources=extra.sources,
@@ -286,15 +296,17 @@ class Plan:
                 buckets.append(_Bucket(kind, index, flag, members, records, batches))
         return buckets
 
-    def _program(self, bucket: _Bucket) -> tuple[Kind, tuple[int, int]]:
-        return bucket.kind, self.kinds[bucket.kind].shapes[bucket.shape_index]
+    def _program(self, bucket: _Bucket, rung: int) -> tuple[Kind, tuple[int, int]]:
+        config = self.kinds[bucket.kind]
+        return bucket.kind, rungs_lib.canvas(config.shapes[bucket.shape_index], config.rungs[rung])
 
     def _position(self, step: int) -> _Position:
         if step < 0:
             raise ValueError(f"step is {step}, must not be negative")
         number, place = divmod(step, self.steps_per_epoch)
         epoch = self._epoch(number)
-        return _Position(number, int(epoch.buckets[place]), int(epoch.batches[place]))
+        found = (int(array[place]) for array in (epoch.buckets, epoch.batches, epoch.rungs))
+        return _Position(number, *found)
 
     def _epoch(self, number: int) -> _Epoch:
         """Return an epoch's batches. Two epochs are kept, because readers run ahead."""
@@ -314,7 +326,16 @@ class Plan:
         begin = np.asarray(begins)[buckets]
         moments = self._generator(_SEQUENCE, number).random(len(buckets))
         order = np.argsort(begin + (1 - begin) * moments, kind="stable")
-        return _Epoch(buckets[order], batches[order], orders={})
+        rungs = self._drawn_rungs(number, buckets[order])
+        return _Epoch(buckets[order], batches[order], rungs, orders={})
+
+    def _drawn_rungs(self, epoch: int, buckets: Int[np.ndarray, " S"]) -> Int[np.ndarray, " S"]:
+        """Return the index of the rung of each step of an epoch, from the steps' buckets."""
+        kinds = list(self.kinds)
+        kind_of = np.array([kinds.index(bucket.kind) for bucket in self._buckets])
+        moments = epoch + np.arange(len(buckets)) / len(buckets)
+        generator = self._generator(_RUNGS, epoch)
+        return rungs_lib.draw(list(self.kinds.values()), kind_of[buckets], moments, generator)
 
     def _order(self, epoch: int, number: int) -> Int[np.ndarray, " n"]:
         """Return the records of a bucket in the order of an epoch; made on first use."""

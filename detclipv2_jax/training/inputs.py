@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.data import fill, rungs
 from detclipv2_jax.data.batch import Batch
 from detclipv2_jax.data.config import DataConfig, KindConfig
 from detclipv2_jax.data.dictionary import Dictionary
@@ -35,7 +36,20 @@ class TrainingData(NamedTuple):
         if definitions := plan.vocabulary.definitions("detection"):
             known = sum(name in definitions for name in self.names)
             text += f"\n{known} of {len(self.names)} detection names have a definition"
-        return text
+        return "\n".join([text, *(self._fill(kind) for kind in plan.kinds)])
+
+    def _fill(self, kind: Kind) -> str:
+        """Return a line with the canvases of a kind and how full they will be in each phase."""
+        config = self.plan.kinds[kind]
+        sources = [self.sources[name] for name in config.all_sources]
+        heights = np.concatenate([source.height for source in sources])
+        widths = np.concatenate([source.width for source in sources])
+        shares = []
+        for begin, _ in rungs.phases(config):
+            share = fill.expected(config, heights, widths, begin).share
+            shares.append(f"{share:.0%}" + (f" from epoch {begin:g}" if begin else ""))
+        sides = ", ".join(f"{height}×{width}" for height, width in rungs.canvases(config))
+        return f"{kind}: canvases {sides}; images cover {', '.join(shares)} of their pixels"
 
 
 def open_data(config: RunConfig) -> TrainingData:
