@@ -1,4 +1,4 @@
-"""Real names and embeddings next to the checkout; tests that need them are skipped without."""
+"""Real names, texts and embeddings next to the checkout; without them tests are skipped."""
 
 import csv
 import json
@@ -13,12 +13,17 @@ from detclipv2_jax.text.tokenizer import normalize
 ROOT = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+def folder(name):
+    """Return a folder of the shared data."""
+    found = ROOT / name
+    if not found.is_dir():
+        pytest.skip(f"{found} does not exist (SHARED_DATA names its parent)")
+    return found
+
+
 def clip_text():
     """Return the folder of CLIP's embeddings."""
-    folder = ROOT / "clip_text"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} does not exist (SHARED_DATA names its parent)")
-    return folder
+    return folder("clip_text")
 
 
 def lvis_categories():

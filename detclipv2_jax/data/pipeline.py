@@ -17,14 +17,14 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import decoding
 from detclipv2_jax.data.batch import Batch
-from detclipv2_jax.data.index import Source
+from detclipv2_jax.data.index import Kind, Source
 from detclipv2_jax.data.plan import Plan, StepPlan
 from detclipv2_jax.data.slices import Decoded, ReadyBatch, Slice, SliceReader
 
@@ -85,7 +85,7 @@ def batches(
     # Of the whole batch, whichever process counts it: only the first one does.
     counts_concepts = process_index == 0
     producer = _Producer(plan, reader, range(start, stop))
-    return Batches(producer, sizes, prefetch, max_broken_share, counts_concepts)
+    return Batches(producer, plan.kinds, sizes, prefetch, max_broken_share, counts_concepts)
 
 
 class Batches(Iterator[tuple[StepPlan, Batch]]):
@@ -94,16 +94,18 @@ class Batches(Iterator[tuple[StepPlan, Batch]]):
     def __init__(
         self,
         producer: "_Producer",
+        kinds: Collection[Kind],
         sizes: Mapping[str, int],
         prefetch: int,
         max_broken_share: float,
         counts_concepts: bool,
     ):
-        """Start the thread. `sizes`: the records of each source."""
+        """Start the thread. `sizes`: the records of each source of the `kinds`."""
         self._sizes = sizes
         self._max_broken_share = max_broken_share
         self._counts_concepts = counts_concepts
-        names = ["cropped_boxes", "cut_boxes", "dropped_concepts"]
+        names = ["cropped_boxes", "cut_boxes", "dropped_concepts", "unflipped"]
+        names += [f"{count}_pixels/{kind}" for count in ("image", "canvas") for kind in kinds]
         names += [f"{count}/{source}" for count in ("read", "unreadable") for source in sizes]
         self._counts = dict.fromkeys(names, 0)
         self._lock = threading.Lock()
@@ -144,6 +146,10 @@ class Batches(Iterator[tuple[StepPlan, Batch]]):
             cut_boxes: boxes left out because their canvas had more than `max_boxes`.
             dropped_concepts: concepts of records left out because the step's table had no row for
                 them. Texts without a row are left out; boxes stay, without a label.
+            unflipped: images that were drawn to be flipped and were not, because one of their
+                texts says left or right.
+            image_pixels/KIND: pixels of canvases that images of the kind cover.
+            canvas_pixels/KIND: pixels of its canvases; what images do not cover is padding.
         """
         with self._lock:
             return dict(self._counts)
@@ -153,6 +159,9 @@ class Batches(Iterator[tuple[StepPlan, Batch]]):
         with self._lock:
             self._counts["cropped_boxes"] += item.cropped_boxes
             self._counts["cut_boxes"] += item.cut_boxes
+            self._counts["unflipped"] += item.unflipped
+            self._counts[f"image_pixels/{item.plan.kind}"] += item.image_pixels
+            self._counts[f"canvas_pixels/{item.plan.kind}"] += item.canvas_pixels
             self._counts["dropped_concepts"] += item.plan.dropped * self._counts_concepts
             for name, count in item.read.items():
                 self._counts[f"read/{name}"] += count

@@ -7,7 +7,7 @@ boxes.
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from detclipv2_jax.data.batch import Batch
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.plan import Plan, StepPlan
 from detclipv2_jax.data.reader import RecordFiles
+from detclipv2_jax.text import sides
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,6 +71,7 @@ class Slice:
     serialized: list[bytes | None]  # as in `_Stored`
     concepts: Int[np.ndarray, " p"]
     placement: transforms_lib.Placement
+    unflipped: int  # images that were drawn to be flipped, but have a text with left or right
 
     def undecoded(self) -> dict[str, np.ndarray]:
         """Return the readable records as `decoding.decoded_steps` expects them."""
@@ -110,6 +112,9 @@ class ReadyBatch:
     unreadable: tuple[Unreadable, ...]
     cropped_boxes: int  # boxes of which augmentation left too little
     cut_boxes: int  # boxes beyond `max_boxes`
+    unflipped: int  # as in `Slice`
+    image_pixels: int  # of the canvases, covered by images
+    canvas_pixels: int  # of all canvases, the empty ones included
 
 
 class _Boxes(NamedTuple):
@@ -149,6 +154,9 @@ class SliceReader:
         stored = self._stored(plan, tiles)
         half = np.array(plan.shape) // 2
         room = np.where(tiles.mosaic[tiles.slot, None], half, plan.shape)
+        placement = transforms_lib.place(config, room, stored.heights, stored.widths, stored.seeds)
+        drawn = placement.flip
+        flip = drawn & ~self._names_a_side(config.all_sources, tiles, drawn)
         return Slice(
             plan=plan,
             texts=plan.texts[slots],
@@ -157,10 +165,26 @@ class SliceReader:
             corners=np.stack(np.divmod(tiles.quarter, 2), axis=1) * half,
             serialized=stored.serialized,
             concepts=stored.concepts,
-            placement=transforms_lib.place(
-                config, room, stored.heights, stored.widths, stored.seeds
-            ),
+            placement=dataclasses.replace(placement, flip=flip),
+            unflipped=int(np.count_nonzero(drawn & ~flip & (tiles.record >= 0))),
         )
+
+    def _names_a_side(
+        self, names: Sequence[str], tiles: Tiles, asked: Bool[np.ndarray, " p"]
+    ) -> Bool[np.ndarray, " p"]:
+        """Return which of the asked tiles have a record with a concept that says left or right."""
+        result = np.zeros(len(asked), bool)
+        for number, name in enumerate(names):
+            mine = np.flatnonzero(asked & (tiles.source == number) & (tiles.record >= 0))
+            source, records = self._sources[name], tiles.record[mine]
+            starts = source.positives_offsets[records]
+            counts = source.positives_offsets[records + 1] - starts
+            owners = np.repeat(np.arange(len(mine)), counts)
+            firsts = np.cumsum(counts) - counts  # of each record, among the concepts of all
+            places = np.arange(len(owners)) + (starts - firsts)[owners]
+            named = sides.name_a_side(source.tokens[source.positives[places]])
+            result[mine[owners[named]]] = True
+        return result
 
     def _stored(self, plan: StepPlan, tiles: Tiles) -> _Stored:
         """Read the records of all tiles, source by source."""
@@ -217,6 +241,9 @@ class SliceReader:
             ),
             cropped_boxes=int(named.kept.sum() - placed.kept.sum()),
             cut_boxes=int(placed.kept.sum() - largest.kept.sum()),
+            unflipped=slice_.unflipped,
+            image_pixels=int(slice_.placement.size[is_decoded].prod(axis=1, dtype=np.int64).sum()),
+            canvas_pixels=len(tiles.mosaic) * plan.shape[0] * plan.shape[1],
         )
 
     def _named_boxes(

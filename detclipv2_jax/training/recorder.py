@@ -81,7 +81,9 @@ class Recorder:
         images = int((planned.records >= 0).sum())
         self.progress.update(planned.kind, images, values, speed["mfu"])
         if is_due(step.number, self.config.log_every):
-            line = {"kind": planned.kind, "epoch": planned.epoch} | values | speed
+            canvas = "{}x{}".format(*planned.shape)  # height and width
+            line = {"kind": planned.kind, "epoch": planned.epoch, "canvas": canvas}
+            line |= values | speed
             self.log.write(step.number, line, self.clock.figures(), self.counters())
         if values["skipped_in_row"] >= self.config.max_skipped:
             records = planned.records[planned.records >= 0][:4].tolist()
@@ -129,11 +131,18 @@ def report(
 
 
 def input_report(counters: Mapping[str, int]) -> list[str]:
-    """Return a line for each count of data that was left out, from `Batches.counters`."""
+    """Return a line for each count of data that was left out, from `Batches.counters`.
+
+    A line per kind says how much of its canvases was not padding.
+    """
     lines = []
     for name, count in counters.items():
         what, _, source = name.partition("/")
-        if what == "read" or not count:
+        if what in ("read", "canvas_pixels") or not count:
+            continue
+        if what == "image_pixels":
+            share = count / counters[f"canvas_pixels/{source}"]
+            lines.append(f"{source}: images covered {share:.1%} of the pixels of their canvases")
             continue
         if what == "unreadable":
             read = counters[f"read/{source}"]
@@ -147,6 +156,7 @@ _MEANINGS = {
     "cropped_boxes": "boxes were left out because augmentation cropped them",
     "cut_boxes": "boxes were left out because a canvas had more than max_boxes",
     "dropped_concepts": "concepts were left out because a step's table was full (table_size)",
+    "unflipped": "images were not flipped because a text of theirs says left or right",
 }
 
 

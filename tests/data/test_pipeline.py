@@ -31,7 +31,7 @@ from detclipv2_jax.text.tokenizer import fitted, tokenize
 NAMES = [f"thing number {i}" for i in range(30)]
 AUGMENTATION = {
     "detection": dict(flip=0.5, scales=(0.6, 1.5), crop=True),
-    "grounding": dict(flip=0.0, scales=(0.5, 1.0)),
+    "grounding": dict(flip=0.0, scales=(0.5, 1.0), rungs=(0.5, 1.0)),
     "image_text": dict(flip=0.5, scales=(1.0, 1.0)),
 }
 
@@ -333,6 +333,21 @@ def test_everything_left_out_is_counted(run, sources):
     counters = feed.counters()
     assert counters["cropped_boxes"] > 0
     assert kept + counters["cropped_boxes"] + counters["cut_boxes"] == stored
+
+
+def test_pixels_of_images_and_of_canvases_are_counted(run, mosaics):
+    plan, steps, feed = run
+    for kind in plan.kinds:
+        mine = [batch for planned, batch in steps if planned.kind == kind]
+        covered = sum(int(batch.sizes.prod(axis=1).sum()) for batch in mine)
+        total = sum(batch.images[..., 0].size for batch in mine)
+        assert feed.counters()[f"image_pixels/{kind}"] == covered
+        assert feed.counters()[f"canvas_pixels/{kind}"] == total > covered > 0
+    # Padding is black, and hardly anything else is.
+    plan, steps, feed = mosaics
+    mine = [batch.images for planned, batch in steps if planned.kind == "grounding"]
+    lit = sum(int(images.any(axis=-1).sum()) for images in mine)
+    assert feed.counters()["image_pixels/grounding"] == pytest.approx(lit, rel=0.02)
 
 
 def stored_boxes(source):

@@ -51,10 +51,13 @@ def test_counters_are_in_the_log_and_in_tensorboard(tmp_path):
 
 def test_the_final_report_lists_what_was_left_out():
     counters = {"cut_boxes": 3, "dropped_concepts": 0, "read/a": 9, "unreadable/a": 1}
+    counters |= {"image_pixels/grounding": 0, "canvas_pixels/grounding": 0}
+    counters |= {"image_pixels/detection": 765, "canvas_pixels/detection": 1000}
     counters |= {"read/b": 5, "unreadable/b": 0}
     assert recorder.input_report(recorder.sum_over_processes(counters)) == [
         "input: 3 boxes were left out because a canvas had more than max_boxes",
         "a: 1 of 9 records could not be read",
+        "detection: images covered 76.5% of the pixels of their canvases",
     ]
 
 
