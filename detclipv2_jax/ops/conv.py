@@ -21,9 +21,14 @@ def conv3x3(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C O"]) -> Floa
     return _convolve(x, kernel)
 
 
-def _convolve(x, kernel):
+def _convolve(x, kernel, dtype=None):
     return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        kernel,
+        (1, 1),
+        ((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=dtype,
     )
 
 
@@ -43,6 +48,43 @@ def _backward(saved, grad_out):
 
 
 conv3x3.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def conv3x3_float32(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C O"]
+) -> Float[Array, "B H W O"]:
+    """Return `conv3x3` of a bfloat16 map and a float32 kernel, with the precision of float32.
+
+    Neither the kernel nor the result is rounded to bfloat16. The gradient is that of `conv3x3`,
+    computed in x's dtype. For a float32 map the function is `conv3x3`.
+    """
+    if x.dtype == jnp.float32:
+        return _convolve(x, kernel)
+    parts = jnp.concatenate(high_and_low(kernel), axis=-1).astype(x.dtype)
+    high, low = jnp.split(_convolve(x, parts, jnp.float32), 2, axis=-1)
+    return high + low
+
+
+def high_and_low(kernel: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Split float32 values into two that survive rounding to bfloat16; their sum has 16 bits.
+
+    Both are float32, and the sum has the gradient of `kernel`.
+    """
+    # Not a cast to bfloat16 and back: XLA may remove it.
+    high = jax.lax.stop_gradient(jax.lax.reduce_precision(kernel, exponent_bits=8, mantissa_bits=7))
+    return high, kernel - high
+
+
+def _float32_backward(saved, grad_out):
+    x, kernel = saved
+    grad_x, grad_kernel = _backward((x, kernel.astype(x.dtype)), grad_out.astype(x.dtype))
+    return grad_x, grad_kernel.astype(kernel.dtype)
+
+
+conv3x3_float32.defvjp(
+    lambda x, kernel: (conv3x3_float32(x, kernel), (x, kernel)), _float32_backward
+)
 
 
 def kernel_gradient_by_convolution(

@@ -9,6 +9,7 @@ from flax import nnx
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.models.atss_head import ATSSHead, HeadConfig
 from detclipv2_jax.models.initializers import Draws
+from detclipv2_jax.models.packed_levels import PackedLevels
 
 CONFIG = HeadConfig(channels=8, convs=2, groups=2, embed_dim=6)
 SIZES = ((6, 5), (3, 3), (2, 2), (1, 1), (1, 1))
@@ -104,3 +105,28 @@ def test_bfloat16_outputs_are_float32():
 def test_groups_must_divide_channels():
     with pytest.raises(UserError, match="head: groups 5 must divide channels 8"):
         HeadConfig(channels=8, groups=5)
+
+
+def test_boxes_and_centerness_of_a_bfloat16_head_have_the_precision_of_float32():
+    """Compared with a float64 convolution of the same bfloat16 features by the float32 kernels."""
+    graph, state = make(dtype=jnp.bfloat16)
+    head, x = nnx.merge(graph, state), levels()[0].astype(jnp.bfloat16)
+    packed = PackedLevels((SIZES[0],))
+
+    @jax.jit
+    def features(x):
+        for layer in head.reg_convs:
+            x = layer(x, packed)
+        return x
+
+    padded = np.pad(np.asarray(features(x), np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    outputs = jax.jit(lambda x: nnx.merge(*nnx.split(head))([x]))(x)
+    found = {"box": outputs.deltas / head.scales[0], "centerness": outputs.centerness[..., None]}
+    for name, value in found.items():
+        layer = getattr(head, name)
+        expected = np.asarray(layer.bias[...], np.float64)
+        for i, j in np.ndindex(3, 3):
+            tap = padded[:, i : i + SIZES[0][0], j : j + SIZES[0][1]]
+            expected = expected + tap @ np.asarray(layer.kernel[i, j], np.float64)
+        error = np.abs(np.asarray(value).reshape(expected.shape) - expected).max()
+        assert error < 1e-4 * np.abs(expected).max(), name  # bfloat16 alone: 2e-3

@@ -78,3 +78,29 @@ def test_only_large_maps_on_cpus_use_products():
     assert ways("cpu", *large) == {"dot_general"}
     assert ways("cpu", *small) == {"convolution"}
     assert ways("tpu", *large) == ways("cuda", *large) == {"convolution"}
+
+
+def test_a_precise_convolution_rounds_neither_the_kernel_nor_the_result():
+    x, kernel, grad_out = case(2, 9, 7, 16, 5)
+    x = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
+    y, grad_x, grad_kernel = definition(x, kernel, grad_out)
+    found, pullback = jax.vjp(jax.jit(conv.conv3x3_float32), jnp.bfloat16(x), kernel)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, y, atol=2e-5 * np.abs(y).max())  # rounded: 3e-3
+    found_x, found_kernel = pullback(jnp.asarray(grad_out))
+    assert (found_x.dtype, found_kernel.dtype) == (jnp.bfloat16, jnp.float32)
+    for actual, expected in ((found_x, grad_x), (found_kernel, grad_kernel)):
+        actual = np.asarray(actual, np.float64)
+        np.testing.assert_allclose(actual, expected, atol=1e-2 * np.abs(expected).max())
+    wide, exact = (jax.jit(f)(x, kernel) for f in (conv.conv3x3_float32, conv.conv3x3))
+    np.testing.assert_array_equal(wide, exact)
+
+
+def test_the_parts_of_a_kernel_add_up_to_it_and_have_its_gradient():
+    kernel = jnp.asarray(RNG.normal(size=(3, 3, 4, 5)), jnp.float32)
+    high, low = jax.jit(conv.high_and_low)(kernel)
+    np.testing.assert_array_equal(high, high.astype(jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_array_equal(high + low, kernel)
+    assert 0 < np.abs(low).max() <= 2**-9 * 4
+    gradient = jax.grad(lambda k: jnp.vdot(jnp.sin(sum(conv.high_and_low(k))), kernel))(kernel)
+    np.testing.assert_allclose(gradient, jnp.cos(kernel) * kernel, rtol=1e-6)

@@ -67,6 +67,7 @@ class _Tiling:
     outputs: int  # channels
     levels: Levels
     dtype: Any
+    out_dtype: Any  # of y
 
     @property
     def cores(self) -> int:
@@ -103,12 +104,13 @@ class _Tiling:
         return (self.cores, self.batch // self.cores, self.bands)
 
 
-def vmem_bytes(shape: tuple[int, ...], outputs: int) -> int:
+def vmem_bytes(shape: tuple[int, ...], outputs: int, out_dtype: Any = jnp.bfloat16) -> int:
     """Return about how many bytes of VMEM the backward pass of a bfloat16 map needs."""
     batch, height, width, inputs = shape
-    tiling = _Tiling(batch, height, width, inputs, outputs, (), jnp.bfloat16)
+    tiling = _Tiling(batch, height, width, inputs, outputs, (), jnp.bfloat16, out_dtype)
     size, rows, edges = common.padded_bytes, tiling.rows, tiling.rows + 2
-    maps = size(2, 4, edges, width, outputs) + size(2, 4, rows, width, inputs)
+    item = jnp.dtype(out_dtype).itemsize
+    maps = size(item, 4, edges, width, outputs) + size(2, 4, rows, width, inputs)
     dense = size(2, 18, inputs, outputs) + size(4, 9, inputs, outputs)
     scratch = size(2, edges, tiling.pitch, outputs) + size(2, 3, rows, tiling.pitch, inputs)
     return maps + dense + scratch + size(4, 4, max(tiling.pitch, _PIECE), max(inputs, outputs))
@@ -119,6 +121,7 @@ def packed_conv(
     norm: Norm | None,
     kernel: Float[Array, "3 3 C O"],
     levels: Levels,
+    out_dtype: Any = None,
 ) -> tuple[Float[Array, "B H W O"], Statistics]:
     """Convolve relu(x · factor + offset), or x itself, with zeros around each level.
 
@@ -127,11 +130,12 @@ def packed_conv(
       norm: factors and offsets; None: x is convolved as it is, without a ReLU.
       kernel: float32. Products are computed in x's dtype, its gradient is summed in float32.
       levels: rectangles of the levels, at least one pixel apart.
+      out_dtype: of the convolved map; None: x's dtype.
 
     Returns:
-      The convolved map in x's dtype, undefined in the gaps, and the statistics of its levels.
+      The convolved map, undefined in the gaps, and the statistics of its levels.
     """
-    tiling = _Tiling(*x.shape, kernel.shape[-1], levels, x.dtype)
+    tiling = _Tiling(*x.shape, kernel.shape[-1], levels, x.dtype, out_dtype or x.dtype)
     y, mean, squares = _convolve(tiling, x, norm, kernel)
     return y, Statistics(mean, squares / tiling.pixels)
 
@@ -258,7 +262,7 @@ def _call_forward(tiling: _Tiling, x: Array, norm: Norm | None, kernel: Array) -
         norm=_norm_inputs(tiling, norm),
         taps=common.whole(taps),
         y=common.Output(
-            (*x.shape[:3], tiling.outputs), tiling.dtype, _band_block(tiling, tiling.outputs)
+            (*x.shape[:3], tiling.outputs), tiling.out_dtype, _band_block(tiling, tiling.outputs)
         ),
         mean=statistics,
         squares=statistics,
@@ -289,7 +293,7 @@ def _forward_kernel(tiling: _Tiling, refs: _Forward) -> None:
         values = _products(tiling, refs.active, refs.taps, number * tiling.piece)
         for r in range(tiling.piece):
             row = values[r * tiling.pitch : r * tiling.pitch + tiling.width]
-            refs.y[0, number * tiling.piece + r] = row.astype(tiling.dtype)
+            refs.y[0, number * tiling.piece + r] = row.astype(tiling.out_dtype)
 
     lax.fori_loop(0, tiling.rows // tiling.piece, convolve, None)
     _update_statistics(tiling, refs)

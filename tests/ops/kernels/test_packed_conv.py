@@ -184,3 +184,25 @@ def test_a_head_lowers_to_tpu_kernels(monkeypatch):
     text = jax.jit(jax.value_and_grad(loss)).trace(state).lower(lowering_platforms=("tpu",))
     for name in ("packed_conv", "deform_conv"):
         assert f"{name}_forward" in text.as_text() and f"{name}_backward" in text.as_text()
+
+
+def test_a_bfloat16_map_may_have_a_float32_convolution():
+    """Its gradient is that of the same map convolved to bfloat16, up to rounding."""
+    packed, random = PackedLevels(PYRAMID), np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(1, *packed.shape, 8)), jnp.bfloat16)
+    kernel = jnp.bfloat16(random.normal(size=(3, 3, 8, 6))).astype(jnp.float32)
+    grad_y = jnp.asarray(random.normal(size=(1, *packed.shape, 6)), jnp.float32)
+
+    def run(dtype):
+        convolve = lambda x, k: packed_conv.packed_conv(x, None, k, packed.rectangles, dtype)[0]
+        y, back = jax.vjp(convolve, x, kernel)
+        return jnp.where(packed.mask, y, 0), *back(grad_y.astype(dtype))
+
+    with pltpu.force_tpu_interpret_mode():
+        (y, *wide), (_, *narrow) = (
+            jax.jit(run, static_argnums=0)(d) for d in ("float32", "bfloat16")
+        )
+    expected = plain(x.astype(jnp.float32), None, kernel, packed)[0]
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    check_close(narrow, wide, 2e-2)
