@@ -3,13 +3,16 @@
     python scripts/choose_shapes.py --config=configs/pretrain.py:swin_t --config.data_dir=DIR
     python scripts/choose_shapes.py --data=data/mine/detection --area=800x1344
 
-With --config it prints for each kind the padding efficiency (pixels of images / pixels of their
-canvases) of the config's canvases and of the best sets of one to five canvases with the area of the
-first one. It also prints how many concepts would find no row in tables of several sizes, over some
-planned steps. With --data (prepared directories, separated by commas) it prints the canvases only.
+With --config it prints for each kind how the images fill the config's canvases and the best sets
+of one to five canvases with the area of the first one: with the rungs and scales of the config, as
+in training, and with each image as large as fits. Fill is pixels of images / pixels of canvases;
+a step costs about as much as its canvases have pixels. It also prints how many concepts would find
+no row in tables of several sizes, over some planned steps. With --data (prepared directories,
+separated by commas) it prints the canvases only, with each image as large as fits.
 --count=3 proposes only sets of three.
 """
 
+import dataclasses
 import os
 
 import numpy as np
@@ -19,6 +22,8 @@ from ml_collections import config_flags
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.data import fill
+from detclipv2_jax.data.config import KindConfig
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.prepare import canvases
 from detclipv2_jax.training.flags import run_with_config
@@ -39,7 +44,7 @@ def main(argv: list[str]) -> None:
         if _AREA.value is None:
             raise UserError("--data needs --area=HEIGHTxWIDTH, the size of one suitable canvas.")
         sources = [Source.open(directory) for directory in _DATA.value]
-        print(canvas_table(sources, parse_area(_AREA.value), counts))
+        print(canvas_table(sources, parse_area(_AREA.value), counts, KindConfig(scales=(1.0, 1.0))))
         return
     from detclipv2_jax.training import config as config_lib
     from detclipv2_jax.training import inputs
@@ -51,7 +56,7 @@ def main(argv: list[str]) -> None:
         area = parse_area(_AREA.value) if _AREA.value else height * width
         print(f"\n{kind}: {', '.join(found.all_sources)}\n")
         opened = [sources[name] for name in found.all_sources]
-        print(canvas_table(opened, area, counts, found.shapes))
+        print(canvas_table(opened, area, counts, found, found.shapes))
         print("\n" + concept_table(wanted_concepts(plan, kind, _STEPS.value), found.table_size))
 
 
@@ -59,9 +64,18 @@ def canvas_table(
     sources: list[Source],
     area: int,
     counts: range | tuple[int, ...],
+    config: KindConfig,
     present: tuple[tuple[int, int], ...] = (),
 ) -> str:
-    """Return the efficiency and split of the present canvases and the best ones, as Markdown."""
+    """Return how images fill the present canvases and the best ones, as Markdown.
+
+    Args:
+        sources: whose images are placed.
+        area: of the canvases to propose, pixels.
+        counts: how many canvases to propose, for each set.
+        config: its rungs and its augmentation are used.
+        present: canvases to compare with.
+    """
     heights = np.concatenate([source.height for source in sources])
     widths = np.concatenate([source.width for source in sources])
     if not heights.size:
@@ -69,14 +83,22 @@ def canvas_table(
     sets = [("now", present)] if present else []
     sets += [(str(n), canvases.choose(heights, widths, n, area)) for n in counts]
     lines = [
-        f"| canvases for {len(heights):,} images | height x width | efficiency | split |",
-        "|---|---|---|---|",
+        f"Rungs {', '.join(f'{rung:g}' for rung in config.rungs)}; scales {config.scales[0]:g} to "
+        f"{config.scales[1]:g}; {'cropped' if config.crop else 'not cropped'}.\n",
+        f"| canvases for {len(heights):,} images | height x width | fill in training | largest "
+        "images | canvas pixels per image | short sides of 90 % | split |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, shapes in sets:
         found = canvases.padding(heights, widths, shapes)
+        filled = fill.expected(dataclasses.replace(config, shapes=shapes), heights, widths)
         sizes = ", ".join(f"{height}x{width}" for height, width in shapes)
         shares = ", ".join(f"{share:.1%}" for share in found.shares)
-        lines.append(f"| {name} | {sizes} | {found.efficiency:.3f} | {shares} |")
+        low, high = filled.short_sides
+        lines.append(
+            f"| {name} | {sizes} | {filled.share:.3f} | {found.efficiency:.3f} | "
+            f"{filled.canvas_pixels:,.0f} | {low:.0f}–{high:.0f} | {shares} |"
+        )
     return "\n".join(lines)
 
 

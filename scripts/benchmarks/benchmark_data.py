@@ -306,11 +306,15 @@ def _contestant(pipe: Any, name: str, kind: str, source: str, paths: list[str], 
 
 
 def _recipe(kind: str) -> KindConfig:
-    """Return the paper's recipe for a kind of data."""
+    """Return the paper's recipe for a kind of data, with one canvas for all contestants."""
     from detclipv2_jax.training import config as config_lib
     from detclipv2_jax.training import recipes
 
-    return config_lib.parse(recipes.load("pretrain").swin_t().to_dict()).data.kinds()[kind]
+    recipe = config_lib.parse(recipes.load("pretrain").swin_t().to_dict()).data.kinds()[kind]
+    if kind == "image_text":
+        return recipe
+    # Short sides 480 to 800, as with the recipe's rungs.
+    return dataclasses.replace(recipe, shapes=((800, 1344),), rungs=(1.0,), scales=(0.6, 1.0))
 
 
 def _placements(kind: str, source: index.Source) -> transforms_lib.Placement:

@@ -297,6 +297,7 @@ def main(argv: list[str]) -> None:
     found = devices(_TOPOLOGY.value)  # before anything initializes JAX's own devices
 
     from detclipv2_jax.common.atomic import write_json
+    from detclipv2_jax.data import rungs
     from detclipv2_jax.training import config as config_lib
     from detclipv2_jax.training import sharding
 
@@ -310,7 +311,7 @@ def main(argv: list[str]) -> None:
     programs = [
         (kind, shape)
         for kind, data in kinds.items()
-        for shape in data.shapes
+        for shape in rungs.canvases(data)
         if _KIND.value in (None, kind)
     ]
     chip, about, rows = _TOPOLOGY.value.partition(":")[0], _about(config, mesh), []

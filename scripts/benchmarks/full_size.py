@@ -169,6 +169,8 @@ def _open(data: str) -> Any:
     recipe = recipes.load("pretrain").swin_t()
     recipe.data_dir = data
     recipe.data.dictionary = ""  # no dictionary is generated
+    # One rung, so that each canvas has one order of its own, which its first step makes.
+    recipe.data.detection.rungs = recipe.data.grounding.rungs = (1.0,)
     return config.parse(recipe.to_dict())
 
 

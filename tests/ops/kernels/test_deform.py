@@ -10,11 +10,14 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from kernel_comparison import check_as_accurate, check_close
 
+from detclipv2_jax.data import rungs
 from detclipv2_jax.models import deform_conv
 from detclipv2_jax.models.atss_head import DeformConv, HeadConfig
 from detclipv2_jax.models.initializers import Draws
 from detclipv2_jax.models.packed_levels import PackedLevels
 from detclipv2_jax.ops.kernels import place
+from detclipv2_jax.training import config as config_lib
+from detclipv2_jax.training import recipes
 
 SLOW = pytest.mark.slow
 PYRAMID = ((6, 5), (3, 3), (2, 2), (1, 1), (1, 1))
@@ -86,7 +89,11 @@ def test_unsupported_inputs_use_xla(monkeypatch):
     assert not made().has_kernels(shape)  # the device is not a TPU
     monkeypatch.setattr(place, "vmem_budget", lambda: 0.95 * 2**26)  # v5p
     assert made().has_kernels(shape)
-    assert made().has_kernels((4, 136, 205, 256))  # the largest of the recipe's canvases
+    assert made().has_kernels((4, 136, 205, 256))
+    recipe = config_lib.parse(recipes.load("pretrain").get_config("swin_t").to_dict())
+    for height, width in rungs.canvases(recipe.data.detection):
+        levels = [(-(-height // s), -(-width // s)) for s in recipe.model.anchors.strides]
+        assert made().has_kernels((4, *PackedLevels(tuple(levels)).shape, 256))
     assert not made(kernels="xla").has_kernels(shape)
     assert not made(dtype=jnp.float32).has_kernels(shape)
     assert not made().has_kernels((4, 200, 253, 256))
