@@ -12,7 +12,7 @@ from detclipv2_jax.text import tokenizer
 from detclipv2_jax.text.wordnet import wordnet
 
 FILE = Path(tokenizer.__file__).parent / "assets" / "senses.tsv"
-COUNTS = {"o365": 365, "coco": 80, "voc": 20}
+COUNTS = {"o365": 365, "coco": 80, "voc": 20, "oid": 600, "odinw": 256}
 COCO = (
     "person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant "
     "stop_sign parking_meter bench bird cat dog horse sheep cow elephant bear zebra giraffe "
@@ -25,6 +25,12 @@ COCO = (
 VOC = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
     "person pottedplant sheep sofa train tvmonitor"
+)
+# ODinW's 13 sets as its reader yields them, without Pascal VOC's names.
+ODINW13 = (
+    "boat car dock jetski lift fish jellyfish penguin puffin shark starfish stingray rabbit hand "
+    "flat_mushroom yellow_mushroom package pistol pothole raccoon crab lobster shrimp dog person "
+    "ambulance bus motorcycle truck"
 )
 # Words of senses that no box shows. "ass", "defecation" and "crotch" are in right ones.
 OBSCENE = re.compile(
@@ -82,6 +88,16 @@ def test_the_lists_are_complete(rows):
     assert {source: len(of[source]) for source in COUNTS} == COUNTS
     assert of["coco"] == {name.replace("_", " ") for name in COCO.split()}
     assert of["voc"] == set(VOC.split())
+    assert of["odinw"] >= {name.replace("_", " ") for name in ODINW13.split()} | of["voc"]
+    assert "mouse" not in of["oid"]  # an animal there, a device in Objects365 and COCO
+
+
+def test_only_names_without_a_photographable_meaning_of_their_own_are_bare(rows):
+    """Letters, numbers, typefaces, gestures and parts of web pages, all of ODinW's 35 sets."""
+    bare = {name: row[2] for name, row in rows.items() if gloss(row) is None}
+    assert set(map(tuple, bare.values())) == {("odinw",)}
+    assert not set(bare) & {name.replace("_", " ") for name in ODINW13.split()}
+    assert {"a", "th", "12", "georgia", "land", "button", "object"} <= set(bare)
 
 
 def test_every_name_of_objects365_as_its_reader_yields_it(rows):
@@ -106,40 +122,58 @@ def test_the_text_that_is_encoded(rows):
     [
         line.split(" = ")
         for line in """
+        alpaca = alpaca.n.03
         american football = football.n.02
         baseball = baseball.n.02
+        bat = bat.n.01
         brush = brush.n.02
+        bust = bust.n.03
         carriage = carriage.n.02
         crane = crane.n.04
+        crown = crown.n.04
         cue = cue.n.04
+        dock = pier.n.01
         french = french_horn.n.01
         hanger = coat_hanger.n.01
         hot dog = hotdog.n.02
         keyboard = computer_keyboard.n.01
         kite = kite.n.03
+        lavender = lavender.n.01
         lifesaver = life_buoy.n.01
+        lynx = lynx.n.02
         marker = marker.n.03
         microwave = microwave.n.02
         motorbike = motorcycle.n.01
         mouse = mouse.n.04
+        nail = nail.n.02
         nuts = nut.n.01
         orange = orange.n.01
+        organ = organ.n.05
+        package = package.n.02
+        raccoon = raccoon.n.02
         remote = remote_control.n.01
         ring = ring.n.08
         scale = scale.n.07
         scallop = scallop.n.04
         seal = seal.n.09
+        skunk = skunk.n.04
         sneakers = gym_shoe.n.01
         soccer = soccer_ball.n.01
+        squash = squash.n.02
         stool = stool.n.01
         swing = swing.n.02
+        table = table.n.02
         table tennis = ping-pong_ball.n.01
+        tart = tart.n.02
         tennis = tennis_ball.n.01
+        tick = tick.n.02
         tie = necktie.n.01
         tissue = tissue.n.02
         toaster = toaster.n.02
         trash bin can = ashcan.n.01
+        turkey = turkey.n.01
         tv = television_receiver.n.01
+        whale = whale.n.02
         yak = yak.n.02
         """.strip().splitlines()
         for line in [line.strip()]
@@ -164,6 +198,10 @@ def test_right_senses(rows, name, synset):
         ("recorder", "sound"),
         ("extractor", "fan"),
         ("curling", "stone"),
+        ("horn", "brass"),
+        ("plant", "leaves"),
+        ("lift", "boat"),
+        ("stop sign", "red"),
     ],
 )
 def test_right_definitions(rows, name, words):
