@@ -1,4 +1,4 @@
-"""Training from scratch on your own images with COCO-format boxes, phrases or captions.
+"""Training a new model on your own images with COCO-format boxes, phrases or captions.
 
     detclip prepare custom --from=my_photos --to=data/my_photos
     detclip train --config=configs/coco_format.py:nano \
@@ -6,8 +6,9 @@
 
 nano (the default) trains on two CPU cores, about 0.33 s per step. From 244 COCO photos it reaches
 AP50 0.63 on the photos it was trained on, and near zero on others: so few photos show that data and
-training fit together, and no more (docs/results/photos/README.md). swin_t needs a GPU; not measured
-yet. To start from a trained model, use finetune_coco_format.py.
+training fit together, and no more (docs/results/photos/README.md; measured with captions from the
+first step on). swin_t needs a GPU and the pretrained towers in `weights/` (docs/weights.md); not
+measured yet. To start from a trained model, use finetune_coco_format.py.
 
 Kinds of data that the folder lacks are skipped. To evaluate, name a validation file and its images,
 as absolute paths or relative to the data_dir: `--config.eval.dataset=$PWD/my_photos/val.json
@@ -19,17 +20,28 @@ from ml_collections import ConfigDict
 from detclipv2_jax.common import config_dict
 from detclipv2_jax.models import sizes
 from detclipv2_jax.training import config as config_lib
+from detclipv2_jax.training import recipes
+
+SIZES = ("nano", "swin_t")
 
 
 def get_config(size: str = "nano") -> ConfigDict:
-    """Return the recipe for a few hundred to a few thousand photos: 'nano' or 'swin_t'."""
-    if size not in ("nano", "swin_t"):
-        raise ValueError(f"configs/coco_format.py:{size}: unknown size. Choose nano or swin_t.")
+    """Return the recipe for a few hundred to a few thousand photos: 'nano' or 'swin_t'.
+
+    nano is always trained from scratch; swin_t from pretrained towers unless ',scratch' follows.
+    """
+    size, from_scratch = recipes.size_and_start("coco_format", size, SIZES)
     nano = size == "nano"
     model = sizes.NANO if nano else sizes.SWIN_T
     config = ConfigDict(config_dict.to_dict(config_lib.RunConfig(model=model)))
+    if nano or from_scratch:
+        recipes.start_from_scratch(config)
+    else:
+        config.init.backbone = "weights/swin_tiny_patch4_window7_224.pth"
+        config.init.text = "weights/ViT-B-32.pt"
     data = config.data
     data.skip_missing = True
+    data.detection.definitions = False  # bare names: there is no dictionary
     data.prepare = "detclip prepare custom --from=YOUR_FOLDER --to=DATA_DIR"
     for kind in ("detection", "grounding", "image_text"):
         data[kind].sources = (kind,)
@@ -56,8 +68,6 @@ def get_config(size: str = "nano") -> ConfigDict:
     if nano:
         # Anchors of 16 to 256 pixels; ATSS's scale of 8 suits images of 800 pixels.
         config.model.anchors.scale = 2.0
-        # The text tower starts from scratch, not from CLIP.
-        config.optimizer.lr_rules = ((r".*", 1.0),)
     config.train.epochs = 12.0
     config.train.log_every = 1
     config.eval.canvas = (192, 256) if nano else (800, 1344)

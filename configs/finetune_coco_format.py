@@ -35,6 +35,7 @@ def get_config(size: str = "swin_t") -> ConfigDict:
         )
     nano = size == "nano"
     config = pretrain.get_config(size)
+    config.init.backbone = config.init.text = ""  # both are in init.model
     data = config.data
     data.skip_missing = True
     data.prepare = "detclip prepare custom --from=YOUR_FOLDER --to=DATA_DIR/target"
@@ -65,8 +66,8 @@ def get_config(size: str = "swin_t") -> ConfigDict:
         return config
     for kind in (data.detection, data.grounding):
         kind.batch_size = 32  # [paper]
-    data.image_text.batch_size = 512
-    data.image_text.table_size = 2048
+    data.image_text.batch_size = 576  # whole groups of the paper's 192 (T) or 96 (L) pairs [ours]
+    data.image_text.table_size = 576 * 4
     config.optimizer.learning_rate = 4e-5  # [paper]
     config.optimizer.lr_rules = ((r"text/.*", 0.01), (r".*", 1.0))  # text tower: 4e-7 [paper]
     config.optimizer.ema_decay = 0.998

@@ -29,6 +29,7 @@ def get_config(size: str = "swin_t") -> ConfigDict:
             f"configs/finetune_lvis.py:{size}: unknown size. Choose swin_t, swin_l or nano."
         )
     config = pretrain.get_config(size)
+    config.init.backbone = config.init.text = ""  # both are in init.model
     data = config.data
     data.skip_missing = True
     for kind in ("detection", "grounding", "image_text"):
@@ -53,8 +54,8 @@ def get_config(size: str = "swin_t") -> ConfigDict:
     for kind in (data.detection, data.grounding):
         kind.batch_size = 64  # [paper]
         kind.max_boxes = 300  # LVIS has more boxes per image than other sets
-    data.image_text.batch_size = 1024
-    data.image_text.table_size = 4096
+    data.image_text.batch_size = 1152  # whole groups of the paper's 192 (T) or 96 (L) pairs [ours]
+    data.image_text.table_size = 1152 * 4
     config.init.model = f"runs/{size}"
     config.optimizer.learning_rate = 4e-5  # [paper]
     config.train.eval_every = 10_000

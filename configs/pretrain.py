@@ -10,10 +10,15 @@ two seeds, docs/results/captions/README.md); 0.60 and 0.46 after three epochs
 
 swin_t (the default) and swin_l: the paper's recipe on Objects365, GoldG and CC15M, 12 epochs, about
 159,000 steps. The paper reports 40.4 and 44.7 fixed AP on LVIS minival; this code has not been
-trained at these sizes yet. The sources are prepared under `data/` first (docs/data.md):
+trained at these sizes yet. The sources are prepared under `data/` first (docs/data.md), and the
+pretrained towers, three files, are downloaded into `weights/` (docs/weights.md):
 
     detclip train --config=configs/pretrain.py:swin_t --workdir=runs/swin_t
     detclip train --config=configs/pretrain.py:swin_l --workdir=runs/swin_l
+
+swin_t,scratch and swin_l,scratch [ours] train without pretrained towers, with what random towers
+need instead (docs/paper_vs_ours.md). The paper does not do this; expect a lower AP. nano is always
+trained from scratch.
 
 A comment [paper] marks a value of the paper (Yao et al. 2023, §4.1), [ours] a choice where it is
 silent. Values that are not set here are defaults; docs/paper_vs_ours.md lists all of them.
@@ -24,16 +29,18 @@ from ml_collections import ConfigDict
 from detclipv2_jax.common import config_dict
 from detclipv2_jax.models import sizes
 from detclipv2_jax.training import config as config_lib
+from detclipv2_jax.training import recipes
+
+SIZES = ("swin_t", "swin_l", "nano")
 
 
 def get_config(size: str = "swin_t") -> ConfigDict:
-    """Return the recipe at a size: 'swin_t', 'swin_l' or 'nano'."""
-    recipes = {"swin_t": swin_t, "swin_l": swin_l, "nano": nano}
-    if size not in recipes:
-        raise ValueError(
-            f"configs/pretrain.py:{size}: unknown size {size}. Choose {', '.join(recipes)}."
-        )
-    return recipes[size]()
+    """Return the recipe at a size: 'swin_t', 'swin_l' or 'nano'; ',scratch' may follow."""
+    size, from_scratch = recipes.size_and_start("pretrain", size, SIZES)
+    config = {"swin_t": swin_t, "swin_l": swin_l, "nano": nano}[size]()
+    if from_scratch:
+        recipes.start_from_scratch(config)
+    return config
 
 
 def swin_t() -> ConfigDict:
@@ -42,6 +49,8 @@ def swin_t() -> ConfigDict:
     These sizes, epochs, learning rate and concepts per image are the paper's; most are defaults.
     """
     config = ConfigDict(config_dict.to_dict(config_lib.RunConfig(model=sizes.SWIN_T)))
+    config.init.backbone = "weights/swin_tiny_patch4_window7_224.pth"  # ImageNet's [paper]
+    config.init.text = "weights/ViT-B-32.pt"  # OpenAI's CLIP; FILIP's is not published [ours]
     data = config.data
     data.prepare = (
         "detclip prepare objects365|goldg|conceptual_captions --from=DIR "
@@ -80,6 +89,9 @@ def swin_l() -> ConfigDict:
     """Swin-L: detection and grounding in batches of 256; the paper uses 64 GPUs."""
     config = swin_t()
     config.model = ConfigDict(sizes.SWIN_L.to_dict())
+    # Window 12, as the model's; ImageNet-22k at 384 pixels [inferred: what detectors start from].
+    config.init.backbone = "weights/swin_large_patch4_window12_384_22k.pth"
+    config.loss.proposals.group = 96  # pairs per device [paper]
     config.data.detection.batch_size = 256  # [paper]
     config.data.grounding.batch_size = 256  # [paper]
     config.optimizer.learning_rate = 4e-4  # [paper]
@@ -95,10 +107,12 @@ def nano() -> ConfigDict:
     """
     config = swin_t()
     config.model = ConfigDict(sizes.NANO.to_dict())
+    recipes.start_from_scratch(config)
     data = config.data
     config.data_dir = "data/symbols"
     data.prepare = "detclip prepare symbols --to=data/symbols"
     data.dictionary = ""  # no definitions: the text tower starts from scratch and learns names
+    data.detection.definitions = False
     for kind in (data.detection, data.grounding):
         kind.batch_size = 16
         kind.shapes = ((128, 128),)
@@ -115,9 +129,6 @@ def nano() -> ConfigDict:
     data.image_text.table_size = 768
     data.image_text.scales = (1.0, 1.0)
     data.image_text.flip = 0.0
-    # Captions join after half of the epoch: they teach nothing before regions differ from each
-    # other.
-    data.image_text.begin = 0.5
     config.loss.candidates = 1  # the anchor at a glyph's center; nine lie up to 12 pixels off it
     config.loss.contrastive = 0.5  # λ; a seventh of the steps must teach all novel names
     config.loss.proposals.group = 96
@@ -126,7 +137,6 @@ def nano() -> ConfigDict:
     config.optimizer.warmup_steps = 30
     config.optimizer.ema_decay = 0.99
     config.optimizer.beta2 = 0.99  # the run has less than 700 steps
-    config.optimizer.lr_rules = ((r".*", 1.0),)  # the text tower starts from scratch too
     config.train.epochs = 1.0
     config.train.log_every = 1
     config.train.checkpoint_every = 200

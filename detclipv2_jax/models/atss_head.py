@@ -42,7 +42,7 @@ class HeadConfig:
     channels: int = 256
     convs: int = 4
     groups: int = 32
-    embed_dim: int = 256
+    embed_dim: int = 512
     deformable: bool = True
     branch_std: float = 0.01
 

@@ -5,7 +5,10 @@ sentence of its own with at most 16 tokens.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,7 @@ from detclipv2_jax.models.norms import LayerNorm
 from detclipv2_jax.models.remat import Remat, mark_dense_output, rematerialize
 from detclipv2_jax.models.swin import linear
 from detclipv2_jax.ops.kernels import causal, mlp, place
+from detclipv2_jax.ops.kernels.mlp import Activation
 from detclipv2_jax.ops.kernels.place import Kernels
 
 
@@ -33,7 +37,10 @@ class TextConfig:
         heads: attention heads.
         vocab: token ids of the tokenizer.
         context: maximum number of tokens of a concept.
-        embed_dim: size of a feature.
+        embed_dim: size of a feature. CLIP's projection is loaded if it has the same size: 512 for
+            ViT-B.
+        activation: of the MLPs. "quick_gelu" is that of OpenAI's towers; most towers of open_clip
+            (LAION-2B, DataComp) have the exact "gelu".
         projection_gain: factor on the initial projection; CLIP uses 1.
     """
 
@@ -42,10 +49,16 @@ class TextConfig:
     heads: int = 8
     vocab: int = 49408
     context: int = 16
-    embed_dim: int = 256
+    embed_dim: int = 512
+    activation: Activation = "quick_gelu"
     projection_gain: float = 1.0
 
     def __post_init__(self):
+        if self.activation not in get_args(Activation):
+            raise UserError(
+                f"config.model.text.activation is {self.activation!r}. Choose one of "
+                f"{', '.join(get_args(Activation))}."
+            )
         if self.width % self.heads:
             raise UserError(
                 f"config.model.text: heads {self.heads} must divide width {self.width}. Change one "
@@ -56,6 +69,14 @@ class TextConfig:
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Return x·sigmoid(1.702x), the approximation of GELU that CLIP was trained with."""
     return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Return the exact GELU, x·Φ(x)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+_ACTIVATIONS: dict[str, Callable] = {"gelu": gelu, "quick_gelu": quick_gelu}
 
 
 class TextAttention(nnx.Module):
@@ -86,17 +107,18 @@ class TextAttention(nnx.Module):
 
 
 class TextMlp(nnx.Module):
-    """Two linear layers with a QuickGELU in between."""
+    """Two linear layers with a GELU, exact or quick, in between."""
 
     def __init__(self, cfg: TextConfig, *, dtype, rngs: Draws):
-        width = cfg.width
+        self.activation, width = cfg.activation, cfg.width
         self.c_fc = linear(width, 4 * width, dtype, rngs, std=(2 * width) ** -0.5)
         out_std = width**-0.5 * (2 * cfg.layers) ** -0.5
         self.c_proj = linear(4 * width, width, dtype, rngs, std=out_std)
 
     def __call__(self, x: Float[Array, "M L C"]) -> Float[Array, "M L C"]:
         """Apply the layers to each position."""
-        return mark_dense_output(self.c_proj(quick_gelu(mark_dense_output(self.c_fc(x)))))
+        hidden = _ACTIVATIONS[self.activation](mark_dense_output(self.c_fc(x)))
+        return mark_dense_output(self.c_proj(hidden))
 
 
 class TextBlock(nnx.Module):
@@ -134,7 +156,8 @@ class TextBlock(nnx.Module):
         with jax.named_scope("attention"):
             x = place.on_each_device(attend, x, self._attention_weights())
         with jax.named_scope("mlp"):
-            return place.on_each_device(_mlp_branch, x, self._mlp_weights())
+            mlp_branch = functools.partial(_mlp_branch, self.mlp.activation)
+            return place.on_each_device(mlp_branch, x, self._mlp_weights())
 
     def _attention_weights(self) -> causal.Weights:
         attn, width = self.attn, self.ln_1.scale.shape[0]
@@ -158,11 +181,13 @@ class TextBlock(nnx.Module):
         )
 
 
-def _mlp_branch(x: Float[Array, "M L C"], weights: mlp.Weights) -> Float[Array, "M L C"]:
+def _mlp_branch(
+    activation: Activation, x: Float[Array, "M L C"], weights: mlp.Weights
+) -> Float[Array, "M L C"]:
     """Compute the MLP branch by the kernel for maps; each row of the map is several sequences."""
     tokens, width = x.shape[0] * x.shape[1], x.shape[2]
     rows = x.reshape(1, -1, math.gcd(tokens, causal.UNIT), width)
-    return mlp.mlp_branch(rows, jnp.ones(1), weights, "quick_gelu").reshape(x.shape)
+    return mlp.mlp_branch(rows, jnp.ones(1), weights, activation).reshape(x.shape)
 
 
 class TextTower(nnx.Module):

@@ -13,6 +13,7 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.config import DataConfig
 from detclipv2_jax.evaluation.config import EvalConfig
 from detclipv2_jax.models.detclip import DetCLIPConfig
+from detclipv2_jax.training import check
 from detclipv2_jax.training.initialize import InitConfig
 from detclipv2_jax.training.objective import LossConfig
 from detclipv2_jax.training.optimizer import OptimizerConfig
@@ -67,5 +68,11 @@ class RunConfig:
 
 
 def parse(values: Mapping[str, Any]) -> RunConfig:
-    """Return the config that nested dicts describe; `UserError` names an invalid field."""
-    return config_dict.from_dict(RunConfig, values, "config")
+    """Return the config that nested dicts describe, checked as a whole.
+
+    Raises:
+        UserError: a field is unknown or invalid, or fields do not fit together; names them.
+    """
+    config = config_dict.from_dict(RunConfig, values, "config")
+    check.check_run(config)
+    return config

@@ -10,22 +10,32 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.models.parameters import parameter_paths, path_name
 from detclipv2_jax.weights import clip, files, swin
 from detclipv2_jax.weights.convert import OURS, Report, convert, unnumbered
 
+SCRATCH = "scratch"
+
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """Files with initial parameters; "" keeps the random initialization."""
+    """Where the initial parameters come from.
+
+    Without `model`, both towers need a file or "scratch": nothing starts random by omission.
+    """
 
     model: str = ""  # a whole model: a run's workdir, or a file of `export --format=safetensors`
-    backbone: str = ""  # Swin: a file of the official code, timm, Hugging Face or MMDetection
-    text: str = ""  # CLIP's text tower: a file of OpenAI, open_clip or Hugging Face
+    # Swin: a file of the official code, timm, Hugging Face or MMDetection; "scratch": random
+    backbone: str = ""
+    # CLIP's text tower: a file of OpenAI, open_clip or Hugging Face; "scratch": random
+    text: str = ""
 
 
 def initialize(params: PyTree, config: InitConfig) -> tuple[PyTree, list[Report]]:
     """Return the parameters with those that the config's files contain, and a report per file.
+
+    Parts that are "scratch" or "" keep their values.
 
     Raises:
         UserError: a file cannot be read, is of another architecture, lacks a tensor, or has a
@@ -37,7 +47,7 @@ def initialize(params: PyTree, config: InitConfig) -> tuple[PyTree, list[Report]
         ("backbone", config.backbone, swin.LAYOUTS),
         ("text", config.text, clip.LAYOUTS),
     ):
-        if path:
+        if path and path != SCRATCH:
             paths = parameter_paths(params)
             wanted = {name: v.shape for name, v in paths.items() if name.startswith(part)}
             tensors = _of_run(path) if not part and Path(path).is_dir() else files.read(path)
@@ -45,6 +55,39 @@ def initialize(params: PyTree, config: InitConfig) -> tuple[PyTree, list[Report]
             params = _replaced(params, found)
             reports.append(report)
     return params, reports
+
+
+def check_rates(params: PyTree, reports: Sequence[Report], factors: PyTree) -> None:
+    """Refuse a low learning rate for parameters that a file should have had and that are random.
+
+    Constant parameters, such as norms that start as the identity, are not random.
+
+    Args:
+        params: the initialized parameters.
+        reports: of `initialize`.
+        factors: on the learning rate, a tree like `params`.
+
+    Raises:
+        UserError: a parameter in a report's `not_loaded` is random, and its factor is below 1.
+    """
+    values, rates = parameter_paths(params), parameter_paths(factors)
+    # A later file may have what an earlier one lacks.
+    loaded = {name for report in reports for name in report.loaded}
+    for report in reports:
+        for name in report.not_loaded:
+            if name in loaded or rates[name] >= 1 or np.ptp(np.asarray(values[name])) == 0:
+                continue
+            sizes = ""
+            if name == "text/text_projection":
+                sizes = (
+                    ", or set config.model.text.embed_dim and config.model.head.embed_dim to the "
+                    "size of the file's projection (512 for CLIP ViT-B)"
+                )
+            raise UserError(
+                f"config.optimizer.lr_rules: {name} trains at {rates[name]:g} times the learning "
+                f"rate, but it starts random, because {report.path} has no values of its shape "
+                f"{values[name].shape}. Put ({name!r}, 1.0) before the other rules{sizes}."
+            )
 
 
 def _of_run(workdir: str) -> dict[str, np.ndarray]:

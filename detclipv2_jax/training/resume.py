@@ -41,11 +41,12 @@ def new_or_resumed(
 
     Raises:
         UserError: no checkpoint can be read, or one is of another model; a file of `config.init`
-            is missing or does not fit.
+            is missing or does not fit, or a random parameter has a reduced learning rate.
     """
     is_new = checkpointer.latest is None
     if is_new:
         params, origins = initialize.initialize(params, config.init)
+        initialize.check_rates(params, origins, rule.factors)
         print(initialize.table(origins), end="\n" * bool(origins))
     state = state_lib.create(params, rule)
     shardings = sharding.state_shardings(mesh, state)

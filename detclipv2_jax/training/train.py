@@ -14,7 +14,7 @@ from detclipv2_jax.common.atomic import write_errors_are_warnings, write_json
 from detclipv2_jax.common.interruption import Interrupted, StopRequest
 from detclipv2_jax.data import pipeline
 from detclipv2_jax.models import detclip
-from detclipv2_jax.training import optimizer, sharding
+from detclipv2_jax.training import check, optimizer, sharding
 from detclipv2_jax.training.checkpointer import Checkpointer
 from detclipv2_jax.training.clock import Clock
 from detclipv2_jax.training.config import RunConfig
@@ -51,6 +51,9 @@ def train(
     """
     is_first = jax.process_index() == 0  # the process that writes and prints; others are muted
     clock = Clock(began)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    check.check_devices(config, mesh.size)
+    check.check_start(config, workdir)
 
     # ---- Data. From here on, what a step sees is a function of (seed, step).
     data = open_data(config)
@@ -60,7 +63,6 @@ def train(
     print(data.summary(total_steps))
 
     # ---- Model and optimizer.
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     validator = Validator(config, definitions, workdir, mesh) if config.eval.dataset else None
     graphdef, params = detclip.create(config.model, config.seed)
     millions = sum(p.size for p in jax.tree.leaves(params)) / 1e6

@@ -1,5 +1,6 @@
 """Text embeddings by a published CLIP text tower, to compare the meanings of texts."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from detclipv2_jax.models.initializers import Draws
 from detclipv2_jax.models.text import TextConfig, TextTower
 from detclipv2_jax.text.tokenizer import tokenize
-from detclipv2_jax.weights import clip, files
+from detclipv2_jax.weights import activation, clip, files
 from detclipv2_jax.weights.convert import convert
 from detclipv2_jax.weights.layouts import Layout
 
@@ -35,7 +36,11 @@ def text_embedder(path: str | Path) -> Callable[[Sequence[str]], Float[np.ndarra
         UserError: the file cannot be read or contains no CLIP text tower.
     """
     tensors = files.read(path)
-    config = _config(tensors)
+    found_activation = activation.stated(path)
+    print(f"{path}: {found_activation}")
+    config = dataclasses.replace(
+        _config(tensors), activation=found_activation.activation or activation.ASSUMED
+    )
     graphdef, state = jax.eval_shape(lambda: nnx.split(TextTower(config, rngs=Draws())))
     leaves = {"text/" + "/".join(map(str, p)): (p, v.shape) for p, v in nnx.to_flat_state(state)}
     shapes = {name: shape for name, (_, shape) in leaves.items()}

@@ -39,6 +39,13 @@ def is_archive(path: Path) -> bool:
         return False
 
 
+def code(path: Path) -> str:
+    """Return the source code in an archive that `is_archive` recognizes."""
+    with zipfile.ZipFile(path) as archive:
+        names = [n for n in archive.namelist() if "/code/" in n and n.endswith(".py")]
+        return "\n".join(archive.read(name).decode("utf-8", "replace") for name in names)
+
+
 def read(path: Path) -> dict[str, np.ndarray]:
     """Return parameters and buffers by their dotted names, as `state_dict()` does.
 

@@ -171,6 +171,7 @@ def _open(data: str) -> Any:
     recipe.data.dictionary = ""  # no dictionary is generated
     # One rung, so that each canvas has one order of its own, which its first step makes.
     recipe.data.detection.rungs = recipe.data.grounding.rungs = (1.0,)
+    recipe.data.detection.definitions = False
     return config.parse(recipe.to_dict())
 
 

@@ -33,12 +33,23 @@ def counts(cfg):
 
 def test_parameter_counts_are_the_papers():
     """About 27.5 + 9 + 63.3 = 100 M for Swin-T and 268 M for Swin-L (Yao et al. 2023)."""
-    total, parts = counts(sizes.SWIN_T)
+    total, parts = counts(with_embed_dim(sizes.SWIN_T, 256))  # of the paper [inferred]
     assert parts["backbone"] == pytest.approx(27.5, rel=0.02)
     assert parts["neck"] + parts["head"] == pytest.approx(9, rel=0.05)
     assert parts["text"] == pytest.approx(63.3, rel=0.02)
     assert total == pytest.approx(100, rel=0.02)
-    assert counts(sizes.SWIN_L)[0] == pytest.approx(268, rel=0.02)
+    assert counts(with_embed_dim(sizes.SWIN_L, 256))[0] == pytest.approx(268, rel=0.02)
+    # CLIP's 512 dimensions: a wider 3×3 convolution and projection.
+    more = (9 * 256 * 256 + 256 + 512 * 256) / 1e6
+    assert counts(sizes.SWIN_T)[0] == pytest.approx(total + more, abs=1e-6)
+
+
+def with_embed_dim(cfg, size):
+    return dataclasses.replace(
+        cfg,
+        head=dataclasses.replace(cfg.head, embed_dim=size),
+        text=dataclasses.replace(cfg.text, embed_dim=size),
+    )
 
 
 def test_every_parameter_has_its_own_path(model):
