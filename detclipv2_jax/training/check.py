@@ -127,30 +127,27 @@ def check_start(config: "RunConfig", workdir: Path) -> None:
     if steps(workdir):
         return
     init = config.init
-    if init.model and not (steps(init.model) or Path(init.model).is_file()):
+    if init.model:
+        if steps(init.model) or Path(init.model).is_file():
+            return
         raise UserError(
             f"config.init.model is {init.model!r}, which is neither the workdir of a run with a "
             "checkpoint nor a file. Train that model first, or name another one."
         )
     for part in ("backbone", "text"):
         _check_tower(config, part)
-    if init.text not in ("", SCRATCH):
+    if init.text != SCRATCH:
         activation.check(config.model.text.activation, init.text)
 
 
 def _check_tower(config: "RunConfig", part: str) -> None:
     """Check where a tower starts from, and its learning rate if it starts random."""
-    init, path = config.init, getattr(config.init, part)
-    if init.model and path == SCRATCH:
-        raise UserError(
-            f"config.init.{part} is {SCRATCH!r}, but config.init.model gives the whole model. "
-            "Leave one of them empty."
-        )
-    if not path and not init.model:
+    path = getattr(config.init, part)
+    if not path:
         raise UserError(f"config.init.{part} is empty. {_REMEDY}")
     if path == SCRATCH:
         _check_random_tower(config, part)
-    elif path and not Path(path).is_file():
+    elif not Path(path).is_file():
         raise UserError(
             f"config.init.{part}: the file {path} does not exist. {published.how_to_get(path)} "
             f"Or {_REMEDY[0].lower()}{_REMEDY[1:]}"

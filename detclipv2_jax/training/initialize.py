@@ -22,7 +22,8 @@ SCRATCH = "scratch"
 class InitConfig:
     """Where the initial parameters come from.
 
-    Without `model`, both towers need a file or "scratch": nothing starts random by omission.
+    With `model`, the other two are not read. Without it, both need a file or "scratch": no tower
+    starts random by omission.
     """
 
     model: str = ""  # a whole model: a run's workdir, or a file of `export --format=safetensors`
@@ -41,12 +42,10 @@ def initialize(params: PyTree, config: InitConfig) -> tuple[PyTree, list[Report]
         UserError: a file cannot be read, is of another architecture, lacks a tensor, or has a
             tensor of an unexpected shape; the message names it.
     """
-    reports = []
-    for part, path, layouts in (
-        ("", config.model, (OURS,)),
-        ("backbone", config.backbone, swin.LAYOUTS),
-        ("text", config.text, clip.LAYOUTS),
-    ):
+    reports, parts = [], [("", config.model, (OURS,))]
+    if not config.model:
+        parts = [("backbone", config.backbone, swin.LAYOUTS), ("text", config.text, clip.LAYOUTS)]
+    for part, path, layouts in parts:
         if path and path != SCRATCH:
             paths = parameter_paths(params)
             wanted = {name: v.shape for name, v in paths.items() if name.startswith(part)}
@@ -71,11 +70,9 @@ def check_rates(params: PyTree, reports: Sequence[Report], factors: PyTree) -> N
         UserError: a parameter in a report's `not_loaded` is random, and its factor is below 1.
     """
     values, rates = parameter_paths(params), parameter_paths(factors)
-    # A later file may have what an earlier one lacks.
-    loaded = {name for report in reports for name in report.loaded}
     for report in reports:
         for name in report.not_loaded:
-            if name in loaded or rates[name] >= 1 or np.ptp(np.asarray(values[name])) == 0:
+            if rates[name] >= 1 or np.ptp(np.asarray(values[name])) == 0:
                 continue
             sizes = ""
             if name == "text/text_projection":

@@ -470,7 +470,7 @@ def test_a_run_starts_from_an_exported_model(data, finished, tmp_path):
     a, b = (json.loads((w / "results.json").read_text()) for w in (tmp_path / "run", finished[0]))
     assert a["step"] < b["step"] and a["fixed"] == b["fixed"] and a["standard"] == b["standard"]
     process = tiny_run.run(data, tmp_path / "other", **{"init.backbone": tmp_path / "none.pth"})
-    assert process.returncode == 2 and "none.pth: no such file" in process.stderr
+    assert process.returncode == 2 and "none.pth does not exist" in process.stderr
 
 
 def test_a_checkpoint_is_known_as_the_last_and_as_the_best_of_its_run(finished):
