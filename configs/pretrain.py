@@ -70,6 +70,7 @@ def swin_t() -> ConfigDict:
     data.grounding.sources = ("goldg",)
     data.grounding.concepts_per_image = 100  # [paper]
     data.grounding.table_size = 2048  # [ours]
+    data.grounding.labels_per_box = 3  # phrases of a caption that name the same box [ours]
     data.image_text.sources = ("cc15m",)
     data.image_text.batch_size = 6144  # [paper]
     data.image_text.shapes = ((320, 320),)  # [paper]

@@ -5,8 +5,9 @@
         --kind=image_text --step=500 --config.data.image_text.crop=True
 
 Writes DIR/index.html with a section for each step. It shows exactly the batch that training uses at
-that step: every image on its canvas, the names of its boxes or its texts, and the negatives of the
-batch. Any field of the config can be set, as for training.
+that step: every image on its canvas, the names of its boxes ("man = player" where a box has two) or
+its texts, how many concepts it is scored on, and the negatives of the batch. Any field of the
+config can be set, as for training.
 """
 
 import dataclasses
@@ -48,6 +49,7 @@ class Shown:
     record: int
     size: tuple[int, int]  # (height, width) of the image on its canvas, in pixels
     names: list[str]  # of its boxes, or its texts with the caption first
+    scored: int  # concepts of the table that it is scored on; image_text: 0
 
 
 def main(argv: list[str]) -> None:
@@ -80,6 +82,7 @@ def main(argv: list[str]) -> None:
                 "title": f"Step {step}: {planned.kind}",
                 "summary": _summary(planned, batch),
                 "pictures": list(itertools.islice(drawn, _PICTURES.value)),
+                "concepts": planned.positives + planned.negatives,
                 "negatives": [n for n in names[planned.positives :] if n],
             }
         )
@@ -112,8 +115,10 @@ def _summary(planned, batch: Batch) -> str:
         f"canvas {height}x{width}",
         f"{int((batch.labels >= 0).any(axis=-1).sum())} boxes",
         f"{planned.positives} positives",
-        f"{int(batch.token_mask.sum()) - planned.positives} negatives",
+        f"{planned.negatives} negatives",
     ]
+    if planned.wanted_negatives > planned.negatives:
+        phrases.append(f"{planned.wanted_negatives} negatives wanted")
     if planned.dropped:
         phrases.append(f"{planned.dropped} positives without a row")
     return ", ".join(phrases)
@@ -138,7 +143,8 @@ def draw(
         drawing.save_png(picture, Path(_OUTPUT.value) / file)
         size = tuple(int(n) for n in batch.sizes[slot])
         shown = texts or list(dict.fromkeys(labels))
-        yield Shown(file, source, int(planned.records[slot]), size, shown)
+        scored = int(batch.scored[slot].sum())
+        yield Shown(file, source, int(planned.records[slot]), size, shown, scored)
 
 
 _PAGE = """<!doctype html>
@@ -159,7 +165,8 @@ details { margin: .6rem 0 2rem; max-width: 70rem; } .negative { color: #844; }
 {% for p in s.pictures %}
 <figure><a href="{{ p.file }}"><img src="{{ p.file }}" alt="slot" loading="lazy"></a>
 <figcaption><span class="from">{{ p.source }}, record {{ p.record }},
-{{ p.size[0] }}×{{ p.size[1] }}</span><br>
+{{ p.size[0] }}×{{ p.size[1] }}
+{%- if p.scored %}, scored on {{ p.scored }} of {{ s.concepts }} concepts{% endif %}</span><br>
 {% for n in p.names %}<span class="name">{{ n }}</span> {% endfor %}</figcaption></figure>
 {% endfor %}
 </div>

@@ -19,7 +19,7 @@ class Positives:
     """The concepts that the records of a batch own: one entry per record and concept."""
 
     ids: Int[np.ndarray, " k"]  # global ids; several records may own the same concept
-    slots: Int[np.ndarray, " k"]  # the slot of the batch that the record is in
+    images: Int[np.ndarray, " k"]  # the image of the batch that the record is
     ranks: Int[np.ndarray, " k"]  # place among its record's concepts; image_text: 0 is the caption
 
     @classmethod
@@ -28,26 +28,26 @@ class Positives:
         source: Source,
         local_to_global: Int32[np.ndarray, " c"],
         records: Int[np.ndarray, " r"],
-        slots: Int[np.ndarray, " r"],
+        images: Int[np.ndarray, " r"],
     ) -> "Positives":
-        """Return the positives of some records of one source, given the slot of each record."""
+        """Return the positives of some records of one source, given the image of each record."""
         starts = source.positives_offsets[records]
         counts = source.positives_offsets[records + 1] - starts
         before = np.cumsum(counts) - counts
         ranks = np.arange(counts.sum()) - np.repeat(before, counts)
         local = source.positives[np.repeat(starts, counts) + ranks]
-        return cls(local_to_global[local], np.repeat(slots, counts), ranks)
+        return cls(local_to_global[local], np.repeat(images, counts), ranks)
 
     @classmethod
     def joined(cls, by_source: Sequence["Positives"]) -> "Positives":
         """Return the positives of several sources as one."""
-        fields = [(one.ids, one.slots, one.ranks) for one in by_source]
+        fields = [(one.ids, one.images, one.ranks) for one in by_source]
         return cls(*(np.concatenate(arrays) for arrays in zip(*fields)))
 
     def first(self, count: int) -> "Positives":
         """Return the first `count` positives of each record."""
         kept = self.ranks < count
-        return Positives(self.ids[kept], self.slots[kept], self.ranks[kept])
+        return Positives(self.ids[kept], self.images[kept], self.ranks[kept])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,6 +57,8 @@ class Table:
     concepts: Int32[np.ndarray, " M"]  # positives ascending, negatives ascending, -1 pads
     positives: int  # how many of the rows are positives
     dropped: int  # positives of the batch that have no row
+    negatives: int  # how many rows are negatives
+    wanted_negatives: int  # how many negatives the images of the batch drew
 
     def rows(self, ids: Int[np.ndarray, " n"]) -> Int32[np.ndarray, " n"]:
         """Return the row of each id; -1 for ids that are not in the table."""
@@ -75,13 +77,36 @@ def rows_of(concepts: Int[np.ndarray, " M"], ids: Int[np.ndarray, " n"]) -> Int3
 
 
 def make_table(
-    size: int, positives: Int32[np.ndarray, " p"], negatives: Int32[np.ndarray, " n"], dropped: int
+    generator: np.random.Generator,
+    size: int,
+    positives: Int32[np.ndarray, " p"],
+    dropped: int,
+    drawn: Int[np.ndarray, " d"],
 ) -> Table:
-    """Return a table of `size` rows, of which p + n are used."""
+    """Return a table of `size` rows: positives, then negatives, both ascending.
+
+    Args:
+        generator: source of randomness.
+        size: rows of the table; at least p.
+        positives: ascending and unique.
+        dropped: how many positives had no room.
+        drawn: the negatives that the images drew, in any order. If the distinct ones are too many
+            for the rows that are left, chance decides which ones stay.
+    """
+    negatives, room = np.unique(drawn), size - positives.size
+    wanted = negatives.size
+    if wanted > room:
+        negatives = np.sort(generator.choice(negatives, room, replace=False, shuffle=False))
     concepts = np.full(size, -1, np.int32)
     concepts[: positives.size] = positives
     concepts[positives.size : positives.size + negatives.size] = negatives
-    return Table(concepts, positives=int(positives.size), dropped=dropped)
+    return Table(
+        concepts,
+        positives=int(positives.size),
+        dropped=dropped,
+        negatives=int(negatives.size),
+        wanted_negatives=int(wanted),
+    )
 
 
 class Wanted(NamedTuple):
@@ -100,19 +125,26 @@ def wanted_concepts(positives: Positives) -> Wanted:
     return Wanted(ids[is_first].astype(np.int32), ranks[is_first])
 
 
+class KeptPositives(NamedTuple):
+    """The positives of a batch that have a row of the table."""
+
+    ids: Int32[np.ndarray, " p"]  # ascending and unique
+    dropped: int  # positives that have none
+
+
 def keep_positives(
     generator: np.random.Generator, wanted: Wanted, size: int, *, captions_first: bool
-) -> Int32[np.ndarray, " p"]:
-    """Return the wanted ids, ascending; at most `size` of them.
+) -> KeptPositives:
+    """Return at most `size` of the wanted ids.
 
     If there are more, chance decides which ones stay, so that no concept is left out at every step.
     With `captions_first` a caption stays rather than the phrases taken out of it.
     """
     if wanted.ids.size <= size:
-        return wanted.ids
+        return KeptPositives(wanted.ids, 0)
     priority = wanted.ranks if captions_first else np.zeros_like(wanted.ranks)
     kept = np.lexsort((generator.random(wanted.ids.size), priority))[:size]
-    return np.sort(wanted.ids[kept])
+    return KeptPositives(np.sort(wanted.ids[kept]), int(wanted.ids.size) - size)
 
 
 def draw_negatives(
@@ -120,21 +152,17 @@ def draw_negatives(
     pool: Int[np.ndarray, " P"],
     excluded: Int[np.ndarray, " e"],
     missing: Int[np.ndarray, " b"],
-    room: int,
-) -> Int[np.ndarray, " n"]:
-    """Draw the negatives of a batch: `missing` different ones per image, their union, at most
-    `room`.
+) -> list[Int[np.ndarray, " k"]]:
+    """Draw negatives: `missing` different ones for each image, fewer if the pool has fewer.
 
     Args:
         generator: source of randomness.
         pool: ids to draw from, ascending and unique.
-        excluded: ids that no image may draw, ascending and unique: the positives of *all* images
-            of the batch and their synonyms.
+        excluded: ids that no image may draw, ascending and unique.
         missing: how many negatives each image needs.
-        room: rows of the table that are left.
 
     Returns:
-        Ids, ascending and unique.
+        For each image its ids, in no particular order.
     """
     # The pool may be large, so it is not filtered. Numbers are drawn among the ids that are left,
     # then shifted past the excluded ids before them.
@@ -148,8 +176,5 @@ def draw_negatives(
         generator.choice(left, min(int(count), left), replace=False, shuffle=False)
         for count in missing
     ]
-    union = np.unique(np.concatenate(draws)) if draws else np.zeros(0, np.int64)
-    if union.size > room:
-        union = np.sort(generator.choice(union, room, replace=False, shuffle=False))
-    shift = np.searchsorted(at - np.arange(len(at)), union, side="right")
-    return pool[(union + shift).astype(np.int64)]
+    before = at - np.arange(len(at))
+    return [pool[draw + np.searchsorted(before, draw, side="right")] for draw in draws]

@@ -1,6 +1,8 @@
 """The data section of a run's config: what each kind of data takes from the prepared sources."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Literal
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import KINDS, Kind
@@ -26,6 +28,15 @@ class KindConfig:
     # Concepts an image is scored on, its own included, the rest drawn at random (paper §4.1:
     # detection 150, grounding 100); 0 draws none.
     concepts_per_image: int = 150
+    # Concepts that an image is scored on as negatives, of those in the step's table: all of them
+    # (paper §3.1), the names of its own source, or only its own concepts and the negatives that
+    # were drawn for it.
+    scored_on: Literal["table", "source", "own"] = "table"
+    # Concepts of other images that are not negatives of an image [ours]: "synonyms" of its own
+    # concepts (by the dictionary), and those of the same head noun ("heads").
+    ignore_alike: tuple[Literal["synonyms", "heads"], ...] = ()
+    # Score images of federated sources (LVIS) only on their own names and those listed as absent.
+    federated: bool = False
     max_boxes: int = 100  # boxes per canvas, the largest first; the others are dropped and counted
     labels_per_box: int = 1  # concepts that may name one box; the others are dropped and counted
     texts_per_image: int = 0  # image_text: concepts per image, the caption first (ours: 8)
@@ -63,7 +74,7 @@ class DataConfig:
     skip_missing: bool = False  # train without the kinds whose sources are missing
     dictionary: str = ""  # directory of the prepared dictionary, relative to data_dir; "" = none
     template: str = TEMPLATE  # of a name with its definition; cut to 16 tokens at a word's end
-    detection: KindConfig = KindConfig(definitions=True)
+    detection: KindConfig = KindConfig(definitions=True, scored_on="source")
     grounding: KindConfig = KindConfig()
     image_text: KindConfig = KindConfig()
     max_broken_share: float = 0.05  # share of a source's records that may be unreadable
@@ -72,6 +83,11 @@ class DataConfig:
         check_template(self.template, "config.data.template")
         for kind, config in self.kinds().items():
             check_kind(kind, config)
+            if "synonyms" in config.ignore_alike and not self.dictionary:
+                raise UserError(
+                    f"config.data.{kind}.ignore_alike names synonyms, which only a dictionary "
+                    "knows. Set config.data.dictionary, or remove 'synonyms'."
+                )
 
     def kinds(self) -> dict[Kind, KindConfig]:
         """The kinds that have a source, by name."""
@@ -121,6 +137,7 @@ def check_kind(kind: Kind, config: KindConfig) -> None:
     if kind == "image_text":
         check("mosaic", config.mosaic == 0, "0: image_text data has no mosaics")
     check("mosaic", 0 <= config.mosaic <= 1, "from 0 to 1")
+    _check_scoring(kind, config, check)
     is_disjoint = not set(config.rehearsal) & set(config.sources)
     check("rehearsal", is_disjoint, "without the names that are in `sources`")
 
@@ -128,3 +145,20 @@ def check_kind(kind: Kind, config: KindConfig) -> None:
 def _are_weights(weights: tuple[float, ...], count: int) -> bool:
     """Return whether these are weights for `count` rungs: none negative, and one above 0."""
     return len(weights) == count and min(weights) >= 0 and max(weights) > 0
+
+
+def _check_scoring(kind: Kind, config: KindConfig, check: Callable[[str, bool, str], None]) -> None:
+    """Check which concepts an image is scored on; `check` raises with the field's name."""
+    if kind != "detection":
+        # Only a list of names that somebody looked for says what is absent.
+        check("federated", not config.federated, "False: only detection data has lists of names")
+        is_open = config.scored_on != "source"
+        check("scored_on", is_open, '"table" or "own": only detection data has lists of names')
+    if kind == "image_text":
+        rule = "the default: captions are compared with all images of the batch"
+        check("scored_on", config.scored_on == "table", rule)
+        check("ignore_alike", not config.ignore_alike, rule)
+    if config.federated:
+        check(
+            "scored_on", config.scored_on != "table", '"source" or "own" where `federated` is set'
+        )

@@ -6,6 +6,9 @@
     index/positives_offsets.npy       int64 (n + 1,)
     index/positives.npy               int32: [offsets[i] : offsets[i + 1]] are the local ids of the
                                       concepts of record i, in the record's own order
+    index/absent.npy absent_offsets.npy, partial.npy partial_offsets.npy   of federated sources
+                                      (LVIS) in the same form: concepts that are not in the image,
+                                      and concepts of which not every object has a box
     concepts.jsonl                    {"name", "definition", "count", "vocabulary"}; line = local id
     tokens.npy keys.npy vocabulary.npy   uint16 (c, 16), uint64 (c,), bool (c,)
 
@@ -24,10 +27,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, UInt16, UInt64
+from jaxtyping import Bool, Int, Int32, Int64, UInt16, UInt64
 
 from detclipv2_jax.common.errors import UserError
 
@@ -44,6 +47,36 @@ ARRAYS = {
     "keys": "keys.npy",
     "vocabulary": "vocabulary.npy",
 }
+#: field of `Source` → files of its lists; only federated sources have them
+LISTS = {
+    "absent": ("index/absent_offsets.npy", "index/absent.npy"),
+    "partial": ("index/partial_offsets.npy", "index/partial.npy"),
+}
+
+
+class IdLists(NamedTuple):
+    """A list of local ids for each of n records."""
+
+    offsets: Int64[np.ndarray, " n+1"]
+    ids: Int32[np.ndarray, " k"]
+
+    def of(self, record: int) -> Int32[np.ndarray, " l"]:
+        """Return the list of one record."""
+        return self.ids[self.offsets[record] : self.offsets[record + 1]]
+
+    def of_all(
+        self, records: Int[np.ndarray, " r"]
+    ) -> tuple[Int[np.ndarray, " m"], Int32[np.ndarray, " m"]]:
+        """Return the lists of several records as one.
+
+        Returns:
+            For each entry its place in `records`, and its id.
+        """
+        starts = self.offsets[records]
+        counts = self.offsets[records + 1] - starts
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        owners = np.repeat(np.arange(len(records)), counts)
+        return owners, self.ids[starts[owners] + within]
 
 
 def dataset_name(name: str) -> str:
@@ -77,6 +110,10 @@ class Source:
     tokens: UInt16[np.ndarray, "c 16"]
     keys: UInt64[np.ndarray, " c"]  # `tokenizer.key` of each concept
     vocabulary: Bool[np.ndarray, " c"]  # False: a whole caption, never drawn as a negative
+    # Of a federated source: the concepts that each image certainly lacks, and those of which not
+    # every object has a box. None: what has no box in an image of this source is not in it.
+    absent: IdLists | None = None
+    partial: IdLists | None = None
 
     @classmethod
     def open(cls, directory: str | Path) -> "Source":
@@ -88,7 +125,11 @@ class Source:
         directory = Path(directory)
         info = _read_info(directory)
         arrays = {field: _map(directory, path) for field, path in ARRAYS.items()}
-        source = cls(directory, info["name"], info["kind"], info, **arrays)
+        lists = {}
+        if info.get("federated"):
+            for field, paths in LISTS.items():
+                lists[field] = IdLists(*(_map(directory, path) for path in paths))
+        source = cls(directory, info["name"], info["kind"], info, **arrays, **lists)
         _check(source)
         return source
 
@@ -167,16 +208,10 @@ def _map(directory: Path, relative: str) -> np.ndarray:
 def _check(source: Source) -> None:
     """Raise `UserError` if arrays and shards do not belong together."""
     records, concepts = source.info["records"], len(source.keys)
-    offsets = source.positives_offsets
     claims = {
         ARRAYS["height"]: source.height.shape == (records,),
         ARRAYS["width"]: source.width.shape == (records,),
-        ARRAYS["positives_offsets"]: offsets.shape == (records + 1,)
-        and offsets[0] == 0
-        and offsets[-1] == len(source.positives)
-        and bool(np.all(np.diff(offsets) >= 0)),
-        ARRAYS["positives"]: source.positives.size == 0
-        or (source.positives.min() >= 0 and source.positives.max() < concepts),
+        **_check_lists(source),
         ARRAYS["tokens"]: source.tokens.shape == (concepts, 16),
         ARRAYS["vocabulary"]: source.vocabulary.shape == (concepts,),
         "info.json": sum(source.info["shards"]) == records
@@ -193,3 +228,22 @@ def _check(source: Source) -> None:
                 f"{source.directory / name}: missing or damaged (it does not fit the rest of the "
                 f"source). {_remedy_again(source.directory)}"
             )
+
+
+def _check_lists(source: Source) -> dict[str, bool]:
+    """Return whether each file of lists fits the source's records and concepts."""
+    records, concepts, claims = source.info["records"], len(source.keys), {}
+    positives = IdLists(source.positives_offsets, source.positives)
+    stored = [((ARRAYS["positives_offsets"], ARRAYS["positives"]), positives)]
+    stored += [(LISTS[field], getattr(source, field)) for field in LISTS]
+    for (offsets_path, ids_path), lists in stored:
+        if lists is not None:
+            offsets, ids = lists
+            claims[offsets_path] = (
+                offsets.shape == (records + 1,)
+                and offsets[0] == 0
+                and offsets[-1] == len(ids)
+                and bool(np.all(np.diff(offsets) >= 0))
+            )
+            claims[ids_path] = ids.size == 0 or (ids.min() >= 0 and ids.max() < concepts)
+    return claims

@@ -104,7 +104,8 @@ class Batches(Iterator[tuple[StepPlan, Batch]]):
         self._sizes = sizes
         self._max_broken_share = max_broken_share
         self._counts_concepts = counts_concepts
-        names = ["cropped_boxes", "cut_boxes", "dropped_concepts", "unflipped"]
+        names = ["cropped_boxes", "cut_boxes", "cut_labels", "dropped_concepts", "cut_negatives"]
+        names += ["unflipped"]
         names += [f"{count}_pixels/{kind}" for count in ("image", "canvas") for kind in kinds]
         names += [f"{count}/{source}" for count in ("read", "unreadable") for source in sizes]
         self._counts = dict.fromkeys(names, 0)
@@ -144,12 +145,14 @@ class Batches(Iterator[tuple[StepPlan, Batch]]):
             unreadable/NAME: records that could not be read or decoded and became empty slots.
             cropped_boxes: boxes left out because augmentation left too little of them.
             cut_boxes: boxes left out because their canvas had more than `max_boxes`.
+            cut_labels: names of boxes left out because a box had more than `labels_per_box`.
             dropped_concepts: concepts of records left out because the step's table had no row for
                 them. Texts without a row are left out; boxes stay, without a label.
             unflipped: images that were drawn to be flipped and were not, because one of their
                 texts says left or right.
             image_pixels/KIND: pixels of canvases that images of the kind cover.
             canvas_pixels/KIND: pixels of its canvases; what images do not cover is padding.
+            cut_negatives: negatives that the images drew and the step's table had no row for.
         """
         with self._lock:
             return dict(self._counts)
@@ -162,7 +165,11 @@ class Batches(Iterator[tuple[StepPlan, Batch]]):
             self._counts["unflipped"] += item.unflipped
             self._counts[f"image_pixels/{item.plan.kind}"] += item.image_pixels
             self._counts[f"canvas_pixels/{item.plan.kind}"] += item.canvas_pixels
-            self._counts["dropped_concepts"] += item.plan.dropped * self._counts_concepts
+            self._counts["cut_labels"] += item.cut_labels
+            if self._counts_concepts:
+                self._counts["dropped_concepts"] += item.plan.dropped
+                cut = item.plan.wanted_negatives - item.plan.negatives
+                self._counts["cut_negatives"] += cut
             for name, count in item.read.items():
                 self._counts[f"read/{name}"] += count
             for found in item.unreadable:

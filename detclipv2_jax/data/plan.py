@@ -19,9 +19,10 @@ from jaxtyping import Bool, Int
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import concept_table
 from detclipv2_jax.data import rungs as rungs_lib
-from detclipv2_jax.data.concept_table import Positives, Table
+from detclipv2_jax.data.concept_table import KeptPositives, Positives
 from detclipv2_jax.data.config import KindConfig
 from detclipv2_jax.data.index import KINDS, Kind, Source
+from detclipv2_jax.data.scoring import Images, Scorer
 from detclipv2_jax.data.vocabulary import Vocabulary
 
 # Purposes of random streams: streams of one seed with different purposes are independent.
@@ -47,6 +48,8 @@ class StepPlan:
     scored: Bool[np.ndarray, "B M"]  # as in `Batch.scored`
     positives: int  # how many of `concepts` belong to a record of the batch
     dropped: int  # positives of the batch that the table has no row for
+    negatives: int  # how many of `concepts` are negatives
+    wanted_negatives: int  # how many the images drew: more than there were rows for, or equal
 
     def rows(self, ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """Return the row of the concept table for each global id, int32; -1 where it has none."""
@@ -143,12 +146,9 @@ class Plan:
         own = sum(len(sources[name]) for config in kinds.values() for name in config.sources)
         self._buckets = [bucket for kind in kinds for bucket in self._make_buckets(kind, own)]
         self.steps_per_epoch = sum(bucket.batches for bucket in self._buckets)
-        #: (kind, whether rehearsed) → global ids that negatives are drawn from
-        self._pools = {
-            (kind, rehearsed): vocabulary.pool(kind, names)
+        self._scorers = {
+            kind: Scorer(kind, config, self._sources[kind], vocabulary)
             for kind, config in kinds.items()
-            for rehearsed, names in ((False, config.sources), (True, config.rehearsal))
-            if config.concepts_per_image
         }
         self._lock = threading.Lock()
         self._epochs: dict[int, _Epoch] = {}
@@ -188,11 +188,16 @@ class Plan:
         config = self.kinds[bucket.kind]
         own = self._own_records(position)
         extra = self._extra_records(step, bucket, own)
-        positives = self._positives(bucket.kind, own, extra)
-        table = self._table(step, bucket, own, positives)
+        images = Images.of(*own, *extra)
+        positives = self._positives(bucket.kind, images)
+        generator = self._generator(_CONCEPTS, step)
+        kept = self._kept_positives(generator, bucket.kind, positives)
+        scorer = self._scorers[bucket.kind]
+        draws = scorer.draw(generator, images, positives, bucket.rehearsed)
+        table = concept_table.make_table(generator, config.table_size, *kept, draws.ids)
         texts = np.full((config.batch_size, config.texts_per_image), -1, np.int32)
         if bucket.kind == "image_text":
-            texts[positives.slots, positives.ranks] = table.rows(positives.ids)
+            texts[images.slots[positives.images], positives.ranks] = table.rows(positives.ids)
         return StepPlan(
             step=step,
             epoch=position.epoch,
@@ -204,9 +209,11 @@ class Plan:
             extra_records=extra.records,
             texts=texts,
             concepts=table.concepts,
-            scored=self._scored(bucket.kind, table),
+            scored=scorer.scored(table, images, positives, draws),
             positives=table.positives,
             dropped=table.dropped,
+            negatives=table.negatives,
+            wanted_negatives=table.wanted_negatives,
         )
 
     def _own_records(self, position: _Position) -> _Records:
@@ -232,44 +239,26 @@ class Plan:
             extra.sources[slots], extra.records[slots] = found
         return extra
 
-    def _positives(self, kind: Kind, own: _Records, extra: _Records) -> Positives:
-        """Return the positives of every record of a batch, for image_text the first few of each."""
-        config, slots = self.kinds[kind], np.arange(len(own.records))
-        slots = np.concatenate([slots, np.repeat(slots, 3)])
-        sources = np.concatenate([own.sources, extra.sources.reshape(-1)])
-        records = np.concatenate([own.records, extra.records.reshape(-1)])
-        by_source = []
+    def _positives(self, kind: Kind, images: Images) -> Positives:
+        """Return the positives of the images of a batch, for image_text the first few of each."""
+        config, by_source = self.kinds[kind], []
         for index, name in enumerate(config.all_sources):
-            mine = np.flatnonzero((sources == index) & (records >= 0))
+            mine = np.flatnonzero(images.sources == index)
             source, to_global = self._sources[kind][index], self.vocabulary.local_to_global[name]
-            by_source.append(Positives.of_source(source, to_global, records[mine], slots[mine]))
+            by_source.append(Positives.of_source(source, to_global, images.records[mine], mine))
         positives = Positives.joined(by_source)
         return positives.first(config.texts_per_image) if kind == "image_text" else positives
 
-    def _table(self, step: int, bucket: _Bucket, own: _Records, positives: Positives) -> Table:
-        """Return the concept table of a step: positives, then negatives in the rows left."""
-        config = self.kinds[bucket.kind]
-        generator = self._generator(_CONCEPTS, step)
-        wanted = concept_table.wanted_concepts(positives)
-        kept = concept_table.keep_positives(
-            generator, wanted, config.table_size, captions_first=bucket.kind == "image_text"
+    def _kept_positives(
+        self, generator: np.random.Generator, kind: Kind, positives: Positives
+    ) -> KeptPositives:
+        """Return the positives that get a row of the step's concept table."""
+        return concept_table.keep_positives(
+            generator,
+            concept_table.wanted_concepts(positives),
+            self.kinds[kind].table_size,
+            captions_first=kind == "image_text",
         )
-        room = config.table_size - kept.size
-        negatives = np.zeros(0, np.int32)
-        if room and config.concepts_per_image:
-            counts = np.bincount(positives.slots, minlength=config.batch_size)[own.records >= 0]
-            missing = np.maximum(config.concepts_per_image - counts, 0)
-            pool = self._pools[bucket.kind, bucket.rehearsed]
-            excluded = self.vocabulary.with_synonyms(wanted.ids, pool)
-            negatives = concept_table.draw_negatives(generator, pool, excluded, missing, room)
-        dropped = int(wanted.ids.size - kept.size)
-        return concept_table.make_table(config.table_size, kept, negatives, dropped)
-
-    def _scored(self, kind: Kind, table: Table) -> Bool[np.ndarray, "B M"]:
-        """Return the concepts that each image may be scored on as a negative."""
-        rows = 0 if kind == "image_text" else len(table.concepts)
-        used = table.concepts[:rows] >= 0
-        return np.broadcast_to(used, (self.kinds[kind].batch_size, rows)).copy()
 
     def _located(self, kind: Kind, numbers: Int[np.ndarray, "..."]) -> _Records:
         """Return the source and the record of numbers that run through all sources of a kind."""
@@ -390,6 +379,13 @@ def _check_sources(sources: Mapping[str, Source], kinds: Mapping[Kind, KindConfi
                     f"config.data.{kind}.{field}: source {name!r} was prepared as {found}. List it "
                     f"in config.data.{found}.{field}."
                 )
+        lists = [sources[name].absent for name in config.sources]
+        if config.federated and lists and not any(lists):
+            raise UserError(
+                f"config.data.{kind}.federated is True, but {', '.join(config.sources)}: no lists "
+                "of names that are absent from an image. Prepare the source again if its archive "
+                "has them (LVIS), or set federated to False."
+            )
         if not sum(len(sources[name]) for name in config.all_sources):
             names = ", ".join(config.all_sources) or "none are named"
             raise UserError(

@@ -115,13 +115,15 @@ class ReadyBatch:
     unflipped: int  # as in `Slice`
     image_pixels: int  # of the canvases, covered by images
     canvas_pixels: int  # of all canvases, the empty ones included
+    cut_labels: int  # labels of boxes beyond `labels_per_box`
 
 
 class _Boxes(NamedTuple):
     """Boxes on canvases, N for each of n tiles or slots."""
 
     boxes: Float[np.ndarray, "n N 4"]  # (x_min, y_min, x_max, y_max), pixels of the canvas
-    labels: Int[np.ndarray, "n N"]  # row of the step's concept table; -1: it has no row
+    # Rows of the step's concept table, first ones first; -1 pads. None: no concept has a row.
+    labels: Int[np.ndarray, "n N L"]
     kept: Bool[np.ndarray, "n N"]  # False: padding, or no box any more
 
 
@@ -211,18 +213,14 @@ class SliceReader:
         is_filled = np.bincount(tiles.slot[is_decoded], minlength=len(tiles.mosaic)) > 0
         whole = slice_.placement.size[: len(tiles.mosaic)]
         sizes = np.where(tiles.mosaic[:, None], plan.shape, whole)
-        named = self._named_boxes(slice_, decoded, is_decoded)
+        named, cut_labels = self._named_boxes(slice_, decoded, is_decoded)
         placed = _by_slot(tiles, _on_canvas(slice_, named))
         largest = _largest(placed, config.max_boxes)
         batch = Batch(
             images=_images(slice_, decoded),
             sizes=np.where(is_filled[:, None], sizes, 0).astype(np.int32),
             boxes=largest.boxes,
-            labels=np.pad(
-                largest.labels[..., None],
-                ((0, 0), (0, 0), (0, config.labels_per_box - 1)),
-                constant_values=-1,
-            ),
+            labels=largest.labels,
             scored=slice_.scored,
             texts=np.where(is_filled[:, None], slice_.texts, -1),
             tokens=self._vocabulary.tokens(plan.concepts, plan.kind),
@@ -244,12 +242,16 @@ class SliceReader:
             unflipped=slice_.unflipped,
             image_pixels=int(slice_.placement.size[is_decoded].prod(axis=1, dtype=np.int64).sum()),
             canvas_pixels=len(tiles.mosaic) * plan.shape[0] * plan.shape[1],
+            cut_labels=cut_labels,
         )
 
     def _named_boxes(
         self, slice_: Slice, decoded: Decoded, is_decoded: Bool[np.ndarray, " p"]
-    ) -> _Boxes:
-        """Return the stored boxes of each tile, labelled with rows of the step's concept table."""
+    ) -> tuple[_Boxes, int]:
+        """Return the stored boxes of each tile, labelled with rows of the step's concept table.
+
+        Boxes with the same coordinates become one. Also returns how many labels had no room.
+        """
         tiles, config = slice_.tiles, self._kinds[slice_.plan.kind]
         ids = np.full((len(is_decoded), decoded.labels.shape[1]), -1, np.int32)
         boxes = np.zeros((*ids.shape, 4), np.float32)
@@ -263,7 +265,68 @@ class SliceReader:
             starts = source.positives_offsets[tiles.record[rows]]
             ids[rows, places] = to_global[source.positives[starts + ids[rows, places]]]
         labels = slice_.plan.rows(ids.reshape(-1)).reshape(ids.shape)
-        return _Boxes(boxes, labels, ids >= 0)
+        merged = merge_boxes(boxes, labels, ids >= 0, config.labels_per_box)
+        return _Boxes(boxes, merged.labels, merged.kept), merged.cut
+
+
+class Merged(NamedTuple):
+    """Boxes after those with the same coordinates became one."""
+
+    labels: Int[np.ndarray, "n N L"]  # the distinct labels of each box, first ones first; -1 pads
+    kept: Bool[np.ndarray, "n N"]  # False also for a box that an earlier one stands for
+    cut: int  # labels that had no room
+
+
+def merge_boxes(
+    boxes: Float[np.ndarray, "n N 4"],
+    labels: Int[np.ndarray, "n N"],
+    kept: Bool[np.ndarray, "n N"],
+    labels_per_box: int,
+) -> Merged:
+    """Merge the boxes of an image that have the same coordinates, and collect their labels.
+
+    Captions name an object twice ("a man", "the player"), and so do overlapping categories. Left
+    apart, one of two equal boxes would get all anchors, and the other's name would be a negative.
+
+    Args:
+        boxes: of n images, pixels.
+        labels: -1: none, which takes no room.
+        kept: which of them are boxes.
+        labels_per_box: room for the labels of a box (L).
+    """
+    images, places = np.nonzero(kept)
+    groups, given = _same(images, boxes[images, places]), labels[images, places]
+    _, first = np.unique(groups, return_index=True)
+    is_first = np.zeros_like(kept)
+    is_first[images[first], places[first]] = True
+    # Each label of a group once, in the order of the boxes.
+    found = np.flatnonzero(given >= 0)
+    _, once = np.unique(np.stack([groups[found], given[found]]), axis=1, return_index=True)
+    found = found[np.sort(once)]
+    found = found[np.argsort(groups[found], kind="stable")]
+    owners = groups[found]
+    ranks = np.arange(len(found)) - np.searchsorted(owners, owners)
+    has_room = ranks < labels_per_box
+    result = np.full((*labels.shape, labels_per_box), -1, labels.dtype)
+    at = first[owners[has_room]]
+    result[images[at], places[at], ranks[has_room]] = given[found[has_room]]
+    return Merged(result, is_first, int(np.count_nonzero(~has_room)))
+
+
+_SAME = 0.1  # pixels of the stored image; annotations round, to two decimals or one [ours]
+
+
+def _same(images: Int[np.ndarray, " k"], boxes: Float[np.ndarray, "k 4"]) -> Int[np.ndarray, " k"]:
+    """Return the same number, from 0, for boxes of an image whose sides are within `_SAME`."""
+    groups = images
+    for side in range(4):
+        # Sides of one image lie within 65,536 pixels, so those of two images never touch.
+        values = images * 2.0**17 + boxes[:, side]
+        order = np.argsort(values, kind="stable")
+        ranks = np.empty(len(order), np.int64)
+        ranks[order] = np.cumsum(np.diff(values[order], prepend=values[order][:1]) > _SAME)
+        groups = np.unique(groups * (len(order) + 1) + ranks, return_inverse=True)[1]
+    return groups
 
 
 def _on_canvas(slice_: Slice, stored: _Boxes) -> _Boxes:
@@ -290,18 +353,19 @@ def _by_slot(tiles: Tiles, boxes: _Boxes) -> _Boxes:
 def _largest(placed: _Boxes, count: int) -> _Boxes:
     """Return the `count` largest boxes of each slot, largest first, padded with zeros and -1.
 
-    A box whose concept has no row stays, with label -1: the loss must know that an object is there.
+    A box without a label stays: the loss must know that an object is there.
     """
     sides = placed.boxes[..., 2:] - placed.boxes[..., :2]
     area = np.where(placed.kept, sides.prod(-1), -1)
     order = np.argsort(-area, axis=1, kind="stable")[:, :count]
     kept = np.take_along_axis(placed.kept, order, axis=1)
     boxes = np.take_along_axis(placed.boxes, order[..., None], axis=1)
-    labels = np.take_along_axis(placed.labels, order, axis=1)
+    labels = np.take_along_axis(placed.labels, order[..., None], axis=1)
+    labels = np.where(kept[..., None], labels, -1)
     padding = (0, 0), (0, count - order.shape[1])
     return _Boxes(
         boxes=np.pad(np.where(kept[..., None], boxes, 0), (*padding, (0, 0))),
-        labels=np.pad(np.where(kept, labels, -1), padding, constant_values=-1),
+        labels=np.pad(labels, (*padding, (0, 0)), constant_values=-1),
         kept=np.pad(kept, padding),
     )
 

@@ -1,9 +1,10 @@
 """The concepts of all prepared sources of a run, under one set of ids, without their strings."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32
@@ -12,6 +13,7 @@ from detclipv2_jax.data.dictionary import Dictionary
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.text.definitions import define
 from detclipv2_jax.text.tokenizer import CONTEXT, TEMPLATE, fitted, keys, tokenize
+from detclipv2_jax.text.wordnet import wordnet
 
 
 class Vocabulary:
@@ -135,6 +137,29 @@ class Vocabulary:
         groups = self.meanings.groups
         present = np.unique(groups[ids])
         return np.union1d(ids, pool[np.isin(groups[pool], present[present >= 0])])
+
+    def groups(self, likeness: Literal["synonyms", "heads"]) -> Int32[np.ndarray, " n"]:
+        """Return the group of each concept; concepts of a group are alike. -1: of no group.
+
+        "synonyms": by the prepared dictionary; without one no concepts are. "heads": names and
+        phrases of the same head noun; captions have none.
+        """
+        if likeness == "heads":
+            return self._heads
+        return np.full(len(self), -1, np.int32) if self.meanings is None else self.meanings.groups
+
+    @functools.cached_property
+    def _heads(self) -> Int32[np.ndarray, " n"]:
+        """The number of each name's head noun; 9 µs for each name of boxes and phrases."""
+        names = [] if self._dictionary is None else list(self._dictionary.names)
+        for source in self.sources.values():
+            if source.kind != "image_text":
+                names += [row["name"] for row in source.read_concepts(source.vocabulary)]
+        numbers: dict[str, int] = {}
+        groups = np.full(len(self), -1, np.int32)
+        heads = [wordnet().head(name) or name for name in names]
+        groups[self.lookup(names)] = [numbers.setdefault(head, len(numbers)) for head in heads]
+        return groups
 
     def _located(self, ids: Int[np.ndarray, " m"]) -> Iterator["_Located"]:
         """Yield the concepts of `ids` table by table; tables without any are left out."""

@@ -83,7 +83,7 @@ class Recorder:
         if is_due(step.number, self.config.log_every):
             canvas = "{}x{}".format(*planned.shape)  # height and width
             line = {"kind": planned.kind, "epoch": planned.epoch, "canvas": canvas}
-            line |= values | speed
+            line |= concepts(planned) | values | speed
             self.log.write(step.number, line, self.clock.figures(), self.counters())
         if values["skipped_in_row"] >= self.config.max_skipped:
             records = planned.records[planned.records >= 0][:4].tolist()
@@ -93,6 +93,15 @@ class Recorder:
                 f"last good checkpoint is that of step {self.latest_checkpoint()}: resume with a "
                 "lower config.optimizer.learning_rate, or look at these records."
             )
+
+
+def concepts(planned: StepPlan) -> dict[str, int]:
+    """Return how a step's concept table is filled, by name in metrics.jsonl."""
+    return {
+        "concepts": planned.positives + planned.negatives,
+        "negatives": planned.negatives,
+        "wanted_negatives": planned.wanted_negatives,
+    }
 
 
 def report(
@@ -155,8 +164,10 @@ def input_report(counters: Mapping[str, int]) -> list[str]:
 _MEANINGS = {
     "cropped_boxes": "boxes were left out because augmentation cropped them",
     "cut_boxes": "boxes were left out because a canvas had more than max_boxes",
+    "cut_labels": "names of boxes were left out because a box had more than labels_per_box",
     "dropped_concepts": "concepts were left out because a step's table was full (table_size)",
     "unflipped": "images were not flipped because a text of theirs says left or right",
+    "cut_negatives": "negatives were left out because a step's table was full (table_size)",
 }
 
 

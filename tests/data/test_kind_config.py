@@ -23,6 +23,8 @@ from detclipv2_jax.data.config import DataConfig, KindConfig
         (dict(scales=(1.0,)), "scales is"),
         (dict(mosaic=1.5), "mosaic is 1.5"),
         (dict(mosaic=-0.1), "mosaic is -0.1"),
+        (dict(labels_per_box=0), "labels_per_box is 0.*at least 1"),
+        (dict(federated=True), "scored_on is 'table'.*where `federated` is set"),
         (dict(rehearsal=("s",)), "rehearsal is .*without the names that are in `sources`"),
         (dict(rehearsal_share=-1.0), "rehearsal_share is -1.0.*at least 0"),
     ],
@@ -38,3 +40,17 @@ def test_a_bad_value_is_named_by_its_field(change, message):
 def test_captions_have_no_mosaics():
     with pytest.raises(UserError, match=r"config\.data\.image_text\.mosaic is 0\.5"):
         DataConfig(image_text=KindConfig(sources=("s",), mosaic=0.5))
+
+
+@pytest.mark.parametrize(
+    "kind, fields, message",
+    [
+        ("grounding", dict(scored_on="source"), "grounding.scored_on is 'source'"),
+        ("grounding", dict(federated=True), "grounding.federated is True"),
+        ("image_text", dict(scored_on="own"), "image_text.scored_on is 'own'"),
+        ("image_text", dict(ignore_alike=("heads",)), "image_text.ignore_alike"),
+    ],
+)
+def test_what_only_a_list_of_names_can_say(kind, fields, message):
+    with pytest.raises(UserError, match=message):
+        DataConfig(**{kind: KindConfig(sources=("s",), **fields)})

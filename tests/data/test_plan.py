@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import math
 import pathlib
 
@@ -9,7 +10,7 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import concept_table
 from detclipv2_jax.data.config import KindConfig
 from detclipv2_jax.data.index import Source
-from detclipv2_jax.data.plan import Plan
+from detclipv2_jax.data.plan import Plan, StepPlan
 from detclipv2_jax.data.vocabulary import Vocabulary
 
 
@@ -90,11 +91,8 @@ def positives_of(plan, sources, step):
 
 
 def steps_equal(a, b):
-    same = (a.step, a.epoch, a.kind, a.shape, a.dropped, a.positives) == (
-        (b.step, b.epoch, b.kind, b.shape, b.dropped, b.positives)
-    )
-    arrays = ("sources", "records", "concepts", "texts")
-    return same and all(np.array_equal(getattr(a, f), getattr(b, f)) for f in arrays)
+    fields = [field.name for field in dataclasses.fields(StepPlan)]
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in fields)
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 5])
