@@ -56,6 +56,10 @@ class Example:
     size: tuple[int, int] | None  # annotated (height, width) in pixels, if the file has it
     boxes: tuple[Box, ...] = ()
     caption: str = ""
+    # Federated annotation (LVIS): names that are not in the image, and names of which not every
+    # object has a box. `absent` None: what has no box is not in the image.
+    absent: tuple[str, ...] | None = None
+    partial: tuple[str, ...] = ()
 
 
 class Drops:

@@ -6,6 +6,7 @@ on the shards and their order.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,15 @@ from jaxtyping import Bool, Int32, Int64, UInt16, UInt64
 
 from detclipv2_jax.common.atomic import replace_directory, replacing, write_json
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.data.index import ARRAYS, FORMAT, Source, dataset_name, shard_name
+from detclipv2_jax.data.index import (
+    ARRAYS,
+    FORMAT,
+    LISTS,
+    IdLists,
+    Source,
+    dataset_name,
+    shard_name,
+)
 from detclipv2_jax.text import tokenizer as tokenizer_lib
 from detclipv2_jax.text.tokenizer import normalize
 
@@ -40,10 +49,17 @@ class ShardIndex:
     tokens: UInt16[np.ndarray, "c 16"]
     mentions: Int64[np.ndarray, " c"]
     vocabulary: Bool[np.ndarray, " c"]  # False: a caption
+    absent: IdLists | None = None  # as in `Source`
+    partial: IdLists | None = None
 
     def save(self, path: Path, summary: Mapping[str, Any]) -> None:
         """Write the index atomically, together with `summary` (any JSON object)."""
         arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for field in LISTS:
+            lists = arrays.pop(field)
+            arrays |= (
+                {} if lists is None else {f"{field}_{k}": v for k, v in lists._asdict().items()}
+            )
         arrays |= {"names": _json_bytes(self.names), "summary": _json_bytes(summary)}
         with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
@@ -52,7 +68,11 @@ class ShardIndex:
     def load(cls, path: Path) -> "ShardIndex":
         """Read an index that `save` wrote."""
         with np.load(path, allow_pickle=False) as arrays:
-            fields = {field.name: arrays[field.name] for field in dataclasses.fields(cls)}
+            names = {field.name for field in dataclasses.fields(cls)} - set(LISTS)
+            fields: dict[str, Any] = {name: arrays[name] for name in names}
+            for field in LISTS:
+                if f"{field}_ids" in arrays:
+                    fields[field] = IdLists(arrays[f"{field}_offsets"], arrays[f"{field}_ids"])
         return cls(**fields | {"names": tuple(json.loads(fields["names"].tobytes()))})
 
 
@@ -76,18 +96,30 @@ class Indexer:
         self._sizes: list[tuple[int, int]] = []
         self._counts: list[int] = []
         self._positives: list[int] = []
+        #: field of `Source` → local ids of each record, of records that have lists
+        self._lists: dict[str, dict[int, list[int]]] = {field: {} for field in LISTS}
 
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def add(self, record: "Record") -> None:
-        """Add a record. A name counts once per box, a caption or phrase once per record."""
+    def add(
+        self, record: "Record", absent: Sequence[str] | None = None, partial: Sequence[str] = ()
+    ) -> None:
+        """Add a record. A name counts once per box, a caption or phrase once per record.
+
+        `absent` and `partial` are as in `Example`. They are kept in the index and not in the
+        record: training needs them to plan a step, before it reads a record.
+        """
         boxes = np.bincount(record.labels, minlength=len(record.concepts))
         for place, concept in enumerate(record.concepts):
             is_caption = self._captioned and place == 0
             mentions = 1 if self._captioned else int(boxes[place])
             local_id = self._concepts.add(concept, vocabulary=not is_caption, count=mentions)
             self._positives.append(local_id)
+        if absent is not None:
+            for field, names in (("absent", absent), ("partial", partial)):
+                ids = [self._concepts.add(name, count=0) for name in names]
+                self._lists[field][len(self)] = ids
         self._counts.append(len(record.concepts))
         self._sizes.append((record.height, record.width))
 
@@ -106,6 +138,7 @@ class Indexer:
             tokens=tokenizer_lib.pack_tokens(tokenizer_lib.tokenize(texts)),
             mentions=np.array(table.counts, np.int64),
             vocabulary=np.array(table.vocabulary, bool),
+            **{field: _id_lists(lists, len(self)) for field, lists in self._lists.items() if lists},
         )
 
 
@@ -138,6 +171,13 @@ class ConceptCounter:
         return local
 
 
+def _id_lists(lists: Mapping[int, Sequence[int]], records: int) -> IdLists:
+    """Return the lists of all records; a record without one has an empty list."""
+    every = [lists.get(record, ()) for record in range(records)]
+    offsets = np.cumsum([0, *map(len, every)], dtype=np.int64)
+    return IdLists(offsets, np.array(list(itertools.chain.from_iterable(every)), np.int32))
+
+
 def write_index(directory: Path, shard_indices: Sequence[Path]) -> int:
     """Merge saved shard indices, in their order, into the index of a source.
 
@@ -151,6 +191,7 @@ def write_index(directory: Path, shard_indices: Sequence[Path]) -> int:
     starts = np.cumsum([0] + [len(some) for some in keys])
     local_ids, first = _number_concepts(np.concatenate(keys or [np.zeros(0, np.uint64)]))
     mentions, vocabulary = np.zeros(len(first), np.int64), np.zeros(len(first), bool)
+    lists: dict[str, list[IdLists | None]] = {field: [] for field in LISTS}
     arrays = {field: [] for field in ("height", "width", "counts", "positives", "tokens", "keys")}
     for start, path in zip(starts, shard_indices):
         shard = ShardIndex.load(path)
@@ -163,6 +204,9 @@ def write_index(directory: Path, shard_indices: Sequence[Path]) -> int:
         arrays["keys"].append(shard.keys[new])
         for field in ("height", "width", "counts"):
             arrays[field].append(getattr(shard, field))
+        for field in LISTS:
+            one = getattr(shard, field)
+            lists[field].append(None if one is None else IdLists(one.offsets, ids[one.ids]))
     merged = {field: np.concatenate(some) for field, some in arrays.items()}
     counts = merged.pop("counts")
     merged["positives_offsets"] = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
@@ -170,6 +214,8 @@ def write_index(directory: Path, shard_indices: Sequence[Path]) -> int:
     (directory / "index").mkdir(parents=True, exist_ok=True)
     for field, path in ARRAYS.items():
         np.save(directory / path, merged[field], allow_pickle=False)
+    if any(lists["absent"]):
+        _write_lists(directory, lists, [len(some) for some in arrays["height"]])
     with open(directory / "concepts.jsonl", "w", encoding="utf-8") as lines:
         for start, path in zip(starts, shard_indices):
             names = json.loads(_read_array(path, "names").tobytes())
@@ -179,6 +225,18 @@ def write_index(directory: Path, shard_indices: Sequence[Path]) -> int:
                     row = {"name": name, "definition": None, "count": int(mentions[local])}
                     lines.write(json.dumps(row | {"vocabulary": bool(vocabulary[local])}) + "\n")
     return len(first)
+
+
+def _write_lists(
+    directory: Path, lists: Mapping[str, Sequence[IdLists | None]], records: Sequence[int]
+) -> None:
+    """Write the lists of a federated source, given those of each shard; `records` counts them."""
+    for field, paths in LISTS.items():
+        shards = [one or _id_lists({}, count) for one, count in zip(lists[field], records)]
+        counts = np.concatenate([np.diff(one.offsets) for one in shards])
+        offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        for path, array in zip(paths, (offsets, np.concatenate([one.ids for one in shards]))):
+            np.save(directory / path, array, allow_pickle=False)
 
 
 def _number_concepts(
@@ -221,13 +279,15 @@ def assemble(
         info: more fields of info.json.
     """
     write_index(directory, shard_indices)
+    is_federated = (directory / LISTS["absent"][0]).exists()
     count = len(record_files)
     shards = {shard_name(name, i, count): records for i, (_, records) in enumerate(record_files)}
     for (path, _), shard in zip(record_files, shards):
         os.replace(path, directory / shard)
     if shards:  # TFDS cannot open a dataset without files
         write_tfds_metadata(directory, name, shards)
-    write_info(directory, name=name, kind=kind, shards=shards, more=info)
+    more = {**info, "federated": True} if is_federated else info
+    write_info(directory, name=name, kind=kind, shards=shards, more=more)
 
 
 def write_info(

@@ -58,15 +58,17 @@ class RecordWriter:
     def __len__(self) -> int:
         return len(self._indexer)
 
-    def write(self, record: Record) -> None:
-        """Append a record."""
+    def write(
+        self, record: Record, absent: Sequence[str] | None = None, partial: Sequence[str] = ()
+    ) -> None:
+        """Append a record; `absent` and `partial` as in `Example`, for a federated source."""
         if len(self) % self._shard_records == 0:
             self._shard.close()
             path = self._partial / f"{len(self._files):06d}.array_record"
             self._writer = self._shard.enter_context(ShardWriter(path))
             self._files.append((path, 0))
         self._writer.write(record)
-        self._indexer.add(record)
+        self._indexer.add(record, absent, partial)
         path, count = self._files[-1]
         self._files[-1] = path, count + 1
 

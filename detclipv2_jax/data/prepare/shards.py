@@ -69,10 +69,10 @@ class ShardBuilder:
         images, boxes = {"bytes": 0, "reencoded": 0, "shrunk": 0}, 0
         with ShardWriter(self.record_file(number)) as writer:
             records = make_records(examples, self.kind, self.options, drops)
-            for done, (image, record) in enumerate(records, 1):
+            for done, (example, (image, record)) in enumerate(zip(examples, records), 1):
                 if record is not None:
                     writer.write(record)
-                    indexer.add(record)
+                    indexer.add(record, example.absent, example.partial)
                     boxes += len(record.boxes)
                     images["bytes"] += len(record.image)
                     images["reencoded"] += image.reencoded

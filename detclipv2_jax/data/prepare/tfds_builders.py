@@ -207,12 +207,14 @@ def _from_line(line: str) -> Example:
     fields = json.loads(line)
     image, image_type = fields["image"], _IMAGE_TYPES[fields.pop("image_type")]
     boxes = (Box(**box | {"xywh": tuple(box["xywh"])}) for box in fields["boxes"])
-    size = fields["size"]
+    size, absent = fields["size"], fields["absent"]
     return Example(
         **fields
         | {
             "image": image_type(**image | {"path": Path(image["path"])}),
             "size": size and tuple(size),
             "boxes": tuple(boxes),
+            "absent": None if absent is None else tuple(absent),
+            "partial": tuple(fields["partial"]),
         }
     )

@@ -11,6 +11,7 @@ from detclipv2_jax.data.prepare.sources.entries import (
     MALFORMED,
     BoxTable,
     ImageEntries,
+    ImageEntry,
     add_folders,
     annotation_label,
     check_text,
@@ -31,7 +32,7 @@ def read(
 
     The file is read twice, entry by entry, because boxes may come before their images. Images are
     searched for in `images`, then next to the file. Crowd boxes (`iscrowd` 1) are dropped: they are
-    not single objects.
+    not single objects. The lists of federated annotation (LVIS) are kept.
 
     Args:
       path: the JSON file.
@@ -56,7 +57,9 @@ def read(
         path=path,
         kind="detection",
         total=len(entries),
-        examples=_examples(path, entries, boxes, add_folders(images, path.parent), drops),
+        examples=_examples(
+            path, category_names, entries, boxes, add_folders(images, path.parent), drops
+        ),
         drops=drops,
         names=tuple(category_names.values()),
     )
@@ -126,9 +129,37 @@ def _read_boxes(
 
 
 def _examples(
-    path: Path, entries: ImageEntries, table: BoxTable, images: ImageFolder, drops: Drops
+    path: Path,
+    names: Mapping[Any, str],
+    entries: ImageEntries,
+    table: BoxTable,
+    images: ImageFolder,
+    drops: Drops,
 ) -> Iterator[Example]:
     for image_id, entry, boxes in table.by_image(entries):
         image = find_image(entry, str(path), images, drops)
         if image is not None:
-            yield Example(image=image, image_id=str(image_id), size=entry.size, boxes=boxes)
+            absent, partial = _lists(path, names, image_id, entry, drops)
+            yield Example(
+                image=image,
+                image_id=str(image_id),
+                size=entry.size,
+                boxes=boxes,
+                absent=absent,
+                partial=partial,
+            )
+
+
+def _lists(
+    path: Path, names: Mapping[Any, str], image_id: Any, entry: ImageEntry, drops: Drops
+) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """Return the names that an image is listed to lack, and those without a box for each object."""
+    if entry.absent is None and entry.partial is None:
+        return None, ()
+    found = []
+    for ids in (entry.absent or (), entry.partial or ()):
+        for unknown in (one for one in ids if one not in names):
+            why = f"{path}: image {shorten(image_id)}: category {shorten(unknown)}"
+            drops.change("images: unknown category in a list", why)
+        found.append(tuple(names[one] for one in ids if one in names))
+    return found[0], found[1]

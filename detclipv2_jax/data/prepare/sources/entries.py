@@ -30,6 +30,8 @@ class ImageEntry:
     size: tuple[int, int] | None  # (height, width) in pixels, if the file has it
     caption: str | None
     collection: str | None  # MDETR: the archive that the image comes from
+    absent: tuple[Any, ...] | None = None  # LVIS: category ids in "neg_category_ids"
+    partial: tuple[Any, ...] | None = None  # and in "not_exhaustive_category_ids"
 
 
 class ImageEntries(dict[Any, ImageEntry]):
@@ -58,6 +60,8 @@ class ImageEntries(dict[Any, ImageEntry]):
                 size=annotated_size(entry),
                 caption=None if caption is None else check_text(caption, "caption"),
                 collection=_collection(entry),
+                absent=_ids(entry, "neg_category_ids"),
+                partial=_ids(entry, "not_exhaustive_category_ids"),
             )
         except MALFORMED as error:
             self._drops.drop("images: malformed entry", f"{where}: {describe(error)}")
@@ -66,6 +70,16 @@ class ImageEntries(dict[Any, ImageEntry]):
 def _collection(entry: dict[str, Any]) -> str | None:
     fields = [entry.get(field) for field in ("data_source", "dataset_name")]
     return next((name for name in fields if isinstance(name, str)), None)
+
+
+def _ids(entry: dict[str, Any], field: str) -> tuple[Any, ...] | None:
+    """Return a list of ids; None if the entry has none."""
+    value = entry.get(field)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(one, int | str) for one in value):
+        raise ValueError(f'"{field}" is {shorten(value)}, not a list of category ids')
+    return tuple(value)
 
 
 def file_names(entry: dict[str, Any]) -> tuple[str, ...]:

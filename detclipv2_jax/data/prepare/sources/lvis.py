@@ -30,8 +30,8 @@ def read(path: str | Path, images: ImageFolder) -> Archive:
     """Open `lvis_v1_train.json`: detection examples, names with spaces (see `coco.read`).
 
     LVIS is federated: for each image, only the categories that have a box or are listed as absent
-    are known. Training on these boxes treats every other category as absent, which is not always
-    true.
+    are known. Both lists of each image ("neg_category_ids", "not_exhaustive_category_ids") are
+    kept, and `config.data.detection.federated` makes training heed them.
     """
     return coco.read(path, images)
 
