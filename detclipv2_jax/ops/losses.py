@@ -43,15 +43,19 @@ def alignment_loss(
     regions: Float[Array, "B K D"],
     texts: Float[Array, "M D"],
     bias: Float[Array, ""],
-    matched_labels: Int[Array, "B K"],
+    matched_labels: Int[Array, "B K L"],
     anchor_mask: Bool[Array, "B K"],
     concept_mask: Bool[Array, " M"],
+    scored: Bool[Array, "B M"],
     block: int = 0,
 ) -> Float[Array, ""]:
     """Return L_align before normalization: the focal loss summed over anchors and concepts.
 
-    The logits are regions · textsᵀ + bias (Yao et al. 2023, §3). The K × M logits
-    of an image are never in memory at once: they are computed for `block` anchors at a time. Since
+    The logits are regions · textsᵀ + bias (Yao et al. 2023, §3). The target of an anchor is 1 for
+    each of its own concepts and 0 for the others. A pair (anchor of image b, concept m) counts if
+    `anchor_mask`, `concept_mask`, and either `scored[b, m]` or m is one of the anchor's own
+    concepts. The gradient of a pair that does not count is exactly zero. The K × M logits of an
+    image are never in memory at once: they are computed for `block` anchors at a time. Since
     the loss is a single sum, its gradient is taken from the same logits, with three matrix products
     in all, as many as without blocks. What is saved for the backward pass has the sizes of the
     inputs.
@@ -60,10 +64,12 @@ def alignment_loss(
       regions: features of the anchors.
       texts: features of the concepts, already multiplied by the similarity's scale.
       bias: added to all logits.
-      matched_labels: the concept (a row of `texts`) that each anchor should align with. -1: none,
-        the anchor is a negative of all concepts.
+      matched_labels: the concepts (rows of `texts`) that each anchor should align with, up to L.
+        -1 pads; an anchor with -1 only is a negative of all concepts.
       anchor_mask: anchors that count.
       concept_mask: concepts that count; others may hold anything, even NaN.
+      scored: the concepts that each image may be a negative of. The paper scores every image on
+        every concept; which images are not scored is ours (`data.batch.Batch.scored`).
       block: anchors per block; 0: about a million logits per image.
     """
     if not block:
@@ -71,13 +77,23 @@ def alignment_loss(
     block = min(block, regions.shape[1])
     texts = jnp.where(concept_mask[:, None], texts, 0.0)  # a masked NaN must not spread
     bias = jnp.asarray(bias, jnp.float32)
-    return _alignment(regions, texts, bias, matched_labels, anchor_mask, concept_mask, block)
+    pairs = _Pairs(matched_labels, anchor_mask, scored & concept_mask, concept_mask)
+    return _alignment(regions, texts, bias, pairs, block)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _alignment(regions, texts, bias, labels, anchor_mask, concept_mask, block):
+class _Pairs(NamedTuple):
+    """Which pairs of an anchor and a concept count, and which of them are positive."""
+
+    labels: Int[Array, "B K L"]
+    anchor_mask: Bool[Array, "B K"]
+    scored: Bool[Array, "B M"]
+    concept_mask: Bool[Array, " M"]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _alignment(regions, texts, bias, pairs, block):
     def add_block(total, first):
-        taken = _take_block(first, block, regions, labels, anchor_mask, concept_mask)
+        taken = _take_block(first, block, regions, pairs)
         losses = sigmoid_focal(_logits(taken.regions, texts, bias), taken.positive)
         return total + jnp.sum(jnp.where(taken.valid, losses, 0.0)), None
 
@@ -93,12 +109,12 @@ class _Gradients(NamedTuple):
     bias: Float[Array, ""]
 
 
-def _alignment_forward(regions, texts, bias, labels, anchor_mask, concept_mask, block):
+def _alignment_forward(regions, texts, bias, pairs, block):
     """Return the loss and, from the same logits, its `_Gradients`."""
 
     def add_block(carry, first):
         total, grads = carry
-        taken = _take_block(first, block, regions, labels, anchor_mask, concept_mask)
+        taken = _take_block(first, block, regions, pairs)
         logits = _logits(taken.regions, texts, bias)
         losses, slope = _focal_and_slope(jnp.where(taken.positive, logits, -logits), GAMMA)
         weight = jnp.where(taken.valid, jnp.where(taken.positive, ALPHA, 1 - ALPHA), 0.0)
@@ -124,7 +140,7 @@ def _alignment_forward(regions, texts, bias, labels, anchor_mask, concept_mask, 
 
 def _alignment_backward(block, gradients, cotangent):
     scaled = (gradient * cotangent.astype(gradient.dtype) for gradient in gradients)
-    return *scaled, None, None, None
+    return *scaled, None
 
 
 _alignment.defvjp(_alignment_forward, _alignment_backward)
@@ -139,7 +155,7 @@ class _Block(NamedTuple):
     valid: Bool[Array, "B block M"]  # whether a logit counts
 
 
-def _take_block(first, block, regions, labels, anchor_mask, concept_mask) -> _Block:
+def _take_block(first, block, regions, pairs) -> _Block:
     """Return `block` anchors from `first` on.
 
     Where fewer are left, the block starts earlier; logits of anchors before `first` do not count
@@ -147,11 +163,14 @@ def _take_block(first, block, regions, labels, anchor_mask, concept_mask) -> _Bl
     """
     start = jnp.minimum(first, regions.shape[1] - block)
     cut = lambda array: jax.lax.dynamic_slice_in_dim(array, start, block, axis=1)
-    new = cut(anchor_mask) & (start + jnp.arange(block) >= first)
+    new = cut(pairs.anchor_mask) & (start + jnp.arange(block) >= first)
     taken = jnp.where(new[..., None], cut(regions), 0.0)
-    columns = jnp.arange(len(concept_mask), dtype=labels.dtype)
-    positive = cut(labels)[..., None] == columns
-    return _Block(start, taken, positive, new[..., None] & concept_mask)
+    columns = jnp.arange(len(pairs.concept_mask), dtype=pairs.labels.dtype)
+    # One comparison per label, which XLA fuses; a (B, block, L, M) array would be stored.
+    own = jnp.moveaxis(cut(pairs.labels), -1, 0)
+    positive = functools.reduce(jnp.logical_or, [label[..., None] == columns for label in own])
+    counts = pairs.scored[:, None] | (positive & pairs.concept_mask)
+    return _Block(start, taken, positive, new[..., None] & counts)
 
 
 def _logits(regions, texts, bias):

@@ -76,35 +76,112 @@ def test_focal_in_any_type():
     np.testing.assert_allclose(half, expected, rtol=0.15)
 
 
-def alignment_case(batch=3, anchors=7, concepts=5, dim=4):
+def alignment_case(batch=3, anchors=7, concepts=5, dim=4, labels_per_box=2):
+    """Return arguments of `alignment_loss` with every kind of pair."""
     rng = np.random.default_rng(0)
     regions = rng.normal(0, 1, (batch, anchors, dim)).astype(np.float32)
     texts = rng.normal(0, 1, (concepts, dim)).astype(np.float32)
-    labels = rng.integers(-1, concepts, (batch, anchors), dtype=np.int32)
+    labels = rng.integers(-1, concepts, (batch, anchors, labels_per_box), dtype=np.int32)
     labels[1] = -1  # an image without boxes
     anchor_mask = rng.random((batch, anchors)) < 0.7
     anchor_mask[2] = False  # an empty slot
     concept_mask = rng.random(concepts) < 0.8
-    return regions, texts, np.float32(-2.0), labels, anchor_mask, concept_mask
+    scored = rng.random((batch, concepts)) < 0.6
+    return regions, texts, np.float32(-2.0), labels, anchor_mask, concept_mask, scored
 
 
-def test_alignment_loss():
-    regions, texts, bias, labels, anchor_mask, concept_mask = alignment_case()
-    assert anchor_mask.any() and concept_mask.any() and not concept_mask.all()
-    expected = 0.0
+def reference_alignment(regions, texts, bias, labels, anchor_mask, concept_mask, scored):
+    """Return the loss and its gradients by regions, texts and bias, pair by pair in float64."""
+    regions, texts = regions.astype(np.float64), texts.astype(np.float64)
+    loss, by_regions, by_texts = 0.0, np.zeros_like(regions), np.zeros_like(texts)
+    by_bias, step = 0.0, 1e-5
     for b, k, m in np.ndindex(*regions.shape[:2], len(texts)):
-        if anchor_mask[b, k] and concept_mask[m]:
-            logit = regions[b, k].astype(np.float64) @ texts[m] + bias
-            expected += reference_focal(float(logit), labels[b, k] == m, 0.25, 2.0)
-    got, _ = alignment(*alignment_case())
-    assert got == pytest.approx(expected, rel=1e-5)
+        positive = m in labels[b, k]
+        if not anchor_mask[b, k] or not concept_mask[m] or not (scored[b, m] or positive):
+            continue
+        logit = float(regions[b, k] @ texts[m] + bias)
+        loss += reference_focal(logit, positive, 0.25, 2.0)
+        above, below = (reference_focal(logit + d, positive, 0.25, 2.0) for d in (step, -step))
+        slope = (above - below) / (2 * step)
+        by_regions[b, k] += slope * texts[m]
+        by_texts[m] += slope * regions[b, k]
+        by_bias += slope
+    return loss, (by_regions, by_texts, by_bias)
 
 
-def plain_alignment(regions, texts, bias, labels, anchor_mask, concept_mask):
+def assert_equals_reference(case, block=0):
+    (loss, gradients), (expected, slopes) = (
+        alignment(*case, block=block),
+        reference_alignment(*case),
+    )
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for got, wanted in zip(gradients, slopes):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("labels_per_box", [1, 2, 3])
+def test_alignment_loss(labels_per_box):
+    case = alignment_case(labels_per_box=labels_per_box)
+    anchor_mask, concept_mask, scored = case[4:]
+    assert anchor_mask.any() and concept_mask.any() and not concept_mask.all()
+    assert scored.any() and not scored.all()
+    assert_equals_reference(case)
+
+
+def federated_case():
+    """Return a case as in LVIS, of two images of three anchors and six concepts.
+
+    Image 0: concept 0 is complete and 1 is not exhaustively annotated, 2 is verified to be absent.
+    Image 1: a box with two phrases, 3 and 4, and 2 is verified to be absent. Nothing is known
+    about the other concepts.
+    """
+    rng = np.random.default_rng(1)
+    labels = np.full((2, 3, 2), -1, np.int32)
+    labels[0, 0, 0], labels[0, 1, 0], labels[1, 0] = 0, 1, (4, 3)
+    scored = np.zeros((2, 6), bool)
+    scored[0, [0, 2]] = scored[1, [2, 3]] = True
+    regions, texts = rng.normal(size=(2, 3, 8)), rng.normal(size=(6, 8))
+    everything = np.ones((2, 3), bool), np.ones(6, bool)
+    return np.float32(regions), np.float32(texts), np.float32(-1.0), labels, *everything, scored
+
+
+def test_a_federated_alignment_loss():
+    case = federated_case()
+    assert_equals_reference(case)
+    _, texts, *_ = case
+    _, (_, by_texts, _) = alignment(*case)
+    # Nothing is known about concept 5, and no image has it.
+    assert (np.abs(by_texts).max(axis=1) > 0).tolist() == [True] * 5 + [False]
+    # Concept 1 counts for its own anchor alone, since other instances may lack a box.
+    alone = [np.zeros_like(array) for array in case[3:5]]
+    alone[0][:], alone[1][0, 1] = -1, True
+    alone[0][0, 1, 0] = 1
+    one = (*case[:3], *alone, np.arange(6) == 1, case[6])
+    np.testing.assert_allclose(alignment(*one)[1][1][1], by_texts[1], rtol=1e-6)
+
+
+def test_pairs_that_are_not_scored_have_no_gradient_at_all():
+    """Their features can be anything finite: neither the loss nor a bit of a gradient changes."""
+    regions, texts, bias, labels, anchor_mask, concept_mask, scored = alignment_case(4, 20, 9)
+    labels, anchor_mask[:], concept_mask[:] = labels % 4, True, True  # 4 to 8 label no box
+    scored[:, 4:] = np.arange(4)[:, None] % 2 == 0  # only images 0 and 2 are negatives of them
+    before, gradients = alignment(regions, texts, bias, labels, anchor_mask, concept_mask, scored)
+    moved = np.where(np.arange(9)[:, None] < 4, texts, 50 * texts)
+    odd = np.arange(4) % 2 == 1
+    _, after = alignment(regions, moved, bias, labels, anchor_mask, concept_mask, scored)
+    np.testing.assert_array_equal(after[0][odd], gradients[0][odd])
+    assert (np.asarray(after[0])[~odd] != np.asarray(gradients[0])[~odd]).any()
+    scored[:, 4:] = False
+    _, by = alignment(regions, texts, bias, labels, anchor_mask, concept_mask, scored)
+    assert not np.asarray(by[1])[4:].any() and np.asarray(by[1])[:4].all()
+    assert before != alignment(regions, texts, bias, labels, anchor_mask, concept_mask, scored)[0]
+
+
+def plain_alignment(regions, texts, bias, labels, anchor_mask, concept_mask, scored):
     """Return the loss from all logits at once, to be differentiated by JAX."""
     logits = jnp.einsum("bkd,md->bkm", regions, texts) + bias
-    targets = labels[..., None] == jnp.arange(len(texts))
-    valid = anchor_mask[..., None] & concept_mask
+    targets = (labels[..., None] == jnp.arange(len(texts))).any(axis=-2)
+    valid = anchor_mask[..., None] & concept_mask & (targets | scored[:, None])
     return jnp.where(valid, losses.sigmoid_focal(logits, targets), 0.0).sum()
 
 
@@ -122,12 +199,12 @@ def test_alignment_in_blocks_equals_the_plain_formula(block):
 
 
 def test_alignment_scales_its_gradients_and_keeps_dtypes():
-    regions, texts, bias, labels, anchor_mask, concept_mask = alignment_case()
+    regions, texts, bias, *pairs = alignment_case()
     halves = jnp.bfloat16(regions), jnp.bfloat16(texts)
-    loss = lambda r, t, b: 3.0 * losses.alignment_loss(r, t, b, labels, anchor_mask, concept_mask)
+    loss = lambda r, t, b: 3.0 * losses.alignment_loss(r, t, b, *pairs)
     by = jax.jit(jax.grad(loss, (0, 1, 2)))(*halves, bias)
     assert [g.dtype for g in by] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
-    _, expected = alignment(regions, texts, bias, labels, anchor_mask, concept_mask)
+    _, expected = alignment(regions, texts, bias, *pairs)
     for got, wanted in zip(by, expected):
         wanted = 3.0 * np.asarray(wanted)
         error = np.abs(np.float32(got) - wanted).max()
@@ -135,13 +212,15 @@ def test_alignment_scales_its_gradients_and_keeps_dtypes():
 
 
 def test_alignment_ignores_masked_values_even_if_not_finite():
-    regions, texts, bias, labels, anchor_mask, concept_mask = alignment_case()
-    value, gradients = alignment(regions, texts, bias, labels, anchor_mask, concept_mask)
+    regions, texts, bias, labels, anchor_mask, concept_mask, scored = alignment_case()
+    scored[:] = True
+    pairs = labels, anchor_mask, concept_mask, scored
+    value, gradients = alignment(regions, texts, bias, *pairs)
     poisoned = (
         np.where(anchor_mask[..., None], regions, np.nan),
         np.where(concept_mask[:, None], texts, np.nan),
     )
-    value_2, gradients_2 = alignment(*poisoned, bias, labels, anchor_mask, concept_mask)
+    value_2, gradients_2 = alignment(*poisoned, bias, *pairs)
     assert value == value_2
     for a, b in zip(gradients, gradients_2):
         np.testing.assert_array_equal(a, b)
@@ -149,14 +228,16 @@ def test_alignment_ignores_masked_values_even_if_not_finite():
     assert (np.asarray(gradients[1]) != 0).any(axis=-1).sum() == concept_mask.sum()
 
 
-@pytest.mark.parametrize("nothing", ["anchors", "concepts"])
+@pytest.mark.parametrize("nothing", ["anchors", "concepts", "labels and scored"])
 def test_alignment_of_nothing(nothing):
-    regions, texts, bias, labels, anchor_mask, concept_mask = alignment_case()
+    regions, texts, bias, labels, anchor_mask, concept_mask, scored = alignment_case()
     if nothing == "anchors":
         anchor_mask = np.zeros_like(anchor_mask)
-    else:
+    elif nothing == "concepts":
         concept_mask = np.zeros_like(concept_mask)
-    value, gradients = alignment(regions, texts, bias, labels, anchor_mask, concept_mask)
+    else:
+        labels, scored = np.full_like(labels, -1), np.zeros_like(scored)
+    value, gradients = alignment(regions, texts, bias, labels, anchor_mask, concept_mask, scored)
     assert value == 0 and not any(np.asarray(g).any() for g in gradients)
 
 
