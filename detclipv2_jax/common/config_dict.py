@@ -1,8 +1,9 @@
 """Conversion of config dataclasses to nested dicts, as stored in files, and back.
 
 A dataclass lists its renamed fields in a class attribute `RENAMED = {old: new}` without a type
-annotation. `from_dict` refuses an old name and names the new one; `with_current_names` renames the
-fields in the stored config of an older run.
+annotation, and the renamed values of fields in `RENAMED_VALUES = {field: {old: new}}`. `from_dict`
+refuses an old name and names the new one; `with_current_names` renames both in the stored config of
+an older run.
 """
 
 import dataclasses
@@ -34,8 +35,10 @@ def from_dict(cls: type, values: Any, where: str) -> Any:
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{where} must be a section with fields, not {values!r}. Set its fields.")
-    for name in values:
+    for name, value in values.items():
         _check_name(cls, name, where)
+        if (new := _new_value(cls, name, value)) is not value:
+            raise UserError(f"{where}.{name} {value!r} is now {new!r}. Use the new name.")
     for field in dataclasses.fields(cls):
         is_required = field.default is field.default_factory is dataclasses.MISSING
         if is_required and field.name not in values:
@@ -45,7 +48,7 @@ def from_dict(cls: type, values: Any, where: str) -> Any:
 
 
 def with_current_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the nested dict of a stored config with renamed fields under their current names.
+    """Return the nested dict of a stored config with fields and values under their current names.
 
     Fields that `cls` does not have are kept unchanged.
     """
@@ -53,8 +56,10 @@ def with_current_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     result = {}
     for name, value in values.items():
         name = renamed.get(name, name)
-        is_section = dataclasses.is_dataclass(hints.get(name)) and isinstance(value, Mapping)
-        result[name] = with_current_names(hints[name], value) if is_section else value
+        if dataclasses.is_dataclass(hints.get(name)) and isinstance(value, Mapping):
+            result[name] = with_current_names(hints[name], value)
+        else:
+            result[name] = _new_value(cls, name, value)
     return result
 
 
@@ -69,6 +74,12 @@ def check_path(cls: type, path: str, where: str) -> None:
     for name in path.split("."):
         _check_name(cls, name, where)
         cls, where = _hints(cls)[name], f"{where}.{name}"
+
+
+def _new_value(cls: Any, name: Any, value: Any) -> Any:
+    """Return the current name of a field's value: itself, unless `cls` lists it as renamed."""
+    renamed = getattr(cls, "RENAMED_VALUES", {}).get(name, {})
+    return renamed.get(value, value) if isinstance(value, str) else value
 
 
 def _hints(cls: Any) -> dict[str, Any]:

@@ -100,6 +100,12 @@ def decode_deltas(
     return jnp.concatenate([centers - half, centers + half], axis=-1)
 
 
+def clip(boxes: Float[Array, "B *n 4"], sizes: Int[Array, "B 2"]) -> Float[Array, "B *n 4"]:
+    """Return the part of each box that is inside its image; `sizes`: its (height, width)."""
+    limits = jnp.concatenate([sizes[:, ::-1]] * 2, axis=-1).astype(boxes.dtype)
+    return jnp.clip(boxes, 0.0, limits.reshape(len(sizes), *[1] * (boxes.ndim - 2), 4))
+
+
 def level_sizes(height: int, width: int, cfg: AnchorConfig) -> tuple[int, ...]:
     """Return the number of anchors per level, fine to coarse, of a height × width pixel canvas."""
     return tuple(math.ceil(height / s) * math.ceil(width / s) for s in cfg.strides)

@@ -18,7 +18,7 @@ from detclipv2_jax.data.batch import Batch
 from detclipv2_jax.models import detclip
 from detclipv2_jax.models.detclip import DetCLIP
 from detclipv2_jax.ops import boxes as box_ops
-from detclipv2_jax.ops import contrastive, losses, nms
+from detclipv2_jax.ops import contrastive, losses, nms, proposals
 from detclipv2_jax.ops.assign import atss_assign
 from detclipv2_jax.ops.contrastive import ContrastiveConfig
 
@@ -34,11 +34,16 @@ class Loss(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ProposalConfig:
-    """Which regions of a captioned image its concepts are compared with (paper §3.3)."""
+    """Which regions of a captioned image its concepts are compared with (paper §3.3).
+
+    The scores "foreground" and "iou" need the head's output of that name
+    (`model.head.proposal_scores`), which boxed data train.
+    """
 
     RENAMED = {"pre_nms": "pre_nms_top_k"}
+    RENAMED_VALUES = {"score": {"classification": "step"}}
 
-    score: contrastive.ProposalScore = "batch"
+    score: proposals.ProposalScore = "batch"
     group: int = 192  # images whose concepts score a region together: the paper's batch per device
     pre_nms_top_k: int = 1000  # best regions per pyramid level that enter NMS [ours]
     nms_iou: float = 0.6  # [ours]
@@ -279,7 +284,7 @@ def image_text_loss(
 
 def concept_pools(batch: Batch, config: LossConfig) -> Int[Array, "G N"]:
     """Return, for each group of images, the concepts that score their regions; -1 pads."""
-    return contrastive.concept_pools(batch.texts, config.proposals.score, config.proposals.group)
+    return proposals.concept_pools(batch.texts, config.proposals.score, config.proposals.group)
 
 
 @jax.tree_util.register_dataclass
@@ -289,7 +294,7 @@ class Selection:
 
     indices: Int[Array, "B P"]  # of their anchors
     mask: Bool[Array, "B P"]  # False: padding, the image has fewer regions
-    areas: Float[Array, "B P"]  # of their boxes, square pixels
+    areas: Float[Array, "B P"]  # of their boxes inside the image, square pixels
 
 
 @jax.named_scope("select_regions")
@@ -304,7 +309,8 @@ def select_regions(
 ) -> Selection:
     """Select the k regions of each image with the highest proposal scores, after NMS.
 
-    The selection has no gradient (paper §3.3); the features of the selected regions have one.
+    Boxes are clipped to the image before NMS, as in MMDetection; a box without area inside the
+    image is no region. The selection has no gradient (paper §3.3); the features of the selected regions have one.
 
     Args:
       model: read for the anchors, the scale and the bias.
@@ -320,17 +326,19 @@ def select_regions(
     levels = box_ops.level_sizes(*canvas, grid)
     fixed = jax.lax.stop_gradient(regions)
     with jax.named_scope("proposal_scores"):
-        scores = contrastive.proposal_scores(
+        scores = proposals.proposal_scores(
             fixed.embeddings,
             jax.lax.stop_gradient(concepts),
             pools,
-            fixed.centerness,
+            {"centerness": fixed.centerness, **fixed.proposal_logits},
             score=config.score,
             scale=model.scale(),
             bias=model.logit_bias[...],
         )
-    boxes = box_ops.decode_deltas(anchors, fixed.deltas)
-    inside = box_ops.anchors_inside(anchors, sizes)
+    # A box that reaches outside the image would be compared by pixels that do not exist, in NMS and
+    # as the largest region.
+    boxes = box_ops.clip(box_ops.decode_deltas(anchors, fixed.deltas), sizes)
+    inside = box_ops.anchors_inside(anchors, sizes) & (box_ops.area(boxes) > 0)
 
     def select(
         box: Float[Array, "K 4"], score: Float[Array, " K"], mask: Bool[Array, " K"]

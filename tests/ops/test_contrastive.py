@@ -1,5 +1,6 @@
 """The contrastive loss and the proposal scores compared with plain loops in float64."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -11,6 +12,7 @@ import pytest
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.ops import contrastive as ops
+from detclipv2_jax.ops import similarity
 
 IMAGES, REGIONS, CONCEPTS, TEXTS, DIM = 5, 4, 7, 3, 6
 DIRECTIONS = ("text_to_image", "image_to_text", "both")
@@ -36,41 +38,64 @@ def with_gaps(seed=0):
     return regions, region_mask, areas, concepts, text_ids
 
 
-def reference_similarity(regions, mask, areas, concepts, ids, scale, cfg):
+def match(s, matching, temperature):
+    """Return one similarity from those of several regions or words."""
+    if matching == "max":
+        return s.max()
+    weights = np.exp(s / temperature)
+    return (weights / weights.sum()) @ s
+
+
+def reference_similarity(regions, mask, areas, concepts, ids, scale, cfg, direction):
+    """Return s^T or s^I of every image with every text, pair by pair in float64."""
     result = np.zeros((len(regions), len(ids)))
+    if cfg.matching == "max_size":
+        cfg, ids = dataclasses.replace(cfg, matching="max"), ids[:, :1]
+        largest = np.argmax(np.where(mask, areas, -1), axis=1)
+        mask = mask & (np.arange(mask.shape[1]) == largest[:, None])
     for b, t in np.ndindex(*result.shape):
         own = [j for j in ids[t] if j >= 0]
         valid = np.flatnonzero(mask[b])
         if not own or not len(valid):
             continue
-        for j in own:
-            s = np.array([scale * concepts[j] @ regions[b, k] for k in valid])
-            if cfg.matching == "max":
-                best = s.max()
-            elif cfg.matching == "soft":
-                weights = np.exp(s / cfg.soft_temperature)
-                best = (weights / weights.sum()) @ s
-            else:
-                best = s[np.argmax(areas[b, valid])]
-            result[b, t] += best / len(own)
+        s = np.array([[scale * concepts[j] @ regions[b, k] for k in valid] for j in own])
+        s = s if direction == "text_to_image" else s.T
+        result[b, t] = np.mean([match(row, cfg.matching, cfg.soft_temperature) for row in s])
     return result
 
 
+def same_text(first, second):
+    caption = first[0] >= 0 and first[0] == second[0]
+    return caption or set(first) == set(second)
+
+
 def reference_loss(regions, mask, areas, concepts, ids, scale, cfg):
-    similarity = reference_similarity(regions, mask, areas, concepts, ids, scale, cfg)
-    valid = [b for b in range(len(regions)) if mask[b].any() and (ids[b] >= 0).any()]
+    """Return L_cts in float64; images with the same text are not choices of each other."""
+    owned = ids[:, :1] if cfg.matching == "max_size" else ids
+    valid = [b for b in range(len(regions)) if mask[b].any() and (owned[b] >= 0).any()]
     total = {"text_to_image": 0.0, "image_to_text": 0.0}
-    for i in valid:
-        for direction in total:
-            row = [similarity[(b, i) if direction == "text_to_image" else (i, b)] for b in valid]
+    for direction in total:
+        similarity = reference_similarity(
+            regions, mask, areas, concepts, ids, scale, cfg, direction
+        )
+        for i in valid:
+            choices = [b for b in valid if b == i or not same_text(owned[b], owned[i])]
+            row = [similarity[(b, i) if direction == "text_to_image" else (i, b)] for b in choices]
             row = np.array(row) / cfg.temperature
-            log_p = dict(zip(valid, row - np.log(np.exp(row).sum())))
+            log_p = dict(zip(choices, row - np.log(np.exp(row).sum())))
             e = cfg.label_smoothing
-            loss = -(1 - e) * log_p[i] - e * sum(log_p.values()) / len(valid)
+            loss = -(1 - e) * log_p[i] - e * sum(log_p.values()) / len(choices)
             total[direction] += loss / len(valid)
     if cfg.direction == "both":
         return sum(total.values()) / 2
     return total[cfg.direction]
+
+
+def with_equal_texts(seed=0):
+    """Return a case with two equal captions, and two equal sets whose caption has no row."""
+    regions, region_mask, areas, concepts, _ = case(seed)
+    ids = np.array([[0, 1, 2], [-1, 3, 4], [0, 5, -1], [-1, 4, 3], [-1, 4, 5]], np.int32)
+    return regions, region_mask, areas, concepts, ids
 
 
 def float32(*arrays):
@@ -120,7 +145,7 @@ def check_differences(got, arrays, scale, cfg, indices):
 @pytest.mark.parametrize(("direction", "matching"), list(itertools.product(DIRECTIONS, MATCHINGS)))
 def test_every_variant(direction, matching):
     cfg = variant(direction, matching)
-    for arrays in (case(), with_gaps()):
+    for arrays in (case(), with_gaps(), with_equal_texts()):
         loss, gradients = loss_and_gradients(cfg, arrays, 3.0)
         assert loss == pytest.approx(reference_loss(*arrays, 3.0, cfg), rel=1e-5)
         check_differences(gradients, arrays, 3.0, cfg, range(0, 400, 23))
@@ -130,7 +155,8 @@ def test_every_variant(direction, matching):
 def test_blocks_change_nothing(matching, monkeypatch):
     cfg = variant("both", matching)
     whole = loss_and_gradients(cfg, with_gaps(), 3.0)
-    monkeypatch.setattr(ops, "_REGION_BLOCK", 3)  # 7 concepts: two blocks and a third of one
+    # 7 concepts: two blocks and a third of one. 5 texts of 3 words: blocks of one text.
+    monkeypatch.setattr(similarity, "_REGION_BLOCK", 3)
     blocks = loss_and_gradients(cfg, with_gaps(), 3.0, compile_for(cfg))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, blocks)
 
@@ -149,7 +175,7 @@ def test_the_best_match_equals_a_plain_maximum(regions_per_image):
         dots = jnp.where(mask[:, :, None], jnp.einsum("bpd,md->bpm", regions, concepts), -jnp.inf)
         return jnp.where(mask.any(axis=1), dots.max(axis=1).T, 0.0)
 
-    ours = lambda regions, concepts: ops._best_matched(regions, mask, concepts)
+    ours = lambda regions, concepts: similarity._best_matched(regions, mask, concepts)
     results = []
     for match in (ours, plain):
         value = lambda *a, match=match: (match(*a) * pull).sum()
@@ -163,20 +189,80 @@ def test_the_best_match_equals_a_plain_maximum(regions_per_image):
 def test_of_equal_regions_the_first_gets_the_gradient():
     regions = np.ones((1, 3, 2), np.float32)
     mask = np.array([[False, True, True]])
-    run = jax.jit(jax.grad(lambda r: ops._best_matched(r, mask, np.ones((1, 2), np.float32)).sum()))
+    run = jax.jit(
+        jax.grad(lambda r: similarity._best_matched(r, mask, np.ones((1, 2), np.float32)).sum())
+    )
     np.testing.assert_array_equal(run(regions)[0], [[0, 0], [1, 1], [0, 0]])
 
 
-def test_similarity_of_images_with_other_texts():
+@pytest.mark.parametrize("direction", ["text_to_image", "image_to_text"])
+def test_similarity_of_images_with_other_texts(direction):
     regions, mask, areas, concepts, _ = with_gaps()
     ids = np.array([[6, 0], [-1, -1]], np.int32)
-    run = jax.jit(ops.image_text_similarity)
-    got = np.asarray(run(*float32(regions, mask, areas, concepts, ids), 2.0))
-    expected = reference_similarity(
-        regions, mask, areas, concepts, ids, 2.0, ops.ContrastiveConfig()
-    )
+    run = jax.jit(similarity.image_text_similarity, static_argnames=("direction",))
+    got = np.asarray(run(*float32(regions, mask, concepts, ids), 2.0, direction=direction))
+    cfg = ops.ContrastiveConfig()
+    expected = reference_similarity(regions, mask, areas, concepts, ids, 2.0, cfg, direction)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
     assert not got[1].any() and not got[:, 1].any() and got[0, 0] != 0
+
+
+def test_image_to_text_is_not_the_transpose_of_text_to_image():
+    """FILIP's s^I is a mean over regions. A background region lowers it, but not s^T."""
+    regions, concepts = np.eye(3, dtype=np.float32)[None, :2], np.eye(3, dtype=np.float32)
+    ids = np.array([[0, 1]], np.int32)
+    run = lambda regions, direction: similarity.image_text_similarity(
+        regions, np.ones(regions.shape[:2], bool), concepts, ids, 1.0, direction
+    )
+    more = np.concatenate([regions, np.eye(3, dtype=np.float32)[None, 2:]], axis=1)
+    assert run(regions, "text_to_image") == run(more, "text_to_image") == 1
+    np.testing.assert_allclose(run(regions, "image_to_text"), 1)
+    np.testing.assert_allclose(run(more, "image_to_text"), 2 / 3, rtol=1e-6)
+
+
+def test_same_text():
+    ids = np.array(
+        [[0, 1, 2], [0, 3, -1], [-1, 1, 2], [-1, 2, 1], [-1, 1, 1], [-1, -1, -1], [-1, -1, -1]],
+        np.int32,
+    )
+    got = np.asarray(ops.same_text(ids))
+    expected = np.eye(7, dtype=bool)
+    expected[0, 1] = expected[1, 0] = expected[2, 3] = expected[3, 2] = True
+    expected[5, 5] = expected[6, 6] = False
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_equal_captions_are_not_negatives_of_each_other(direction):
+    """The features of an image do not influence another image with the same text."""
+    cfg = variant(direction)
+    regions, mask, areas, concepts, ids = case()
+    ids[1:] = ids[0]
+    loss, gradients = loss_and_gradients(cfg, (regions, mask, areas, concepts, ids), 3.0)
+    # Every image is its own only choice: the loss is log 1.
+    assert abs(loss) < 1e-6 and all((np.abs(g) < 1e-6).all() for g in gradients)
+    ids[3:] = [[5, -1, -1], [6, -1, -1]]
+    arrays = regions, mask, areas, concepts, ids
+    loss, _ = loss_and_gradients(cfg, arrays, 3.0)
+    assert loss == pytest.approx(reference_loss(*arrays, 3.0, cfg), rel=1e-5)
+    assert loss > 0.1
+
+
+def test_max_size_compares_the_largest_region_with_the_caption_alone():
+    regions, mask, areas, concepts, ids = case()
+    cfg = variant("both", "max_size")
+    loss, gradients = loss_and_gradients(cfg, (regions, mask, areas, concepts, ids), 3.0)
+    largest = np.argmax(np.where(mask, areas, -1), axis=1)
+    moved = np.abs(gradients[0]).max(axis=-1) > 0
+    np.testing.assert_array_equal(moved, np.arange(REGIONS) == largest[:, None])
+    captions = np.isin(np.arange(CONCEPTS), ids[:, 0])
+    np.testing.assert_array_equal(np.abs(gradients[1]).max(axis=-1) > 0, captions)
+    ids[2:, 0] = -1  # images whose caption has no row take no part
+    arrays = regions, mask, areas, concepts, ids
+    two = tuple(a[:2] for a in arrays)
+    two = (*two[:3], concepts, two[4])
+    found, alone = (loss_and_gradients(cfg, case, 3.0)[0] for case in (arrays, two))
+    assert found == pytest.approx(alone, rel=1e-6) and found != pytest.approx(loss)
 
 
 def test_identical_images_have_the_loss_of_a_random_guess():
@@ -250,115 +336,3 @@ def test_half_precision_features_give_a_float32_loss():
 def test_a_misspelled_choice_is_an_error(field):
     with pytest.raises(UserError, match=f"{field}.*'txt2img'.*(max_size|image_to_text)"):
         ops.ContrastiveConfig(**{field: "txt2img"})
-
-
-# Proposals ---------------------------------------------------------------------------------------
-
-ANCHORS = 9
-
-
-def proposal_case(seed=0, images=6):
-    rng = np.random.default_rng(seed)
-    regions = rng.normal(0, 1, (images, ANCHORS, DIM))
-    concepts = rng.normal(0, 1, (CONCEPTS, DIM))
-    ids = rng.choice(np.int32([-1, 0, 2, 3, 5]), (images, TEXTS))  # 1, 4 and 6 belong to no image
-    return regions, concepts, ids, rng.normal(0, 1, (images, ANCHORS))
-
-
-def grouped_scores(regions, concepts, ids, centerness, *, score, group, **rest):
-    pools = ops.concept_pools(ids, score, group)
-    return ops.proposal_scores(regions, concepts, pools, centerness, score=score, **rest)
-
-
-def score_function():
-    # A new function each time, since jit caches by function and a test changes a constant.
-    run = jax.jit(lambda *a, **k: grouped_scores(*a, **k), static_argnames=("score", "group"))
-    return lambda *a, scale=2.0, bias=-1.5, **k: np.asarray(run(*a, scale=scale, bias=bias, **k))
-
-
-proposal_scores = score_function()
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def reference_scores(regions, concepts, ids, centerness, score, group, scale, bias):
-    images = len(regions)
-    if score == "centerness":
-        return centerness
-    result = np.full(regions.shape[:2], -np.inf)
-    for b, k in np.ndindex(*result.shape):
-        first = b // group * group
-        own = {"sample": [b], "classification": range(images)}.get(
-            score, range(first, first + group)
-        )
-        for j in {j for i in own for j in ids[i] if j >= 0}:
-            result[b, k] = max(result[b, k], scale * regions[b, k] @ concepts[j] + bias)
-    return sigmoid(result) * sigmoid(centerness) if score == "batch_centerness" else result
-
-
-SCORES = ("batch", "sample", "classification", "centerness", "batch_centerness")
-
-
-@pytest.mark.parametrize(
-    ("score", "group"),
-    [*((score, 2) for score in SCORES), ("batch", 1), ("batch", 6), ("batch_centerness", 6)],
-)
-def test_proposal_scores(score, group):
-    # 3 texts per image, 7 concepts: small groups gather rows, large ones score the whole table.
-    arrays = proposal_case()
-    got = proposal_scores(*float32(*arrays), score=score, group=group)
-    expected = reference_scores(*arrays, score, group, 2.0, -1.5)
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("group", [2, 6])
-def test_proposal_blocks_change_nothing(group, monkeypatch):
-    arrays = float32(*proposal_case())
-    whole = proposal_scores(*arrays, score="batch", group=group)
-    monkeypatch.setattr(ops, "_ANCHOR_BLOCK", 4)
-    blocks = score_function()(*arrays, score="batch", group=group)
-    np.testing.assert_allclose(blocks, whole, rtol=1e-6)
-
-
-def test_other_groups_have_no_influence():
-    regions, concepts, ids, centerness = proposal_case()
-    run = lambda ids: proposal_scores(
-        *float32(regions, concepts, ids, centerness), score="batch", group=2
-    )
-    before = run(ids)
-    ids[4:] = (ids[4:] + 2) % CONCEPTS
-    after = run(ids)
-    np.testing.assert_array_equal(before[:4], after[:4])
-    assert (before[4:] != after[4:]).any()
-
-
-def test_a_group_without_concepts_scores_very_low():
-    regions, concepts, ids, centerness = proposal_case()
-    ids[2:4] = -1
-    for score in ("batch", "sample", "batch_centerness"):
-        got = proposal_scores(*float32(regions, concepts, ids, centerness), score=score, group=2)
-        assert np.isfinite(got).all()
-        assert got[2:4].max() < np.delete(got, [2, 3], axis=0).min()
-
-
-@pytest.mark.parametrize("score", SCORES)
-def test_scores_have_no_gradient(score):
-    arrays = float32(*proposal_case())
-    run = jax.grad(
-        lambda r, t, c, a: grouped_scores(
-            r, t, arrays[2], c, score=score, group=3, scale=a, bias=a
-        ).sum(),
-        (0, 1, 2, 3),
-    )
-    gradients = jax.jit(run)(arrays[0], arrays[1], arrays[3], 2.0)
-    assert not any(np.asarray(g).any() for g in gradients)
-
-
-def test_invalid_group_and_score_are_errors():
-    arrays = float32(*proposal_case())
-    with pytest.raises(UserError, match="4 images per group do not divide the batch of 6"):
-        grouped_scores(*arrays, score="batch", group=4)
-    with pytest.raises(UserError, match="'iou' is not one of batch, sample"):
-        grouped_scores(*arrays, score="iou", group=2)

@@ -47,31 +47,46 @@ def test_deformable_convolution(size, spread, on):
         compare(part, GRID_SAMPLE, on + f"gradient of {name}", ours, tensor.grad.numpy(), 1e-4)
 
 
+def their_similarity(regions, concepts, scale, own, cfg, direction):
+    """Compute s^T or s^I of one image and one text from their regions and words."""
+    s = scale * concepts[own] @ regions.T  # (words, regions)
+    s = s if direction == "text_to_image" else s.T
+    if cfg.matching == "soft":
+        return (torch.softmax(s / cfg.soft_temperature, 1) * s).sum(dim=1).mean()
+    return s.max(dim=1).values.mean()
+
+
 def their_contrastive(regions, concepts, scale, mask, areas, ids, cfg):
-    """Compute Yao et al. 2023, equations 3 to 5, pair by pair."""
-    images = [b for b in range(len(regions)) if mask[b].any()]
-    texts = [b for b in images if (ids[b] >= 0).any()]
-    rows = []
-    for i in texts:
-        row = []
-        for b in texts:
-            total = 0
-            own = [int(j) for j in ids[i] if j >= 0]
-            for j in own:
-                s = scale * (regions[b][torch.from_numpy(mask[b])] @ concepts[j])
-                if cfg.matching == "max":
-                    best = s.max()
-                elif cfg.matching == "soft":
-                    best = (torch.softmax(s / cfg.soft_temperature, 0) * s).sum()
-                else:
-                    best = s[int(areas[b][mask[b]].argmax())]
-                total = total + best / len(own)
-            row.append(total)
-        rows.append(torch.stack(row))
-    logits = torch.stack(rows) / cfg.temperature  # (text, image)
-    target = torch.arange(len(texts))
-    loss = lambda x: functional.cross_entropy(x, target, label_smoothing=cfg.label_smoothing)
-    found = {"text_to_image": loss(logits), "image_to_text": loss(logits.T)}
+    """Compute Yao et al. 2023, equations 3 to 5 and §3.2 (FILIP's two directions), pair by pair."""
+    if cfg.matching == "max_size":  # the largest region and the caption
+        largest = np.where(mask, areas, -1).argmax(axis=1)
+        mask, ids = mask & (np.arange(mask.shape[1]) == largest[:, None]), ids[:, :1]
+    own = [[int(j) for j in row if j >= 0] for row in ids]
+    valid = [b for b in range(len(regions)) if mask[b].any() and own[b]]
+    target = torch.arange(len(valid))
+    found = {}
+    for direction in ("text_to_image", "image_to_text"):
+        rows = [
+            torch.stack(
+                [
+                    their_similarity(
+                        regions[b][torch.from_numpy(mask[b])],
+                        concepts,
+                        scale,
+                        own[i],
+                        cfg,
+                        direction,
+                    )
+                    for b in valid
+                ]
+            )
+            for i in valid
+        ]
+        logits = torch.stack(rows) / cfg.temperature  # (text, image)
+        logits = logits if direction == "text_to_image" else logits.T
+        found[direction] = functional.cross_entropy(
+            logits, target, label_smoothing=cfg.label_smoothing
+        )
     found["both"] = sum(found.values()) / 2
     return found[cfg.direction]
 
@@ -87,6 +102,7 @@ def test_contrastive_loss(direction, matching):
     mask[3] = False  # an image without a region
     areas = rng.uniform(1, 100, (images, count)).astype(np.float32)
     ids = rng.integers(-1, concepts, (images, 5)).astype(np.int32)
+    ids[:, 0] = rng.permutation(concepts)[:images]  # the captions differ
     ids[5] = -1  # and one without a text
     scale = np.float32(1.7)
     tensors = [
