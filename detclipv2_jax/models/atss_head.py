@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ from detclipv2_jax.ops.kernels import deform, packed_conv, place
 from detclipv2_jax.ops.kernels.place import Kernels
 
 _OUTPUT_STD = 0.01  # of the initial kernels that end the branches (ATSS)
+_FOREGROUND_BIAS = -math.log(99)  # an untrained anchor is an object with probability 0.01 (ATSS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,9 @@ class HeadConfig:
         convs: convolutions per branch.
         groups: of each GroupNorm.
         embed_dim: size of a region embedding.
+        proposal_scores: outputs after the regression branch that can rank the regions of captioned
+            images (`loss.proposals.score`): "foreground", whether the anchor belongs to any object,
+            and "iou", the IoU of its box with the object (DetCLIPv2 §4.2.1, ablation).
         deformable: whether a deformable convolution starts the classification branch.
         branch_std: standard deviation of the initial kernels inside the branches; ATSS uses 0.01.
             GroupNorm cancels their scale, so it only sets how fast their direction changes: by
@@ -43,10 +49,18 @@ class HeadConfig:
     convs: int = 4
     groups: int = 32
     embed_dim: int = 512
+    proposal_scores: tuple[Literal["foreground", "iou"], ...] = ()
     deformable: bool = True
     branch_std: float = 0.01
 
     def __post_init__(self):
+        if sorted(set(self.proposal_scores) & {"foreground", "iou"}) != sorted(
+            self.proposal_scores
+        ):
+            raise UserError(
+                f"config.model.head.proposal_scores is {self.proposal_scores!r}. Choose from "
+                '"foreground" and "iou", each at most once.'
+            )
         if self.channels % self.groups:
             raise UserError(
                 f"config.model.head: groups {self.groups} must divide channels {self.channels}. "
@@ -62,6 +76,8 @@ class RegionOutputs:
     embeddings: Float[Array, "B K D"]
     deltas: Float[Array, "B K 4"]  # normalized by the coder's stds; see ops/boxes.py
     centerness: Float[Array, "B K"]  # logits
+    # Logits of `HeadConfig.proposal_scores`, by name.
+    proposal_logits: dict[str, Float[Array, "B K"]] = dataclasses.field(default_factory=dict)
 
 
 class ConvNormRelu(nnx.Module):
@@ -170,10 +186,13 @@ class ATSSHead(nnx.Module):
         self.cls_convs = nnx.List(ConvNormRelu(w, cfg, **options) for w in widths)
         widths = [width] + [cfg.channels] * (cfg.convs - 1)
         self.reg_convs = nnx.List(ConvNormRelu(w, cfg, **options) for w in widths)
+        self.proposal_scores = cfg.proposal_scores
         outputs = {"embed": cfg.embed_dim, "box": 4, "centerness": 1}
-        for name, out in outputs.items():
+        for name, out in (outputs | dict.fromkeys(cfg.proposal_scores, 1)).items():
             conv = conv3x3(cfg.channels, out, dtype, rngs, kernel_init=normal(_OUTPUT_STD))
             setattr(self, name, conv)
+        if "foreground" in cfg.proposal_scores:
+            self.foreground.bias = nnx.Param(jnp.full((1,), _FOREGROUND_BIAS, jnp.float32))
         self.scales = nnx.Param(jnp.ones((levels,), jnp.float32))
 
     @jax.named_scope("head")
@@ -182,29 +201,32 @@ class ATSSHead(nnx.Module):
         packed = PackedLevels(tuple(x.shape[1:3] for x in levels))
         x = packed.pack(levels)
         branch = self._branch_by_kernels if self.has_kernels(x.shape) else self._branch
-        outputs = [self.box, self.centerness]
+        scores = self.proposal_scores
+        outputs = [self.box, self.centerness, *(getattr(self, name) for name in scores)]
         if self.dcn is not None:
             outputs.append(self.dcn.offset)
         with jax.named_scope("regression_branch"):
             # A box needs more digits than bfloat16 has: 0.4 % of a delta.
-            box, centerness, *sampling = branch(self.reg_convs, outputs, x, packed, precise=True)
+            box, centerness, *rest = branch(self.reg_convs, outputs, x, packed, precise=True)
+        scores, sampling = dict(zip(scores, rest)), rest[len(scores) :]
         region = x if self.dcn is None else self.dcn(x, *sampling, packed)
         with jax.named_scope("classification_branch"):
             (embeddings,) = branch(self.cls_convs, [self.embed], region, packed)
         with jax.named_scope("outputs"):
-            return self._outputs(embeddings, box, centerness, packed)
+            return self._outputs(embeddings, box, {"centerness": centerness, **scores}, packed)
 
-    def _outputs(self, embeddings, box, centerness, packed) -> RegionOutputs:
+    def _outputs(self, embeddings, box, scores, packed) -> RegionOutputs:
         """Return packed maps as float32 values in anchor order, deltas with their level's scale."""
-        embeddings, deltas, centerness = (
-            packed.flatten(output).astype(jnp.float32) for output in (embeddings, box, centerness)
-        )
+        flat = lambda output: packed.flatten(output).astype(jnp.float32)
+        embeddings, deltas = flat(embeddings), flat(box)
+        logits = {name: flat(output)[..., 0] for name, output in scores.items()}
         pixels = [height * width for height, width in packed.sizes]
         scales = jnp.repeat(self.scales[...], np.asarray(pixels), total_repeat_length=sum(pixels))
         return RegionOutputs(
             embeddings=embeddings,
             deltas=deltas * scales[:, None],
-            centerness=centerness[..., 0],
+            centerness=logits.pop("centerness"),
+            proposal_logits=logits,
         )
 
     def has_kernels(self, shape: tuple[int, ...]) -> bool:

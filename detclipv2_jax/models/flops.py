@@ -49,7 +49,7 @@ def dense_parts(cfg: DetCLIPConfig, height: int, width: int) -> dict[str, float]
     k = sum(pixels)
     branch = 9 * out * out * (cfg.head.convs - 1)
     first = 9 * (out if cfg.head.deformable else inside) * out
-    outputs = 9 * out * (cfg.head.embed_dim + 5)
+    outputs = 9 * out * (cfg.head.embed_dim + 5 + len(cfg.head.proposal_scores))
     parts = {"neck": neck, "head": 2.0 * k * (taps * out + first + 2 * branch + outputs)}
     if cfg.head.deformable:
         samples = 4 * taps  # four neighbors of nine points

@@ -140,6 +140,7 @@ class _Annotations(NamedTuple):
 
 class _AssignedImages(NamedTuple):
     images: _Images
+    scored: Bool[Array, "B M"]
     targets: objective.Targets
 
 
@@ -174,12 +175,12 @@ def _dense(
         model = run.build(params)
         return objective.loss_of_targets(
             model, piece.images.encode(model), model.scale() * concepts, fixed.token_mask,
-            piece.targets, fixed.divisors, canvas, run.config, with_boxes,
+            piece.scored, piece.targets, fixed.divisors, canvas, run.config, with_boxes,
         )  # fmt: skip
 
     loss, (gradient, concepts_gradient) = sum_micro_batches(
         loss_fn, (params, concepts), _Fixed(divisors, batch.token_mask),
-        _AssignedImages(images, targets), run.micro_batches, run.mesh,
+        _AssignedImages(images, batch.scored, targets), run.micro_batches, run.mesh,
     )  # fmt: skip
     loss = Loss(loss.total, loss.terms | {"positives": divisors.positives})
     return _Accumulated(loss, gradient, concepts_gradient)

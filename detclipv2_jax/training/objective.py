@@ -59,6 +59,7 @@ class LossConfig:
     contrastive: float = 0.1  # λ
     candidates: int = 9  # anchors per level that ATSS considers for a box
     grounding_boxes: bool = False  # L_box and L_ctr on grounding data too; its boxes are loose
+    proposal_heads: float = 1.0  # weight of each of the head's `proposal_scores`, if any [ours]
     word_region: ContrastiveConfig = ContrastiveConfig()
     proposals: ProposalConfig = ProposalConfig()
 
@@ -79,11 +80,12 @@ def dense_loss(
 
     L = L_align + α L_box + β L_ctr, and L_align alone for grounding (paper eq. 6). As in ATSS, sums
     are divided by the number of positives of the global batch, and GIoU is weighted by the
-    centerness target.
+    centerness target. Each of the head's `proposal_scores`, if any, adds a term.
 
     Args:
       model: the detector.
-      batch: the global batch; every anchor is compared with every concept of its table.
+      batch: the global batch. The anchors of each image are compared with the concepts of its
+        table that name their box, or that the image is scored on.
       config: weights of the terms.
       key: random key of the drop path; None for none.
       replicated: sharding of an array that every device holds; None on one device.
@@ -103,8 +105,8 @@ def dense_loss(
     targets = assign(batch.sizes, batch.boxes, batch.labels)
     divisors = normalizers(targets)
     total, terms = loss_of_targets(
-        model, regions, scaled_concepts, batch.token_mask, targets, divisors, canvas, config,
-        with_boxes,
+        model, regions, scaled_concepts, batch.token_mask, batch.scored, targets, divisors, canvas,
+        config, with_boxes,
     )  # fmt: skip
     return Loss(total, terms | {"positives": divisors.positives})
 
@@ -134,8 +136,8 @@ class Targets:
     """Training targets of the anchors of a detection or grounding batch."""
 
     positive: Bool[Array, "B K"]  # matched with a box
-    label: Int[Array, "B K"]  # the concept's row of the step's table; -1: none
-    scored: Bool[Array, "B K"]  # takes part in the alignment loss
+    labels: Int[Array, "B K L"]  # the concepts' rows of the step's table; -1 pads
+    counted: Bool[Array, "B K"]  # takes part in the alignment loss
     box: Float[Array, "B K 4"]  # the anchor itself if not positive: finite, with zero weight
     centerness: Float[Array, "B K"]
 
@@ -154,28 +156,28 @@ def assign_targets(
     Args:
       sizes: height and width of each image on the canvas, pixels.
       boxes: xyxy, pixels; a box without width is padding.
-      labels: rows of the step's table; -1: the concept is not in the table.
+      labels: rows of the step's table that name each box; -1 pads.
       canvas: padded image size (height, width), pixels.
       grid: the anchors.
       candidates: anchors per level that ATSS considers for a box.
     """
     anchors = jnp.asarray(box_ops.anchor_grid(*canvas, grid))
     anchor_mask = box_ops.anchors_inside(anchors, sizes)
-    # A box whose concept is not in the step's table is neither object nor background: its anchors
-    # are matched with it, but not scored.
+    # A box whose concepts are not in the step's table is neither object nor background: its anchors
+    # are matched with it, but do not count.
     real = boxes[..., 2] > boxes[..., 0]
     assign = functools.partial(atss_assign, topk=candidates)
     matched = jax.vmap(assign, in_axes=(None, 0, None, 0, 0))(
         anchors, anchor_mask, box_ops.level_sizes(*canvas, grid), boxes, real
     )
     positive = matched >= 0
-    box = jnp.take_along_axis(boxes, jnp.maximum(matched, 0)[..., None], axis=1)
-    first = labels[..., 0]
-    label = jnp.where(positive, jnp.take_along_axis(first, jnp.maximum(matched, 0), axis=1), -1)
+    own = jnp.maximum(matched, 0)[..., None]
+    box = jnp.take_along_axis(boxes, own, axis=1)
+    labels = jnp.where(positive[..., None], jnp.take_along_axis(labels, own, axis=1), -1)
     return Targets(
         positive=positive,
-        label=label,
-        scored=anchor_mask & ~(positive & (label < 0)),
+        labels=labels,
+        counted=anchor_mask & ~(positive & (labels < 0).all(axis=-1)),
         box=jnp.where(positive[..., None], box, anchors),
         centerness=jnp.where(positive, box_ops.centerness_targets(anchors, box), 0.0),
     )
@@ -203,6 +205,7 @@ def loss_of_targets(
     regions: detclip.RegionOutputs,
     scaled_concepts: Float[Array, "M D"],
     token_mask: Bool[Array, " M"],
+    scored: Bool[Array, "B M"],
     targets: Targets,
     divisors: Normalizers,
     canvas: tuple[int, int],
@@ -218,6 +221,7 @@ def loss_of_targets(
       regions: outputs for these images.
       scaled_concepts: the concepts' features times the scale of the similarity.
       token_mask: False for unused rows of the step's table.
+      scored: the concepts that these images may be a negative of.
       targets: of these images.
       divisors: of the global batch.
       canvas: padded image size (height, width), pixels.
@@ -226,27 +230,27 @@ def loss_of_targets(
     """
     with jax.named_scope("alignment_loss"):
         align = losses.alignment_loss(
-            regions.embeddings, scaled_concepts, model.logit_bias[...], targets.label,
-            targets.scored, token_mask,
+            regions.embeddings, scaled_concepts, model.logit_bias[...], targets.labels,
+            targets.counted, token_mask, scored,
         )  # fmt: skip
-        align = align / divisors.positives
-    if not with_boxes:
-        return Loss(align, {"align": align})
-    anchors = jnp.asarray(box_ops.anchor_grid(*canvas, model.cfg.anchors))
-    box = _box_loss(anchors, regions, targets, divisors)
-    centerness = _centerness_loss(regions, targets, divisors)
-    total = align + config.box * box + config.centerness * centerness
-    return Loss(total, {"align": align, "box": box, "centerness": centerness})
+    weighted = {"align": (1.0, align / divisors.positives)}
+    if with_boxes:
+        anchors = jnp.asarray(box_ops.anchor_grid(*canvas, model.cfg.anchors))
+        boxes = box_ops.decode_deltas(anchors, regions.deltas)
+        weighted["box"] = config.box, _box_loss(boxes, targets, divisors)
+        weighted["centerness"] = config.centerness, _centerness_loss(regions, targets, divisors)
+        if "iou" in regions.proposal_logits:
+            weighted["iou"] = config.proposal_heads, _iou_loss(regions, boxes, targets, divisors)
+    if "foreground" in regions.proposal_logits:
+        weighted["foreground"] = config.proposal_heads, _foreground_loss(regions, targets, divisors)
+    total = sum(weight * term for weight, term in weighted.values())
+    return Loss(total, {name: term for name, (_, term) in weighted.items()})
 
 
 @jax.named_scope("box_loss")
 def _box_loss(
-    anchors: Float[Array, "K 4"],
-    regions: detclip.RegionOutputs,
-    targets: Targets,
-    divisors: Normalizers,
+    predicted: Float[Array, "B K 4"], targets: Targets, divisors: Normalizers
 ) -> Float[Array, ""]:
-    predicted = box_ops.decode_deltas(anchors, regions.deltas)
     giou = (losses.giou_loss(predicted, targets.box) * targets.centerness).sum()
     return giou / divisors.centerness
 
@@ -256,6 +260,36 @@ def _centerness_loss(
     regions: detclip.RegionOutputs, targets: Targets, divisors: Normalizers
 ) -> Float[Array, ""]:
     bce = losses.binary_cross_entropy(regions.centerness, targets.centerness)
+    return jnp.where(targets.positive, bce, 0.0).sum() / divisors.positives
+
+
+@jax.named_scope("foreground_loss")
+def _foreground_loss(
+    regions: detclip.RegionOutputs, targets: Targets, divisors: Normalizers
+) -> Float[Array, ""]:
+    """Return the focal loss of "the anchor is positive for any concept" [ours].
+
+    The paper (§4.2.1) names the score alone. A box whose concepts have no row is an object too.
+    """
+    logits = regions.proposal_logits["foreground"]
+    focal = losses.sigmoid_focal(logits, targets.positive)
+    counts = targets.counted | targets.positive
+    return jnp.where(counts, focal, 0.0).sum() / divisors.positives
+
+
+@jax.named_scope("iou_loss")
+def _iou_loss(
+    regions: detclip.RegionOutputs,
+    predicted: Float[Array, "B K 4"],
+    targets: Targets,
+    divisors: Normalizers,
+) -> Float[Array, ""]:
+    """Return the cross-entropy of positive anchors with the IoU of their predicted box [ours].
+
+    As in IoU-aware detectors (Wu et al. 2020, §3.2). The IoU itself gets no gradient.
+    """
+    iou = jax.lax.stop_gradient(box_ops.iou(predicted, targets.box))
+    bce = losses.binary_cross_entropy(regions.proposal_logits["iou"], iou)
     return jnp.where(targets.positive, bce, 0.0).sum() / divisors.positives
 
 
@@ -310,7 +344,8 @@ def select_regions(
     """Select the k regions of each image with the highest proposal scores, after NMS.
 
     Boxes are clipped to the image before NMS, as in MMDetection; a box without area inside the
-    image is no region. The selection has no gradient (paper §3.3); the features of the selected regions have one.
+    image is no region. The selection has no gradient (paper §3.3); the features of the selected
+    regions have one.
 
     Args:
       model: read for the anchors, the scale and the bias.

@@ -99,7 +99,7 @@ class Least:
             total += layer(
                 here * width * self.item, here * out * self.item, 9 * width * out + 2 * out
             )
-        for outputs in (cfg.embed_dim, 4, 1):
+        for outputs in (cfg.embed_dim, 4, 1, *[1] * len(cfg.proposal_scores)):
             total += layer(
                 here * out * self.item, here * outputs * F32, 9 * out * outputs + outputs
             )
@@ -135,12 +135,13 @@ class Least:
         """Return the bytes of the alignment loss and, if `with_boxes`, of the box losses.
 
         Alignment is one layer with a scalar output, so its logits are not counted. It reads
-        embeddings, and a label and a mask per anchor. The box losses read deltas and centerness
-        with their targets.
+        embeddings, a label and a mask per anchor, and a mask of the concepts per image. The box
+        losses read deltas and centerness with their targets.
         """
         dimensions, here = self.model.head.embed_dim, self.images * self.anchors
         learned = (here + self.concepts) * dimensions * F32
-        total = layer(learned + here * (4 + 1) + self.concepts, 0, by_inputs=learned)
+        masks = (1 + self.images) * self.concepts
+        total = layer(learned + here * (4 + 1) + masks, 0, by_inputs=learned)
         if with_boxes:
             learned = here * 5 * F32
             total += layer(learned + here * (5 * F32 + 1), 0, by_inputs=learned)

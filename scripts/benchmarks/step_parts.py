@@ -398,13 +398,15 @@ def _dense(
     def targets(batch: Batch) -> dict[str, Any]:
         found = assign(**truth(batch))
         divisors = objective.normalizers(found)
-        return {"targets": found, "divisors": divisors, "token_mask": batch.token_mask}
+        masks = {"token_mask": batch.token_mask, "scored": batch.scored}
+        return {"targets": found, "divisors": divisors, **masks}
 
     def losses(learned, fixed):
         stand_in = _stand_in(model, learned)
         total, _ = objective.loss_of_targets(
             stand_in, learned["regions"], stand_in.scale() * learned["concepts"],
-            fixed["token_mask"], fixed["targets"], fixed["divisors"], canvas, loss, with_boxes,
+            fixed["token_mask"], fixed["scored"], fixed["targets"], fixed["divisors"], canvas, loss,
+            with_boxes,
         )  # fmt: skip
         return total
 

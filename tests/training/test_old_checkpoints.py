@@ -1,6 +1,7 @@
 """A checkpoint of an earlier commit gives the same detections, and its run resumes as then."""
 
 import json
+import subprocess
 import tarfile
 
 import numpy as np
@@ -41,7 +42,11 @@ def test_its_detections_have_not_changed(workdir):
 def test_its_run_resumes_with_the_same_losses(workdir, tmp_path):
     """Losses of steps 17 to 24. On the machine that made the fixture they are equal to the bit."""
     tiny_run.prepare(tmp_path / "data")
-    process = tiny_run.run(tmp_path / "data", workdir, **MODEL)
+    line = tiny_run.command(tmp_path / "data", workdir, **MODEL)
+    line[1:3] = [str(FIXTURE / "as_then.py")]  # for -m detclipv2_jax.main
+    process = subprocess.run(
+        line, env=tiny_run.environment(), capture_output=True, text=True, cwd=tiny_run.ROOT
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     before = [json.loads(line) for line in (FIXTURE / "metrics.jsonl").read_text().splitlines()]

@@ -197,7 +197,8 @@ class Objective:
             start += size
         entering = torch.cat(entering, dim=1)
         score = score.gather(1, entering)
-        boxes = decode(self.anchors, deltas, self.stds)
+        limits = batch.sizes.flip(-1).repeat(1, 2)[:, None].to(deltas.dtype)
+        boxes = decode(self.anchors, deltas, self.stds).clamp(min=0).minimum(limits)
         boxes = boxes.gather(1, entering[..., None].expand(-1, -1, 4))
         picks, there = [], []
         for _ in range(self.loss.proposals.k):
