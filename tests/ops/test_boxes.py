@@ -131,6 +131,13 @@ def test_decode_of_bfloat16_deltas_is_float32():
     np.testing.assert_allclose(got, decode_deltas(anchors, np.ones(deltas.shape, np.float32)))
 
 
+def test_clip():
+    boxes = np.float32([[[-5, 2, 30, 70], [50, 50, 90, 60]], [[1, 2, 3, 4], [-9, -9, -1, -1]]])
+    got = ops.clip(jnp.asarray(boxes), jnp.asarray(np.int32([[40, 60], [10, 20]])))
+    expected = [[[0, 2, 30, 40], [50, 40, 60, 40]], [[1, 2, 3, 4], [0, 0, 0, 0]]]
+    np.testing.assert_array_equal(got, expected)
+
+
 def test_encode_is_the_inverse_of_decode():
     rng = np.random.default_rng(2)
     anchors = ops.anchor_grid(64, 96, ops.AnchorConfig())

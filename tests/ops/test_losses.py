@@ -160,21 +160,31 @@ def test_a_federated_alignment_loss():
     np.testing.assert_allclose(alignment(*one)[1][1][1], by_texts[1], rtol=1e-6)
 
 
-def test_pairs_that_are_not_scored_have_no_gradient_at_all():
+@pytest.mark.parametrize("devices", [1, 4])
+def test_pairs_that_are_not_scored_have_no_gradient_at_all(devices):
     """Their features can be anything finite: neither the loss nor a bit of a gradient changes."""
     regions, texts, bias, labels, anchor_mask, concept_mask, scored = alignment_case(4, 20, 9)
     labels, anchor_mask[:], concept_mask[:] = labels % 4, True, True  # 4 to 8 label no box
-    scored[:, 4:] = np.arange(4)[:, None] % 2 == 0  # only images 0 and 2 are negatives of them
-    before, gradients = alignment(regions, texts, bias, labels, anchor_mask, concept_mask, scored)
-    moved = np.where(np.arange(9)[:, None] < 4, texts, 50 * texts)
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = (jax.NamedSharding(mesh, jax.P(*spec)) for spec in (("data",), ()))
+
+    def run(texts, scored):
+        arrays = regions, texts, bias, labels, anchor_mask, concept_mask, scored
+        layout = split, whole, whole, split, split, whole, split
+        return jax.device_get(alignment(*map(jax.device_put, arrays, layout)))
+
     odd = np.arange(4) % 2 == 1
-    _, after = alignment(regions, moved, bias, labels, anchor_mask, concept_mask, scored)
-    np.testing.assert_array_equal(after[0][odd], gradients[0][odd])
-    assert (np.asarray(after[0])[~odd] != np.asarray(gradients[0])[~odd]).any()
+    scored[:, 4:] = ~odd[:, None]  # images 1 and 3 are no negatives of them
+    larger = np.where(np.arange(9)[:, None] < 4, texts, 50 * texts)
+    (before, gradients), (after, others) = run(texts, scored), run(larger, scored)
+    np.testing.assert_array_equal(others[0][odd], gradients[0][odd])
+    assert (others[0][~odd] != gradients[0][~odd]).any(axis=(1, 2)).all() and before != after
+
     scored[:, 4:] = False
-    _, by = alignment(regions, texts, bias, labels, anchor_mask, concept_mask, scored)
-    assert not np.asarray(by[1])[4:].any() and np.asarray(by[1])[:4].all()
-    assert before != alignment(regions, texts, bias, labels, anchor_mask, concept_mask, scored)[0]
+    (before, gradients), (after, others) = run(texts, scored), run(larger, scored)
+    assert before == after
+    jax.tree.map(np.testing.assert_array_equal, gradients, others)
+    assert not gradients[1][4:].any() and gradients[1][:4].all()
 
 
 def plain_alignment(regions, texts, bias, labels, anchor_mask, concept_mask, scored):

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 import types
 
 import jax
@@ -45,10 +48,10 @@ def batch_of(kind, images=IMAGES):
     return dataclasses.replace(batch, sizes=sizes, **arrays)
 
 
-@functools.cache
-def result(kind, count, mesh=(1, 1), loss=LOSS, images=IMAGES, seed=3):
+def _compiled(mesh, count, batch, loss=LOSS, seed=3):
+    """Return a function of a batch on the mesh, and one that moves a batch there."""
     graphdef, params = model()
-    devices, batch = sharding.make_mesh(*mesh), batch_of(kind, images)
+    devices = sharding.make_mesh(*mesh)
     layout = sharding.batch_shardings(devices, batch)
     shardings = sharding.parameter_shardings(devices, params)
     whole = sharding.replicated(devices)
@@ -60,7 +63,15 @@ def result(kind, count, mesh=(1, 1), loss=LOSS, images=IMAGES, seed=3):
         in_shardings=(shardings, layout),
         out_shardings=accumulate.LossAndGradient(whole, shardings),
     )
-    return run(jax.device_put(params, shardings), prefetch.put_batch(batch, layout))
+    params = jax.device_put(params, shardings)
+    return functools.partial(run, params), lambda batch: prefetch.put_batch(batch, layout)
+
+
+@functools.cache
+def result(kind, count, mesh=(1, 1), loss=LOSS, images=IMAGES, seed=3):
+    batch = batch_of(kind, images)
+    run, put = _compiled(mesh, count, batch, loss, seed)
+    return run(put(batch))
 
 
 def assert_same(found, expected):
@@ -99,6 +110,43 @@ def test_a_micro_batch_may_end_within_a_group_that_shares_a_pool(kind):
     """12 images in 2 micro-batches: both contain images of the second group of 4."""
     rest = {"mesh": (1, 1), "loss": VARIANT, "images": 12}
     assert_same(result(kind, 2, **rest), result(kind, 1, **rest))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("mesh", [(1, 1), (-1, 1)], ids=["one device", "all devices"])
+def test_pairs_that_are_not_scored_change_no_bit_of_loss_or_gradient(mesh, count):
+    """Concept 5 labels no box of the images of the second half, and these are not scored on it."""
+    half = IMAGES // 2
+    batch = batch_of("detection")
+    labels, scored = np.array(batch.labels), np.array(batch.scored)
+    labels[half:][labels[half:] == 5] = 4
+    scored[half:, 5] = False
+    tokens = np.array(batch.tokens)
+    tokens[5] = tokens[7]  # quite another text
+    empty = {"sizes": 0, "boxes": 0, "labels": -1}
+    arrays = {name: np.array(getattr(batch, name)) for name in empty} | {"labels": labels}
+    for name, value in empty.items():
+        arrays[name][:half] = value  # the first half is empty slots
+    batch = dataclasses.replace(batch, scored=scored, **arrays)
+    run, put = _compiled(mesh, count, batch)
+    before, after = (
+        jax.device_get(run(put(dataclasses.replace(batch, tokens=t))))
+        for t in (batch.tokens, tokens)
+    )
+    assert before.loss.total > 0
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    everywhere = dataclasses.replace(batch, scored=np.ones_like(scored))
+    assert jax.device_get(run(put(everywhere))).loss.total != before.loss.total
+
+
+@pytest.mark.slow
+def test_masked_pairs_on_eight_devices():
+    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "pairs_that_are_not_scored"]
+    environment = os.environ | {"XLA_FLAGS": flags}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout
 
 
 @pytest.mark.slow

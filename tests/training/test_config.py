@@ -84,6 +84,18 @@ def test_the_fine_tuning_recipes_have_the_papers_numbers(size):
             {"data": {"detection": {"negatives": 9}}},
             "^config.data.detection.negatives is now config.data.detection.concepts_per_image. Use",
         ),
+        (
+            {"loss": {"proposals": {"score": "classification"}}},
+            "^config.loss.proposals.score 'classification' is now 'step'. Use",
+        ),
+        (
+            {"loss": {"proposals": {"score": "iou"}}},
+            r"score is 'iou', but config.model.head.proposal_scores is \(\). Add 'iou'",
+        ),
+        (
+            {"model": {"head": {"proposal_scores": ["iou", "iou"]}}},
+            r"proposal_scores is \('iou', 'iou'\). Choose",
+        ),
         ({"eval": {"keep": 9}}, "^config.eval.keep is now config.eval.max_detections. Use"),
         ({"model": {"swin": {"depth": 3}}}, "config.model.swin.depth is not a field.*depths"),
     ],

@@ -127,6 +127,189 @@ def test_every_image_is_scored_against_the_concepts_of_all():
     assert loss(batch)[1]["align"] > loss(fewer)[1]["align"]
 
 
+@functools.cache
+def encoded(model=tiny_model.CONFIG):
+    """Return a function of (params, images, tokens): the region outputs and the concepts."""
+    graphdef, _ = detclip.abstract(model)
+
+    @jax.jit
+    def run(params, images, tokens):
+        model = detclip.build(graphdef, params)
+        return model.encode_image(images), model.encode_text(tokens)
+
+    return run
+
+
+def matches(batch, image):
+    """Return the box of each anchor of an image, -1 for none, and which anchors are inside."""
+    grid = tiny_model.CONFIG.anchors
+    anchors = jnp.asarray(boxes.anchor_grid(*batch.canvas, grid))
+    inside = boxes.anchors_inside(anchors, batch.sizes)[image]
+    corners = batch.boxes[image]
+    real = corners[:, 2] > corners[:, 0]
+    matched = atss_assign(anchors, inside, boxes.level_sizes(*batch.canvas, grid), corners, real)
+    return np.asarray(matched), np.asarray(inside)
+
+
+def reference_align(batch):
+    """Return L_align of a batch pair by pair in float64 (Yao et al. 2023, eq. 6)."""
+    graphdef, params = tiny_model.parts()
+    regions, concepts = encoded()(params, batch.images, batch.tokens)
+    model = detclip.build(graphdef, params)
+    features, concepts = np.float64(regions.embeddings), np.float64(concepts)
+    scale, bias = float(model.scale()), float(model.logit_bias[...])
+    total, positives = 0.0, 0
+    for b in range(len(features)):
+        matched, inside = matches(batch, b)
+        positives += (matched >= 0).sum()
+        logits = scale * features[b] @ concepts.T + bias
+        for k, m in np.ndindex(*logits.shape):
+            own = [] if matched[k] < 0 else [x for x in batch.labels[b, matched[k]] if x >= 0]
+            ignored = matched[k] >= 0 and not own
+            if ignored or not inside[k] or not batch.token_mask[m]:
+                continue
+            if m in own:
+                total += 0.25 * (1 - sigmoid(logits[k, m])) ** 2 * np.logaddexp(0, -logits[k, m])
+            elif batch.scored[b, m]:
+                total += 0.75 * sigmoid(logits[k, m]) ** 2 * np.logaddexp(0, logits[k, m])
+    return total / positives
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def federated_batch():
+    """Return a batch of four images, each scored on a few concepts only; boxes have two phrases.
+
+    The second box of image 1 has no row. Image 2 is scored on no concept: its boxes are positives
+    of their own phrases all the same.
+    """
+    batch = make_batch("detection")
+    labels = np.concatenate([batch.labels, (batch.labels + 2) % 6], axis=-1)
+    labels[batch.labels[..., 0] < 0] = labels[1, 1] = -1
+    labels[0, 0, 1] = -1
+    scored = np.random.default_rng(0).random(batch.scored.shape) < 0.4
+    scored[2] = False
+    return dataclasses.replace(batch, labels=labels, scored=scored)
+
+
+@pytest.mark.parametrize("make", [lambda: make_batch("grounding"), federated_batch])
+def test_the_alignment_loss_of_a_batch_equals_plain_loops(make):
+    batch = make()
+    np.testing.assert_allclose(loss(batch)[1]["align"], reference_align(batch), rtol=1e-5)
+
+
+def test_a_concept_that_no_image_is_scored_on_only_attracts_its_own_anchors():
+    batch = make_batch("detection")
+    nothing = dataclasses.replace(batch, scored=np.zeros_like(batch.scored))
+    own = dataclasses.replace(nothing, token_mask=np.isin(np.arange(8), batch.labels))
+    assert 0 < loss(nothing)[1]["align"] == loss(own)[1]["align"] < loss(batch)[1]["align"]
+
+
+WITH_SCORES = dataclasses.replace(
+    tiny_model.CONFIG,
+    head=dataclasses.replace(tiny_model.CONFIG.head, proposal_scores=("iou", "foreground")),
+)
+
+
+def test_the_additional_heads_learn_foreground_and_iou():
+    """Both terms by hand. They add to the total with weight 1, and reach the regression branch."""
+    graphdef, params = detclip.create(WITH_SCORES, 0)
+    batch = make_batch("detection")
+    labels = np.array(batch.labels)
+    labels[1, 1] = -1  # without a row, but an object
+    batch = dataclasses.replace(batch, labels=labels)
+    regions, _ = encoded(WITH_SCORES)(params, batch.images, batch.tokens)
+    anchors = boxes.anchor_grid(*batch.canvas, WITH_SCORES.anchors)
+    predicted = np.asarray(boxes.decode_deltas(anchors, regions.deltas))
+    foreground, quality, positives = 0.0, 0.0, 0
+    for b in range(len(batch.images)):
+        matched, inside = matches(batch, b)
+        for k in np.flatnonzero(inside):
+            z = float(regions.proposal_logits["foreground"][b, k])
+            if matched[k] < 0:
+                foreground += 0.75 * sigmoid(z) ** 2 * np.logaddexp(0, z)
+                continue
+            positives += 1
+            foreground += 0.25 * (1 - sigmoid(z)) ** 2 * np.logaddexp(0, -z)
+            z = float(regions.proposal_logits["iou"][b, k])
+            target = float(boxes.iou(predicted[b, k], batch.boxes[b, matched[k]]))
+            quality += target * np.logaddexp(0, -z) + (1 - target) * np.logaddexp(0, z)
+    run = loss_fn(model=WITH_SCORES)
+    total, terms = run(params, batch)
+    np.testing.assert_allclose(terms["foreground"], foreground / positives, rtol=1e-5)
+    np.testing.assert_allclose(terms["iou"], quality / positives, rtol=1e-5)
+    expected = terms["align"] + 2 * terms["box"] + terms["centerness"]
+    np.testing.assert_allclose(total, expected + terms["foreground"] + terms["iou"], rtol=1e-6)
+    assert set(run(params, make_batch("grounding"))[1]) == {"align", "foreground", "positives"}
+
+    def added(params):
+        terms = objective.dense_loss(detclip.build(graphdef, params), batch, LOSS, None).terms
+        return terms["foreground"] + terms["iou"]
+
+    gradient = jax.jit(jax.grad(added))(params)
+    moved = {k for k, g in parameters.parameter_paths(gradient).items() if np.abs(g).max() > 0}
+    assert {"head/iou/bias", "head/foreground/kernel", "head/reg_convs/0/conv/kernel"} <= moved
+    assert not any(path.startswith(("head/box", "head/embed", "text")) for path in moved)
+
+
+@pytest.mark.parametrize("score", ["foreground", "iou"])
+def test_the_additional_heads_rank_the_regions(score):
+    graphdef, params = detclip.create(WITH_SCORES, 0)
+    batch = make_batch("image_text")
+    proposals = ProposalConfig(score=score, k=3, nms_iou=1.0)
+
+    @jax.jit
+    def run(params):
+        model = detclip.build(graphdef, params)
+        regions, concepts = model.encode_image(batch.images), model.encode_text(batch.tokens)
+        pools = objective.concept_pools(batch, LossConfig(proposals=proposals))
+        arguments = regions, concepts, pools, batch.sizes, batch.canvas, proposals
+        return regions.proposal_logits[score], objective.select_regions(model, *arguments)
+
+    logits, selection = run(params)
+    best = np.argsort(-np.asarray(logits), axis=1)[:, :3]
+    np.testing.assert_array_equal(selection.indices, best)
+    assert np.isfinite(
+        float(loss_fn(LossConfig(proposals=proposals), WITH_SCORES)(params, batch)[0])
+    )
+
+
+def test_regions_are_clipped_before_suppression_and_before_their_sizes_are_compared():
+    graphdef, params = tiny_model.parts()
+    batch = make_batch("image_text")
+    sizes = np.int32([[64, 64], [40, 56], [64, 24], [0, 0]])
+    proposals = ProposalConfig(score="centerness", k=8, nms_iou=0.5)
+
+    @jax.jit
+    def run(params):
+        model = detclip.build(graphdef, params)
+        regions, concepts = model.encode_image(batch.images), model.encode_text(batch.tokens)
+        pools = objective.concept_pools(batch, LossConfig(proposals=proposals))
+        arguments = concepts, pools, sizes, batch.canvas, proposals
+        return regions, objective.select_regions(model, regions, *arguments)
+
+    regions, selection = run(params)
+    anchors = boxes.anchor_grid(*batch.canvas, tiny_model.CONFIG.anchors)
+    decoded = np.asarray(boxes.decode_deltas(anchors, regions.deltas))
+    assert boxes.area(decoded).max() > 4 * 64 * 64  # the flaw: as large as anchors
+    for b, (height, width) in enumerate(sizes):
+        inside = np.asarray(boxes.anchors_inside(jnp.asarray(anchors), sizes[b : b + 1]))[0]
+        clipped = np.clip(decoded[b], 0, [width, height, width, height])
+        kept = []
+        for k in np.argsort(-np.asarray(regions.centerness[b]), kind="stable"):
+            is_region = inside[k] and boxes.area(clipped[k]) > 0
+            if is_region and all(boxes.iou(clipped[k], clipped[j]) <= 0.5 for j in kept):
+                kept.append(k)
+        kept = kept[:8]
+        found = np.asarray(selection.indices[b])[np.asarray(selection.mask[b])]
+        assert found.tolist() == kept and bool(kept) == (height > 0)
+        areas = np.asarray(selection.areas[b])[: len(kept)]
+        np.testing.assert_allclose(areas, [boxes.area(clipped[k]) for k in kept], rtol=1e-5)
+        assert (areas <= height * width).all()
+
+
 @pytest.mark.parametrize("deformable", [True, False])
 def test_captions_reach_the_regression_branch_through_the_deformable_conv(deformable):
     """The change over DetCLIP v1's head (paper §3.3): without it these gradients are zero."""
@@ -154,7 +337,7 @@ VARIANTS = {
     "temperature": [LossConfig(word_region=ContrastiveConfig(temperature=0.07))],
     "score": [
         LossConfig(proposals=ProposalConfig(score=s))
-        for s in ("sample", "classification", "centerness", "batch_centerness")
+        for s in ("sample", "step", "centerness", "batch_centerness")
     ],
     "k": [LossConfig(proposals=ProposalConfig(k=1))],
     "weight": [LossConfig(contrastive=1.0)],
