@@ -236,7 +236,8 @@ class ATSSHead(nnx.Module):
         kernels = [layer.conv.kernel for layer in (*self.reg_convs, *self.cls_convs)]
         kernels.append(self.embed.kernel)
         inputs, outputs = (max(kernel.shape[axis] for kernel in kernels) for axis in (2, 3))
-        precise = 2 * (4 + 1 + 27)  # outputs of the regression branch, in high and low parts
+        # Outputs of the regression branch, in high and low parts.
+        precise = 2 * (4 + 1 + len(self.proposal_scores) + 27)
         needed = max(
             packed_conv.vmem_bytes((*shape[:3], inputs), outputs),
             packed_conv.vmem_bytes((*shape[:3], inputs), precise, jnp.float32),

@@ -12,6 +12,7 @@ from detclipv2_jax.models.initializers import Draws
 from detclipv2_jax.models.packed_levels import PackedLevels
 
 CONFIG = HeadConfig(channels=8, convs=2, groups=2, embed_dim=6)
+WITH_SCORES = dataclasses.replace(CONFIG, proposal_scores=("iou", "foreground"))
 SIZES = ((6, 5), (3, 3), (2, 2), (1, 1), (1, 1))
 
 
@@ -31,7 +32,7 @@ def make(cfg=CONFIG, levels=5, **kwargs):
 
 @pytest.fixture(scope="module")
 def head():
-    graph, state = make()
+    graph, state = make(WITH_SCORES)
     return state, jax.jit(lambda state, levels: nnx.merge(graph, state)(levels))
 
 
@@ -40,7 +41,7 @@ def test_outputs_of_all_levels_are_in_anchor_order(head):
     state, run = head
     x = levels()
     outputs = run(state, x)
-    graph, _ = make(levels=1)
+    graph, _ = make(WITH_SCORES, levels=1)
     alone = jax.jit(lambda state, level: nnx.merge(graph, state)([level]))
     start = 0
     for index, level in enumerate(x):
@@ -48,13 +49,16 @@ def test_outputs_of_all_levels_are_in_anchor_order(head):
         pure["scales"] = pure["scales"][index : index + 1]
         expected = alone(nnx.State(pure), level)
         end = start + level.shape[1] * level.shape[2]
-        for field in dataclasses.fields(outputs):
-            got = getattr(outputs, field.name)[:, start:end]
-            np.testing.assert_allclose(got, getattr(expected, field.name), atol=1e-4)
+        for got, wanted in zip(*map(jax.tree.leaves, (outputs, expected)), strict=True):
+            np.testing.assert_allclose(got[:, start:end], wanted, atol=1e-4)
         start = end
     assert outputs.embeddings.shape == (2, start, 6)
     assert outputs.deltas.shape == (2, start, 4)
     assert outputs.centerness.shape == (2, start)
+    assert {name: x.shape for name, x in outputs.proposal_logits.items()} == {
+        "iou": (2, start),
+        "foreground": (2, start),
+    }
 
 
 def test_a_scale_changes_only_the_boxes_of_its_level(head):
@@ -91,6 +95,26 @@ def test_boxes_do_not_train_the_classification_branch():
     for part in ("cls_convs", "dcn", "embed"):
         assert not any(np.any(g) for g in jax.tree.leaves(grad[part]))
     assert np.any(grad["reg_convs"][0]["conv"]["kernel"])
+
+
+def test_proposal_scores_add_outputs_of_the_regression_branch_and_nothing_else():
+    (graph, state), (plain_graph, plain_state) = make(WITH_SCORES), make()
+    added = {"iou", "foreground"}
+    assert set(nnx.to_pure_dict(state)) - set(nnx.to_pure_dict(plain_state)) == added
+    start = ATSSHead(4, 5, WITH_SCORES, rngs=Draws())
+    assert jax.nn.sigmoid(start.foreground.bias[...]) == pytest.approx(0.01)
+    assert not start.iou.bias[...].any()
+    run = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+    outputs = run(state, levels())
+    rest = {k: v for k, v in nnx.to_pure_dict(state).items() if k not in added}
+    plain = jax.jit(lambda state, x: nnx.merge(plain_graph, state)(x))(nnx.State(rest), levels())
+    assert plain.proposal_logits == {}
+    for name in ("embeddings", "deltas", "centerness"):
+        np.testing.assert_allclose(getattr(outputs, name), getattr(plain, name), atol=1e-5)
+    for name in added:
+        grad = gradients(WITH_SCORES, lambda o, n=name: jnp.sum(jnp.sin(o.proposal_logits[n])))
+        parts = {part for part in grad if any(np.any(g) for g in jax.tree.leaves(grad[part]))}
+        assert parts == {name, "reg_convs"}
 
 
 def test_bfloat16_outputs_are_float32():

@@ -53,6 +53,14 @@ def test_a_step_by_part():
     assert "contrastive loss" in captioned and "alignment loss" not in captioned
 
 
+def test_additional_outputs_of_the_head_count():
+    head = dataclasses.replace(sizes.SWIN_T.head, proposal_scores=("foreground", "iou"))
+    model = dataclasses.replace(sizes.SWIN_T, head=head)
+    more, less = (flops.dense_parts(m, 320, 320)["head"] for m in (model, sizes.SWIN_T))
+    anchors = 40**2 + 20**2 + 10**2 + 5**2 + 3**2
+    assert more - less == pytest.approx(2 * anchors * 9 * 256 * 2)
+
+
 def test_encoding_the_concepts_of_a_step_once_saves_most_of_the_work():
     """Yao et al. 2023, §4.1: 150 concepts per image in detection, 100 in grounding, batch 128."""
     text = flops.text(sizes.SWIN_T.text)

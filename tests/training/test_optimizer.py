@@ -157,6 +157,22 @@ def test_every_parameter_of_swin_t_has_the_rules_of_the_stored_table():
     assert table == (Path(__file__).parent / "parameter_rules.txt").read_text()
 
 
+def test_the_rules_of_centerness_are_those_of_the_other_proposal_scores():
+    config = config_lib.parse(load("pretrain").get_config("swin_t").to_dict())
+    head = dataclasses.replace(config.model.head, proposal_scores=("foreground", "iou"))
+    model = dataclasses.replace(config.model, head=head)
+    before, after = (
+        _table(c).splitlines() for c in (config, dataclasses.replace(config, model=model))
+    )
+    named = lambda name: [
+        re.sub("head/" + name, "head/x", line).split()
+        for line in after
+        if line.startswith(f"head/{name}/")
+    ]
+    assert set(before) < set(after) and len(after) == len(before) + 4
+    assert len(named("iou")) == 2 and named("iou") == named("foreground") == named("centerness")
+
+
 def test_a_parameter_that_no_rule_matches_is_named():
     with pytest.raises(UserError, match="logit_scale"):
         parameters.match_rules((("backbone/.*", 1.0), ("text/.*", 1.0)), _params(), "test")
