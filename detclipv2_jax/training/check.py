@@ -32,6 +32,7 @@ _RANGES = {
     "loss.box": ">= 0",
     "loss.centerness": ">= 0",
     "loss.contrastive": ">= 0",
+    "loss.proposal_heads": ">= 0",
     "loss.candidates": ">= 1",
     "loss.word_region.temperature": "> 0",
     "loss.word_region.soft_temperature": "> 0",
@@ -80,6 +81,7 @@ def check_run(config: "RunConfig") -> None:
             if not _COMPARE[sign](value, float(bound)):  # NaN fails too
                 raise UserError(f"config.{path} is {value}. It must be {interval}.")
     _check_text_tower(config)
+    _check_proposal_score(config)
     _check_rules(config)
     _check_sources(config)
     for kind, data in config.data.kinds().items():
@@ -91,6 +93,16 @@ def check_run(config: "RunConfig") -> None:
                 f"config.mesh.data is {config.mesh.data}. Use -1 for all devices, or at least 1."
             )
         check_devices(config, config.mesh.data * config.mesh.fsdp)
+
+
+def _check_proposal_score(config: "RunConfig") -> None:
+    """Check that the head has the output that chooses the regions of captioned images."""
+    score, outputs = config.loss.proposals.score, config.model.head.proposal_scores
+    if score in ("foreground", "iou") and score not in outputs:
+        raise UserError(
+            f"config.loss.proposals.score is {score!r}, but config.model.head.proposal_scores is "
+            f"{outputs!r}. Add {score!r} to it, so that the head has this output."
+        )
 
 
 def check_devices(config: "RunConfig", devices: int) -> None:

@@ -65,12 +65,6 @@ class RunConfig:
                 f"config.optimizer.max_scale {self.optimizer.max_scale}. Lower it, or raise the "
                 "limit."
             )
-        score, outputs = self.loss.proposals.score, self.model.head.proposal_scores
-        if score in ("foreground", "iou") and score not in outputs:
-            raise UserError(
-                f"config.loss.proposals.score is {score!r}, but config.model.head.proposal_scores "
-                f"is {outputs!r}. Add {score!r} to it, so that the head has this output."
-            )
 
 
 def parse(values: Mapping[str, Any]) -> RunConfig:
