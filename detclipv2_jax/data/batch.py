@@ -25,9 +25,11 @@ class Batch:
     # object nor background: none of its concepts has a row.
     labels: Int[Array, "B N L"]
     # Concepts that each image may be scored on as a negative. What names a box is a positive of its
-    # anchors whatever stands here. image_text: (B, 0), every text is compared with every image.
+    # anchors whatever stands here. (B, 0) for kinds with texts: each is compared with every image.
     scored: Bool[Array, "B M"]
-    texts: Int[Array, "B C"]  # image_text: rows of `tokens` of the image, caption first; -1 pads
+    # Rows of `tokens` of the image; -1 pads. image_text: the caption first; classification: C = 1,
+    # the class name.
+    texts: Int[Array, "B C"]
     tokens: Int[Array, "M L"]  # the step's concepts, each once for the whole global batch
     token_mask: Bool[Array, " M"]  # False: an unused row of the table
     kind: Kind = dataclasses.field(metadata={"static": True})

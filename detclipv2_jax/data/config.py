@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.data.index import KINDS, Kind
+from detclipv2_jax.data.index import KINDS, TEXT_KINDS, Kind
 from detclipv2_jax.text.tokenizer import TEMPLATE, check_template
 
 
@@ -20,6 +20,7 @@ class KindConfig:
     # them [ours].
     rehearsal: tuple[str, ...] = ()
     rehearsal_share: float = 0.25  # their records per epoch, per record of all kinds' `sources`
+    repeat: int = 1  # passes over `sources` per epoch, each in an order of its own
     batch_size: int = 128  # images per global step
     micro_batches: int = 1  # pieces of each device's images in a step: less memory, the same step
     # Canvases (height, width) in pixels; each record goes to the one of nearest aspect.
@@ -39,7 +40,8 @@ class KindConfig:
     federated: bool = False
     max_boxes: int = 100  # boxes per canvas, the largest first; the others are dropped and counted
     labels_per_box: int = 1  # concepts that may name one box; the others are dropped and counted
-    texts_per_image: int = 0  # image_text: concepts per image, the caption first (ours: 8)
+    # image_text: concepts per image, the caption first (ours: 8). classification: 1, the class name
+    texts_per_image: int = 0
     # Probability of a horizontal flip. An image with a concept that says left or right is never
     # flipped [ours].
     flip: float = 0.5
@@ -54,7 +56,7 @@ class KindConfig:
     # rungs (0.72, 0.84, 1.0), (0.834, 1.0) is the same range.
     scales: tuple[float, float] = (0.6, 1.0)
     crop: bool = False  # True: an image larger than its canvas is cropped at random; False: shrunk
-    mosaic: float = 0.0  # share of canvases with four images (not image_text); raise max_boxes
+    mosaic: float = 0.0  # share of canvases with four images (kinds with boxes); raise max_boxes
     begin: float = 0.0  # share of the first epoch's other batches before this kind's (paper: 0)
     definitions: bool = False  # join names with their definitions; needs a dictionary
 
@@ -77,6 +79,7 @@ class DataConfig:
     detection: KindConfig = KindConfig(definitions=True, scored_on="source")
     grounding: KindConfig = KindConfig()
     image_text: KindConfig = KindConfig()
+    classification: KindConfig = KindConfig(texts_per_image=1, max_boxes=0, concepts_per_image=0)
     max_broken_share: float = 0.05  # share of a source's records that may be unreadable
 
     def __post_init__(self):
@@ -97,6 +100,7 @@ class DataConfig:
 
 _LEAST = {
     "rehearsal_share": 0,
+    "repeat": 1,
     "batch_size": 1,
     "table_size": 1,
     "concepts_per_image": 0,
@@ -134,8 +138,8 @@ def check_kind(kind: Kind, config: KindConfig) -> None:
     rule = "(first epoch, weight of each rung) of each phase, ascending, the first from epoch 0"
     check("rung_phases", is_schedule, rule)
     check("begin", 0 <= config.begin < 1, "at least 0 and below 1")
-    if kind == "image_text":
-        check("mosaic", config.mosaic == 0, "0: image_text data has no mosaics")
+    if kind in TEXT_KINDS:
+        check("mosaic", config.mosaic == 0, f"0: {kind} data has no mosaics")
     check("mosaic", 0 <= config.mosaic <= 1, "from 0 to 1")
     _check_scoring(kind, config, check)
     is_disjoint = not set(config.rehearsal) & set(config.sources)
@@ -154,8 +158,8 @@ def _check_scoring(kind: Kind, config: KindConfig, check: Callable[[str, bool, s
         check("federated", not config.federated, "False: only detection data has lists of names")
         is_open = config.scored_on != "source"
         check("scored_on", is_open, '"table" or "own": only detection data has lists of names')
-    if kind == "image_text":
-        rule = "the default: captions are compared with all images of the batch"
+    if kind in TEXT_KINDS:
+        rule = "the default: texts are compared with all images of the batch"
         check("scored_on", config.scored_on == "table", rule)
         check("ignore_alike", not config.ignore_alike, rule)
     if config.federated:

@@ -34,8 +34,11 @@ from jaxtyping import Bool, Int, Int32, Int64, UInt16, UInt64
 
 from detclipv2_jax.common.errors import UserError
 
-Kind = Literal["detection", "grounding", "image_text"]
-KINDS: tuple[Kind, ...] = ("detection", "grounding", "image_text")
+Kind = Literal["detection", "grounding", "image_text", "classification"]
+# A new kind goes to the end: random streams and checkpoints number the kinds in this order.
+KINDS: tuple[Kind, ...] = ("detection", "grounding", "image_text", "classification")
+# Kinds whose images have texts instead of boxes: a caption with its phrases, or a class name.
+TEXT_KINDS: frozenset[Kind] = frozenset({"image_text", "classification"})
 FORMAT = 2  # of info.json
 #: field of `Source` → file
 ARRAYS = {
@@ -105,7 +108,8 @@ class Source:
     height: UInt16[np.ndarray, " n"]  # of the stored images, in pixels
     width: UInt16[np.ndarray, " n"]
     positives_offsets: Int64[np.ndarray, " n+1"]
-    # Local ids of each record's concepts, each once; image_text: the caption first.
+    # Local ids of each record's concepts, each once; image_text: the caption first;
+    # classification: the class name alone.
     positives: Int32[np.ndarray, " p"]
     tokens: UInt16[np.ndarray, "c 16"]
     keys: UInt64[np.ndarray, " c"]  # `tokenizer.key` of each concept

@@ -21,7 +21,7 @@ from detclipv2_jax.data import concept_table
 from detclipv2_jax.data import rungs as rungs_lib
 from detclipv2_jax.data.concept_table import KeptPositives, Positives
 from detclipv2_jax.data.config import KindConfig
-from detclipv2_jax.data.index import KINDS, Kind, Source
+from detclipv2_jax.data.index import KINDS, TEXT_KINDS, Kind, Source
 from detclipv2_jax.data.scoring import Images, Scorer
 from detclipv2_jax.data.vocabulary import Vocabulary
 
@@ -35,6 +35,7 @@ class StepPlan:
 
     step: int
     epoch: int
+    repetition: int  # which of the epoch's passes over the kind's records, from 0
     kind: Kind
     shape: tuple[int, int]  # canvas (height, width) in pixels
     sources: Int[np.ndarray, " B"]  # index into `all_sources` of the kind
@@ -42,7 +43,7 @@ class StepPlan:
     # Three more records for each canvas with a mosaic, drawn at random; -1: none.
     extra_sources: Int[np.ndarray, "B 3"]
     extra_records: Int[np.ndarray, "B 3"]
-    # image_text: rows of `concepts` of each image, caption first; -1 pads
+    # Kinds with texts: rows of `concepts` of each image, the caption or class name first; -1 pads
     texts: Int[np.ndarray, "B C"]
     concepts: Int[np.ndarray, " M"]  # global ids: positives ascending, negatives ascending, -1 pads
     scored: Bool[np.ndarray, "B M"]  # as in `Batch.scored`
@@ -79,8 +80,9 @@ class _Bucket:
     shape_index: int
     rehearsed: bool
     members: Int[np.ndarray, " n"]
-    records: int  # of the members, per epoch
-    batches: int  # per epoch
+    records: int  # of the members, per pass
+    passes: int  # per epoch
+    batches: int  # per pass
 
 
 class _Position(NamedTuple):
@@ -88,7 +90,8 @@ class _Position(NamedTuple):
 
     epoch: int
     bucket: int  # index of the bucket
-    batch: int  # number of the batch in its bucket
+    repetition: int  # the pass over the bucket
+    batch: int  # number of the batch in its pass
     rung: int  # index among the kind's `rungs`
 
 
@@ -97,18 +100,20 @@ class _Epoch:
     """The shuffled batches of one epoch."""
 
     buckets: Int[np.ndarray, " S"]  # bucket of each step
-    batches: Int[np.ndarray, " S"]  # its batch in the bucket
+    batches: Int[np.ndarray, " S"]  # its batch in the bucket, through all passes
     rungs: Int[np.ndarray, " S"]  # index of its rung
-    orders: dict[int, Int[np.ndarray, " n"]]  # bucket → its records in the order of this epoch
+    #: (bucket, repetition) → its records in the order of this pass
+    orders: dict[tuple[int, int], Int[np.ndarray, " n"]]
 
 
 class Plan:
     """The plan of every step of a run.
 
-    An epoch holds each record of every kind's `sources` exactly once, and of the sources in
-    `rehearsal` some records, drawn at random in each epoch. All batches of all (kind, canvas)
+    An epoch holds each record of every kind's `sources` exactly `repeat` times, and of the sources
+    in `rehearsal` some records, drawn at random in each epoch. Each repetition is a pass in an
+    order of its own, with its own batches, so that no batch holds a record twice. All batches of all (kind, canvas)
     buckets form one shuffled sequence, so a kind is drawn in proportion to its batches left (paper
-    §4). In the first epoch a kind may `begin` late. Empty slots fill the last batch of a bucket.
+    §4). In the first epoch a kind may `begin` late. Empty slots fill the last batch of a pass.
     Each step draws its rung, a factor of its bucket's canvas (`rungs.py`).
 
     Args:
@@ -145,7 +150,7 @@ class Plan:
         }
         own = sum(len(sources[name]) for config in kinds.values() for name in config.sources)
         self._buckets = [bucket for kind in kinds for bucket in self._make_buckets(kind, own)]
-        self.steps_per_epoch = sum(bucket.batches for bucket in self._buckets)
+        self.steps_per_epoch = sum(bucket.passes * bucket.batches for bucket in self._buckets)
         self._scorers = {
             kind: Scorer(kind, config, self._sources[kind], vocabulary)
             for kind, config in kinds.items()
@@ -157,7 +162,7 @@ class Plan:
     def batches(self) -> dict[Kind, int]:
         """Batches of each kind per epoch."""
         return {
-            kind: sum(bucket.batches for bucket in self._buckets if bucket.kind == kind)
+            kind: sum(b.passes * b.batches for b in self._buckets if b.kind == kind)
             for kind in self.kinds
         }
 
@@ -174,7 +179,7 @@ class Plan:
     @property
     def rehearsal_batches(self) -> int:
         """Batches of rehearsed records per epoch."""
-        return sum(bucket.batches for bucket in self._buckets if bucket.rehearsed)
+        return sum(bucket.passes * bucket.batches for bucket in self._buckets if bucket.rehearsed)
 
     def program(self, step: int) -> tuple[Kind, tuple[int, int]]:
         """Return the (kind, canvas) of a step, without the rest of its plan."""
@@ -196,11 +201,12 @@ class Plan:
         draws = scorer.draw(generator, images, positives, bucket.rehearsed)
         table = concept_table.make_table(generator, config.table_size, *kept, draws.ids)
         texts = np.full((config.batch_size, config.texts_per_image), -1, np.int32)
-        if bucket.kind == "image_text":
+        if bucket.kind in TEXT_KINDS:
             texts[images.slots[positives.images], positives.ranks] = table.rows(positives.ids)
         return StepPlan(
             step=step,
             epoch=position.epoch,
+            repetition=position.repetition,
             kind=bucket.kind,
             shape=self._program(bucket, position.rung)[1],
             sources=own.sources,
@@ -220,7 +226,7 @@ class Plan:
         """Return the epoch's own record of each slot of a batch (B)."""
         bucket = self._buckets[position.bucket]
         size = self.kinds[bucket.kind].batch_size
-        order = self._order(position.epoch, position.bucket)
+        order = self._order(position)
         numbers = order[position.batch * size : (position.batch + 1) * size]
         own, filled = _Records.empty(size), len(numbers)
         own.sources[:filled], own.records[:filled] = self._located(bucket.kind, numbers)
@@ -240,14 +246,14 @@ class Plan:
         return extra
 
     def _positives(self, kind: Kind, images: Images) -> Positives:
-        """Return the positives of the images of a batch, for image_text the first few of each."""
+        """Return the positives of the images of a batch, of texts the first few of each image."""
         config, by_source = self.kinds[kind], []
         for index, name in enumerate(config.all_sources):
             mine = np.flatnonzero(images.sources == index)
             source, to_global = self._sources[kind][index], self.vocabulary.local_to_global[name]
             by_source.append(Positives.of_source(source, to_global, images.records[mine], mine))
         positives = Positives.joined(by_source)
-        return positives.first(config.texts_per_image) if kind == "image_text" else positives
+        return positives.first(config.texts_per_image) if kind in TEXT_KINDS else positives
 
     def _kept_positives(
         self, generator: np.random.Generator, kind: Kind, positives: Positives
@@ -257,7 +263,7 @@ class Plan:
             generator,
             concept_table.wanted_concepts(positives),
             self.kinds[kind].table_size,
-            captions_first=kind == "image_text",
+            captions_first=kind in TEXT_KINDS,
         )
 
     def _located(self, kind: Kind, numbers: Int[np.ndarray, "..."]) -> _Records:
@@ -282,7 +288,8 @@ class Plan:
             records = round(share * members.size) if flag else members.size
             if records:
                 batches = math.ceil(records / config.batch_size)
-                buckets.append(_Bucket(kind, index, flag, members, records, batches))
+                passes = 1 if flag else config.repeat
+                buckets.append(_Bucket(kind, index, flag, members, records, passes, batches))
         return buckets
 
     def _program(self, bucket: _Bucket, rung: int) -> tuple[Kind, tuple[int, int]]:
@@ -294,8 +301,9 @@ class Plan:
             raise ValueError(f"step is {step}, must not be negative")
         number, place = divmod(step, self.steps_per_epoch)
         epoch = self._epoch(number)
-        found = (int(array[place]) for array in (epoch.buckets, epoch.batches, epoch.rungs))
-        return _Position(number, *found)
+        bucket, batch = int(epoch.buckets[place]), int(epoch.batches[place])
+        repetition, batch = divmod(batch, self._buckets[bucket].batches)
+        return _Position(number, bucket, repetition, batch, int(epoch.rungs[place]))
 
     def _epoch(self, number: int) -> _Epoch:
         """Return an epoch's batches. Two epochs are kept, because readers run ahead."""
@@ -308,7 +316,7 @@ class Plan:
 
     def _shuffled(self, number: int) -> _Epoch:
         """Return an epoch's batches in random order: sorted by moments drawn from [begin, 1)."""
-        counts = [bucket.batches for bucket in self._buckets]
+        counts = [bucket.passes * bucket.batches for bucket in self._buckets]
         buckets = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
         batches = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
         begins = [self.kinds[bucket.kind].begin * (number == 0) for bucket in self._buckets]
@@ -326,16 +334,21 @@ class Plan:
         generator = self._generator(_RUNGS, epoch)
         return rungs_lib.draw(list(self.kinds.values()), kind_of[buckets], moments, generator)
 
-    def _order(self, epoch: int, number: int) -> Int[np.ndarray, " n"]:
-        """Return the records of a bucket in the order of an epoch; made on first use."""
-        orders = self._epoch(epoch).orders
+    def _order(self, position: _Position) -> Int[np.ndarray, " n"]:
+        """Return the records of a bucket in the order of a pass; made on first use."""
+        orders = self._epoch(position.epoch).orders
+        place = position.bucket, position.repetition
         with self._lock:
-            if number not in orders:
-                bucket = self._buckets[number]
-                key = (_ORDER, epoch, KINDS.index(bucket.kind), bucket.shape_index)
-                generator = self._generator(*key, *([1] * bucket.rehearsed))
-                orders[number] = generator.permutation(bucket.members)[: bucket.records]
-            return orders[number]
+            if place not in orders:
+                bucket = self._buckets[position.bucket]
+                key = (_ORDER, position.epoch, KINDS.index(bucket.kind), bucket.shape_index)
+                if bucket.rehearsed:
+                    key += (1,)
+                elif position.repetition:
+                    key += (0, position.repetition)  # longer than the other two
+                order = self._generator(*key).permutation(bucket.members)[: bucket.records]
+                orders[place] = order
+            return orders[place]
 
     def _generator(self, *key: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, *key))))

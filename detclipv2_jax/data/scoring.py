@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int
 from detclipv2_jax.data import concept_table
 from detclipv2_jax.data.concept_table import Positives, Table
 from detclipv2_jax.data.config import KindConfig
-from detclipv2_jax.data.index import IdLists, Kind, Source
+from detclipv2_jax.data.index import TEXT_KINDS, IdLists, Kind, Source
 from detclipv2_jax.data.vocabulary import Vocabulary
 
 
@@ -132,10 +132,10 @@ class Scorer:
     ) -> Bool[np.ndarray, "B M"]:
         """Return the rows of the table that each slot may be scored on as a negative.
 
-        A mosaic is scored on what all of its images may be scored on. image_text: (B, 0).
+        A mosaic is scored on what all of its images may be scored on. Kinds with texts: (B, 0).
         """
         size, used = self._config.batch_size, table.concepts >= 0
-        if self._kind == "image_text":
+        if self._kind in TEXT_KINDS:
             return np.zeros((size, 0), bool)
         result = np.zeros((size, len(used)), bool)
         if self._config.scored_on == "table" and not self._alike:

@@ -200,7 +200,9 @@ class SliceReader:
             heights[mine], widths[mine] = source.height[records], source.width[records]
             offsets = source.positives_offsets
             concepts[mine] = offsets[records + 1] - offsets[records]
-            seeds[mine] = transforms_lib.seeds(self._seed, plan.epoch, name, records)
+            seeds[mine] = transforms_lib.seeds(
+                self._seed, plan.epoch, name, records, plan.repetition
+            )
             for tile, content in zip(mine, self._files.read(name, records)):
                 serialized[tile] = content
         return _Stored(serialized, heights, widths, concepts, seeds)

@@ -43,11 +43,19 @@ class Placement:
 
 
 def seeds(
-    seed: int, epoch: int, source: str, records: Int[np.ndarray, " n"]
+    seed: int, epoch: int, source: str, records: Int[np.ndarray, " n"], repetition: int = 0
 ) -> UInt64[np.ndarray, " n"]:
-    """Return one seed per record, the same on any process and at any step of the epoch."""
+    """Return one seed per record, the same on any process and at any step of a pass.
+
+    Args:
+        seed: of the run.
+        epoch: number of the epoch.
+        source: name of the source.
+        records: numbers of its records.
+        repetition: number of the pass in the epoch.
+    """
     state = np.zeros(1, np.uint64)
-    for part in (seed, epoch, zlib.crc32(source.encode())):
+    for part in (seed, epoch, zlib.crc32(source.encode()), *([repetition] * bool(repetition))):
         state = _mix(state + np.uint64(part))
     return _mix(state + np.asarray(records).astype(np.uint64))
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32
 
 from detclipv2_jax.data.dictionary import Dictionary
-from detclipv2_jax.data.index import Source
+from detclipv2_jax.data.index import TEXT_KINDS, Source
 from detclipv2_jax.text.definitions import define
 from detclipv2_jax.text.tokenizer import CONTEXT, TEMPLATE, fitted, keys, tokenize
 from detclipv2_jax.text.wordnet import wordnet
@@ -153,7 +153,7 @@ class Vocabulary:
         """The number of each name's head noun; 9 µs for each name of boxes and phrases."""
         names = [] if self._dictionary is None else list(self._dictionary.names)
         for source in self.sources.values():
-            if source.kind != "image_text":
+            if source.kind not in TEXT_KINDS:
                 names += [row["name"] for row in source.read_concepts(source.vocabulary)]
         numbers: dict[str, int] = {}
         groups = np.full(len(self), -1, np.int32)

@@ -13,7 +13,7 @@ from detclipv2_jax.data import fill, rungs
 from detclipv2_jax.data.batch import Batch
 from detclipv2_jax.data.config import DataConfig, KindConfig
 from detclipv2_jax.data.dictionary import Dictionary
-from detclipv2_jax.data.index import Kind, Source
+from detclipv2_jax.data.index import TEXT_KINDS, Kind, Source
 from detclipv2_jax.data.plan import Plan
 from detclipv2_jax.data.vocabulary import Vocabulary
 from detclipv2_jax.text.tokenizer import CONTEXT
@@ -105,7 +105,7 @@ def abstract_batch(kind: Kind, shape: tuple[int, int], config: KindConfig) -> Ba
     """Return the shapes and types of a global batch with the canvas `shape` (height, width)."""
     array = cast(Any, jax.ShapeDtypeStruct)  # a description takes the place of each array
     images, boxes = config.batch_size, config.max_boxes
-    scored = 0 if kind == "image_text" else config.table_size
+    scored = 0 if kind in TEXT_KINDS else config.table_size
     return Batch(
         images=array((images, *shape, 3), np.uint8),
         sizes=array((images, 2), np.int32),

@@ -111,6 +111,54 @@ def test_an_epoch_holds_each_record_exactly_once(epoch):
     assert set(seen.values()) == {1}
 
 
+def test_a_repeated_source_is_passed_several_times_an_epoch():
+    sizes = [(60, 80)] * 13 + [(80, 60)] * 6
+    sources = {"s": source("s", "classification", [[i % 7] for i in range(19)], 7, sizes)}
+    fields = dict(shapes=((48, 64), (64, 48)), batch_size=4, texts_per_image=1, table_size=8)
+    once = one_kind(sources, "classification", **fields)
+    plan = one_kind(sources, "classification", repeat=3, **fields)
+    assert once.steps_per_epoch == 4 + 2 and plan.steps_per_epoch == 3 * (4 + 2)
+    assert plan.batches == {"classification": 18}
+    orders = {}  # (epoch, repetition, canvas) → records in the order of their batches
+    for step in map(plan.plan, range(2 * plan.steps_per_epoch)):
+        filled = step.records[step.records >= 0].tolist()
+        assert len(set(filled)) == len(filled)  # no batch holds a record twice
+        assert step.epoch == step.step // 18
+        orders.setdefault((step.epoch, step.repetition, step.shape), []).append(filled)
+        # The class name is the only text of each image; every name has one row.
+        assert step.texts.shape == (4, 1) and step.scored.shape == (4, 0)
+        assert step.texts[: len(filled), 0].tolist() == [
+            int(step.rows(plan.vocabulary.local_to_global["s"][record % 7 :][:1])[0])
+            for record in filled
+        ]
+        assert (step.texts[len(filled) :] == -1).all()
+        names = step.concepts[step.concepts >= 0]
+        assert len(names) == len({record % 7 for record in filled}) == step.positives
+    assert len(orders) == 2 * 3 * 2
+    records = {(48, 64): set(range(13)), (64, 48): set(range(13, 19))}
+    for (_, _, shape), batches in orders.items():
+        assert sorted(sum(batches, [])) == sorted(records[shape])
+    assert len({str(batches) for batches in orders.values()}) == len(orders)
+    # The first pass has the same batches as without repetition, although in other steps.
+    first = {str(s.records) for s in map(once.plan, range(6))}
+    steps = map(plan.plan, range(18))
+    assert {str(s.records) for s in steps if s.repetition == 0} == first
+
+
+def test_rehearsed_records_are_not_repeated():
+    rows = [[0], [1], [2]]
+    sources = {name: source(name, "detection", rows, 3) for name in ("own", "old")}
+    config = KindConfig(
+        sources=("own",), rehearsal=("old",), rehearsal_share=1.0, repeat=2, batch_size=1,
+        shapes=((8, 8),), concepts_per_image=0,
+    )  # fmt: skip
+    plan = Plan(sources, Vocabulary(sources), {"detection": config}, 0)
+    assert plan.steps_per_epoch == 2 * 3 + 3 and plan.rehearsal_batches == 3
+    seen = [(step.sources[0], step.records[0]) for step in map(plan.plan, range(9))]
+    counts = collections.Counter((int(s), int(r)) for s, r in seen)
+    assert counts == {(s, r): 2 - s for s in range(2) for r in range(3)}
+
+
 def test_a_kind_is_drawn_in_proportion_to_its_batches():
     plan, _ = three_kinds()
     kinds = collections.Counter(plan.plan(s).kind for s in range(plan.steps_per_epoch))
