@@ -43,6 +43,7 @@ EXAMPLES = {
     "coco": "--from=coco --to=data/coco",
     "odinw": "--from=odinw --to=data/pothole \\\n"
     "      --annotations=pothole/train/annotations_without_background.json",
+    "imagenet": "--from=imagenet --to=data/imagenet --store_side=448",
     "image_text": "--from=my_photos --to=data/my_captions",
     "custom": "--from=my_photos --to=data/my_photos",
     "symbols": "--to=data/symbols",
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, with one subcommand per source."""
+    from detclipv2_jax.data.index import TEXT_KINDS
     from detclipv2_jax.data.prepare.registry import SOURCES
 
     parser = argparse.ArgumentParser(
@@ -103,6 +105,8 @@ def build_parser() -> argparse.ArgumentParser:
                 refuse_renamed(one, {f"--{option.replace('_', '-')}": f"--{option}"})
         if source.kind == "image_text":
             _add_caption_options(one)
+        if source.kind in TEXT_KINDS:
+            _add_store_side(one)
     _add_custom(subparsers)
     _add_symbols(subparsers)
     _add_concepts(subparsers)
@@ -126,12 +130,12 @@ def _add_command(subparsers, name: str, about: str, run) -> argparse.ArgumentPar
 
 
 def _add_custom(subparsers) -> None:
-    from detclipv2_jax.data.index import KINDS
+    from detclipv2_jax.data.prepare.registry import OF_KIND
 
     about = "your own folder: COCO boxes, MDETR phrases, captions, or several of these"
     parser = _add_command(subparsers, "custom", about, _run_custom)
     _add_folders(parser)
-    for kind in KINDS:
+    for kind in OF_KIND:
         parser.add_argument(
             f"--{kind}",
             metavar="FILE",
@@ -142,6 +146,7 @@ def _add_custom(subparsers) -> None:
         )
     refuse_renamed(parser, {"--image-text": "--image_text"})
     _add_caption_options(parser)
+    _add_store_side(parser)
 
 
 def _add_symbols(subparsers) -> None:
@@ -149,6 +154,7 @@ def _add_symbols(subparsers) -> None:
     parser = _add_command(subparsers, "symbols", about, _run_symbols)
     _add_target(parser)
     _add_caption_options(parser)
+    _add_store_side(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the scenes (default: 0)")
     parser.add_argument(
         "--option",
@@ -253,8 +259,8 @@ def _add_jobs(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_caption_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for images with captions."""
-    refuse_renamed(parser, {"--spacy-model": "--spacy_model", "--store-side": "--store_side"})
+    """Add the options for the phrases of captions."""
+    refuse_renamed(parser, {"--spacy-model": "--spacy_model"})
     parser.add_argument(
         "--spacy_model",
         metavar="NAME",
@@ -268,13 +274,18 @@ def _add_caption_options(parser: argparse.ArgumentParser) -> None:
         default=7,
         help="at most this many noun phrases per caption (default: 7)",
     )
+
+
+def _add_store_side(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the size of images with texts."""
+    refuse_renamed(parser, {"--store-side": "--store_side"})
     parser.add_argument(
         "--store_side",
         metavar="N",
         type=int,
-        help="store captioned images with at most N pixels on their longer side, as JPEG of "
-        "quality 90: they take less space and are decoded faster. Training needs the side of its "
-        "canvas times the largest of `scales`, which is 448 (320 times 1.4) for "
+        help="store images with captions or classes with at most N pixels on their longer side, as "
+        "JPEG of quality 90: they take less space and are decoded faster. Training needs the side "
+        "of its canvas times the largest of `scales`, which is 448 (320 times 1.4) for "
         "configs/pretrain.py. Smaller images are kept as they are (default: keep all)",
     )
 
@@ -295,10 +306,10 @@ def _run_archive(args: argparse.Namespace) -> None:
 
 
 def _run_custom(args: argparse.Namespace) -> None:
-    from detclipv2_jax.data.index import KINDS
     from detclipv2_jax.data.prepare import commands
+    from detclipv2_jax.data.prepare.registry import OF_KIND
 
-    named = {kind: getattr(args, kind) for kind in KINDS if getattr(args, kind)}
+    named = {kind: getattr(args, kind) for kind in OF_KIND if getattr(args, kind)}
     commands.prepare_folder(args.origin, _target(args), annotations=named, images=args.images)
 
 
@@ -351,10 +362,11 @@ def _options(args: argparse.Namespace):
     if hasattr(args, "phrases"):
         if args.phrases < 0:
             raise UserError(f"--phrases={args.phrases}: negative. Use 0 or more.")
+        chosen |= {"phrase_model": args.spacy_model, "phrase_limit": args.phrases}
+    if hasattr(args, "store_side"):
         if args.store_side is not None and args.store_side < 32:
             raise UserError(f"--store_side={args.store_side}: too small. Use 32 or more pixels.")
-        chosen |= {"phrase_model": args.spacy_model, "phrase_limit": args.phrases}
-        chosen |= {"store_side": args.store_side}
+        chosen["store_side"] = args.store_side
     return PrepareOptions(**chosen)
 
 

@@ -111,10 +111,10 @@ class Plan:
 
     An epoch holds each record of every kind's `sources` exactly `repeat` times, and of the sources
     in `rehearsal` some records, drawn at random in each epoch. Each repetition is a pass in an
-    order of its own, with its own batches, so that no batch holds a record twice. All batches of all (kind, canvas)
-    buckets form one shuffled sequence, so a kind is drawn in proportion to its batches left (paper
-    §4). In the first epoch a kind may `begin` late. Empty slots fill the last batch of a pass.
-    Each step draws its rung, a factor of its bucket's canvas (`rungs.py`).
+    order of its own, with its own batches, so that no batch holds a record twice. All batches of
+    all (kind, canvas) buckets form one shuffled sequence, so a kind is drawn in proportion to its
+    batches left (paper §4). In the first epoch a kind may `begin` late. Empty slots fill the last
+    batch of a pass. Each step draws its rung, a factor of its bucket's canvas (`rungs.py`).
 
     Args:
         sources: the prepared sources by name, at least those that `kinds` name.

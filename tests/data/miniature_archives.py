@@ -350,6 +350,30 @@ def lvis(root: Path) -> tuple[Path, Path]:
     return paths[0], paths[1]
 
 
+CLASSES = (  # lines of LOC_synset_mapping.txt
+    "n01440764 tench, Tinca tinca",
+    "n02012849 crane",
+    "n02113186 Cardigan, Cardigan Welsh corgi",
+    "n02963159 cardigan",
+    "n03126707 crane",
+    "n03710637 maillot",
+    "n03710721 maillot, tank suit",
+)
+
+
+def imagenet(root: Path) -> Path:
+    """ROOT as Kaggle's archive unpacks: two pictures of each of seven classes, one broken."""
+    for seed, line in enumerate(CLASSES):
+        folder = root / "ILSVRC/Data/CLS-LOC/train" / line[:9]
+        for number in (10026, 7):
+            write_file(folder / f"{line[:9]}_{number}.JPEG", jpeg(seed=seed + number))
+    write_file(folder / f"{line[:9]}_7.JPEG", b"broken")
+    write_file(root / "ILSVRC/Data/CLS-LOC/val/ILSVRC2012_val_00000001.JPEG")
+    path = root / "LOC_synset_mapping.txt"
+    path.write_text("\n".join((*CLASSES, "n04355933 sunglass", "")), encoding="utf-8")
+    return path
+
+
 def coco2017(root: Path) -> Path:
     """ROOT as COCO unpacks: annotations/ beside train2017/ and val2017/."""
     for split in ("train2017", "val2017"):

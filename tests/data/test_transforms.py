@@ -67,6 +67,8 @@ def test_seeds_tell_every_argument_apart():
         transforms_lib.seeds(*a, records)
         for a in ((4, 4, "a"), (3, 5, "a"), (3, 4, "b"), (4, 3, "a"))
     ]
+    assert np.array_equal(reference, transforms_lib.seeds(3, 4, "a", records, 0))
+    others += [transforms_lib.seeds(3, 4, "a", records, repetition) for repetition in (1, 2)]
     everything = np.concatenate([reference, *others])
     assert len(np.unique(everything)) == len(everything)
 

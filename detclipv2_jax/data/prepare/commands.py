@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.data.index import KINDS
 from detclipv2_jax.data.prepare import registry
 from detclipv2_jax.data.prepare.examples import ImageFolder
 from detclipv2_jax.data.prepare.options import PrepareOptions
@@ -77,9 +76,8 @@ def prepare_folder(
         )
     if "image_text" in files:
         _check_phrases(target)
-    for kind in KINDS:
+    for kind, source in registry.OF_KIND.items():
         if kind in files:
-            source = registry.OF_KIND[kind]
             _prepare_files(source, files[kind], origin, _of_kind(target, kind), images=images)
         else:
             print(f"{kind}: no annotation file in {origin}")
@@ -173,6 +171,8 @@ def _prepare_files(
     kind, reader_options = source.kind, dict(reader_options or {})
     folder = ImageFolder(images) if images else registry.image_folder(origin, kind)
     inputs = registry.fingerprint(files, folder, target.options if kind == "image_text" else None)
+    if kind == "classification":
+        inputs["store_side"] = target.options.store_side
     if reader_options:
         inputs["reader"] = {option: str(value) for option, value in reader_options.items()}
     existing = registry.prepared_before(target.to, inputs, overwrite=target.overwrite)

@@ -49,7 +49,7 @@ class ImageFile:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One image with its annotation: `caption` for image_text, `boxes` for the other kinds."""
+    """One image with its annotation: `boxes`, or as `caption` a caption or the name of a class."""
 
     image: ImageFile
     image_id: str
@@ -123,7 +123,7 @@ class Archive:
     """An opened annotation file. `drops` fills up while `examples` is consumed."""
 
     path: Path
-    kind: str  # "detection" | "grounding" | "image_text"
+    kind: str  # one of `KINDS`
     total: int  # approximate number of examples, for the progress bar
     examples: Iterator[Example]
     drops: Drops

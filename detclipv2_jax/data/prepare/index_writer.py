@@ -22,6 +22,7 @@ from detclipv2_jax.data.index import (
     ARRAYS,
     FORMAT,
     LISTS,
+    TEXT_KINDS,
     IdLists,
     Source,
     dataset_name,
@@ -89,6 +90,7 @@ class Indexer:
 
         `names` are concepts that come first, whether or not a record has them.
         """
+        self._has_texts = kind in TEXT_KINDS
         self._captioned = kind == "image_text"
         self._concepts = ConceptCounter()
         for name in names:
@@ -105,7 +107,7 @@ class Indexer:
     def add(
         self, record: "Record", absent: Sequence[str] | None = None, partial: Sequence[str] = ()
     ) -> None:
-        """Add a record. A name counts once per box, a caption or phrase once per record.
+        """Add a record. A name counts once per box, a text once per record.
 
         `absent` and `partial` are as in `Example`. They are kept in the index and not in the
         record: training needs them to plan a step, before it reads a record.
@@ -113,7 +115,7 @@ class Indexer:
         boxes = np.bincount(record.labels, minlength=len(record.concepts))
         for place, concept in enumerate(record.concepts):
             is_caption = self._captioned and place == 0
-            mentions = 1 if self._captioned else int(boxes[place])
+            mentions = 1 if self._has_texts else int(boxes[place])
             local_id = self._concepts.add(concept, vocabulary=not is_caption, count=mentions)
             self._positives.append(local_id)
         if absent is not None:

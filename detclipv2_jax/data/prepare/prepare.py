@@ -32,7 +32,7 @@ from detclipv2_jax.data.prepare.workers import run
 from detclipv2_jax.text import phrases as phrases_lib
 
 # Largest number of examples per shard: about ten seconds of work and 100 to 200 MB.
-SHARD_EXAMPLES = {"detection": 1024, "grounding": 1024, "image_text": 4096}
+SHARD_EXAMPLES = {"detection": 1024, "grounding": 1024, "image_text": 4096, "classification": 2048}
 _MIN_SHARDS = 64  # a small source has smaller shards, so that all cores have work,
 _MIN_SHARD_EXAMPLES = 64  # but none smaller than this
 

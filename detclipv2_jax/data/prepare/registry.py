@@ -20,6 +20,7 @@ from detclipv2_jax.data.prepare.sources import (
     coco,
     conceptual_captions,
     goldg,
+    imagenet,
     img2dataset,
     lvis,
     objects365,
@@ -135,7 +136,7 @@ def open_archives(files: Sequence[Path], images: ImageFolder, kind: str) -> list
 class ArchiveSource:
     """A type of archive that `detclip prepare` reads: how its files are found and opened."""
 
-    kind: str  # "detection" | "grounding" | "image_text"
+    kind: str  # one of `KINDS`
     about: str  # one line for --help
     find: Callable[[Path], list[Path]]  # the annotation files for training in a folder
     read: Callable[..., Archive]  # (annotation file, images, options as keywords)
@@ -229,6 +230,12 @@ SOURCES: dict[str, ArchiveSource] = {
     "coco": OF_KIND["detection"],
     "odinw": ArchiveSource(
         "detection", "the 13 sets of ODinW, to fine-tune on", odinw.training_files, odinw.read
+    ),
+    "imagenet": ArchiveSource(
+        "classification",
+        "ImageNet-1k, or any folder that has a folder of images for each class",
+        imagenet.find,
+        imagenet.read,
     ),
     "image_text": OF_KIND["image_text"],
 }

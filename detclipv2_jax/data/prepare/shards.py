@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from detclipv2_jax.data.index import TEXT_KINDS
 from detclipv2_jax.data.prepare import index_writer
 from detclipv2_jax.data.prepare.examples import Box, Drops, Example
 from detclipv2_jax.data.prepare.image_encoding import StoredImage, encode_image
@@ -141,7 +142,7 @@ def make_records(
         )
     else:
         del captioned  # otherwise tee keeps every example for it
-    store_side = options.store_side if kind == "image_text" else None
+    store_side = options.store_side if kind in TEXT_KINDS else None
     for example, found in zip(examples, phrases):
         image = encode_image(example.image, store_side)
         yield image, _make_record(example, image, found, kind, drops)
@@ -169,7 +170,7 @@ def _make_record(
         return None
     names = [normalize(name) for name in names]
     texts = names
-    if kind == "image_text":
+    if kind in TEXT_KINDS:
         texts = [normalize(text) for text in (example.caption, *phrases)]
     concepts = tuple(dict.fromkeys(texts))
     return Record(

@@ -142,6 +142,12 @@ class ConceptualCaptions(_Source):
     SOURCE = SOURCES["conceptual_captions"]
 
 
+class Imagenet(_Source):
+    """ImageNet-1k, with the names of its classes as texts."""
+
+    SOURCE = SOURCES["imagenet"]
+
+
 class LvisBoxes(_Source):
     """The training boxes of LVIS v1."""
 

@@ -27,6 +27,7 @@ ARCHIVES = {
     "coco": (miniature.coco2017, 2),
     "odinw": (write_odinw, None),
     "conceptual_captions": (webdataset, 6),
+    "imagenet": (miniature.imagenet, 13),
 }
 
 
