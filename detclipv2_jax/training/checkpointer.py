@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 from orbax.checkpoint import multihost
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
@@ -210,14 +212,19 @@ class Checkpointer:
     ) -> tuple[TrainState, dict[str, Any]]:
         stored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
         check_shapes(self._manager, step, target.ema, path)
+        # A checkpoint from before the last kind of data was added has norms of fewer kinds.
+        kinds = self._manager.item_metadata(step).state["norms"]["seen"].shape[0]
+        wanted = dataclasses.replace(target, norms=_resized(target.norms, kinds))
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 model=ocp.args.StandardRestore(target.ema),
-                state=ocp.args.StandardRestore(_without_ema(target)),
+                state=ocp.args.StandardRestore(_without_ema(wanted)),
             ),
         )
-        return TrainState(ema=restored["model"], **restored["state"]), stored["meta"]
+        state = TrainState(ema=restored["model"], **restored["state"])
+        norms = jax.tree.map(_padded, state.norms, target.norms)
+        return dataclasses.replace(state, norms=norms), stored["meta"]
 
     def _set_aside(self, step: int) -> None:
         """Rename a damaged checkpoint, so that the run can write its step again."""
@@ -314,6 +321,21 @@ def _in_all_processes(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
+
+
+def _resized(norms: PyTree, kinds: int) -> PyTree:
+    """Return the shapes of norms (`abstract_state`) of so many kinds."""
+    return jax.tree.map(
+        lambda wanted: jax.ShapeDtypeStruct((kinds,), wanted.dtype, sharding=wanted.sharding), norms
+    )
+
+
+def _padded(array: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    """Return an array with the wanted length; 0, as before the first step, for what it lacks."""
+    missing = wanted.shape[0] - array.shape[0]
+    if not missing:
+        return array
+    return jax.jit(jnp.pad, static_argnums=1, out_shardings=wanted.sharding)(array, (0, missing))
 
 
 def _without_ema(state: TrainState) -> dict[str, Any]:

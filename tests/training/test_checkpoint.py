@@ -18,7 +18,7 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation.config import EvalConfig
 from detclipv2_jax.inference import checkpoint
 from detclipv2_jax.models import detclip, parameters
-from detclipv2_jax.training import checkpointer, optimizer, sharding, state
+from detclipv2_jax.training import checkpointer, optimizer, sharding, spikes, state
 from detclipv2_jax.training.checkpointer import Checkpointer, abstract_state
 from detclipv2_jax.training.optimizer import OptimizerConfig
 
@@ -49,6 +49,25 @@ def test_a_state_comes_back_bit_for_bit_on_another_mesh(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, new, old)
     assert meta == META | {"score": None}
     assert all(leaf.sharding.mesh.size == 4 for leaf in jax.tree.leaves(new))
+
+
+def test_a_run_from_before_the_last_kind_of_data_continues(tmp_path):
+    old = jax.device_put(_small(3))
+    count = len(old.norms.seen) - 1
+    seen = jnp.arange(1, count + 1, dtype=jnp.int32)
+    norms = spikes.UsualNorms(jnp.full(count, 2.5), seen, jnp.zeros(count, jnp.int32))
+    saver = Checkpointer(tmp_path, 2)
+    saver.save(dataclasses.replace(old, norms=norms), META, None)
+    saver.close()
+
+    two = sharding.make_mesh(2)
+    shardings = sharding.state_shardings(two, old)
+    new, _ = Checkpointer(tmp_path, 2).restore(abstract_state(old, shardings))
+    assert new.norms.log_norm.tolist() == [2.5] * count + [0]
+    assert new.norms.seen.tolist() == [*range(1, count + 1), 0]
+    assert int(new.step) == 3
+    jax.tree.map(np.testing.assert_array_equal, new.moments, old.moments)
+    assert all(leaf.sharding.mesh.size == 2 for leaf in jax.tree.leaves(new.norms))
 
 
 def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path):
