@@ -152,7 +152,7 @@ def boxes_and_scores(
     Boxes are clipped to the image. A score is -1 where no detection is possible: the anchor is
     outside the image, the box has no area, the score is not finite, or the row of `texts` is zero.
     """
-    regions = model.encode_image(images)
+    regions = model.encode_image(images, sizes=sizes)
     boxes, box_mask = clipped_boxes(model, regions, images.shape[1:3], sizes)
     scores = score_names(model, regions, texts, jnp.any(texts != 0, axis=-1), config)
     return boxes, jnp.where(box_mask[:, None], scores, -1.0)

@@ -40,7 +40,7 @@ def predict(
     Returns:
       Boxes clipped to the image. A score that is not finite does not count as a detection.
     """
-    regions = model.encode_image(images)
+    regions = model.encode_image(images, sizes=sizes)
     canvas = (images.shape[1], images.shape[2])
     boxes, box_mask = clipped_boxes(model, regions, canvas, sizes)
     score_block = lambda block: score_names(model, regions, block[0], block[1], config)

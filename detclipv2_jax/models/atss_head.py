@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.models.deform_conv import deform_conv_by_kernel, deform_conv_levels
@@ -89,10 +89,20 @@ class ConvNormRelu(nnx.Module):
         )
         self.norm = GroupNorm(cfg.channels, cfg.groups)
 
-    def __call__(self, x: Float[Array, "B H W C"], packed: PackedLevels) -> Float[Array, "B H W D"]:
-        """Return the packed map of the layer's output, with zeros in the gaps."""
-        x = jax.nn.relu(self.norm(self.conv(x), packed))
-        return jnp.where(packed.mask, x, jnp.zeros((), x.dtype))  # jax2onnx reads 0 as float64
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        packed: PackedLevels,
+        inside: Bool[Array, "B H W 1"] | None = None,
+    ) -> Float[Array, "B H W D"]:
+        """Return the packed map of the layer's output, with zeros in the gaps.
+
+        With `inside`, the pixels of the images: the others are zero too, and the statistics of the
+        norm are those of the images.
+        """
+        x = jax.nn.relu(self.norm(self.conv(x), packed, inside))
+        mask = packed.mask if inside is None else inside
+        return jnp.where(mask, x, jnp.zeros((), x.dtype))  # jax2onnx reads 0 as float64
 
 
 class DeformConv(nnx.Module):
@@ -196,22 +206,43 @@ class ATSSHead(nnx.Module):
         self.scales = nnx.Param(jnp.ones((levels,), jnp.float32))
 
     @jax.named_scope("head")
-    def __call__(self, levels: Sequence[Float[Array, "B H W C"]]) -> RegionOutputs:
-        """Return the outputs for all anchors: levels fine to coarse, each level row by row."""
+    def __call__(
+        self,
+        levels: Sequence[Float[Array, "B H W C"]],
+        extents: Int[Array, "B levels 2"] | None = None,
+    ) -> RegionOutputs:
+        """Return the outputs for all anchors: levels fine to coarse, each level row by row.
+
+        Args:
+            levels: the neck's levels, fine to coarse.
+            extents: of each image on each level (`level_extents`). The levels must be zero beyond
+                them. Then an image's outputs do not depend on its padding: convolutions read zeros
+                there, as beyond the canvas, and the norms' statistics are those of the image. The
+                outputs of anchors in the padding are undefined. None: padding counts like the
+                image.
+        """
         packed = PackedLevels(tuple(x.shape[1:3] for x in levels))
         x = packed.pack(levels)
-        branch = self._branch_by_kernels if self.has_kernels(x.shape) else self._branch
+        inside = None if extents is None else packed.inside(extents)
+        branch = functools.partial(
+            self._branch_by_kernels if self.has_kernels(x.shape) else self._branch,
+            packed=packed,
+            extents=extents,
+            inside=inside,
+        )
         scores = self.proposal_scores
         outputs = [self.box, self.centerness, *(getattr(self, name) for name in scores)]
         if self.dcn is not None:
             outputs.append(self.dcn.offset)
         with jax.named_scope("regression_branch"):
             # A box needs more digits than bfloat16 has: 0.4 % of a delta.
-            box, centerness, *rest = branch(self.reg_convs, outputs, x, packed, precise=True)
+            box, centerness, *rest = branch(self.reg_convs, outputs, x, precise=True)
         scores, sampling = dict(zip(scores, rest)), rest[len(scores) :]
         region = x if self.dcn is None else self.dcn(x, *sampling, packed)
+        if inside is not None:
+            region = jnp.where(inside, region, jnp.zeros((), region.dtype))
         with jax.named_scope("classification_branch"):
-            (embeddings,) = branch(self.cls_convs, [self.embed], region, packed)
+            (embeddings,) = branch(self.cls_convs, [self.embed], region)
         with jax.named_scope("outputs"):
             return self._outputs(embeddings, box, {"centerness": centerness, **scores}, packed)
 
@@ -244,42 +275,47 @@ class ATSSHead(nnx.Module):
         )
         return place.vmem_budget() >= needed
 
-    def _branch(self, convs, outputs, x, packed, precise=False) -> list[Array]:
+    def _branch(self, convs, outputs, x, packed, extents, inside, precise=False) -> list[Array]:
         """Return the maps of `outputs` after `convs`; `outputs` run as one joint convolution.
 
         If `precise`, that convolution does not round its kernel and its result to bfloat16.
         """
         for layer in convs:
-            x = layer(x, packed)
+            x = layer(x, packed, inside)
         with jax.named_scope("outputs"):
             kernel = _joint_kernel(outputs)
             if precise:
                 return _split(conv.conv3x3_float32(x, kernel), outputs)
             return _split(conv.conv3x3(x, kernel.astype(x.dtype)), outputs)
 
-    def _branch_by_kernels(self, convs, outputs, x, packed, precise=False) -> list[Array]:
+    def _branch_by_kernels(
+        self, convs, outputs, x, packed, extents, inside, precise=False
+    ) -> list[Array]:
         """Compute `_branch` by TPU kernels.
 
         Each kernel normalizes and activates its input, which is the convolution before it, and
         returns the statistics of its own convolution.
         """
-        convolve = lambda images, kernel, dtype=None: packed_conv.packed_conv(
-            *images, kernel, packed.rectangles, dtype
-        )
+
+        def convolve(images, kernel, dtype=None):
+            x, norm, extents = images
+            return packed_conv.packed_conv(x, norm, kernel, packed.rectangles, extents, dtype)
+
         norm = None
         for layer in convs:
             kernel = layer.conv.kernel[...]
-            x, statistics = place.on_each_device(convolve, (x, norm), kernel)
+            x, statistics = place.on_each_device(convolve, (x, norm, extents), kernel)
             norm = packed_conv.Norm(
                 *layer.norm.scale_and_offset(statistics.mean, statistics.variance)
             )
         with jax.named_scope("outputs"):
             kernel = _joint_kernel(outputs)
+            images = (x, norm, extents)
             if not precise:
-                return _split(place.on_each_device(convolve, (x, norm), kernel)[0], outputs)
+                return _split(place.on_each_device(convolve, images, kernel)[0], outputs)
             wide = functools.partial(convolve, dtype=jnp.float32)
             parts = jnp.concatenate(conv.high_and_low(kernel), axis=-1)
-            high, low = jnp.split(place.on_each_device(wide, (x, norm), parts)[0], 2, axis=-1)
+            high, low = jnp.split(place.on_each_device(wide, images, parts)[0], 2, axis=-1)
             return _split(high + low, outputs)
 
 

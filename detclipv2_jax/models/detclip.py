@@ -17,6 +17,7 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.models.atss_head import ATSSHead, HeadConfig, RegionOutputs
 from detclipv2_jax.models.fpn import FPN
 from detclipv2_jax.models.initializers import Draws
+from detclipv2_jax.models.padding import level_extents
 from detclipv2_jax.models.remat import Remat
 from detclipv2_jax.models.swin import Swin, SwinConfig
 from detclipv2_jax.models.text import TextConfig, TextTower
@@ -49,6 +50,10 @@ class DetCLIPConfig:
             unrelated features have a standard deviation of 1/16. So the logits of negatives start
             within ±2 of the bias, and a cosine of 0.5 is already a confident match:
             0.5/0.07 - 4.6 = 2.5. Dot products always start at scale 1.
+        mask_padding: whether neck and head ignore the padding of the canvas: their convolutions
+            read zeros there, and the statistics of the norms are those of the image. The outputs
+            for an image then hardly depend on its canvas: only the backbone's windows still see
+            padding at the image's border.
         prior: probability that an untrained model predicts for every concept at every anchor
             (RetinaNet uses 0.01). The bias starts at log(prior / (1 - prior)).
         dtype: of the activations; parameters, statistics of the norms and softmax are float32.
@@ -70,6 +75,7 @@ class DetCLIPConfig:
     anchors: AnchorConfig = AnchorConfig()
     similarity: str = "cosine"
     initial_scale: float = 1 / 0.07
+    mask_padding: bool = False
     prior: float = 0.01
     dtype: str = "float32"
     remat: Remat = "none"
@@ -162,6 +168,7 @@ class DetCLIP(nnx.Module):
         self,
         images: UInt8[Array, "B H W 3"],
         drop_path_factors: Float[Array, "N 2 B"] | None = None,
+        sizes: Int[Array, "B 2"] | None = None,
     ) -> RegionOutputs:
         """Return embedding, box and centerness of every anchor of `anchor_grid(H, W, cfg.anchors)`.
 
@@ -169,12 +176,17 @@ class DetCLIP(nnx.Module):
             images: RGB, 0..255, any size.
             drop_path_factors: drop path factors of the backbone's N blocks
                 (`backbone.draw_drop_path`); None at inference.
+            sizes: height and width of each image on its canvas, pixels. None: the whole canvas.
+                Read only if `mask_padding`.
 
         Returns:
             float32 outputs. The embeddings are unit vectors if `similarity` is "cosine".
         """
+        extents = None
+        if self.cfg.mask_padding and sizes is not None:
+            extents = level_extents(sizes, self.cfg.anchors.strides)
         maps = self.backbone(normalize_images(images), drop_path_factors)
-        outputs = self.head(self.neck(maps))
+        outputs = self.head(self.neck(maps, extents), extents)
         return dataclasses.replace(outputs, embeddings=self._comparable(outputs.embeddings))
 
     def encode_text(self, tokens: Int[Array, "M L"]) -> Float[Array, "M D"]:

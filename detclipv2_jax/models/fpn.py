@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from detclipv2_jax.models.initializers import Draws, xavier
+from detclipv2_jax.models.padding import zero_padding
 from detclipv2_jax.ops import conv
 
 
@@ -88,13 +89,27 @@ class FPN(nnx.Module):
 
     @jax.named_scope("neck")
     def __call__(
-        self, maps: tuple[Float[Array, "B H W C"], ...]
+        self,
+        maps: tuple[Float[Array, "B H W C"], ...],
+        extents: Int[Array, "B 5 2"] | None = None,
     ) -> tuple[Float[Array, "B H2 W2 D"], ...]:
-        """Return P3 to P7 (strides 8 to 128) from the backbone's maps of strides 8, 16 and 32."""
+        """Return P3 to P7 (strides 8 to 128) from the backbone's maps of strides 8, 16 and 32.
+
+        Args:
+            maps: the backbone's maps.
+            extents: of each image on each level (`level_extents`). Beyond them every convolution
+                reads zeros, as beyond the canvas, and the returned levels are zero. None: what
+                the backbone computed there counts like the image.
+        """
+        masked = lambda x, level: zero_padding(x, None if extents is None else extents[:, level])
         merged = [lateral(x) for lateral, x in zip(self.lateral, maps, strict=True)]
+        merged[-1] = masked(merged[-1], len(merged) - 1)
         for level in reversed(range(len(merged) - 1)):
-            merged[level] += upsample_to(merged[level + 1], merged[level])
-        levels = [output(x) for output, x in zip(self.output, merged, strict=True)]
-        for extra in self.extra:
-            levels.append(extra(levels[-1]))
+            up = upsample_to(merged[level + 1], merged[level])
+            merged[level] = masked(merged[level] + up, level)
+        levels = []
+        for level, (output, x) in enumerate(zip(self.output, merged, strict=True)):
+            levels.append(masked(output(x), level))
+        for level, extra in enumerate(self.extra, len(levels)):
+            levels.append(masked(extra(levels[-1]), level))
         return tuple(levels)

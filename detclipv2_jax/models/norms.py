@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from detclipv2_jax.models.packed_levels import PackedLevels
 
@@ -75,48 +75,68 @@ standardize_patches.defvjp(functools.partial(_forward, _patch_average), _patches
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def standardize_levels(
-    x: Float[Array, "B H W C"], groups: int, packed: PackedLevels
+    x: Float[Array, "B H W C"],
+    groups: int,
+    packed: PackedLevels,
+    inside: Bool[Array, "B H W 1"] | None = None,
 ) -> Float[Array, "B H W C"]:
     """Scale each group of channels of each level of a packed map to mean 0 and variance 1.
 
     Each level is cut out before its conversion to float32, so no whole map is stored in float32.
-    Values in the gaps are undefined.
+    Values in the gaps are undefined. With `inside`, only these pixels count and have a gradient,
+    and the others are undefined too.
     """
-    return _levels_forward(x, groups, packed)[0]
+    return _levels_forward(x, groups, packed, inside)[0]
 
 
-def _levels_forward(x, groups, packed):
+def _levels_forward(x, groups, packed, inside):
     means, inverses = [], []
-    for level in packed.unpack(x):
-        means.append(_average(level.astype(jnp.float32), groups))
+    for level, part in zip(packed.unpack(x), _unpack(packed, inside)):
+        means.append(_average(level.astype(jnp.float32), groups, part))
         centered = level.astype(jnp.float32) - means[-1]
-        inverses.append(jax.lax.rsqrt(_average(jnp.square(centered), groups) + EPS))
+        inverses.append(jax.lax.rsqrt(_average(jnp.square(centered), groups, part) + EPS))
     centered = x.astype(jnp.float32) - _spread(means, packed)
     y = (centered * _spread(inverses, packed)).astype(x.dtype)
-    return y, (y, inverses)
+    return y, (y, inverses, inside)
 
 
 def _levels_backward(groups, packed, saved, gradient):
-    y, inverses = saved
+    y, inverses, inside = saved
     gradient_means, product_means = [], []
-    for level, slope in zip(packed.unpack(y), packed.unpack(gradient)):
+    for level, slope, part in zip(
+        packed.unpack(y), packed.unpack(gradient), _unpack(packed, inside)
+    ):
         slope = slope.astype(jnp.float32)
-        gradient_means.append(_average(slope, groups))
-        product_means.append(_average(slope * level.astype(jnp.float32), groups))
+        gradient_means.append(_average(slope, groups, part))
+        product_means.append(_average(slope * level.astype(jnp.float32), groups, part))
     wide = gradient.astype(jnp.float32) - _spread(gradient_means, packed)
     wide = wide - y.astype(jnp.float32) * _spread(product_means, packed)
-    return ((wide * _spread(inverses, packed)).astype(gradient.dtype),)
+    wide = wide * _spread(inverses, packed)
+    if inside is not None:
+        wide = jnp.where(inside, wide, 0.0)
+    return wide.astype(gradient.dtype), None
+
+
+def _unpack(packed: PackedLevels, inside: Array | None) -> list[Array | None]:
+    return [None] * len(packed.sizes) if inside is None else packed.unpack(inside)
 
 
 standardize_levels.defvjp(_levels_forward, _levels_backward)
 
 
-def _average(level: Float[Array, "B H W C"], groups: int) -> Float[Array, "B 1 1 C"]:
-    """Return for each channel the mean over its group and all pixels.
+def _average(
+    level: Float[Array, "B H W C"], groups: int, inside: Bool[Array, "B H W 1"] | None
+) -> Float[Array, "B 1 1 C"]:
+    """Return for each channel the mean over its group and all pixels, or those `inside`.
 
     Pixels are averaged first: a reshape to groups of 8 channels would be padded to 128 on TPUs.
     """
-    return _group_average(jnp.mean(level, axis=(1, 2)), groups)[:, None, None]
+    if inside is None:
+        means = jnp.mean(level, axis=(1, 2))
+    else:
+        count = jnp.maximum(jnp.sum(inside, axis=(1, 2)), 1)  # an empty slot covers no pixel
+        means = jnp.sum(jnp.where(inside, level, 0.0), axis=(1, 2)) / count
+    return _group_average(means, groups)[:, None, None]
 
 
 def _group_average(values: Float[Array, "... C"], groups: int) -> Float[Array, "... C"]:
@@ -166,10 +186,18 @@ class GroupNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
 
-    def __call__(self, x: Float[Array, "B H W C"], packed: PackedLevels) -> Float[Array, "B H W C"]:
-        """Return the normalized packed map, in the same dtype; values in the gaps are undefined."""
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        packed: PackedLevels,
+        inside: Bool[Array, "B H W 1"] | None = None,
+    ) -> Float[Array, "B H W C"]:
+        """Return the normalized packed map, in the same dtype; values in the gaps are undefined.
+
+        With `inside`, only these pixels count in the statistics; the others are undefined too.
+        """
         scale, bias = self.scale[...].astype(x.dtype), self.bias[...].astype(x.dtype)
-        return standardize_levels(x, self.groups, packed) * scale + bias
+        return standardize_levels(x, self.groups, packed, inside) * scale + bias
 
     def scale_and_offset(
         self,

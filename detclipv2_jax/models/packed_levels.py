@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,21 @@ class PackedLevels:
     def mask(self) -> Bool[np.ndarray, "H W 1"]:
         """True for the pixels of the packed map that belong to any level, False in the gaps."""
         return np.any([self.level_mask(level) for level in range(len(self.sizes))], axis=0)
+
+    def inside(self, extents: Int[Array, "B levels 2"]) -> Bool[Array, "B H W 1"]:
+        """Return True for the pixels of the packed map that an image covers, per image.
+
+        Args:
+            extents: rows and columns of each level that an image covers (`level_extents`).
+        """
+        rows, columns = (np.arange(size) for size in self.shape)
+        covered = []
+        for level, (top, left) in enumerate(self.corners):
+            height, width = extents[:, level, 0, None, None], extents[:, level, 1, None, None]
+            in_rows = (rows[:, None] >= top) & (rows[:, None] < top + height)  # (B, H, 1)
+            in_columns = (columns >= left) & (columns < left + width)  # (B, 1, W)
+            covered.append(in_rows & in_columns)
+        return functools.reduce(jnp.logical_or, covered)[..., None]
 
     @property
     def _slices(self) -> list[tuple[slice, slice]]:

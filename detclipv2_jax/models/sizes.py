@@ -7,14 +7,17 @@ from detclipv2_jax.models.text import TextConfig
 
 # Yao et al. 2023, §4.1: Swin with window 7 (T) or 12 (L) and drop path 0.2, FPN and head of 256
 # channels, the text tower of CLIP ViT-B. Embeddings have the 512 dimensions of CLIP's projection,
-# which is trained; the paper's tower (FILIP's) has a trained projection too.
+# which is trained; the paper's tower (FILIP's) has a trained projection too. Padding is
+# masked [ours].
 SWIN_T = DetCLIPConfig(
     swin=SwinConfig(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window=7),
+    mask_padding=True,
     dtype="bfloat16",
     remat="blocks",
 )
 SWIN_L = DetCLIPConfig(
     swin=SwinConfig(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window=12),
+    mask_padding=True,
     dtype="bfloat16",
     remat="blocks",
     loop=True,

@@ -82,7 +82,8 @@ def loss_and_gradient(
         params,
     )
     factors = replicated_model(params).backbone.draw_drop_path(key, len(batch.images))
-    images = _Images(batch.images, None if factors is None else jnp.moveaxis(factors, -1, 0))
+    by_image = None if factors is None else jnp.moveaxis(factors, -1, 0)
+    images = _Images(batch.images, batch.sizes, by_image)
     run = _Run(graphdef, config, micro_batches, None if replicated is None else replicated.mesh)
     accumulated = (_image_text if batch.kind == "image_text" else _dense)(
         run, params, concepts, images, batch
@@ -97,12 +98,13 @@ class _Images(NamedTuple):
     """Inputs of the image tower, with the images along the first axis."""
 
     pixels: UInt8[Array, "B H W 3"]
+    sizes: Int[Array, "B 2"]
     drop_path_factors: Float[Array, "B N 2"] | None
 
     def encode(self, model: detclip.DetCLIP) -> detclip.RegionOutputs:
         factors = self.drop_path_factors
         return model.encode_image(
-            self.pixels, None if factors is None else jnp.moveaxis(factors, 0, -1)
+            self.pixels, None if factors is None else jnp.moveaxis(factors, 0, -1), self.sizes
         )
 
 

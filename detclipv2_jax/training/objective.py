@@ -91,7 +91,7 @@ def dense_loss(
       replicated: sharding of an array that every device holds; None on one device.
     """
     drop_path_factors = model.backbone.draw_drop_path(key, len(batch.images))
-    regions = model.encode_image(batch.images, drop_path_factors)
+    regions = model.encode_image(batch.images, drop_path_factors, batch.sizes)
     scaled_concepts = model.scale() * encode_concepts(model, batch.tokens, replicated)
     canvas, with_boxes = batch.canvas, has_box_losses(batch.kind, config)
     assign = functools.partial(
@@ -306,7 +306,7 @@ def image_text_loss(
     those of `dense_loss`.
     """
     drop_path_factors = model.backbone.draw_drop_path(key, len(batch.images))
-    regions = model.encode_image(batch.images, drop_path_factors)
+    regions = model.encode_image(batch.images, drop_path_factors, batch.sizes)
     concepts = encode_concepts(model, batch.tokens, replicated)
     pools = concept_pools(batch, config)
     selection = select_regions(

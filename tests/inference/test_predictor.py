@@ -36,7 +36,7 @@ class Scripted:
             jnp.asarray(logits), jnp.asarray(deltas), jnp.asarray(centerness)
         )
 
-    def encode_image(self, images):
+    def encode_image(self, images, sizes):
         return self._outputs
 
     def logits(self, regions, texts):

@@ -62,6 +62,51 @@ def test_group_norm_has_statistics_per_level():
     np.testing.assert_allclose(run(pixels), expected, atol=1e-5)
 
 
+def test_group_norm_of_images_smaller_than_their_canvas():
+    """Values and gradients of each image's pixels, by the definition in float64."""
+    norm, scale, bias = parameters(GroupNorm(6, 2), 6)
+    extents = np.asarray([[[4, 5], [2, 3], [1, 2], [1, 1]], [[0, 0]] * 4])
+    pixels = RNG.normal(size=(2, 52, 6)).astype(np.float32)
+    weights = RNG.normal(size=(2, 52, 6)).astype(np.float32)
+    covered = np.zeros((2, 52, 1), bool)
+    for image, parts in enumerate(extents):
+        start = 0
+        for (height, width), (rows, columns) in zip(PACKED.sizes, parts):
+            for row in range(rows):
+                covered[image, start + row * width : start + row * width + columns] = True
+            start += height * width
+
+    def run(pixels):
+        x = PACKED.unflatten(pixels)
+        inside = PACKED.inside(jnp.asarray(extents))
+        return PACKED.flatten(jnp.where(inside, norm(x, PACKED, inside), 0.0))
+
+    value, back = jax.vjp(jax.jit(run), jnp.asarray(pixels))
+    assert (np.asarray(value)[~covered[..., 0]] == 0).all()
+
+    def exact(x):
+        x, result, start = x.copy(), np.zeros((2, 52, 6)), 0
+        for height, width in PACKED.sizes:
+            here = np.zeros(52, bool)
+            here[start : start + height * width] = True
+            start += height * width
+            here &= covered[0, :, 0]
+            for group in (slice(0, 3), slice(3, 6)):
+                part = x[0, here, group]
+                result[0, here, group] = (part - part.mean()) / (part.var() + 1e-5) ** 0.5
+        return np.where(covered, result * scale + bias, 0)
+
+    wide = pixels.astype(np.float64)
+    np.testing.assert_allclose(value, exact(wide), atol=1e-5)
+    (gradient,) = back(jnp.asarray(weights))
+    assert (np.asarray(gradient)[~covered[..., 0]] == 0).all()
+    for index in np.argwhere(np.broadcast_to(covered, pixels.shape))[::17]:
+        step = np.zeros_like(wide)
+        step[tuple(index)] = 1e-5
+        slope = np.vdot(weights, exact(wide + step) - exact(wide - step)) / 2e-5
+        assert gradient[tuple(index)] == pytest.approx(slope, abs=2e-4)
+
+
 def test_gradients_are_those_of_autodiff():
     layer, scale, bias = parameters(LayerNorm(6), 6)
     group = GroupNorm(6, 2)

@@ -33,7 +33,8 @@ VARIANT = LossConfig(
 def model():
     """With a drop path, and moved away from the zeros where some gradients vanish."""
     swin = dataclasses.replace(tiny_model.CONFIG.swin, drop_path=0.5)
-    graphdef, params = detclip.create(dataclasses.replace(tiny_model.CONFIG, swin=swin), 0)
+    cfg = dataclasses.replace(tiny_model.CONFIG, swin=swin, mask_padding=True)
+    graphdef, params = detclip.create(cfg, 0)
     return graphdef, jax.tree.map(lambda p: p + 0.01, params)
 
 

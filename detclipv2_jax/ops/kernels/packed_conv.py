@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from detclipv2_jax.ops.kernels import common, place
 from detclipv2_jax.ops.kernels.common import TILE, Ref, dot
@@ -94,10 +94,17 @@ class _Tiling:
         most = max(_PIECE // self.pitch, 1)
         return max(n for n in range(1, min(most, self.rows) + 1) if self.rows % n == 0)
 
-    @property
-    def pixels(self) -> Float[Array, "levels 1"]:
-        """Pixels per level."""
-        return jnp.asarray([[height * width] for _, _, height, width in self.levels], jnp.float32)
+    def of_image(self, extents: Ref | None) -> "_Tiling":
+        """Return the tiling with the levels' parts that the step's image covers; in a kernel."""
+        if extents is None:
+            return self
+        image = pl.program_id(0) * (self.batch // self.cores) + pl.program_id(1)
+        first = image * (2 * len(self.levels))
+        levels = tuple(
+            (top, left, extents[first + 2 * level], extents[first + 2 * level + 1])
+            for level, (top, left, _, _) in enumerate(self.levels)
+        )
+        return dataclasses.replace(self, levels=levels)
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -121,6 +128,7 @@ def packed_conv(
     norm: Norm | None,
     kernel: Float[Array, "3 3 C O"],
     levels: Levels,
+    extents: Int[Array, "B levels 2"] | None = None,
     out_dtype: Any = None,
 ) -> tuple[Float[Array, "B H W O"], Statistics]:
     """Convolve relu(x · factor + offset), or x itself, with zeros around each level.
@@ -130,40 +138,49 @@ def packed_conv(
       norm: factors and offsets; None: x is convolved as it is, without a ReLU.
       kernel: float32. Products are computed in x's dtype, its gradient is summed in float32.
       levels: rectangles of the levels, at least one pixel apart.
+      extents: rows and columns of each level that count, per image; the rest of a level is then a
+        gap. None: all.
       out_dtype: of the convolved map; None: x's dtype.
 
     Returns:
       The convolved map, undefined in the gaps, and the statistics of its levels.
     """
     tiling = _Tiling(*x.shape, kernel.shape[-1], levels, x.dtype, out_dtype or x.dtype)
-    y, mean, squares = _convolve(tiling, x, norm, kernel)
-    return y, Statistics(mean, squares / tiling.pixels)
+    y, mean, squares = _convolve(tiling, x, norm, kernel, extents)
+    return y, Statistics(mean, squares / _pixels(tiling, extents))
+
+
+def _pixels(tiling: _Tiling, extents: Array | None) -> Float[Array, "... levels 1"]:
+    """Return the pixels per level, or per image and level; at least 1."""
+    if extents is None:
+        extents = jnp.asarray([level[2:] for level in tiling.levels])
+    return jnp.maximum(jnp.prod(extents, axis=-1, keepdims=True), 1).astype(jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _convolve(
-    tiling: _Tiling, x: Array, norm: Norm | None, kernel: Array
+    tiling: _Tiling, x: Array, norm: Norm | None, kernel: Array, extents: Array | None
 ) -> tuple[Array, Array, Array]:
     """Return the convolved map and, of each level, the mean and the sum of squared deviations."""
-    done = _call_forward(tiling, x, norm, kernel)
+    done = _call_forward(tiling, x, norm, kernel, extents)
     return done.y, done.mean, done.squares
 
 
-def _convolve_and_save(tiling, x, norm, kernel):
-    done = _call_forward(tiling, x, norm, kernel)
-    return (done.y, done.mean, done.squares), (x, norm, kernel, done.y, done.mean)
+def _convolve_and_save(tiling, x, norm, kernel, extents):
+    done = _call_forward(tiling, x, norm, kernel, extents)
+    return (done.y, done.mean, done.squares), (x, norm, kernel, extents, done.y, done.mean)
 
 
 def _convolve_backward(tiling, saved, gradients):
-    x, norm, kernel, y, mean = saved
+    x, norm, kernel, extents, y, mean = saved
     grad_y, grad_mean, grad_squares = gradients
     # A pixel also acts through its level's statistics: its gradient is grad_y + slope · y +
     # constant, since d mean / dy = 1 / pixels and d squares / dy = 2 (y - mean).
     slope = 2.0 * grad_squares
-    constant = grad_mean / tiling.pixels - slope * mean
+    constant = grad_mean / _pixels(tiling, extents) - slope * mean
     through = _Through(y, grad_y, slope, constant)
-    done = _call_backward(tiling, x, norm, kernel, through)
-    return done.grad_x, done.grad_norm, done.grad_kernel.sum(0)
+    done = _call_backward(tiling, x, norm, kernel, extents, through)
+    return done.grad_x, done.grad_norm, done.grad_kernel.sum(0), None
 
 
 _convolve.defvjp(_convolve_and_save, _convolve_backward)
@@ -240,6 +257,7 @@ def _cost(tiling: _Tiling, products: int, inputs: float, outputs: float) -> pl.C
 class _Forward(NamedTuple):
     """What the forward kernel sees."""
 
+    extents: Ref | None  # (B · levels · 2), of all images
     x: _Band
     norm: Norm | None  # of (1, levels, C)
     taps: Ref  # (9, C, O): the kernel
@@ -251,13 +269,20 @@ class _Forward(NamedTuple):
     band_squares: Ref  # (levels, O), float32
 
 
-def _call_forward(tiling: _Tiling, x: Array, norm: Norm | None, kernel: Array) -> _Forward:
+def _extents_input(extents: Array | None) -> common.Input | None:
+    return None if extents is None else common.scalars(extents.astype(jnp.int32).reshape(-1))
+
+
+def _call_forward(
+    tiling: _Tiling, x: Array, norm: Norm | None, kernel: Array, extents: Array | None
+) -> _Forward:
     taps = kernel.reshape(9, tiling.inputs, tiling.outputs).astype(tiling.dtype)
     per_level = (len(tiling.levels), tiling.outputs)
     statistics = common.Output(
         (tiling.batch, *per_level), jnp.float32, _levels_block(tiling, tiling.outputs)
     )
     refs = _Forward(
+        extents=_extents_input(extents),
         x=_band_with_neighbors(tiling, x),
         norm=_norm_inputs(tiling, norm),
         taps=common.whole(taps),
@@ -281,6 +306,7 @@ def _call_forward(tiling: _Tiling, x: Array, norm: Norm | None, kernel: Array) -
 
 def _forward_kernel(tiling: _Tiling, refs: _Forward) -> None:
     """Compute one band of y = conv3x3(relu(x · factor + offset)) and update the statistics."""
+    tiling = tiling.of_image(refs.extents)
 
     def activated(r: Any, value: Array) -> Array:
         row = _row(tiling, r)
@@ -350,6 +376,7 @@ def _sum_level(tiling: _Tiling, level: int, sums: Ref, values: Callable[[Any], A
 class _Backward(NamedTuple):
     """What the backward kernel sees."""
 
+    extents: Ref | None  # (B · levels · 2), of all images
     grad_y: _Band
     y: _Band
     slope: Ref  # (1, levels, O), see `_Through`
@@ -365,7 +392,12 @@ class _Backward(NamedTuple):
 
 
 def _call_backward(
-    tiling: _Tiling, x: Array, norm: Norm | None, kernel: Array, through: _Through
+    tiling: _Tiling,
+    x: Array,
+    norm: Norm | None,
+    kernel: Array,
+    extents: Array | None,
+    through: _Through,
 ) -> _Backward:
     # The gradient of the input is a convolution too, with the kernel turned by 180 degrees.
     taps = kernel[::-1, ::-1].swapaxes(2, 3).reshape(9, tiling.outputs, tiling.inputs)
@@ -373,6 +405,7 @@ def _call_backward(
     per_level = _levels_block(tiling, tiling.outputs)
     norm_block = _levels_block(tiling, tiling.inputs)
     refs = _Backward(
+        extents=_extents_input(extents),
         grad_y=_band_with_neighbors(tiling, through.grad_y),
         y=_band_with_neighbors(tiling, through.y),
         slope=common.Input(through.slope, per_level),
@@ -405,6 +438,7 @@ def _backward_kernel(tiling: _Tiling, refs: _Backward) -> None:
     kernel[i, j]: + Σ over pixels of a[row + i - 1, column + j - 1]ᵀ · g[row, column]
     x, factor, offset: `_write_grad_x` of each row of grad a
     """
+    tiling = tiling.of_image(refs.extents)
     first_band = pl.program_id(2) == 0
 
     @pl.when(first_band & (pl.program_id(1) == 0))

@@ -20,41 +20,50 @@ SLOW = pytest.mark.slow
 PYRAMID = ((6, 5), (3, 3), (2, 2), (1, 1), (1, 1))
 
 
-def plain(x, norm, kernel, packed):
+def plain(x, norm, kernel, packed, extents=None):
     """The same in plain JAX: zeros in the gaps of the map, statistics of every level."""
+    mask = packed.mask if extents is None else packed.inside(extents)
     if norm is not None:
         spread = lambda values: sum(
             jnp.where(packed.level_mask(level), values[:, level, None, None], 0)
             for level in range(len(packed.sizes))
         )
         x = jax.nn.relu(x * spread(norm.factor) + spread(norm.offset))
-    x = jnp.where(packed.mask, x, 0)
+    x = jnp.where(mask, x, 0)
     numbers = ("NHWC", "HWIO", "NHWC")
     y = jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=numbers)
-    levels = packed.unpack(y)
-    mean = jnp.stack([jnp.mean(level, axis=(1, 2)) for level in levels], axis=1)
-    variance = jnp.stack([jnp.var(level, axis=(1, 2)) for level in levels], axis=1)
-    return jnp.where(packed.mask, y, 0), mean, variance
+    everywhere = jnp.broadcast_to(mask, (len(x), *mask.shape[-3:]))
+    levels = list(zip(packed.unpack(y), packed.unpack(everywhere)))
+    mean = [jnp.mean(level, (1, 2), where=part) for level, part in levels]
+    variance = [jnp.var(level, (1, 2), where=part) for level, part in levels]
+    statistics = (jnp.stack(values, axis=1) for values in (mean, variance))
+    return jnp.where(mask, y, 0), *statistics
 
 
-def by_kernel(x, norm, kernel, packed):
-    y, statistics = packed_conv.packed_conv(x, norm, kernel, packed.rectangles)
-    return jnp.where(packed.mask, y, 0), statistics.mean, statistics.variance
+def by_kernel(x, norm, kernel, packed, extents=None):
+    y, statistics = packed_conv.packed_conv(x, norm, kernel, packed.rectangles, extents)
+    mask = packed.mask if extents is None else packed.inside(extents)
+    return jnp.where(mask, y, 0), statistics.mean, statistics.variance
+
+
+# Rows and columns of PYRAMID that images smaller than their canvas cover.
+SMALLER = np.asarray([[[4, 3], [2, 2], [1, 1], [1, 1], [1, 1]], [[6, 2], [3, 1]] + [[1, 1]] * 3])
 
 
 @pytest.mark.parametrize(
-    ("sizes", "images", "channels", "normed", "tokens"),
+    ("sizes", "images", "channels", "normed", "tokens", "extents"),
     [
-        (PYRAMID, 2, (8, 6), True, 48),  # bands of three rows, of seven rows
-        (PYRAMID, 1, (8, 6), False, 2560),
-        pytest.param(((1, 1),), 1, (4, 4), True, 16, marks=SLOW),
-        pytest.param(((5, 16),), 3, (4, 8), True, 64, marks=SLOW),  # a whole tile wide
-        pytest.param(((9, 3),), 2, (4, 8), False, 16, marks=SLOW),  # one row per band
-        pytest.param(((13, 17), (7, 9), (4, 5)), 2, (16, 130), True, 160, marks=SLOW),
+        (PYRAMID, 2, (8, 6), True, 48, None),  # bands of three rows, of seven rows
+        (PYRAMID, 2, (8, 6), True, 48, SMALLER),
+        (PYRAMID, 1, (8, 6), False, 2560, None),
+        pytest.param(((1, 1),), 1, (4, 4), True, 16, None, marks=SLOW),
+        pytest.param(((5, 16),), 3, (4, 8), True, 64, None, marks=SLOW),  # a whole tile wide
+        pytest.param(((9, 3),), 2, (4, 8), False, 16, None, marks=SLOW),  # one row per band
+        pytest.param(((13, 17), (7, 9), (4, 5)), 2, (16, 130), True, 160, None, marks=SLOW),
     ],
 )
 def test_map_statistics_and_gradients_equal_those_of_plain_jax(
-    monkeypatch, sizes, images, channels, normed, tokens
+    monkeypatch, sizes, images, channels, normed, tokens, extents
 ):
     monkeypatch.setattr(packed_conv, "_TOKENS", tokens)
     monkeypatch.setattr(packed_conv, "_PIECE", 32)
@@ -65,13 +74,14 @@ def test_map_statistics_and_gradients_equal_those_of_plain_jax(
     pair = lambda width: [noise(images, levels, width) for _ in range(2)]
     norm = packed_conv.Norm(*pair(inputs)) if normed else None
     grad_outs = noise(images, *packed.shape, outputs), *pair(outputs)
+    mask = packed.mask if extents is None else packed.inside(extents)
 
     def everything(function, gaps):
         def run(x, norm, kernel):
-            x = jnp.where(packed.mask, x, gaps)
-            value, back = jax.vjp(lambda *args: function(*args, packed), x, norm, kernel)
+            x = jnp.where(mask, x, gaps)
+            value, back = jax.vjp(lambda *args: function(*args, packed, extents), x, norm, kernel)
             grad_x, grad_norm, grad_kernel = back(grad_outs)
-            return value, jnp.where(packed.mask, grad_x, 0), grad_norm, grad_kernel
+            return value, jnp.where(mask, grad_x, 0), grad_norm, grad_kernel
 
         return jax.jit(run)(x, norm, kernel)
 
@@ -107,17 +117,31 @@ def use_kernels(monkeypatch):
         monkeypatch.setattr(module, "has_kernels", lambda *_: True)
 
 
-def both(graph, state, sizes, monkeypatch, dtype=jnp.float32):
+def both(graph, state, sizes, monkeypatch, dtype=jnp.float32, extents=None):
     """Outputs and gradients of a head without and with kernels."""
     random = np.random.default_rng(1)
     noise = lambda shape, dtype: jnp.asarray(random.normal(size=shape), dtype)
     levels = [noise((2, *size, 8), dtype) for size in sizes]
-    shapes = jax.eval_shape(lambda: nnx.merge(graph, state)(levels))
+    packed = PackedLevels(sizes)
+    mask = packed.mask if extents is None else packed.inside(extents)
+    everywhere = jnp.broadcast_to(mask, (2, *mask.shape[-3:]))
+    levels = [jnp.where(*pair, 0) for pair in zip(packed.unpack(everywhere), levels)]
+    counted = packed.flatten(everywhere)[..., 0]
+
+    def outputs(state, levels):
+        found = nnx.merge(graph, state)(levels, extents)
+        return jax.tree.map(
+            lambda x: jnp.where(counted.reshape(*counted.shape, *[1] * (x.ndim - 2)), x, 0), found
+        )
+
+    shapes = jax.eval_shape(outputs, state, levels)
     grad_outs = jax.tree.map(lambda x: noise(x.shape, x.dtype), shapes)
 
     def run(state, levels):
-        value, back = jax.vjp(lambda *args: nnx.merge(graph, args[0])(args[1]), state, levels)
-        return value, back(grad_outs)
+        value, back = jax.vjp(outputs, state, levels)
+        grad_state, grad_levels = back(grad_outs)
+        parts = zip(packed.unpack(everywhere), grad_levels)
+        return value, grad_state, [jnp.where(part, x, 0) for part, x in parts]
 
     expected = jax.jit(run)(state, levels)
     with monkeypatch.context() as patch, pltpu.force_tpu_interpret_mode():
@@ -135,6 +159,11 @@ def both(graph, state, sizes, monkeypatch, dtype=jnp.float32):
 )
 def test_a_head_with_kernels_equals_the_plain_head(monkeypatch, sizes, options):
     check_close(*both(*head(sizes, **options), sizes, monkeypatch), 1e-5)
+
+
+def test_so_it_does_for_images_smaller_than_their_canvas(monkeypatch):
+    sizes, extents = PYRAMID[:2], SMALLER[:, :2]
+    check_close(*both(*head(sizes, convs=1), sizes, monkeypatch, extents=extents), 1e-5)
 
 
 @SLOW
@@ -169,14 +198,15 @@ def test_unsupported_inputs_use_xla(monkeypatch):
     assert not made().has_kernels(shape)
 
 
-def test_a_head_lowers_to_tpu_kernels(monkeypatch):
+@pytest.mark.parametrize("extents", [None, SMALLER])
+def test_a_head_lowers_to_tpu_kernels(monkeypatch, extents):
     """Lower forward and backward for a TPU that is not there, without compiling."""
     use_kernels(monkeypatch)
     graph, state = head(PYRAMID, jnp.bfloat16)
     levels = [jnp.zeros((2, *size, 8), jnp.bfloat16) for size in PYRAMID]
 
     def loss(state):
-        outputs = nnx.merge(graph, state)(levels)
+        outputs = nnx.merge(graph, state)(levels, extents)
         return sum(output.sum() for output in jax.tree.leaves(outputs))
 
     text = jax.jit(jax.value_and_grad(loss)).trace(state).lower(lowering_platforms=("tpu",))
@@ -192,7 +222,9 @@ def test_a_bfloat16_map_may_have_a_float32_convolution():
     grad_y = jnp.asarray(random.normal(size=(1, *packed.shape, 6)), jnp.float32)
 
     def run(dtype):
-        convolve = lambda x, k: packed_conv.packed_conv(x, None, k, packed.rectangles, dtype)[0]
+        convolve = lambda x, k: packed_conv.packed_conv(
+            x, None, k, packed.rectangles, out_dtype=dtype
+        )[0]
         y, back = jax.vjp(convolve, x, kernel)
         return jnp.where(packed.mask, y, 0), *back(grad_y.astype(dtype))
 
