@@ -7,11 +7,13 @@ With --config it prints for each kind how the images fill the config's canvases 
 of one to five canvases with the area of the first one: with the rungs and scales of the config, as
 in training, and with each image as large as fits. Fill is pixels of images / pixels of canvases;
 a step costs about as much as its canvases have pixels. It also prints how many concepts would find
-no row in tables of several sizes, over some planned steps. With --data (prepared directories,
+no row in tables of several sizes, over some planned steps, and the model's arithmetic in an epoch
+(models/flops.py). With --data (prepared directories,
 separated by commas) it prints the canvases only, with each image as large as fits.
 --count=3 proposes only sets of three.
 """
 
+import collections
 import dataclasses
 import os
 
@@ -58,6 +60,7 @@ def main(argv: list[str]) -> None:
         opened = [sources[name] for name in found.all_sources]
         print(canvas_table(opened, area, counts, found, found.shapes))
         print("\n" + concept_table(wanted_concepts(plan, kind, _STEPS.value), found.table_size))
+    print("\n" + work_table(config, plan))
 
 
 def canvas_table(
@@ -100,6 +103,23 @@ def canvas_table(
             f"{filled.canvas_pixels:,.0f} | {low:.0f}–{high:.0f} | {shares} |"
         )
     return "\n".join(lines)
+
+
+def work_table(config, plan) -> str:
+    """Return the programs, steps and model FLOPs of the first epoch by kind, as Markdown."""
+    from detclipv2_jax.training import utilization
+
+    steps = collections.Counter(map(plan.program, range(plan.steps_per_epoch)))
+    lines = ["| kind | programs | steps per epoch | model PFLOP per epoch |", "|---|---|---|---|"]
+    total = 0.0
+    for kind in plan.kinds:
+        mine = {canvas: count for (of, canvas), count in steps.items() if of == kind}
+        work = sum(n * utilization.model_flops(config, kind, c) for c, n in mine.items()) / 1e15
+        total += work
+        programs = sum(of == kind for of, _ in plan.programs)
+        lines.append(f"| {kind} | {programs} | {sum(mine.values()):,} | {work:,.1f} |")
+    programs = len(plan.programs)
+    return "\n".join([*lines, f"| all | {programs} | {steps.total():,} | {total:,.1f} |"])
 
 
 def wanted_concepts(plan, kind: str, steps: int) -> np.ndarray:

@@ -16,6 +16,8 @@ from PIL import Image
 from detclipv2_jax import export
 from detclipv2_jax.inference import checkpoint, detector
 from detclipv2_jax.text import tokenizer
+from detclipv2_jax.training import config as config_lib
+from detclipv2_jax.training import utilization
 
 STOPPED = r"stopped by SIGTERM after step (\d+), which is saved\. Run the same command"
 
@@ -306,6 +308,25 @@ def test_data_that_has_no_room_is_counted(data, tmp_path):
         assert f"\ninput: {counts[-1]} " in process.stdout
     events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").glob("events*"))
     assert b"input/cut_boxes" in events and b"detection/mfu" in events
+
+
+@pytest.mark.slow
+def test_a_run_with_rungs_compiles_each_canvas_and_counts_its_own_flops(data, tmp_path):
+    rungs = {"data.detection.rungs": (0.5, 1.0), "data.detection.scales": (0.5, 1.0)}
+    process = tiny_run.run(data, tmp_path, **rungs, **{"eval.dataset": "", "train.epochs": 3.0})
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.count("compiled ") == 4
+    assert "\ndetection: canvases 64×64, 128×128; images cover " in process.stdout
+    assert "\ndetection: images covered " in process.stdout
+    config = config_lib.parse(json.loads((tmp_path / "config.json").read_text()))
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    canvases = {line["canvas"] for line in lines if line["kind"] == "detection"}
+    assert canvases == {"64x64", "128x128"}
+    for line in lines:
+        canvas = tuple(map(int, line["canvas"].split("x")))
+        flops = utilization.model_flops(config, line["kind"], canvas)
+        done = line["model_tflops_per_second"] * 1e12 * line["step_seconds"]
+        assert done == pytest.approx(flops, rel=1e-3)
 
 
 def test_a_profile_of_some_steps_is_written(finished):
