@@ -4,26 +4,39 @@
 
 Debian's package `wordnet-base` has them. Written to detclipv2_jax/text/assets/wordnet/:
 
-    nouns.txt.gz       one line per synset: "lemma sense lemma sense …", a tab, the definition
+    nouns.txt.gz       one line per synset: "lemma sense lemma sense …", a tab, its field, marks and
+                       number of hyponyms, a tab, the definition
     exceptions.txt.gz  one line per irregular plural: the plural, then its singulars
     LICENSE            Princeton's license, copied from the files
 
 Lemmas are in lower case, with words joined by underscores. `sense` is the number of this synset
 among the senses of the lemma, so the usual name of a synset is its first lemma, ".n." and the sense
-in two digits. Example sentences after the definition are left out.
+in two digits. ":N" after it: in the texts that WordNet's authors tagged, the lemma has this sense N
+times. The field is the number of the lexicographer file (lexnames(5): 06 is artifacts). The marks:
+"i" an instance (a person, place or work by name), "p" a proper noun (its first word begins with a
+capital), "u" a usage that is slang, offensive or archaic. ":N" after them: N synsets are a kind of this one.
+Example sentences are left out.
 """
 
 import argparse
 import gzip
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from detclipv2_jax.common.atomic import replacing, write_text
 from detclipv2_jax.common.cli import exit_status
 from detclipv2_jax.common.errors import UserError
 
+# Offsets of the usages in data.noun that are marked.
+_USAGES = {
+    "07157273": "slang",
+    "06717170": "disparagement",
+    "07073447": "archaism",
+    "06718862": "ethnic slur",
+    "07124340": "obscenity",
+}
 _TO = Path(__file__).resolve().parent.parent / "detclipv2_jax" / "text" / "assets" / "wordnet"
 
 
@@ -44,13 +57,42 @@ def senses(index: Iterable[str]) -> dict[str, list[str]]:
     return {row[0]: row[-int(row[2]) :] for row in rows}
 
 
-def synset_line(line: str, numbers: dict[str, list[str]]) -> str:
+def tag_counts(lines: Iterable[str]) -> dict[tuple[str, int], int]:
+    """Return (lemma, sense) → how often the tagged texts have it (cntlist(5), cntlist.rev)."""
+    rows = (line.split() for line in lines)
+    return {
+        (key.partition("%")[0], int(sense)): int(count)
+        for key, sense, count in rows
+        if key.partition("%")[2].startswith("1:")  # a noun
+    }
+
+
+def synset_line(
+    line: str, numbers: dict[str, list[str]], counts: dict[tuple[str, int], int]
+) -> str:
     """Return the line of nouns.txt for a line of data.noun (wndb(5), data.pos)."""
     head, _, gloss = line.partition(" | ")
-    offset, _, _, count, *rest = head.split()
-    words = dict.fromkeys(word.lower() for word in rest[: 2 * int(count, 16) : 2])
-    pairs = " ".join(f"{word} {numbers[word].index(offset) + 1}" for word in words)
-    return f"{pairs}\t{definition(gloss)}"
+    offset, field, _, count, *rest = head.split()
+    spellings = rest[: 2 * int(count, 16) : 2]
+    pairs = []
+    for word in dict.fromkeys(word.lower() for word in spellings):
+        sense = numbers[word].index(offset) + 1
+        tagged = counts.get((word, sense), 0)
+        pairs.append(f"{word} {sense}" + f":{tagged}" * bool(tagged))
+    hyponyms = rest.count("~")
+    about = f"{field}{marks(spellings[0], rest)}" + f":{hyponyms}" * bool(hyponyms)
+    return f"{' '.join(pairs)}\t{about}\t{definition(gloss)}"
+
+
+def marks(word: str, rest: Sequence[str]) -> str:
+    """Return the marks of a synset, given its first word and the rest of its line."""
+    pointers = set(zip(rest, rest[1:]))
+    found = {
+        "i": any(symbol == "@i" for symbol, _ in pointers),
+        "p": re.match(r"[A-Z][a-z]", word) is not None,
+        "u": any((";u", offset) in pointers for offset in _USAGES),
+    }
+    return "".join(mark for mark, holds in found.items() if holds)
 
 
 def definition(gloss: str) -> str:
@@ -83,7 +125,7 @@ def main() -> int:
         metavar="DIR",
         type=Path,
         required=True,
-        help="folder with data.noun, index.noun and noun.exc",
+        help="folder with data.noun, index.noun, cntlist.rev and noun.exc",
     )
     return exit_status(write_assets, parser.parse_args().origin)
 
@@ -92,7 +134,8 @@ def write_assets(origin: Path) -> None:
     """Read the database files in `origin` and write the three assets."""
     numbers = senses(read_lines(origin, "index.noun"))
     data = read_lines(origin, "data.noun")
-    synsets = [synset_line(line, numbers) for line in data if not line.startswith("  ")]
+    counts = tag_counts(read_lines(origin, "cntlist.rev"))
+    synsets = [synset_line(line, numbers, counts) for line in data if not line.startswith("  ")]
     write_gzip(_TO / "nouns.txt.gz", synsets)
     write_gzip(_TO / "exceptions.txt.gz", read_lines(origin, "noun.exc"))
     write_text(_TO / "LICENSE", license(data))

@@ -9,8 +9,20 @@ import gzip
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 _ASSETS = Path(__file__).parent / "assets" / "wordnet"
+#: Names of the lexicographer files with nouns (lexnames(5)), by number; 00 to 02 have none.
+FIELDS = dict(
+    enumerate(
+        (
+            "tops act animal artifact attribute body cognition communication event feeling food "
+            "group location motive object person phenomenon plant possession process quantity "
+            "relation shape state substance time"
+        ).split(),
+        3,
+    )
+)
 # Endings of plurals and those of their singulars (morphy(7)).
 _ENDINGS = (
     ("s", ""),
@@ -29,6 +41,16 @@ _LEAST_UNJOINED = 4
 _SYNSET = re.compile(r"(.+)\.n\.(\d+)")
 
 
+class About(NamedTuple):
+    """What kind of thing a synset is."""
+
+    field: str  # name of its lexicographer file, such as "artifact"
+    # "i": an instance ("Stephen Crane"); "p": a proper noun ("Dalmatian"); "u": a usage that is
+    # slang, offensive or archaic.
+    marks: str
+    hyponyms: int  # how many synsets are a kind of it
+
+
 class WordNet:
     """The nouns of WordNet 3.0.
 
@@ -44,7 +66,7 @@ class WordNet:
         for row, line in enumerate(self._lines):
             words = line[: line.index("\t")].split(" ")
             for lemma, sense in zip(words[::2], words[1::2]):
-                self._senses.setdefault(lemma, {})[int(sense)] = row
+                self._senses.setdefault(lemma, {})[int(sense.partition(":")[0])] = row
         pairs = (line.split() for line in _read("exceptions.txt.gz"))
         self._exceptions = {plural: singulars for plural, *singulars in pairs}
 
@@ -59,7 +81,22 @@ class WordNet:
     def definition(self, synset: str) -> str | None:
         """Return the definition of a synset; None if WordNet has no such noun."""
         row = self._row(synset)
-        return None if row is None else self._lines[row].partition("\t")[2]
+        return None if row is None else self._lines[row].split("\t")[2]
+
+    def about(self, synset: str) -> About | None:
+        """Return what kind of thing a synset is; None if WordNet has no such noun."""
+        row = self._row(synset)
+        if row is None:
+            return None
+        about, _, hyponyms = self._lines[row].split("\t")[1].partition(":")
+        return About(FIELDS[int(about[:2])], about[2:], int(hyponyms or 0))
+
+    def count(self, lemma: str, synset: str) -> int:
+        """Return how often a lemma has this sense in the texts that WordNet's authors tagged."""
+        row = self._row(synset)
+        words = [] if row is None else self._words(row)
+        sense = dict(zip(words[::2], words[1::2])).get(lemma.lower().replace(" ", "_"), "")
+        return int(sense.partition(":")[2] or 0)
 
     def lemmas(self, synset: str) -> list[str]:
         """Return the lemmas of a synset; none if WordNet has no such noun."""
@@ -127,7 +164,7 @@ class WordNet:
 
     def _name(self, row: int) -> str:
         lemma, sense = self._words(row)[:2]
-        return f"{lemma}.n.{int(sense):02d}"
+        return f"{lemma}.n.{int(sense.partition(':')[0]):02d}"
 
     def _row(self, synset: str) -> int | None:
         match = _SYNSET.fullmatch(synset.lower())
