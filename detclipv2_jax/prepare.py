@@ -196,11 +196,18 @@ def _add_concepts(subparsers) -> None:
         help="LVIS v1 annotations, or its list of categories: use the synsets of its names",
     )
     parser.add_argument(
+        "--definitions_file",
+        metavar="FILE",
+        type=Path,
+        help="table of your own: name, synset, definition, separated by tabs, with this header; "
+        "used before all but a dataset's own definitions",
+    )
+    parser.add_argument(
         "--text",
         metavar="FILE",
         type=Path,
-        help="CLIP weights: define a name that WordNet lacks by the nearest concept (default: by "
-        "its head noun)",
+        help="CLIP weights: choose a name's sense, and define a name that WordNet lacks by the "
+        "nearest concept (default: by its head noun)",
     )
     refuse_renamed(parser, {"--min-count": "--min_count"})
 
@@ -328,6 +335,7 @@ def _run_concepts(args: argparse.Namespace) -> None:
         min_count=args.min_count,
         size=args.size,
         lvis=args.lvis,
+        definitions_file=args.definitions_file,
         text=args.text,
     )
 

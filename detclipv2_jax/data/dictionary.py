@@ -25,7 +25,7 @@ from detclipv2_jax.text import tokenizer as tokenizer_lib
 from detclipv2_jax.text.definitions import synsets_of
 
 FILE = "dictionary.jsonl"
-FORMAT = 1
+FORMAT = 2  # 1: WordNet's first senses
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,8 +75,8 @@ class Dictionary:
 
     @functools.cached_property
     def definitions(self) -> dict[str, str]:
-        """Name → definition, for concepts that have one."""
-        return {row["name"]: row["definition"] for row in self.rows if row["definition"]}
+        """Name → definition; "" for concepts that have none."""
+        return {row["name"]: row["definition"] or "" for row in self.rows}
 
     @functools.cached_property
     def keys(self) -> UInt64[np.ndarray, " n"]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -11,7 +12,8 @@ from jaxtyping import Bool, Int, Int32
 
 from detclipv2_jax.data.dictionary import Dictionary
 from detclipv2_jax.data.index import TEXT_KINDS, Source
-from detclipv2_jax.text.definitions import define
+from detclipv2_jax.text.checked import Meaning
+from detclipv2_jax.text.definitions import Knowledge, define
 from detclipv2_jax.text.tokenizer import CONTEXT, TEMPLATE, fitted, keys, tokenize
 from detclipv2_jax.text.wordnet import wordnet
 
@@ -36,6 +38,7 @@ class Vocabulary:
         dictionary: Dictionary | None = None,
         *,
         defined: Collection[str] = (),
+        corrections: Mapping[str, Meaning] = MappingProxyType({}),
         template: str = TEMPLATE,
     ):
         """Merge the concepts of all sources and of the dictionary.
@@ -44,6 +47,7 @@ class Vocabulary:
             sources: the open sources by name.
             dictionary: the prepared dictionary.
             defined: kinds whose names are encoded with their definitions; needs a dictionary.
+            corrections: a user's meanings of names, used before those of the dictionary.
             template: how a name and its definition are joined.
         """
         self.sources = dict(sources)
@@ -62,13 +66,16 @@ class Vocabulary:
         self._local_of = (first - starts[self._table_of]).astype(np.int64)
         self.meanings = None
         if dictionary is not None:
-            self.meanings = meanings_of(self, dictionary, defined, template)
+            self.meanings = meanings_of(self, dictionary, defined, corrections, template)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def definitions(self, kind: str) -> Mapping[str, str]:
-        """Return name → definition for a kind whose names are encoded with them; else nothing."""
+        """Return name → definition for a kind whose names are encoded with them; else nothing.
+
+        It is "" for names that are encoded without.
+        """
         used = self.meanings is not None and kind in self.meanings.kinds
         return self.meanings.definitions if used else {}
 
@@ -188,7 +195,7 @@ class Meanings:
 
     groups: Int32[np.ndarray, " n"]  # concepts of one group are synonyms; -1: no group
     kinds: frozenset[str]  # kinds whose names are encoded with their definitions
-    definitions: Mapping[str, str]  # name → definition; empty if no kind uses them
+    definitions: Mapping[str, str]  # name → definition or ""; empty if no kind uses them
     ids: Int32[np.ndarray, " e"]  # global ids of the concepts that have one, ascending
     tokens: Int32[np.ndarray, "e 16"]  # of each of these, with its definition
 
@@ -204,7 +211,11 @@ class Meanings:
 
 
 def meanings_of(
-    vocabulary: Vocabulary, dictionary: Dictionary, defined: Collection[str], template: str
+    vocabulary: Vocabulary,
+    dictionary: Dictionary,
+    defined: Collection[str],
+    corrections: Mapping[str, Meaning],
+    template: str,
 ) -> Meanings:
     """Return synonyms and definitions of a run's concepts.
 
@@ -212,30 +223,47 @@ def meanings_of(
         vocabulary: the run's concepts. Those that are not in the dictionary are included: their
             synonyms are looked up for every kind that has negatives.
         dictionary: the prepared dictionary.
-        defined: kinds whose names get definitions. A name that is not in the dictionary gets what
-            `definitions.define` finds without embeddings.
+        defined: kinds whose names get definitions. A source's own definition is used first, as in
+            evaluation. A name that is not in the dictionary gets what `definitions.define` finds
+            without embeddings.
+        corrections: a user's meanings of names.
         template: how a name and its definition are joined.
     """
     others = _other_names(vocabulary, dictionary, {"detection", "grounding", *defined})
     groups = np.full(len(vocabulary), -1, np.int32)
     groups[vocabulary.lookup(dictionary.names)] = dictionary.groups
     groups[vocabulary.lookup(others)] = dictionary.groups_of(others)
-    names: list[str] = []
-    texts: list[str] = []
+    definitions: dict[str, str] = {}
     if defined:
-        others = _other_names(vocabulary, dictionary, defined)
-        found = define(others, dictionary=dictionary.definitions)
-        known = dictionary.definitions | {n: d.text for n, d in zip(others, found) if d.text}
-        names, texts = list(known), list(known.values())
-    ids = vocabulary.lookup(names)
+        names = [*dictionary.names, *_other_names(vocabulary, dictionary, defined)]
+        own = _own_meanings(vocabulary, defined)
+        known = Knowledge(own=own, corrections=corrections, dictionary=dictionary.definitions)
+        found = define(names, known)
+        definitions = {name: one.text or "" for name, one in zip(names, found)}
+    texts = {name: text for name, text in definitions.items() if text}
+    ids = vocabulary.lookup(list(texts))
     order = np.argsort(ids)
     return Meanings(
         groups=groups,
         kinds=frozenset(defined),
-        definitions=dict(zip(names, texts)),
+        definitions=definitions,
         ids=ids[order],
-        tokens=tokenize(fitted(names, texts, template))[order],
+        tokens=tokenize(fitted(list(texts), list(texts.values()), template))[order],
     )
+
+
+def _own_meanings(vocabulary: Vocabulary, kinds: Collection[str]) -> dict[str, Meaning]:
+    """Return what the sources of some kinds say that their names mean.
+
+    Of two meanings of a name, that of the source whose name sorts first: a concept has one text.
+    """
+    found: dict[str, Meaning] = {}
+    for _, source in sorted(vocabulary.sources.items()):
+        if source.kind in kinds:
+            for row in source.read_concepts(source.vocabulary):
+                if (meaning := Meaning.of_category(row)).gloss:
+                    found.setdefault(row["name"], meaning)
+    return found
 
 
 def _other_names(

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation import matching
+from detclipv2_jax.text.checked import Meaning
 
 # In the order of COCOeval.summarize.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -38,7 +39,8 @@ class ImageInfo:
 class Category:
     """A category of a dataset; the name is spelled as in the file.
 
-    LVIS has a definition and a WordNet synset for each category. COCO has neither.
+    LVIS has a definition and a WordNet synset for each category ("def", "synset"), V3Det a
+    "definition". COCO has none.
     """
 
     id: int
@@ -181,8 +183,7 @@ def parse_instances(path: str | pathlib.Path, content: dict[str, Any]) -> dict[s
         Category(
             id=integer_field(path, f"categories[{number}]", row, "id"),
             name=text_field(path, f"categories[{number}]", row, "name"),
-            definition=_optional_text(row, "def"),
-            synset=_optional_text(row, "synset"),
+            **Meaning.of_category(row)._asdict(),
         )
         for number, row in enumerate(content["categories"])
     )
@@ -232,11 +233,6 @@ def text_field(path: str | pathlib.Path, place: str, row: dict[str, Any], field:
             f"{path}: {place}.{field} is {value!r}, expected a non-empty text. Fix the entry."
         )
     return value
-
-
-def _optional_text(row: dict[str, Any], field: str) -> str | None:
-    value = row.get(field)
-    return value if isinstance(value, str) and value.strip() else None
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:

@@ -12,7 +12,8 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.inference.config import Definitions, DetectConfig
 from detclipv2_jax.inference.names import check_names
 from detclipv2_jax.inference.predictor import EncodedNames, Predictor
-from detclipv2_jax.text.definitions import define
+from detclipv2_jax.text.checked import Meaning
+from detclipv2_jax.text.definitions import Knowledge, define
 from detclipv2_jax.text.tokenizer import TEMPLATE, fitted, normalize
 
 
@@ -25,7 +26,8 @@ class Prompter:
 
     Attributes:
       with_definitions: whether a prompt is the name with its definition.
-      dictionary: normalized name -> definition, from the run that trained the model.
+      dictionary: normalized name -> definition, from the run that trained the model; "" for names
+        that it trained bare.
       template: joins {name} and {definition}.
       sentences: prompts such as 'a photo of a {}.'; the mean of their embeddings stands for the
         name. They exclude `with_definitions`.
@@ -88,13 +90,14 @@ class Prompter:
         """Return the names, encoded by the predictor's model.
 
         With definitions, a name that neither the dictionary nor WordNet knows gets the definition
-        of the most similar name in the dictionary, compared by the model's own text tower.
+        of the most similar name in the dictionary, compared by the model's own text tower, if one
+        is near; else it stays bare (`definitions.define`).
 
         Args:
           predictor: encodes the prompts.
           names: what to look for.
           given: (definition, synset) of each name as the dataset gives them, or None; they are
-            preferred to the dictionary and to WordNet.
+            preferred to all others, as in training.
 
         Raises:
           UserError: there are no names, or a name is empty.
@@ -105,17 +108,12 @@ class Prompter:
             return predictor.encode(names, prompts)
         if not self.with_definitions:
             return predictor.encode(names)
-        given = given or [(None, None)] * len(names)
-        own = {normalize(name): text for name, (text, _) in zip(names, given) if text}
-        synsets = {
-            normalize(name): synset
-            for name, (text, synset) in zip(names, given)
-            if synset and not text
-        }
+        own: dict[str, Meaning] = {}
+        for name, (definition, synset) in zip(names, given or ()):
+            own.setdefault(normalize(name), Meaning(definition, synset))
         found = define(
             names,
-            synsets=synsets,
-            dictionary={**self.dictionary, **own},
+            Knowledge(own=own, dictionary=self.dictionary),
             embed=lambda texts: predictor.encode(texts).embeddings[: len(texts)],
         )
         prompts = fitted(names, [definition.text for definition in found], self.template)

@@ -1,12 +1,21 @@
 """Definitions of names: a name's own definition, or that of the most similar concept.
 
-The first of these that has a definition is used: a synset given with the name (LVIS has them), the
-dictionary, WordNet's first sense of the whole name. A plural has the definition of its singular. A
-name without any gets the definition of the dictionary concept whose text embedding is nearest (Yao
-et al. 2022, DetCLIP), or without embeddings that of its head noun.
+The first of these that knows the name decides, also if it says that the name has no definition:
 
-Here a dictionary is a mapping of normalized names to definitions; `data/dictionary.py` reads it
-from a file.
+1. the dataset that the name is from, if it has definitions or synsets (LVIS, V3Det);
+2. a user's table of corrections (`checked.read_table`);
+3. a dictionary: the prepared one, or that of the run that trained the model;
+4. the hand-checked senses of well-known datasets (assets/senses.tsv);
+5. the synset that LVIS gives the name, if a list is given;
+6. WordNet, if it is clear which sense of the whole name a photograph shows (`senses.py`).
+
+A plural has the definition of its singular. A name that none of these knows gets the definition of
+the dictionary concept whose text embedding is nearest (Yao et al. 2022, DetCLIP), or without
+embeddings that of its head noun; but only if that is very likely right. No definition is better
+than a doubtful one [ours].
+
+Here a dictionary is a mapping of normalized names to definitions, "" for names that have none;
+`data/dictionary.py` reads it from a file.
 """
 
 import collections
@@ -18,14 +27,33 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from detclipv2_jax.text.checked import Meaning, checked_senses
+from detclipv2_jax.text.senses import plausible_senses, visible_sense
 from detclipv2_jax.text.tokenizer import normalize
 from detclipv2_jax.text.wordnet import wordnet
 
 #: Texts in, one vector per text out; vectors are compared by direction.
 Embed = Callable[[Sequence[str]], Float[np.ndarray, "n d"]]
 
+#: Where a definition is from, in the order in which it is looked for.
+ORIGINS = (
+    "own", "corrected", "dictionary", "checked", "synset", "wordnet", "nearest", "head", "none"
+)  # fmt: skip
 _MAX_READINGS = 16  # of one name: each "a/b" in it doubles them
+# How near the nearest concept must be to lend its definition: nearer than the nearest neighbors of
+# this share of the concepts themselves. With CLIP's ViT-B/32 and LVIS's names 0.89 and 0.93.
+_NEAR_SAME_END = 0.5  # if both names end in the same word: "wild bird", "bird"
+_NEAR = 0.9
 _CHUNK = 1024  # names compared with all concepts at once: bounds the memory
+# Leads in cosine similarity by which an embedding decides between senses.
+_DECIDES = 0.02  # where WordNet leaves it in doubt
+_OVERRULES = 0.05  # against the sense that WordNet's order and fields suggest
+# Words after which a phrase only describes its noun further: "bowl of fruit", "man in a shirt".
+_AFTER_HEAD = re.compile(
+    r"\s(of|in|on|with|at|from|for|by|near|under|over|behind|beside|inside|next|to|that|who|which|"
+    r"wearing|holding|riding|standing|sitting)\s.*"
+)
+_SEVERAL = re.compile(r"\s(and|or|&)\s|,")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +61,7 @@ class Definition:
     """The definition of a name, and where it is from."""
 
     text: str | None
-    # 'synset', 'dictionary' or 'wordnet': the name's own definition; 'nearest' or 'head': that of
-    # `like`; 'none': there is no definition.
-    origin: str
+    origin: str  # one of ORIGINS; 'nearest' and 'head': it is that of `like`
     synset: str | None = None  # of the name itself, in WordNet's spelling
     like: str | None = None  # the concept whose definition is used
 
@@ -43,33 +69,46 @@ class Definition:
 NONE = Definition(None, "none")
 
 
+@dataclasses.dataclass(frozen=True)
+class Knowledge:
+    """What is known of names before WordNet is asked; all by normalized name."""
+
+    own: Mapping[str, Meaning] = dataclasses.field(default_factory=dict)  # said by the dataset
+    corrections: Mapping[str, Meaning] = dataclasses.field(default_factory=dict)  # by the user
+    dictionary: Mapping[str, str] = dataclasses.field(default_factory=dict)  # "": no definition
+    synsets: Mapping[str, str] = dataclasses.field(default_factory=dict)  # LVIS's, with synonyms
+
+
 def define(
     names: Sequence[str],
+    known: Knowledge = Knowledge(),  # noqa: B008 - frozen
     *,
-    synsets: Mapping[str, str] | None = None,
-    dictionary: Mapping[str, str] | None = None,
     embed: Embed | None = None,
+    choose: Embed | None = None,
 ) -> list[Definition]:
     """Return the definition of each name.
 
     Args:
         names: in any case and spacing.
-        synsets: normalized name → synset, for names whose meaning is known.
-        dictionary: normalized name → definition. A name without a definition gets that of the
-            nearest name in it; if it is empty, of the nearest of `names` that has one.
+        known: what is known of names. A name without a definition gets that of the nearest name in
+            its dictionary; if that is empty, of the nearest of `names` that has one.
         embed: embeds texts to find the nearest name. Without it, a name without a definition gets
             that of its head noun.
+        choose: embeds texts to choose among the senses of a word that WordNet leaves in doubt.
     """
-    synsets, dictionary = synsets or {}, dictionary or {}
     names = [normalize(name) for name in names]
-    found = [_own(name, synsets, dictionary) for name in names]
+    found = [_stated_of(name, known) for name in names]
+    unsaid = [i for i, definition in enumerate(found) if definition is None]
+    for i, definition in zip(unsaid, _of_wordnet([names[i] for i in unsaid], known, choose)):
+        found[i] = definition
     missing = [i for i, definition in enumerate(found) if definition is None]
-    known = dictionary or {n: d.text for n, d in zip(names, found) if d is not None}
-    if embed is not None and known and missing:
-        others = _of_nearest([names[i] for i in missing], known, embed)
+    others = known.dictionary or {n: d.text for n, d in zip(names, found) if d is not None}
+    others = {name: text for name, text in others.items() if text}
+    if embed is not None and others and missing:
+        borrowed = _of_nearest([names[i] for i in missing], others, embed)
     else:
-        others = [_of_head_noun(names[i], synsets, dictionary) for i in missing]
-    for i, definition in zip(missing, others):
+        borrowed = [_of_head_noun(names[i], known) for i in missing]
+    for i, definition in zip(missing, borrowed):
         found[i] = definition
     return found
 
@@ -77,8 +116,7 @@ def define(
 def origins(found: Sequence[Definition]) -> dict[str, int]:
     """Return how many definitions have each origin, in the order in which origins are tried."""
     counts = collections.Counter(definition.origin for definition in found)
-    order = ("synset", "dictionary", "wordnet", "nearest", "head", "none")
-    return {origin: counts[origin] for origin in order if counts[origin]}
+    return {origin: counts[origin] for origin in ORIGINS if counts[origin]}
 
 
 def readings(name: str) -> list[str]:
@@ -96,56 +134,129 @@ def readings(name: str) -> list[str]:
     return list(dict.fromkeys([*map(" ".join, variants), *wholes]))
 
 
-def synsets_of(name: str, synsets: Mapping[str, str] | None = None) -> list[str]:
+def synsets_of(name: str, known: Knowledge = Knowledge()) -> list[str]:  # noqa: B008 - frozen
     """Return the synsets that a normalized name may mean, the likeliest first: one per reading.
 
-    That is the synset that `synsets` (normalized name → synset) gives for the name or its singular,
-    otherwise WordNet's first sense. A given synset that does not have the name among its words
-    ("man" given as person.n.01) comes last: the name has a meaning of its own.
+    These are the senses that `define` uses, so that two names are synonyms only if their
+    definitions agree. A synset of LVIS's list that does not have the name among its words ("man"
+    given as person.n.01) comes last: the name has a meaning of its own.
     """
-    nouns, synsets = wordnet(), synsets or {}
-    given = nouns.canonical(synsets.get(name, ""))
+    nouns = wordnet()
+    for table in (known.own, known.corrections, checked_senses()):
+        if name in table:
+            synset = nouns.canonical(table[name].synset or "")
+            return [synset] if synset else []
+    given = nouns.canonical(known.synsets.get(name, ""))
     lemmas = _lemmas(name)
     if given and (not lemmas or set(lemmas) & set(nouns.lemmas(given))):
         return [given]
-    own = [_sense(lemma, synsets) for lemma in lemmas]
+    own = [sense for sense in (_sense(lemma, known) for lemma in lemmas) if sense]
     return list(dict.fromkeys([*own, given] if given else own))
 
 
 def nearest(
     queries: Float[np.ndarray, "q d"], among: Float[np.ndarray, "n d"]
-) -> Int[np.ndarray, " q"]:
-    """Return the row of `among` with the highest cosine similarity to each query; n >= 1."""
+) -> tuple[Int[np.ndarray, " q"], Float[np.ndarray, " q"]]:
+    """Return the row of `among` with the highest cosine similarity to each query, and that
+    similarity; n >= 1."""
     queries, among = _unit(queries), _unit(among)
-    starts = range(0, len(queries), _CHUNK)
-    rows = [np.argmax(queries[start : start + _CHUNK] @ among.T, axis=1) for start in starts]
-    return np.concatenate(rows or [np.zeros(0, np.int64)])
+    rows, values = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+    for start in range(0, len(queries), _CHUNK):
+        similarity = queries[start : start + _CHUNK] @ among.T
+        rows.append(np.argmax(similarity, axis=1))
+        values.append(similarity.max(axis=1))
+    return np.concatenate(rows), np.concatenate(values)
 
 
-def _own(name: str, synsets: Mapping[str, str], dictionary: Mapping[str, str]) -> Definition | None:
-    """Return the definition of the name itself, or of its singular."""
-    nouns = wordnet()
-    spellings = dict.fromkeys([name, *map(_text, _lemmas(name))])
-    given = {nouns.canonical(synsets[text]) for text in spellings if text in synsets}
-    senses = synsets_of(name, synsets)
-    if senses and senses[0] in given:
-        return Definition(nouns.definition(senses[0]), "synset", senses[0])
+def _stated_of(name: str, known: Knowledge) -> Definition | None:
+    """Return what is stated of the name itself or its singular; None if nothing is."""
+    if (meaning := known.own.get(name)) and meaning.gloss:
+        return Definition(meaning.gloss, "own", meaning.synset)
+    is_listed = name in known.dictionary and not known.corrections  # saves time for thousands
+    lemmas = () if is_listed else _lemmas(name)
+    spellings = dict.fromkeys([name, *map(_text, lemmas)])
     for text in spellings:
-        if text in dictionary:
-            return Definition(dictionary[text], "dictionary")
-    for sense in senses[:1]:
-        return Definition(nouns.definition(sense), "wordnet", sense)
+        if text in known.corrections:
+            return _stated(known.corrections[text], "corrected")
+        if text in known.dictionary:
+            return _stated(Meaning(known.dictionary[text]), "dictionary")
+        if text in checked_senses():
+            return _stated(checked_senses()[text], "checked")
+    given = {wordnet().canonical(known.synsets[t]) for t in spellings if t in known.synsets}
+    senses = synsets_of(name, known) if given else []
+    if senses and senses[0] in given:
+        return Definition(wordnet().definition(senses[0]), "synset", senses[0])
     return None
 
 
-def _of_head_noun(
-    name: str, synsets: Mapping[str, str], dictionary: Mapping[str, str]
-) -> Definition:
-    """Return the definition of a name's head noun."""
+def _stated(meaning: Meaning, origin: str) -> Definition:
+    """Return a definition that somebody decided on; none if they decided that there is none."""
+    return Definition(meaning.gloss, origin, meaning.synset) if meaning.gloss else NONE
+
+
+def _of_wordnet(
+    names: Sequence[str], known: Knowledge, choose: Embed | None
+) -> list[Definition | None]:
+    """Return the definitions of names that WordNet has: `NONE` where the sense is in doubt. Of
+    names that it has not, return None."""
+    lemmas = [next(iter(_lemmas(name)), None) for name in names]
+    senses = [_sense(lemma, known) if lemma else None for lemma in lemmas]
+    if choose is not None:
+        senses = _by_embedding(names, lemmas, senses, choose)
+    found = []
+    for lemma, sense in zip(lemmas, senses):
+        text = wordnet().definition(sense) if sense else None
+        found.append(Definition(text, "wordnet", sense) if text else NONE if lemma else None)
+    return found
+
+
+def _by_embedding(
+    names: Sequence[str],
+    lemmas: Sequence[str | None],
+    senses: Sequence[str | None],
+    choose: Embed,
+) -> list[str | None]:
+    """Return the sense of each name whose gloss is nearest to the name, among the plausible ones.
+
+    The sense found without embeddings stays unless another one is nearer by far. Where there is
+    none, one must be nearer than all others.
+    """
+    plausible = [plausible_senses(lemma) if lemma else [] for lemma in lemmas]
+    asked = [i for i, some in enumerate(plausible) if len(some) > 1]
+    glosses = list(dict.fromkeys(sense for i in asked for sense in plausible[i]))
+    if not asked:
+        return list(senses)
+    queries = _unit(choose([names[i] for i in asked]))
+    vectors = _unit(choose([wordnet().definition(sense) for sense in glosses]))
+    rows, found = {sense: row for row, sense in enumerate(glosses)}, list(senses)
+    for query, i in zip(queries, asked):
+        similarity = vectors[[rows[sense] for sense in plausible[i]]] @ query
+        first, second = np.argsort(-similarity, kind="stable")[:2]
+        best, margin = plausible[i][first], similarity[first] - similarity[second]
+        if senses[i] in plausible[i]:
+            lead = similarity[first] - similarity[plausible[i].index(senses[i])]
+            found[i] = best if lead >= _OVERRULES else senses[i]
+        elif senses[i] is None and margin >= _DECIDES:
+            found[i] = best
+    return found
+
+
+def _of_head_noun(name: str, known: Knowledge) -> Definition:
+    """Return the definition of a name's head noun, if it is clear and surely meant."""
     nouns = wordnet()
-    for lemma in filter(None, map(nouns.head, readings(name))):
-        text = dictionary.get(_text(lemma)) or nouns.definition(_sense(lemma, synsets))
-        return Definition(text, "head", like=_text(lemma))
+    for reading in readings(name):
+        if _SEVERAL.search(reading):
+            continue
+        head = nouns.head(_AFTER_HEAD.sub("", reading))
+        if head is None:
+            continue
+        text = _text(head)
+        if text in known.dictionary:
+            gloss = known.dictionary[text]
+        else:
+            sense = _sense(head, known, strict=True)
+            gloss = nouns.definition(sense) if sense else None
+        return Definition(gloss, "head", like=text) if gloss else NONE
     return NONE
 
 
@@ -155,22 +266,58 @@ def _lemmas(name: str) -> list[str]:
     return [lemma for lemma in found if lemma]
 
 
-def _sense(lemma: str, synsets: Mapping[str, str]) -> str:
-    """Return the synset given for a lemma if the lemma is one of its words, else its first."""
-    nouns = wordnet()
-    given = nouns.canonical(synsets.get(_text(lemma), ""))
-    return given if given and lemma in nouns.lemmas(given) else nouns.synsets(lemma)[0]
+def _sense(lemma: str, known: Knowledge, *, strict: bool = False) -> str | None:
+    """Return the synset that a lemma is known to have if the lemma is one of its words; else the
+    one that a photograph is likely to show; None where in doubt."""
+    nouns, text = wordnet(), _text(lemma)
+    for table in (known.corrections, checked_senses()):
+        if text in table and lemma in nouns.lemmas(table[text].synset or ""):
+            return nouns.canonical(table[text].synset)
+    given = nouns.canonical(known.synsets.get(text, ""))
+    if given and lemma in nouns.lemmas(given):
+        return given
+    return visible_sense(lemma, strict=strict)
 
 
 def _text(lemma: str) -> str:
     return lemma.replace("_", " ")
 
 
-def _of_nearest(names: list[str], known: Mapping[str, str], embed: Embed) -> list[Definition]:
-    """Return for each name the definition of the nearest name in `known` (name → definition)."""
-    others = list(known)
-    rows = nearest(embed(names), embed(others))
-    return [Definition(known[others[row]], "nearest", like=others[row]) for row in rows]
+def _of_nearest(names: list[str], others: Mapping[str, str], embed: Embed) -> list[Definition]:
+    """Return for each name the definition of the nearest of `others` (name → definition).
+
+    It must be nearer than what is usual among `others`: how near, depends on the text tower.
+    """
+    concepts = list(others)
+    among = embed(concepts)
+    rows, similarity = nearest(embed(names), among)
+    same_end, other_end = np.quantile(_neighbors(among), (_NEAR_SAME_END, _NEAR))
+    found = []
+    for name, row, value in zip(names, rows, similarity):
+        like = concepts[row]
+        is_near = value >= (same_end if _end(name) == _end(like) else other_end)
+        found.append(Definition(others[like], "nearest", like=like) if is_near else NONE)
+    return found
+
+
+def _neighbors(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " m"]:
+    """Return the similarity of some vectors to the nearest of the others; 1 if there is only one.
+
+    These are evenly chosen among them: m <= n.
+    """
+    vectors = _unit(vectors)
+    if len(vectors) < 2:
+        return np.ones(1, np.float32)
+    chosen = np.unique(np.linspace(0, len(vectors) - 1, _CHUNK).astype(int))
+    similarity = vectors[chosen] @ vectors.T
+    similarity[np.arange(len(chosen)), chosen] = -1
+    return similarity.max(axis=1)
+
+
+def _end(name: str) -> str:
+    """Return the last word of a name, as a singular."""
+    last = readings(name)[0].split()[-1:] or [""]
+    return wordnet().noun(last[0]) or last[0]
 
 
 def _unit(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:

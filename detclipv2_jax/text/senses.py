@@ -69,6 +69,19 @@ def visible_sense(lemma: str, *, strict: bool = False) -> str | None:
         lemma: of WordNet, such as "traffic_light".
         strict: only a sense that has no serious rival (for head nouns).
     """
+    sense = _visible(lemma, strict)
+    singular = wordnet().singular(lemma)
+    if singular is None:
+        return sense
+    # "Woods" and "colors" are nouns of their own, but a phrase rather has the plural of the noun.
+    other = _visible(singular, strict)
+    if sense is None or other is None:
+        is_usual = sense is not None and wordnet().count(lemma, sense) >= _LEAST
+        return sense if is_usual else other
+    return sense if sense == other else None
+
+
+def _visible(lemma: str, strict: bool) -> str | None:
     senses, ratio = _senses(lemma), _STRICT if strict else _RATIO
     things = [sense for sense in senses if sense.class_ in _THINGS and sense.is_usual]
     best = _likeliest(things, ratio)
@@ -189,7 +202,8 @@ def _dominant(senses: Sequence[_Sense], ratio: int) -> _Sense | None:
     first, second = [*sorted(senses, key=lambda sense: -sense.tags)[:2], None, None][:2]
     if first is None or first.class_ not in _OTHERS or not first.is_usual:
         return None
-    has_things = any(sense.class_ in _THINGS for sense in senses)
-    is_clear = first.tags >= (_FREQUENT if has_things else _LEAST)
-    is_clear &= first.tags >= ratio * second.tags and first.class_ != "communication"
-    return first if is_clear and not (has_things and first.class_ == "group") else None
+    if any(sense.class_ in _THINGS for sense in senses):
+        is_clear = first.tags >= _FREQUENT and first.class_ in ("person", "substance")
+    else:
+        is_clear = first.tags >= _LEAST and first.class_ in ("person", "substance", "group")
+    return first if is_clear and first.tags >= ratio * second.tags else None

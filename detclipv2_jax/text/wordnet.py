@@ -130,6 +130,10 @@ class WordNet:
                 return self._joined[bare]
         return None
 
+    def singular(self, lemma: str) -> str | None:
+        """Return another lemma that this one is the plural of ("colors"), or None."""
+        return next((form for form in self._singulars(lemma) if form in self._senses), None)
+
     def head(self, phrase: str) -> str | None:
         """Return the head noun of a phrase: the longest ending that is a lemma, or None.
 

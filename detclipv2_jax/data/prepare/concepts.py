@@ -8,6 +8,8 @@ from pathlib import Path
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.prepare import dictionary_writer
+from detclipv2_jax.text.checked import read_table
+from detclipv2_jax.text.definitions import Knowledge
 
 
 def find_sources(root: Path) -> list[Source]:
@@ -35,6 +37,7 @@ def prepare_concepts(
     min_count: int = 5,
     size: int = 14_000,
     lvis: Path | None = None,
+    definitions_file: Path | None = None,
     text: Path | None = None,
 ) -> None:
     """Write the dictionary of the sources in a folder, and print what it contains.
@@ -45,13 +48,16 @@ def prepare_concepts(
         min_count: mentions that a phrase needs; categories need none.
         size: largest number of concepts.
         lvis: LVIS v1 annotations or list of categories, for the synsets of its names.
-        text: CLIP weights. A name that WordNet lacks is then defined by the nearest concept,
-            otherwise by its head noun.
+        definitions_file: table of names with synsets or definitions (`checked.read_table`), used
+            before WordNet's.
+        text: CLIP weights. They choose among the senses of a name; a name that WordNet lacks is
+            then defined by the nearest concept, otherwise by its head noun.
 
     Raises:
         UserError: a file or a source is missing or damaged.
     """
     sources = find_sources(origin)
+    corrections = read_table(definitions_file) if definitions_file else {}
     embed = None
     if text:
         from detclipv2_jax.weights.text_embedder import text_embedder  # imports jax
@@ -63,13 +69,18 @@ def prepare_concepts(
         to,
         names,
         counted.counts,
-        synsets=dictionary_writer.lvis_synsets(lvis) if lvis else None,
+        Knowledge(
+            own=counted.own,
+            corrections=corrections,
+            synsets=dictionary_writer.lvis_synsets(lvis) if lvis else {},
+        ),
         embed=embed,
         created_from={
             "sources": {source.name: len(source) for source in sources},
             "min_count": min_count,
             "size": size,
             "lvis": lvis and lvis.name,
+            "definitions_file": definitions_file and definitions_file.name,
             "text": text and text.name,
         },
     )

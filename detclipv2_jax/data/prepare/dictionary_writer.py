@@ -13,7 +13,15 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.dictionary import FILE, FORMAT, Dictionary, letters
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.text import tokenizer as tokenizer_lib
-from detclipv2_jax.text.definitions import Definition, Embed, define, origins, synsets_of
+from detclipv2_jax.text.checked import Meaning
+from detclipv2_jax.text.definitions import (
+    Definition,
+    Embed,
+    Knowledge,
+    define,
+    origins,
+    synsets_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +30,8 @@ class Counts:
 
     counts: Mapping[str, int]  # normalized text → mentions; no captions
     categories: frozenset[str]  # the category names of detection sources
+    # Normalized name → what its source says that it means; of two meanings the first source's.
+    own: Mapping[str, Meaning] = dataclasses.field(default_factory=dict)
 
     def chosen(self, *, min_count: int, size: int) -> list[str]:
         """Return the concepts of a dictionary, the most frequent first.
@@ -40,20 +50,23 @@ def count(sources: Iterable[Source]) -> Counts:
     """Read the names, phrases and their counts of prepared sources."""
     counts: Counter[str] = Counter()
     categories: set[str] = set()
+    own: dict[str, Meaning] = {}
     for source in sources:
         for row in source.read_concepts(source.vocabulary):
             counts[row["name"]] += row["count"]
             if source.kind == "detection":
                 categories.add(row["name"])
-    return Counts(counts, frozenset(categories))
+            if (meaning := Meaning.of_category(row)).gloss:
+                own.setdefault(row["name"], meaning)
+    return Counts(counts, frozenset(categories), own)
 
 
 def build(
     directory: str | Path,
     names: Sequence[str],
     counts: Mapping[str, int],
+    known: Knowledge = Knowledge(),  # noqa: B008 - frozen
     *,
-    synsets: Mapping[str, str] | None = None,
     embed: Embed | None = None,
     created_from: Mapping[str, Any] | None = None,
 ) -> Dictionary:
@@ -63,16 +76,16 @@ def build(
         directory: of the file.
         names: different concepts, normalized.
         counts: name → mentions.
-        synsets: normalized name → synset, for names whose meaning is known.
-        embed: embeds texts to find the nearest concept (`definitions.define`).
+        known: what is known of the names' meanings.
+        embed: embeds texts to choose among a name's senses and to find the nearest concept
+            (`definitions.define`).
         created_from: written to the first line.
 
     Raises:
         UserError: the file cannot be written.
     """
-    synsets = synsets or {}
-    found = define(names, synsets=synsets, embed=embed)
-    meanings = [synsets_of(name, synsets) for name in names]
+    found = define(names, known, embed=embed, choose=embed)
+    meanings = [_marks(name, definition, known) for name, definition in zip(names, found)]
     rows = [
         {
             "name": name,
@@ -90,6 +103,12 @@ def build(
         lines = (json.dumps(row, ensure_ascii=False) for row in (info, *rows))
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
     return Dictionary.open(directory)
+
+
+def _marks(name: str, definition: Definition, known: Knowledge) -> list[str]:
+    """Return the synsets that a name is a synonym by: the chosen one first."""
+    chosen = [definition.synset] if definition.synset else []
+    return list(dict.fromkeys(chosen + synsets_of(name, known)))
 
 
 def group(names: Sequence[str], synsets: Sequence[Sequence[str]]) -> list[int]:
@@ -141,8 +160,11 @@ def lvis_synsets(path: str | Path) -> dict[str, str]:
 
 
 _TITLES = {
-    "synset": "defined by a given synset",
-    "wordnet": "by WordNet's first sense",
+    "own": "defined by their dataset",
+    "corrected": "by your table",
+    "checked": "by a hand-checked sense",
+    "synset": "by a given synset",
+    "wordnet": "by WordNet",
     "nearest": "like the nearest concept",
     "head": "like their head noun",
     "none": "not defined: bare names",

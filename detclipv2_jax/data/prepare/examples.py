@@ -7,11 +7,12 @@ both of them leave out.
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.text.checked import Meaning
 
 _MAX_EXPLANATIONS = 3  # explanations that are kept for each reason
 
@@ -128,6 +129,8 @@ class Archive:
     examples: Iterator[Example]
     drops: Drops
     names: tuple[str, ...] = ()  # detection: all categories in the file's order, used or not
+    # Normalized name → definition and synset, where the file has one (LVIS, V3Det).
+    meanings: Mapping[str, Meaning] = dataclasses.field(default_factory=dict)
 
 
 class ImageFolder:

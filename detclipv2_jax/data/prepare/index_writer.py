@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from detclipv2_jax.data.index import (
     shard_name,
 )
 from detclipv2_jax.text import tokenizer as tokenizer_lib
+from detclipv2_jax.text.checked import Meaning
 from detclipv2_jax.text.tokenizer import normalize
 
 if TYPE_CHECKING:
@@ -180,11 +182,20 @@ def _id_lists(lists: Mapping[int, Sequence[int]], records: int) -> IdLists:
     return IdLists(offsets, np.array(list(itertools.chain.from_iterable(every)), np.int32))
 
 
-def write_index(directory: Path, shard_indices: Sequence[Path]) -> int:
+def write_index(
+    directory: Path,
+    shard_indices: Sequence[Path],
+    meanings: Mapping[str, Meaning] = MappingProxyType({}),
+) -> int:
     """Merge saved shard indices, in their order, into the index of a source.
 
     Local ids follow the first appearance. The texts are never all in memory at once: 13 million
     captions take about 32 bytes each for their tokens, and a few more for keys and counts.
+
+    Args:
+        directory: of the source.
+        shard_indices: the saved `ShardIndex` files, in order.
+        meanings: normalized name → definition and synset, for names that the source defines.
 
     Returns:
         The number of concepts.
@@ -224,7 +235,9 @@ def write_index(directory: Path, shard_indices: Sequence[Path]) -> int:
             for entry, name in enumerate(names, start):
                 local = local_ids[entry]
                 if first[local] == entry:
-                    row = {"name": name, "definition": None, "count": int(mentions[local])}
+                    definition, synset = meanings.get(name, Meaning())
+                    row = {"name": name, "definition": definition, "synset": synset}
+                    row["count"] = int(mentions[local])
                     lines.write(json.dumps(row | {"vocabulary": bool(vocabulary[local])}) + "\n")
     return len(first)
 
@@ -269,6 +282,7 @@ def assemble(
     name: str,
     kind: str,
     info: Mapping[str, Any],
+    meanings: Mapping[str, Meaning] = MappingProxyType({}),
 ) -> None:
     """Turn `directory` into a source.
 
@@ -279,8 +293,9 @@ def assemble(
         name: of the source.
         kind: of the source.
         info: more fields of info.json.
+        meanings: what the source says that its names mean (`write_index`).
     """
-    write_index(directory, shard_indices)
+    write_index(directory, shard_indices, meanings)
     is_federated = (directory / LISTS["absent"][0]).exists()
     count = len(record_files)
     shards = {shard_name(name, i, count): records for i, (_, records) in enumerate(record_files)}

@@ -30,6 +30,7 @@ from detclipv2_jax.data.prepare.options import PrepareOptions
 from detclipv2_jax.data.prepare.shards import ShardBuilder
 from detclipv2_jax.data.prepare.workers import run
 from detclipv2_jax.text import phrases as phrases_lib
+from detclipv2_jax.text.checked import Meaning
 
 # Largest number of examples per shard: about ten seconds of work and 100 to 200 MB.
 SHARD_EXAMPLES = {"detection": 1024, "grounding": 1024, "image_text": 4096, "classification": 2048}
@@ -90,6 +91,14 @@ def split_into_shards(
     examples = itertools.chain.from_iterable(archive.examples for archive in archives)
     shards = iter(lambda: list(itertools.islice(examples, size)), [])
     return enumerate(shards)
+
+
+def joined_meanings(archives: Sequence[Archive]) -> dict[str, Meaning]:
+    """Return what the archives say that their names mean; of two meanings of a name the first."""
+    found: dict[str, Meaning] = {}
+    for archive in archives:
+        found = {**archive.meanings, **found}
+    return found
 
 
 def format_report(source: Source) -> str:
@@ -261,6 +270,7 @@ def _merge(
         name=name,
         kind=builder.kind,
         info=info,
+        meanings=joined_meanings(archives),
     )
 
 

@@ -2,13 +2,15 @@
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from detclipv2_jax.data.index import KINDS, Source
 from detclipv2_jax.data.prepare import index_writer
 from detclipv2_jax.data.records import Record, ShardWriter
+from detclipv2_jax.text.checked import Meaning
 
 
 class RecordWriter:
@@ -25,6 +27,7 @@ class RecordWriter:
         name: str,
         kind: str,
         names: Sequence[str] = (),
+        meanings: Mapping[str, Meaning] = MappingProxyType({}),
         shard_records: int = 1024,
     ):
         """Start an empty source.
@@ -34,6 +37,7 @@ class RecordWriter:
             name: of the source.
             kind: one of `KINDS`.
             names: concepts that come first, whether or not a record has them (categories).
+            meanings: normalized name → definition and synset, for names that the source defines.
             shard_records: records per shard.
         """
         if kind not in KINDS:
@@ -41,6 +45,7 @@ class RecordWriter:
         self.directory = Path(directory)
         index_writer.refuse_foreign(self.directory)
         self._partial = self.directory.with_name(self.directory.name + ".partial")
+        self._meanings = dict(meanings)
         self._name, self._kind, self._shard_records = name, kind, shard_records
         self._indexer = index_writer.Indexer(kind, names)
         self._files: list[tuple[Path, int]] = []  # (path, records) of each shard
@@ -84,5 +89,6 @@ class RecordWriter:
             name=self._name,
             kind=self._kind,
             info=info,
+            meanings=self._meanings,
         )
         return index_writer.put_in_place(self._partial / "merged", self.directory)

@@ -31,7 +31,7 @@ import tensorflow_datasets as tfds
 
 from detclipv2_jax.data.prepare.examples import Archive, Box, Drops, Example, ImageFile
 from detclipv2_jax.data.prepare.options import PrepareOptions
-from detclipv2_jax.data.prepare.prepare import SHARD_EXAMPLES, split_into_shards
+from detclipv2_jax.data.prepare.prepare import SHARD_EXAMPLES, joined_meanings, split_into_shards
 from detclipv2_jax.data.prepare.registry import OF_KIND, SOURCES, ArchiveSource
 from detclipv2_jax.data.prepare.shards import make_records
 from detclipv2_jax.data.prepare.sources.img2dataset import ParquetImage
@@ -80,7 +80,9 @@ class _Source(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
         archives = self.SOURCE.open_all(Path(dl_manager.manual_dir))
         names = itertools.chain.from_iterable(archive.names for archive in archives)
-        self.info.metadata.update(kind=self.SOURCE.kind, names=list(names))
+        self.info.metadata.update(
+            kind=self.SOURCE.kind, names=list(names), meanings=joined_meanings(archives)
+        )
         if self._with_beam:
             return {"train": self._generate_with_beam(archives)}
         return {"train": self._generate_examples(archives)}

@@ -20,6 +20,7 @@ from detclipv2_jax.data.index import ARRAYS, KINDS, Source
 from detclipv2_jax.data.prepare import index_writer
 from detclipv2_jax.data.prepare.workers import run
 from detclipv2_jax.data.records import decode, features
+from detclipv2_jax.text.checked import Meaning
 
 _PROGRESS_RECORDS = 64  # records between two reports of progress
 _PARTIAL = "index.partial"
@@ -61,7 +62,8 @@ def add_index(directory: Path, *, split: str = "train", jobs: int = 1) -> Source
     names = partial / "names.npz"
     index_writer.Indexer(kind, metadata.get("names", ())).finish().save(names, {})
     indices = [names, *(indexer.index_file(number) for number in range(len(shards)))]
-    index_writer.write_index(partial, indices)
+    meanings = {name: Meaning(*both) for name, both in metadata.get("meanings", {}).items()}
+    index_writer.write_index(partial, indices, meanings)
     (directory / "index").mkdir(exist_ok=True)
     for path in (*ARRAYS.values(), "concepts.jsonl"):
         os.replace(partial / path, directory / path)

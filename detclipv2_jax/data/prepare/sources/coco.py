@@ -19,6 +19,8 @@ from detclipv2_jax.data.prepare.sources.entries import (
     find_image,
     shorten,
 )
+from detclipv2_jax.text.checked import Meaning
+from detclipv2_jax.text.tokenizer import normalize
 
 
 def read(
@@ -62,6 +64,7 @@ def read(
         ),
         drops=drops,
         names=tuple(category_names.values()),
+        meanings=_read_meanings(categories, category_names),
     )
 
 
@@ -97,6 +100,16 @@ def _read_categories(path: Path, categories: list, names: Mapping[str, str]) -> 
         if not name:
             raise UserError(f'{where} has an empty "name". Add a name.')
         found[category["id"]] = names.get(name.lower(), name)
+    return found
+
+
+def _read_meanings(categories: list, names: Mapping[Any, str]) -> dict[str, Meaning]:
+    """Return the meanings that the file gives its categories' names; of equal names the first."""
+    found: dict[str, Meaning] = {}
+    for category in categories:
+        meaning = Meaning.of_category(category)
+        if meaning.gloss:
+            found.setdefault(normalize(names[category["id"]]), meaning)
     return found
 
 
