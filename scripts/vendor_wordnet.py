@@ -14,8 +14,8 @@ among the senses of the lemma, so the usual name of a synset is its first lemma,
 in two digits. ":N" after it: in the texts that WordNet's authors tagged, the lemma has this sense N
 times. The field is the number of the lexicographer file (lexnames(5): 06 is artifacts). The marks:
 "i" an instance (a person, place or work by name), "p" a proper noun (its first word begins with a
-capital), "u" a usage that is slang, offensive or archaic. ":N" after them: N synsets are a kind of this one.
-Example sentences are left out.
+capital), "u" a usage that is slang, offensive or archaic. ":N" after them: N synsets are a kind of
+this one. Example sentences are left out.
 """
 
 import argparse

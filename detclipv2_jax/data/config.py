@@ -59,6 +59,9 @@ class KindConfig:
     mosaic: float = 0.0  # share of canvases with four images (kinds with boxes); raise max_boxes
     begin: float = 0.0  # share of the first epoch's other batches before this kind's (paper: 0)
     definitions: bool = False  # join names with their definitions; needs a dictionary
+    # Probability that a step encodes a name without its definition, so that the model also learns
+    # the bare names that people type [ours].
+    definitions_drop: float = 0.0
 
     @property
     def all_sources(self) -> tuple[str, ...]:
@@ -75,6 +78,9 @@ class DataConfig:
     prepare: str = ""  # the command that prepares the data, shown where the data is missing
     skip_missing: bool = False  # train without the kinds whose sources are missing
     dictionary: str = ""  # directory of the prepared dictionary, relative to data_dir; "" = none
+    # Table of your own definitions, relative to data_dir, used before the dictionary's: name,
+    # synset, definition, separated by tabs, with this header; "" = none.
+    definitions_file: str = ""
     template: str = TEMPLATE  # of a name with its definition; cut to 16 tokens at a word's end
     detection: KindConfig = KindConfig(definitions=True, scored_on="source")
     grounding: KindConfig = KindConfig()
@@ -84,6 +90,11 @@ class DataConfig:
 
     def __post_init__(self):
         check_template(self.template, "config.data.template")
+        if self.definitions_file and not self.dictionary:
+            raise UserError(
+                "config.data.definitions_file is set, but names are encoded without definitions. "
+                "Set config.data.dictionary too."
+            )
         for kind, config in self.kinds().items():
             check_kind(kind, config)
             if "synonyms" in config.ignore_alike and not self.dictionary:
@@ -126,6 +137,7 @@ def check_kind(kind: Kind, config: KindConfig) -> None:
         check(field, getattr(config, field) >= least, f"at least {least}")
     is_canvas = bool(config.shapes) and min(map(min, config.shapes)) >= 1
     check("shapes", is_canvas, "a list of (height, width) of at least 1 pixel")
+    check("definitions_drop", 0 <= config.definitions_drop <= 1, "a probability, from 0 to 1")
     check("flip", 0 <= config.flip <= 1, "a probability, from 0 to 1")
     is_range = len(config.scales) == 2 and 0 < config.scales[0] <= config.scales[1]
     check("scales", is_range, "(low, high) with 0 < low <= high")

@@ -9,8 +9,8 @@
     index/absent.npy absent_offsets.npy, partial.npy partial_offsets.npy   of federated sources
                                       (LVIS) in the same form: concepts that are not in the image,
                                       and concepts of which not every object has a box
-    concepts.jsonl                    {"name", "definition", "synset", "count", "vocabulary"}; line =
-                                      local id; definition and synset as the source gives them
+    concepts.jsonl                    {"name", "definition", "synset", "count", "vocabulary"};
+                                      line = local id; what the source says that its names mean
     tokens.npy keys.npy vocabulary.npy   uint16 (c, 16), uint64 (c,), bool (c,)
 
 A record names its concepts by their texts; label k of record i is the local id

@@ -26,7 +26,7 @@ from detclipv2_jax.data.scoring import Images, Scorer
 from detclipv2_jax.data.vocabulary import Vocabulary
 
 # Purposes of random streams: streams of one seed with different purposes are independent.
-_SEQUENCE, _ORDER, _CONCEPTS, _MOSAIC, _RUNGS = range(5)
+_SEQUENCE, _ORDER, _CONCEPTS, _MOSAIC, _RUNGS, _BARE = range(6)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,6 +47,7 @@ class StepPlan:
     texts: Int[np.ndarray, "B C"]
     concepts: Int[np.ndarray, " M"]  # global ids: positives ascending, negatives ascending, -1 pads
     scored: Bool[np.ndarray, "B M"]  # as in `Batch.scored`
+    bare: Bool[np.ndarray, " M"]  # rows that are encoded without their definitions
     positives: int  # how many of `concepts` belong to a record of the batch
     dropped: int  # positives of the batch that the table has no row for
     negatives: int  # how many of `concepts` are negatives
@@ -215,6 +216,7 @@ class Plan:
             extra_records=extra.records,
             texts=texts,
             concepts=table.concepts,
+            bare=self._generator(_BARE, step).random(config.table_size) < config.definitions_drop,
             scored=scorer.scored(table, images, positives, draws),
             positives=table.positives,
             dropped=table.dropped,

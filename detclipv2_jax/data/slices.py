@@ -225,7 +225,7 @@ class SliceReader:
             labels=largest.labels,
             scored=slice_.scored,
             texts=np.where(is_filled[:, None], slice_.texts, -1),
-            tokens=self._vocabulary.tokens(plan.concepts, plan.kind),
+            tokens=self._vocabulary.tokens(plan.concepts, plan.kind, plan.bare),
             token_mask=plan.concepts >= 0,
             kind=plan.kind,
         )

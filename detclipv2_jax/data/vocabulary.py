@@ -80,19 +80,22 @@ class Vocabulary:
         return self.meanings.definitions if used else {}
 
     def tokens(
-        self, ids: Int[np.ndarray, " m"], kind: str | None = None
+        self,
+        ids: Int[np.ndarray, " m"],
+        kind: str | None = None,
+        bare: Bool[np.ndarray, " m"] | None = None,
     ) -> Int32[np.ndarray, "m 16"]:
         """Return the token ids of concepts, zeros where the id is -1 (padding).
 
         If `kind` is one whose names are encoded with their definitions, the tokens are those of
-        name and definition.
+        name and definition, except where `bare` is True.
         """
         ids = np.asarray(ids)
         rows = np.zeros((len(ids), CONTEXT), np.int32)
         for found in self._located(ids):
             rows[found.mask] = found.table.tokens[found.local]
         if self.meanings is not None and kind in self.meanings.kinds:
-            known, places = self.meanings.places(ids)
+            known, places = self.meanings.places(ids if bare is None else np.where(bare, -1, ids))
             rows[known] = self.meanings.tokens[places]
         return rows
 

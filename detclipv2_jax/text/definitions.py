@@ -20,6 +20,7 @@ Here a dictionary is a mapping of normalized names to definitions, "" for names 
 
 import collections
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -142,11 +143,11 @@ def synsets_of(name: str, known: Knowledge = Knowledge()) -> list[str]:  # noqa:
     given as person.n.01) comes last: the name has a meaning of its own.
     """
     nouns = wordnet()
+    given = nouns.canonical(known.synsets.get(name, ""))
     for table in (known.own, known.corrections, checked_senses()):
         if name in table:
-            synset = nouns.canonical(table[name].synset or "")
-            return [synset] if synset else []
-    given = nouns.canonical(known.synsets.get(name, ""))
+            stated = [nouns.canonical(table[name].synset or ""), given]
+            return list(dict.fromkeys(filter(None, stated)))
     lemmas = _lemmas(name)
     if given and (not lemmas or set(lemmas) & set(nouns.lemmas(given))):
         return [given]
@@ -173,8 +174,8 @@ def _stated_of(name: str, known: Knowledge) -> Definition | None:
     if (meaning := known.own.get(name)) and meaning.gloss:
         return Definition(meaning.gloss, "own", meaning.synset)
     is_listed = name in known.dictionary and not known.corrections  # saves time for thousands
-    lemmas = () if is_listed else _lemmas(name)
-    spellings = dict.fromkeys([name, *map(_text, lemmas)])
+    singulars = [] if is_listed else [*map(_text, _lemmas(name)), *wordnet().singulars(name)]
+    spellings = dict.fromkeys([name, *singulars])
     for text in spellings:
         if text in known.corrections:
             return _stated(known.corrections[text], "corrected")
@@ -270,13 +271,24 @@ def _sense(lemma: str, known: Knowledge, *, strict: bool = False) -> str | None:
     """Return the synset that a lemma is known to have if the lemma is one of its words; else the
     one that a photograph is likely to show; None where in doubt."""
     nouns, text = wordnet(), _text(lemma)
-    for table in (known.corrections, checked_senses()):
-        if text in table and lemma in nouns.lemmas(table[text].synset or ""):
-            return nouns.canonical(table[text].synset)
+    for synset in (known.corrections.get(text, Meaning()).synset, _checked_lemmas().get(lemma)):
+        if synset and lemma in nouns.lemmas(synset):
+            return nouns.canonical(synset)
     given = nouns.canonical(known.synsets.get(text, ""))
     if given and lemma in nouns.lemmas(given):
         return given
     return visible_sense(lemma, strict=strict)
+
+
+@functools.cache
+def _checked_lemmas() -> Mapping[str, str]:
+    """Return lemma → synset for the hand-checked names, singular or plural, that WordNet has."""
+    found = {}
+    for name, meaning in checked_senses().items():
+        lemma = wordnet().noun(name)
+        if lemma and meaning.synset and lemma in wordnet().lemmas(meaning.synset):
+            found.setdefault(lemma, meaning.synset)
+    return found
 
 
 def _text(lemma: str) -> str:
@@ -317,7 +329,7 @@ def _neighbors(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " m"]:
 def _end(name: str) -> str:
     """Return the last word of a name, as a singular."""
     last = readings(name)[0].split()[-1:] or [""]
-    return wordnet().noun(last[0]) or last[0]
+    return wordnet().noun(last[0]) or last[0].removesuffix("s")
 
 
 def _unit(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:

@@ -30,9 +30,11 @@ _ROOTS = {
     "person.n.01": "person",
 }
 # A picture can show these too, but their words are more often used for something else.
-_OTHERS = frozenset("person phenomenon substance location group shape communication".split())
+_OTHERS = frozenset(
+    ["person", "phenomenon", "substance", "location", "group", "shape", "communication"]
+)
 # Of these, fields whose sense is likelier than that of a thing if WordNet has it first ("poster").
-_RIVALS = frozenset("location group communication".split())
+_RIVALS = frozenset(["location", "group", "communication"])
 # What the gloss of a rude sense says.
 _RUDE = re.compile(
     r"\b(obscene|offensive|derogatory|disparaging|slang|slur|ethnic|vulgar|prostitute|penis|vulva|"
@@ -43,7 +45,7 @@ _SPECIAL = re.compile(
     r"\b(archaic|formerly|old-fashioned|obsolete|armor|centur(y|ies)|medieval|middle ages)\b"
     r"|^\([^)]*(baseball|football|golf|tennis|hockey|basketball|nautical|heraldry|astronomy|physics|"
     r"electronics|mathematics|chess|cricket|architecture|Judaism|Roman|Greek|Testament|Bible|"
-    r"computer|geology|music|anatomy|botany|law|sports|linguistics|geometry|slang|ethnic)"
+    r"computer|geology|music|anatomy|law|sports|linguistics|geometry|slang|ethnic)"
 )
 _LEAST = 3  # tags that make a sense frequent: of WordNet's senses most have none
 _FREQUENT = 20  # tags that make it so frequent that senses of another class hardly matter

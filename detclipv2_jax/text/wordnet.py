@@ -15,11 +15,34 @@ _ASSETS = Path(__file__).parent / "assets" / "wordnet"
 #: Names of the lexicographer files with nouns (lexnames(5)), by number; 00 to 02 have none.
 FIELDS = dict(
     enumerate(
-        (
-            "tops act animal artifact attribute body cognition communication event feeling food "
-            "group location motive object person phenomenon plant possession process quantity "
-            "relation shape state substance time"
-        ).split(),
+        [
+            "tops",
+            "act",
+            "animal",
+            "artifact",
+            "attribute",
+            "body",
+            "cognition",
+            "communication",
+            "event",
+            "feeling",
+            "food",
+            "group",
+            "location",
+            "motive",
+            "object",
+            "person",
+            "phenomenon",
+            "plant",
+            "possession",
+            "process",
+            "quantity",
+            "relation",
+            "shape",
+            "state",
+            "substance",
+            "time",
+        ],
         3,
     )
 )
@@ -129,6 +152,10 @@ class WordNet:
             if bare in self._joined:
                 return self._joined[bare]
         return None
+
+    def singulars(self, phrase: str) -> list[str]:
+        """Return what a phrase may be the plural of by its ending: no lemmas, rarely words."""
+        return list(self._singulars(phrase))
 
     def singular(self, lemma: str) -> str | None:
         """Return another lemma that this one is the plural of ("colors"), or None."""

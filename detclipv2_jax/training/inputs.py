@@ -16,6 +16,7 @@ from detclipv2_jax.data.dictionary import Dictionary
 from detclipv2_jax.data.index import TEXT_KINDS, Kind, Source
 from detclipv2_jax.data.plan import Plan
 from detclipv2_jax.data.vocabulary import Vocabulary
+from detclipv2_jax.text.checked import read_table
 from detclipv2_jax.text.tokenizer import CONTEXT
 from detclipv2_jax.training.config import RunConfig
 
@@ -34,7 +35,7 @@ class TrainingData(NamedTuple):
         rehearsal = f"; {n} of them rehearsal" if (n := plan.rehearsal_batches) else ""
         text = f"{total_steps} steps, {plan.steps_per_epoch} per epoch ({batches}{rehearsal})"
         if definitions := plan.vocabulary.definitions("detection"):
-            known = sum(name in definitions for name in self.names)
+            known = sum(bool(definitions.get(name)) for name in self.names)
             text += f"\n{known} of {len(self.names)} detection names have a definition"
         return "\n".join([text, *(self._fill(kind) for kind in plan.kinds)])
 
@@ -65,6 +66,7 @@ def open_data(config: RunConfig) -> TrainingData:
         sources,
         Dictionary.open(root / config.data.dictionary) if config.data.dictionary else None,
         defined=[kind for kind, data in kinds.items() if data.definitions],
+        corrections=read_table(root / file) if (file := config.data.definitions_file) else {},
         template=config.data.template,
     )
     plan = Plan(sources, vocabulary, kinds, config.seed)

@@ -15,6 +15,7 @@ from detclipv2_jax.inference.detector import Detector
 from detclipv2_jax.inference.predictor import Predictor
 from detclipv2_jax.inference.prompts import Prompter
 from detclipv2_jax.models.detclip import create
+from detclipv2_jax.text.definitions import Knowledge, define
 from detclipv2_jax.text.tokenizer import TEMPLATE, fitted
 
 DICTIONARY = {"anchor": "what holds a ship", "blue thing": "something blue"}
@@ -58,15 +59,26 @@ def test_names_with_definitions(predictor):
 
 
 def test_an_unknown_name_gets_the_definition_of_the_most_similar_name(predictor):
-    vectors = predictor.encode(["hoverboard", "anchor", "blue thing"]).embeddings[:3]
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    nearest = ["anchor", "blue thing"][int(np.argmax(unit[1:] @ unit[0]))]
-    texts = Prompter(True, DICTIONARY).encode(predictor, ["hoverboard", "🙂"])
-    assert texts.prompts[0] == f"hoverboard, {DICTIONARY[nearest]}"
-    assert texts.prompts[1].split(", ")[1] in DICTIONARY.values()
+    dictionary = {f"{word} thing": f"something {word}" for word in ("blue", "red", "big", "new")}
+    dictionary |= DICTIONARY | {"levitator": "what floats"}
+    names = ["levitators", "yoyodyne", "🙂"]
+    embed = lambda texts: predictor.encode(texts).embeddings[: len(texts)]
+    found = define(names, Knowledge(dictionary=dictionary), embed=embed)
+    prompts = Prompter(True, dictionary).encode(predictor, names).prompts
+    assert prompts == tuple(fitted(names, [one.text for one in found]))
+    assert prompts[0] == "levitators, what floats"  # a plural; the others are near or bare
+    for name, prompt in zip(names[1:], prompts[1:]):
+        assert prompt == name or prompt.split(", ")[1] in dictionary.values()
     # Without a dictionary, as for a model that was trained without definitions.
-    alone = Prompter(True).encode(predictor, ["hoverboard", "wild bird", "🙂"])
-    assert alone.prompts[0] == "hoverboard" and alone.prompts[1].startswith("wild bird, warm-")
+    alone = Prompter(True).encode(predictor, ["levitator", "wild bird", "🙂"])
+    assert alone.prompts[0] == "levitator" and alone.prompts[2] == "🙂"
+
+
+def test_a_name_that_was_trained_bare_is_asked_bare(predictor):
+    prompter = Prompter(True, {"umbrella": "", "anchor": "what holds a ship"})
+    prompts = prompter.encode(predictor, ["umbrella", "umbrellas", "anchor"]).prompts
+    assert prompts == ("umbrella", "umbrellas", "anchor, what holds a ship")
+    assert prompter.dictionary_prompts()["umbrella"] == "umbrella"
 
 
 def test_another_template(predictor):
@@ -195,7 +207,7 @@ def test_evaluation_uses_the_definitions_of_the_dataset(checkpoint, tmp_path, fe
     flags = ["--checkpoint=run", f"--dataset={path}", f"--output={output}"]
     assert evaluate.main(flags) == 0
     settings = json.loads((output / "results.json").read_text())["settings"]
-    assert settings["definitions"] and settings["names_defined"] == 4
+    assert settings["definitions"] and settings["names_defined"] == 3  # a knight is a man, too
     assert evaluate.main([*flags, "--definitions=off", f"--output={output}/bare"]) == 0
     settings = json.loads((output / "bare" / "results.json").read_text())["settings"]
     assert settings["definitions"] is False and "template" not in settings

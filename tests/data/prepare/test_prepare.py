@@ -105,6 +105,7 @@ def test_image_text(folder, spacy_model):
     assert by_name["a red cat near two dogs."] == {
         "name": "a red cat near two dogs.",
         "definition": None,
+        "synset": None,
         "count": 4,
         "vocabulary": False,
     }
