@@ -37,6 +37,7 @@ def test_open(prepared):
     assert source.concepts[1] == {
         "name": "a cat and a dog",
         "definition": None,
+        "synset": None,
         "count": 2,
         "vocabulary": False,
     }

@@ -505,3 +505,15 @@ def test_a_plan_without_rehearsal_is_what_it_was_before_there_was_any():
     assert plan.rehearsal_batches == again.rehearsal_batches == 0
     for step in range(plan.steps_per_epoch):
         assert steps_equal(plan.plan(step), again.plan(step))
+
+
+def test_names_are_bare_as_often_as_asked_and_by_seed_and_step_alone():
+    sources = {"a": source("a", "detection", random_positives(400, 50), 50)}
+    plans = [one_kind(sources, seed=seed, definitions_drop=0.25) for seed in (0, 0, 1)]
+    drawn = [np.stack([plan.plan(step).bare for step in range(60)]) for plan in plans]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert (drawn[0] != drawn[2]).any() and (drawn[0][0] != drawn[0][1]).any()
+    n = drawn[0].size
+    assert abs(drawn[0].mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / n)
+    assert not one_kind(sources).plan(0).bare.any()
+    assert one_kind(sources, definitions_drop=1.0).plan(0).bare.all()
