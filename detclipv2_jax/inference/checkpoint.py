@@ -110,6 +110,13 @@ def is_finished(directory: str | os.PathLike) -> bool:
         return _meta(manager, known[-1]).get("total_steps") == known[-1]
 
 
+def stored_model(directory: str | os.PathLike) -> DetCLIPConfig:
+    """Return the config of the model in a run's newest checkpoint."""
+    step = require_steps(directory)[-1]
+    with _open(directory) as manager:
+        return _model_config(_meta(manager, step)["config"])
+
+
 def load_model(directory: str | os.PathLike, step: int | None = None) -> LoadedModel:
     """Load the model of one checkpoint onto the first local device of this process.
 
@@ -130,7 +137,7 @@ def load_model(directory: str | os.PathLike, step: int | None = None) -> LoadedM
     with _open(directory) as manager:
         meta = _meta(manager, step)
         run = meta["config"]
-        model = DetCLIPConfig.from_dict(config_dict.with_current_names(DetCLIPConfig, run["model"]))
+        model = _model_config(run)
         graphdef, target = detclip.abstract(model)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(
@@ -152,6 +159,10 @@ def load_model(directory: str | os.PathLike, step: int | None = None) -> LoadedM
         total_steps=meta.get("total_steps"),
         run=run,
     )
+
+
+def _model_config(run: Mapping[str, Any]) -> DetCLIPConfig:
+    return DetCLIPConfig.from_dict(config_dict.with_current_names(DetCLIPConfig, run["model"]))
 
 
 def detect_config(section: Mapping[str, Any]) -> DetectConfig:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.data import rungs
 from detclipv2_jax.data.config import KindConfig
 from detclipv2_jax.data.index import KINDS, Kind
 from detclipv2_jax.inference.prompts import Prompter
@@ -124,15 +125,15 @@ def check_devices(config: "RunConfig", devices: int) -> None:
 
 
 def check_start(config: "RunConfig", workdir: Path) -> None:
-    """Check where a new run starts from. A run that resumes has its own parameters.
+    """Check where a new run starts from.
 
     Args:
         config: of the run.
-        workdir: of the run; if it contains a checkpoint, nothing is checked.
+        workdir: of the run; if it contains a checkpoint, the run has its own parameters.
 
     Raises:
-        UserError: a tower has neither a file nor "scratch", a file does not exist or is of a tower
-            with another activation, or a random tower has a reduced learning rate.
+        UserError: a tower has neither a file nor "scratch", its file does not exist or is of a
+            tower with another activation, or it is random and has a reduced learning rate.
     """
     from detclipv2_jax.inference.checkpoint import steps  # imports orbax
 
@@ -149,7 +150,7 @@ def check_start(config: "RunConfig", workdir: Path) -> None:
     for part in ("backbone", "text"):
         _check_tower(config, part)
     if init.text != SCRATCH:
-        activation.check(config.model.text.activation, init.text)
+        print(f"{init.text}: {activation.check(config.model.text.activation, init.text)}")
 
 
 def _check_tower(config: "RunConfig", part: str) -> None:
@@ -280,12 +281,12 @@ def _check_pairs(config: "RunConfig", data: KindConfig) -> None:
             f"{where}.batch_size {data.batch_size}. Choose a divisor such as {divisor}, or a batch "
             f"size that is a multiple of {proposals.group}."
         )
-    for height, width in data.shapes:
+    for height, width in rungs.canvases(data):
         anchors = sum(level_sizes(height, width, config.model.anchors))
         if proposals.k > anchors:
             raise UserError(
                 f"config.loss.proposals.k is {proposals.k}, but the canvas {height}×{width} of "
-                f"{where}.shapes has {anchors} anchors. Choose fewer regions or a larger canvas."
+                f"{where} has {anchors} anchors. Choose fewer regions or a larger canvas."
             )
 
 

@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import json
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from detclipv2_jax.common import config_dict
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.models.detclip import DetCLIPConfig
 from detclipv2_jax.models.parameters import parameter_paths, path_name
 from detclipv2_jax.weights import clip, files, swin
 from detclipv2_jax.weights.convert import OURS, Report, convert, unnumbered
@@ -84,6 +88,47 @@ def check_rates(params: PyTree, reports: Sequence[Report], factors: PyTree) -> N
                 f"config.optimizer.lr_rules: {name} trains at {rates[name]:g} times the learning "
                 f"rate, but it starts random, because {report.path} has no values of its shape "
                 f"{values[name].shape}. Put ({name!r}, 1.0) before the other rules{sizes}."
+            )
+
+
+# Fields of a model's config that change what it computes, but not the shape of any parameter.
+_SAME = (
+    "similarity",
+    "anchors.offset",
+    "anchors.scale",
+    "head.groups",
+    "text.activation",
+    "text.heads",
+)
+
+
+def check_same_function(config: DetCLIPConfig, path: str) -> None:
+    """Check that the parameters of a whole model mean the same in a run's model.
+
+    Args:
+        config: the run's model.
+        path: `InitConfig.model`; a file without our metadata is not checked.
+
+    Raises:
+        UserError: a field differs that no shape tells; the message names it.
+    """
+    if Path(path).is_dir():
+        from detclipv2_jax.inference.checkpoint import stored_model  # imports orbax
+
+        stored = stored_model(path)
+    else:
+        metadata = files.metadata(path)
+        if "model" not in metadata:
+            return
+        stored = DetCLIPConfig.from_dict(
+            config_dict.with_current_names(DetCLIPConfig, json.loads(metadata["model"]))
+        )
+    for field in _SAME:
+        wanted, found = (operator.attrgetter(field)(c) for c in (config, stored))
+        if wanted != found:
+            raise UserError(
+                f"config.model.{field} is {wanted!r}, but the model in config.init.model {path} "
+                f"was trained with {found!r}. Set it to {found!r}."
             )
 
 

@@ -45,6 +45,8 @@ def new_or_resumed(
     """
     is_new = checkpointer.latest is None
     if is_new:
+        if config.init.model:
+            initialize.check_same_function(config.model, config.init.model)
         params, origins = initialize.initialize(params, config.init)
         initialize.check_rates(params, origins, rule.factors)
         print(initialize.table(origins), end="\n" * bool(origins))

@@ -45,6 +45,19 @@ def read(path: str | Path) -> Mapping[str, Any]:
     )
 
 
+def metadata(path: str | Path) -> Mapping[str, str]:
+    """Return the metadata of a safetensors file; nothing for other formats and damaged files."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}  # `read` reports it
+
+
 def as_float32(array: Any, name: str, path: str | Path) -> np.ndarray:
     """Return a floating-point tensor as float32.
 

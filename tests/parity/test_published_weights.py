@@ -26,8 +26,8 @@ from detclipv2_jax.models import swin, text
 from detclipv2_jax.models.initializers import Draws
 from detclipv2_jax.models.parameters import parameter_paths
 from detclipv2_jax.text.tokenizer import tokenize
+from detclipv2_jax.weights import activation, convert, files
 from detclipv2_jax.weights import clip as clip_layouts
-from detclipv2_jax.weights import convert, files
 from detclipv2_jax.weights import swin as swin_layouts
 
 SIZES = dict(embed_dim=16, depths=(2, 1, 3, 1), num_heads=(1, 2, 4, 4))
@@ -241,9 +241,11 @@ def load_text(path, cfg):
     return apply(graphdef, params, jnp.asarray(tokenize(TEXTS))), report
 
 
-def test_hugging_face_text(tmp_path):
-    cfg = text.TextConfig(width=64, layers=2, heads=2, embed_dim=32)
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+def test_hugging_face_text(tmp_path, act):
+    cfg = text.TextConfig(width=64, layers=2, heads=2, embed_dim=32, activation=act)
     their = CLIPTextConfig(
+        hidden_act=act,
         hidden_size=64,
         intermediate_size=256,
         projection_dim=32,
@@ -254,11 +256,13 @@ def test_hugging_face_text(tmp_path):
     model = randomized(CLIPTextModelWithProjection(their))
     model.save_pretrained(tmp_path)
     ours, report = load_text(tmp_path / "model.safetensors", cfg)
+    found = activation.stated(tmp_path / "model.safetensors")
+    assert found == (act, str(tmp_path / "config.json"))
     assert report.publisher == "Hugging Face" and not report.not_loaded
     with torch.no_grad():
         theirs = model(input_ids=torch.from_numpy(tokenize(TEXTS).astype(np.int64))).text_embeds
     reference = "transformers CLIPTextModelWithProjection"
-    compare("Weights in: CLIP", reference, "model.safetensors", ours, theirs.numpy(), 1e-4)
+    compare("Weights in: CLIP", reference, f"model.safetensors, {act}", ours, theirs.numpy(), 1e-4)
 
 
 class Whole(torch.nn.Module):
@@ -280,9 +284,18 @@ class Whole(torch.nn.Module):
         return self.ln_final(self.token_embedding(x)) @ self.text_projection * self.context_length
 
 
-@pytest.mark.parametrize("form", ["TorchScript", "state_dict", "half"])
-def test_openai_text(tmp_path, form):
-    cfg = text.TextConfig(width=64, layers=2, heads=2, embed_dim=32)
+@pytest.mark.parametrize(
+    ("form", "act"),
+    [
+        ("TorchScript", "quick_gelu"),
+        ("TorchScript", "gelu"),
+        ("state_dict", "quick_gelu"),
+        ("half", "quick_gelu"),
+    ],
+)
+def test_openai_text(tmp_path, form, act):
+    cfg = text.TextConfig(width=64, layers=2, heads=2, embed_dim=32, activation=act)
+    layers = {"quick_gelu": open_clip.transformer.QuickGELU, "gelu": torch.nn.GELU}
     tower = open_clip.transformer.TextTransformer(
         context_length=77,
         vocab_size=cfg.vocab,
@@ -290,7 +303,7 @@ def test_openai_text(tmp_path, form):
         heads=2,
         layers=2,
         output_dim=32,
-        act_layer=open_clip.transformer.QuickGELU,
+        act_layer=layers[act],
     )
     tower = randomized(tower)
     path = tmp_path / "ViT.pt"
@@ -304,13 +317,15 @@ def test_openai_text(tmp_path, form):
         torch.jit.save(traced.half() if form == "half" else traced, path)
         whole.float()
     ours, report = load_text(path, cfg)
+    states = activation.stated(path).activation
+    assert states == (None if form == "state_dict" else act)  # an archive has the model's code
     assert report.publisher == "OpenAI" and not report.not_loaded
     assert set(report.unused) == {"visual.weight", "visual.bias", "logit_scale"}
     tokens = np.zeros((len(TEXTS), 77), np.int64)
     tokens[:, :16] = tokenize(TEXTS)
     with torch.no_grad():
         theirs = tower(torch.from_numpy(tokens)).numpy()
-    on = f"ViT.pt, {form}{' TorchScript' if form == 'half' else ''}"
+    on = f"ViT.pt, {form}{' TorchScript' if form == 'half' else ''}, {act}"
     compare("Weights in: CLIP", "open_clip_torch TextTransformer", on, ours, theirs, 1e-4)
 
 

@@ -133,8 +133,13 @@ def test_features_are_hugging_faces():
     compare("Text tower", reference, f"{len(tokens)} texts, ViT-B's tower", ours, theirs, 1e-4)
 
 
-def test_features_are_openais():
-    cfg = TextConfig(layers=3)
+@pytest.mark.parametrize(
+    ("activation", "theirs_is"),
+    [("quick_gelu", open_clip.transformer.QuickGELU), ("gelu", torch.nn.GELU)],
+)
+def test_features_are_openais_and_open_clips(activation, theirs_is):
+    """open_clip's towers of LAION-2B and DataComp have the exact GELU."""
+    cfg = TextConfig(layers=3, activation=activation)
     model = open_clip.transformer.TextTransformer(
         context_length=77,
         vocab_size=cfg.vocab,
@@ -142,7 +147,7 @@ def test_features_are_openais():
         heads=cfg.heads,
         layers=cfg.layers,
         output_dim=cfg.embed_dim,
-        act_layer=open_clip.transformer.QuickGELU,
+        act_layer=theirs_is,
     )
     randomized(model)
     graphdef, params = filled(
@@ -155,4 +160,5 @@ def test_features_are_openais():
         theirs = model(torch.from_numpy(whole)).numpy()
     ours = apply(graphdef, params, jnp.asarray(tokens))
     reference = "open_clip_torch TextTransformer"
-    compare("Text tower", reference, f"{len(tokens)} texts, 3 layers", ours, theirs, 1e-4)
+    on = f"{len(tokens)} texts, 3 layers, {activation}"
+    compare("Text tower", reference, on, ours, theirs, 1e-4)

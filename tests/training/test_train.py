@@ -569,7 +569,8 @@ def test_a_run_with_a_dictionary_uses_definitions_in_training_and_evaluation(dat
     process = tiny_run.run(
         data,
         tmp_path / "run",
-        **{"data.dictionary": tmp_path / "concepts", "train.epochs": 0.2},
+        **{"data.dictionary": tmp_path / "concepts", "data.detection.definitions": True},
+        **{"train.epochs": 0.2},
     )
     assert process.returncode == 0, process.stderr[-3000:]
     settings = json.loads((tmp_path / "run/results.json").read_text())["settings"]

@@ -1,7 +1,10 @@
 """Loading of valid and invalid files, written here with the publishers' names."""
 
 import dataclasses
+import json
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from detclipv2_jax import export
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.models.detclip import create
+from detclipv2_jax.models.detclip import abstract, create
 from detclipv2_jax.models.parameters import parameter_paths
 from detclipv2_jax.training import initialize
 from detclipv2_jax.training.initialize import InitConfig
@@ -175,8 +178,32 @@ def test_export_and_load_are_bit_equal(tmp_path, monkeypatch, capsys):
     assert "backbone.layers.0.blocks.0.attn.qkv.kernel" in load_file(path)
     found, (report,) = start(model=str(path))
     assert not report.not_loaded and not report.unused and len(report.loaded) == len(found)
+    initialize.check_same_function(tiny_model.CONFIG, str(path))
     for name, value in arrays(1).items():
         assert found[name].tobytes() == value.tobytes(), name
+
+
+def change_of(field):
+    """Return the tiny model with another value of a field that changes no parameter's shape."""
+    base, (section, _, name) = tiny_model.CONFIG, field.rpartition(".")
+    values = {
+        "similarity": "dot", "scale": 4.0, "offset": 0.0, "groups": 4, "activation": "gelu",
+        "heads": 4,
+    }  # fmt: skip
+    if not section:
+        return dataclasses.replace(base, **{name: values[name]})
+    part = dataclasses.replace(getattr(base, section), **{name: values[name]})
+    return dataclasses.replace(base, **{section: part})
+
+
+@pytest.mark.parametrize("field", initialize._SAME)
+def test_a_model_that_computes_something_else_is_refused(tmp_path, field):
+    stored, shapes = change_of(field), lambda cfg: jax.tree.map(jnp.shape, abstract(cfg)[1])
+    assert shapes(stored) == shapes(tiny_model.CONFIG)  # so nothing else would tell
+    metadata = {"model": json.dumps(stored.to_dict())}
+    save_file({"x": np.zeros(1)}, tmp_path / "model.safetensors", metadata)
+    with pytest.raises(UserError, match=f"^config.model.{field} is .*was trained with"):
+        initialize.check_same_function(tiny_model.CONFIG, str(tmp_path / "model.safetensors"))
 
 
 def test_an_export_of_another_model_is_refused(tmp_path):

@@ -78,6 +78,14 @@ def test_a_block_equals_the_plain_block(width, heads, concepts, length):
     check_close(*both(*make(text.TextBlock, width=width, heads=heads), concepts, length), 2e-6)
 
 
+def test_a_block_with_the_exact_gelu_equals_the_plain_block():
+    graph, state = make(text.TextBlock, width=32, heads=2, activation="gelu")
+    plain, kernels = both(graph, state, 3, 16)
+    check_close(plain, kernels, 2e-6)
+    quick, _ = both(make(text.TextBlock, width=32, heads=2)[0], state, 3, 16)
+    assert np.abs(np.asarray(quick[0]) - np.asarray(plain[0])).max() > 1e-3
+
+
 @SLOW
 def test_bfloat16_is_as_accurate_as_without_kernels():
     exact, _ = both(*make(text.TextBlock, width=128, heads=2), 20, 16)
