@@ -46,9 +46,9 @@ class DetCLIPConfig:
         text: the text tower.
         anchors: the anchors of all levels.
         similarity: how regions and texts are compared: "cosine" (both are L2-normalized) or "dot".
-        initial_scale: initial factor on cosines; 1/0.07 is CLIP's. For D = 256, the cosines of
-            unrelated features have a standard deviation of 1/16. So the logits of negatives start
-            within ±2 of the bias, and a cosine of 0.5 is already a confident match:
+        initial_scale: initial factor on cosines; 1/0.07 is CLIP's. For D = 512, the cosines of
+            unrelated features have a standard deviation of 1/23. So the logits of negatives start
+            within ±1.3 of the bias, and a cosine of 0.5 is already a confident match:
             0.5/0.07 - 4.6 = 2.5. Dot products always start at scale 1.
         mask_padding: whether neck and head ignore the padding of the canvas: their convolutions
             read zeros there, and the statistics of the norms are those of the image. The outputs

@@ -41,7 +41,7 @@ def stated(path: str | Path) -> Stated:
     path = Path(path)
     if torchscript.is_archive(path):
         code = torchscript.code(path)
-        quick, exact = "QuickGELU" in code, "torch.gelu(" in code
+        quick, exact = "class QuickGELU(" in code, "class GELU(" in code
         if quick != exact:
             return Stated("quick_gelu" if quick else "gelu", f"the code in {path}")
     for name, read in (("open_clip_config.json", _of_open_clip), ("config.json", _of_transformers)):

@@ -9,8 +9,8 @@ sizes, the seconds of the first step of an epoch, and the peak memory. Generated
 names (365, about 15 boxes per image), phrases (300,000, about five per image), captions (one per
 image) and their phrases (a million, about three per image), by Zipf's law.
 
-`scripts/choose_shapes.py` with `--config.data_dir=DIR --config.data.dictionary=` shows the table
-sizes that these concepts need.
+`scripts/choose_shapes.py` with `--config.data_dir=DIR --config.data.dictionary=
+--config.data.detection.definitions=False` shows the table sizes that these concepts need.
 """
 
 import argparse
