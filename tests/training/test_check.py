@@ -97,6 +97,7 @@ PAIRS, DETECTION = "data.image_text", "data.detection"
         ({"loss.word_region.temperature": 0.0}, r"^config.loss.word_region.temperature is 0.0"),
         ({"loss.word_region.label_smoothing": 1.0}, "^config.loss.word_region.label_smoothing is"),
         ({"loss.candidates": 0}, "^config.loss.candidates is 0. It must be >= 1"),
+        ({"loss.proposals.score": "iou"}, "^config.loss.proposals.score is 'iou', but .*'iou'"),
         ({f"{PAIRS}.micro_batches": 5}, f"^config.{PAIRS}.micro_batches is 5, .*batch_size 6144"),
         ({f"{PAIRS}.micro_batches": 0}, f"^config.{PAIRS}.micro_batches is 0"),
         ({f"{PAIRS}.texts_per_image": 0}, f"^config.{PAIRS}.texts_per_image is 0"),
@@ -147,7 +148,7 @@ def test_a_config_without_data_is_refused():
 
 
 def test_groups_matter_only_where_the_score_has_them():
-    for score in ("sample", "centerness", "classification"):
+    for score in ("sample", "centerness", "step"):
         parse({"loss.proposals.group": 100, "loss.proposals.score": score})
     with pytest.raises(UserError, match="loss.proposals.group"):
         parse({"loss.proposals.group": 100, "loss.proposals.score": "batch_centerness"})
