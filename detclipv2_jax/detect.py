@@ -111,7 +111,7 @@ def _add_selection(result: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max_detections",
         type=int,
-        default=100,
+        default=300,
         metavar="N",
         help="at most this many boxes per image (default: %(default)s)",
     )

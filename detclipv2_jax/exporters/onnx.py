@@ -83,49 +83,45 @@ def _convert(
     )
 
 
-# `ops.nms.class_nms` in ONNX's text format: the best anchors of each name in each image, one
-# suppression for each name and image, then the best boxes of each image. NonMaxSuppression returns
-# a list of indices of any length; they are scattered back into the table of scores, so that the
-# outputs have a fixed size. Words in capitals are replaced by numbers.
+# `ops.nms.class_nms` in ONNX's text format: one suppression for each name in each image, then the
+# best boxes of each image. NonMaxSuppression returns a list of indices of any length; they are
+# scattered back into the table of scores, so that the outputs have a fixed size. Words in capitals
+# are replaced by numbers.
 _SUPPRESSION = """
 <ir_version: IR_VERSION, opset_import: ["": OPSET]>
 suppression (float[batch, ANCHORS, 4] all_boxes, float[batch, NAMES, ANCHORS] all_scores)
     => (float[batch, KEEP, 4] boxes, float[batch, KEEP] scores, int32[batch, KEEP] labels,
         bool[batch, KEEP] mask)
     <int64[1] nms_count = {COUNT}, int64[1] nms_keep = {KEEP}, int64[1] nms_last = {-1},
-     int64[3] nms_as_rows = {-1, COUNT, 4}, int64[3] nms_as_row_scores = {-1, 1, COUNT},
-     int64[3] nms_as_box_list = {0, -1, 4},
+     int64[1] nms_anchor_count = {ANCHORS}, int64[1] nms_most = {MOST},
      int64[4] nms_padding = {0, 0, 0, KEEP}, int64 nms_zero = {0}, float nms_zero_score = {0.0},
      float[1] nms_iou = {NMS_IOU}, float[1] nms_threshold = {SCORE_THRESHOLD},
      float nms_nothing = {-1.0}>
 {
-    nms_values, nms_anchors = TopK <axis = -1> (all_scores, nms_count)
-    nms_anchor_places = Unsqueeze (nms_anchors, nms_last)
-    nms_candidates = GatherND <batch_dims = 1> (all_boxes, nms_anchor_places)
-    nms_rows = Reshape (nms_candidates, nms_as_rows)
-    nms_row_scores = Reshape (nms_values, nms_as_row_scores)
-    nms_kept = NonMaxSuppression (nms_rows, nms_row_scores, nms_count, nms_iou, nms_threshold)
-    nms_kept_scores = GatherND (nms_row_scores, nms_kept)
-    nms_table_shape = Shape (nms_values)
-    nms_row_shape = Shape (nms_row_scores)
-    nms_blank = Expand (nms_nothing, nms_row_shape)
-    nms_kept_rows = ScatterND (nms_blank, nms_kept, nms_kept_scores)
-    nms_table = Reshape (nms_kept_rows, nms_table_shape)
+    nms_shape = Shape (all_scores)
+    nms_blank = Expand (nms_nothing, nms_shape)
+    LIMIT
+    nms_kept = NonMaxSuppression (all_boxes, nms_scores, nms_most, nms_iou, nms_threshold)
+    nms_kept_scores = GatherND (nms_scores, nms_kept)
+    nms_table = ScatterND (nms_blank, nms_kept, nms_kept_scores)
     nms_flat = Flatten (nms_table)
     nms_padded = Pad (nms_flat, nms_padding, nms_nothing)
     nms_best, nms_places = TopK <axis = -1> (nms_padded, nms_keep)
     mask = Greater (nms_best, nms_nothing)
     scores = Where (mask, nms_best, nms_zero_score)
     nms_found = Where (mask, nms_places, nms_zero)
-    nms_labels = Div (nms_found, nms_count)
+    nms_labels = Div (nms_found, nms_anchor_count)
     labels = Cast <to = 6> (nms_labels)
-    nms_box_list = Reshape (nms_candidates, nms_as_box_list)
-    nms_found_places = Unsqueeze (nms_found, nms_last)
-    nms_found_boxes = GatherND <batch_dims = 1> (nms_box_list, nms_found_places)
+    nms_anchors = Mod (nms_found, nms_anchor_count)
+    nms_anchor_places = Unsqueeze (nms_anchors, nms_last)
+    nms_found_boxes = GatherND <batch_dims = 1> (all_boxes, nms_anchor_places)
     nms_box_mask = Unsqueeze (mask, nms_last)
     boxes = Where (nms_box_mask, nms_found_boxes, nms_zero_score)
 }
 """
+_ALL_ANCHORS = "nms_scores = Identity (all_scores)"
+_BEST_ANCHORS = """nms_top, nms_top_anchors = TopK <axis = -1> (all_scores, nms_count)
+    nms_scores = ScatterElements <axis = -1> (nms_blank, nms_top_anchors, nms_top)"""
 
 
 def _with_suppression(network: Any, served: ServedModel) -> Any:
@@ -138,7 +134,9 @@ def _with_suppression(network: Any, served: ServedModel) -> Any:
         "OPSET": OPSET,
         "ANCHORS": anchors,
         "NAMES": "rows" if served.texts is None else len(served.texts),
+        "LIMIT": _BEST_ANCHORS if served.config.pre_nms_top_k else _ALL_ANCHORS,
         "COUNT": min(served.config.pre_nms_top_k, anchors),
+        "MOST": min(served.config.max_detections, anchors),
         "KEEP": served.config.max_detections,
         "NMS_IOU": float(served.config.nms_iou),
         "SCORE_THRESHOLD": float(served.config.score_threshold),

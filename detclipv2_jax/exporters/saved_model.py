@@ -152,13 +152,15 @@ def suppress(tf: Any, config: DecodeConfig, boxes: Any, scores: Any) -> dict[str
       boxes: (B, K, 4), one per anchor.
       scores: (B, C, K), of each name.
     """
-    count = tf.minimum(config.pre_nms_top_k, tf.shape(scores)[-1])
-    values, anchors = tf.math.top_k(scores, count)
-    class_boxes = tf.gather(boxes, anchors, batch_dims=1)  # (B, C, count, 4)
+    class_boxes = boxes[:, None]  # the same for all names
+    if config.pre_nms_top_k:
+        count = tf.minimum(config.pre_nms_top_k, tf.shape(scores)[-1])
+        scores, anchors = tf.math.top_k(scores, count)
+        class_boxes = tf.gather(boxes, anchors, batch_dims=1)  # (B, C, count, 4)
     found = tf.image.combined_non_max_suppression(
         tf.transpose(class_boxes, [0, 2, 1, 3]),
-        tf.transpose(values, [0, 2, 1]),
-        max_output_size_per_class=config.pre_nms_top_k,
+        tf.transpose(scores, [0, 2, 1]),
+        max_output_size_per_class=tf.minimum(config.max_detections, tf.shape(scores)[-1]),
         max_total_size=config.max_detections,
         iou_threshold=config.nms_iou,
         score_threshold=config.score_threshold,

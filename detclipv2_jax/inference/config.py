@@ -20,18 +20,20 @@ class DecodeConfig:
       score_threshold: only detections that score above it are returned. 0 for measuring AP.
       nms_iou: IoU above which non-maximum suppression drops the box with the lower score. A box
         suppresses only boxes of the same name. The default is ATSS's.
-      pre_nms_top_k: for each name, only the anchors with the best scores enter suppression; this is
-        their number.
+      pre_nms_top_k: for each name, only so many anchors enter suppression, those with the best
+        scores. 0: all. An object has about ten anchors with a high score, so 100 keep only 37 of
+        100 objects of one name.
       max_detections: at most this many boxes per image, the best of all names together. The default
-        is above 300 because standard AP uses 300, and fixed AP has no limit per image.
+        is for measuring: standard AP uses 300, and fixed AP, which has no limit per image, 10,000
+        per name over a whole dataset. `Detector` and exported files return 300.
       score: 'alignment*centerness' ranks by the product of the two probabilities, as ATSS does;
         'alignment' leaves the centerness out.
     """
 
     score_threshold: float = 0.0
     nms_iou: float = 0.6
-    pre_nms_top_k: int = 100
-    max_detections: int = 1000
+    pre_nms_top_k: int = 0
+    max_detections: int = 10_000
     score: Literal["alignment*centerness", "alignment"] = "alignment*centerness"
 
     RENAMED = {"candidates": "pre_nms_top_k", "keep": "max_detections"}
@@ -48,9 +50,9 @@ class DecodeConfig:
             )
         if not 0 < self.nms_iou <= 1:
             raise UserError(f"nms_iou is {self.nms_iou}. Choose a value above 0 and at most 1.")
-        for field in ("max_detections", "pre_nms_top_k"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{field} is {getattr(self, field)}. Choose 1 or more.")
+        for field, least in (("max_detections", 1), ("pre_nms_top_k", 0)):
+            if getattr(self, field) < least:
+                raise UserError(f"{field} is {getattr(self, field)}. Choose {least} or more.")
 
 
 @dataclasses.dataclass(frozen=True)

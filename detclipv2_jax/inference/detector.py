@@ -45,7 +45,7 @@ class Detector:
         *,
         step: int | None = None,
         score_threshold: float = 0.3,
-        max_detections: int = 100,
+        max_detections: int = 300,
         batch_size: int = 1,
         definitions: Definitions | None = None,
         prompts: Sequence[str] | None = None,

@@ -43,13 +43,14 @@ def predict(
     regions = model.encode_image(images, sizes=sizes)
     canvas = (images.shape[1], images.shape[2])
     boxes, box_mask = clipped_boxes(model, regions, canvas, sizes)
-    score_block = lambda block: score_names(model, regions, block[0], block[1], config)
+    score_block = lambda regions, block: score_names(model, regions, block[0], block[1], config)
     if name_mask is None:
         name_mask = jnp.ones(len(embeddings), bool)
     detections = class_nms(
         boxes,
         box_mask,
         score_block,
+        regions,
         (_in_blocks(embeddings), _in_blocks(name_mask)),
         iou_threshold=config.nms_iou,
         score_threshold=config.score_threshold if score_threshold is None else score_threshold,

@@ -14,7 +14,10 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from detclipv2_jax.ops.boxes import area
 
-_CLASSES_AT_ONCE = 32  # classes whose boxes are suppressed in parallel
+_FIRST_ANCHORS = 100  # of a class; all others only if these do not settle it
+_CLASSES_AT_ONCE = 32  # classes whose first anchors are suppressed in parallel
+_WHOLE_CLASSES_AT_ONCE = 4  # classes of which all anchors are suppressed in parallel
+_PICKS = 256  # boxes of such a class that are kept before the bar is raised
 _CHUNK = 32  # values per chunk of `_top_k`
 
 
@@ -56,7 +59,8 @@ def nms(
 def class_nms(
     boxes: Float[Array, "B K 4"],
     mask: Bool[Array, "B K"],
-    score: Callable[[PyTree], Float[Array, "B C K"]],
+    score: Callable[[PyTree, PyTree], Float[Array, "B C K"]],
+    features: PyTree,
     blocks: PyTree,
     *,
     iou_threshold: float,
@@ -66,45 +70,66 @@ def class_nms(
 ) -> tuple[Float[Array, "B T 4"], Float[Array, "B T"], Int[Array, "B T"], Bool[Array, "B T"]]:
     """Return the best `max_detections` of each image; a box suppresses only boxes of its own class.
 
-    Of each class the `pre_nms_top_k` best anchors take part, if they score above
-    `score_threshold`. The number is per class, so that no class loses anchors to the scores of
-    another: fixed AP (Dave et al. 2021) measures each class by itself. Equal scores rank by class,
-    then by anchor.
+    All anchors take part that score above `score_threshold`: no class loses anchors to the scores
+    of another, and a crowd of one class loses none to its size (an object has about ten anchors
+    with a high score). Equal scores rank by class, then by anchor.
 
-    Classes are processed in blocks, so that the memory is that of one block, however many there
-    are. The score of the last detection found so far is a bar for all that follow: an anchor
-    below it can neither be kept nor, since it ranks lower, suppress one that is.
+    Two passes find them, with the memory of one block of classes, however many there are:
+
+    1. Every class, by its 100 best anchors. What suppression keeps of these, it also keeps of all.
+       The score of the last detection found so far is a bar for all that follow: an anchor below it
+       can neither be kept nor, since it ranks lower, suppress one that is.
+    2. Only classes whose 100th anchor reaches the bar may have more. They are scored again, a few
+       at a time, and all their anchors above the bar take part.
 
     Args:
       boxes: of the K anchors of each image, in pixels.
       mask: anchors that take part.
-      score: receives one block and returns the scores of its C classes.
-      blocks: arrays whose first axis is the block.
+      score: receives `features` and one block; returns the scores of its C classes.
+      features: arrays whose first axis is the image.
+      blocks: arrays whose first two axes are the block and the class within it.
       iou_threshold: a box overlapping a better one of its class by more is dropped.
       score_threshold: anchors that take part score above it.
-      pre_nms_top_k: anchors that take part per class.
+      pre_nms_top_k: only so many anchors of each class take part, the best ones; 0: all.
       max_detections: T, detections per image.
 
     Returns:
       Boxes, scores, labels (numbers of classes over all blocks) and a mask, best first, padded
       with zeros.
     """
+    batch, anchors = boxes.shape[:2]
+    top_k = min(pre_nms_top_k or _FIRST_ANCHORS, anchors)
     found = _Found(
-        jnp.full((boxes.shape[0], max_detections), -jnp.inf),
-        jnp.zeros((boxes.shape[0], max_detections), jnp.int32),
-        jnp.zeros((boxes.shape[0], max_detections), jnp.int32),
+        jnp.full((batch, max_detections), -jnp.inf),
+        jnp.zeros((batch, max_detections), jnp.int32),
+        jnp.zeros((batch, max_detections), jnp.int32),
     )
-    options = {"iou_threshold": iou_threshold, "pre_nms_top_k": min(pre_nms_top_k, boxes.shape[1])}
+
+    def score_block(features, block, mask):
+        scores = jnp.where(mask[:, None], score(features, block), -jnp.inf)
+        return jnp.where(scores > score_threshold, scores, -jnp.inf)
 
     def add_block(state, block):
         first, found = state
-        scores = jnp.where(mask[:, None], score(block), -jnp.inf)
-        scores = jnp.where(scores > score_threshold, scores, -jnp.inf)
-        found = _add_classes(found, boxes, scores, first, **options)
-        return (first + scores.shape[1], found), None
+        scores = score_block(features, block, mask)
+        found, unseen = _add_classes(
+            found, boxes, scores, first, iou_threshold=iou_threshold, top_k=top_k
+        )
+        return (first + scores.shape[1], found), unseen
 
     start = jnp.zeros((), jnp.int32)
-    (_, found), _ = jax.lax.scan(add_block, (start, found), blocks)
+    (_, found), unseen = jax.lax.scan(add_block, (start, found), blocks)
+    if not pre_nms_top_k and top_k < anchors:
+        unseen = jnp.moveaxis(unseen, 0, 1).reshape(batch, -1)
+        classes = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
+
+        def score_classes(picks):
+            rows = jax.tree.map(lambda x: x[picks], classes)
+            alone = lambda x: jax.tree.map(lambda leaf: leaf[None], x)
+            one = lambda image, rows, mask: score_block(alone(image), rows, mask[None])[0]
+            return jax.vmap(one)(features, rows, mask)
+
+        found = _add_rest_of_classes(found, boxes, unseen, score_classes, iou_threshold)
     exists = found.scores > -jnp.inf
     return (
         jnp.where(exists[..., None], _rows(boxes, found.anchors), 0.0),
@@ -129,8 +154,8 @@ def _add_classes(
     first: Int[Array, ""],
     *,
     iou_threshold: float,
-    pre_nms_top_k: int,
-) -> _Found:
+    top_k: int,
+) -> tuple[_Found, Float[Array, "B C"]]:
     """Return the best detections among those found so far and those of C more classes.
 
     Only classes with a score above the bar are processed, a few at a time. They are taken in order,
@@ -141,7 +166,12 @@ def _add_classes(
       boxes: of all anchors, in pixels.
       scores: of the C classes; minus infinity: takes no part.
       first: number of the first of the C classes.
-      iou_threshold, pre_nms_top_k: as in `class_nms`.
+      iou_threshold: as in `class_nms`.
+      top_k: how many anchors of a class take part here, the best ones.
+
+    Returns:
+      The detections, and for each class the score of the last anchor that took part: those that
+      did not score no more.
     """
     max_detections, classes = found.scores.shape[1], scores.shape[1]
     few = min(classes, _CLASSES_AT_ONCE)
@@ -150,24 +180,173 @@ def _add_classes(
     order = jnp.pad(order, ((0, 0), (0, -classes % few)), mode="edge")
     rounds = -(-jnp.max(jnp.sum(passes, axis=-1)) // few)
 
-    def add_few(number, found):
+    def add_few(number, state):
+        found, unseen = state
         picks = jax.lax.dynamic_slice_in_dim(order, number * few, few, axis=1)
         # The last round may have more places than there are classes left.
         fresh = number * few + jnp.arange(few) < classes
-        values, anchors = _top_k(_rows(scores, picks), pre_nms_top_k)
+        values, anchors = _top_k(_rows(scores, picks), top_k)
+        # The minimum, not `values[..., -1]`: XLA would see a slice of a sort, and sort everything.
+        last = jnp.min(values, axis=-1)
+        unseen = jax.vmap(lambda row, at, values: row.at[at].set(values))(unseen, picks, last)
         alive = fresh[:, None] & (values > found.scores[:, -1:, None])
         corners = _rows(boxes, anchors.reshape(boxes.shape[0], -1)).reshape(*anchors.shape, 4)
         kept = _suppress_rows(_columns(corners), alive, iou_threshold)
         labels = jnp.broadcast_to((first + picks)[..., None], kept.shape)
-        new = (jnp.where(kept, values, -jnp.inf), anchors, labels)
-        pool = [
-            jnp.concatenate([old, x.reshape(old.shape[0], -1)], axis=1)
-            for old, x in zip(found, new)
-        ]
-        best, places = jax.lax.top_k(pool[0], max_detections)
-        return _Found(best, *(jnp.take_along_axis(x, places, axis=1) for x in pool[1:]))
+        pool = _pool(found, jnp.where(kept, values, -jnp.inf), anchors, labels)
+        best, places = jax.lax.top_k(pool.scores, max_detections)
+        chosen = [jnp.take_along_axis(x, places, axis=1) for x in pool[1:]]
+        return _Found(best, *chosen), unseen
 
-    return jax.lax.fori_loop(0, rounds, add_few, found)
+    unseen = jnp.full(scores.shape[:2], -jnp.inf)
+    return jax.lax.fori_loop(0, rounds, add_few, (found, unseen))
+
+
+def _add_rest_of_classes(
+    found: _Found,
+    boxes: Float[Array, "B K 4"],
+    unseen: Float[Array, "B C"],
+    score: Callable[[Int[Array, "B R"]], Float[Array, "B R K"]],
+    iou_threshold: float,
+) -> _Found:
+    """Return the best detections if all anchors of all classes take part.
+
+    Args:
+      found: the best detections if only the best anchors of each class take part.
+      boxes: of all anchors, in pixels.
+      unseen: what the other anchors of each class score at most.
+      score: returns the scores of R classes of each image.
+      iou_threshold: as in `class_nms`.
+    """
+    few = min(unseen.shape[1], _WHOLE_CLASSES_AT_ONCE)
+    columns = _columns(boxes)
+    # The classes with most to gain come first: they raise the bar for the others.
+    order = jnp.argsort(-unseen, axis=-1, stable=True).astype(jnp.int32)
+    padding = ((0, 0), (0, few + -order.shape[1] % few))
+    bounds = jnp.take_along_axis(unseen, order, axis=1)
+    bounds = jnp.pad(bounds, padding, constant_values=-jnp.inf)
+    order = jnp.pad(order, padding)
+
+    def remain(state):
+        number, found = state
+        bound = jax.lax.dynamic_slice_in_dim(bounds, number * few, 1, axis=1)
+        return jnp.any((bound >= found.scores[:, -1:]) & (bound > -jnp.inf))
+
+    def add_few(state):
+        number, found = state
+        bar = found.scores[:, -1:]
+        picks = jax.lax.dynamic_slice_in_dim(order, number * few, few, axis=1)
+        bound = jax.lax.dynamic_slice_in_dim(bounds, number * few, few, axis=1)
+        fresh = (bound >= bar) & (bound > -jnp.inf)
+        # What is known of these classes is found again. Their scores are computed in another shape,
+        # so they may be rounded otherwise: the bar is a little lower.
+        known = jnp.any((found.labels[..., None] == picks[:, None]) & fresh[:, None], axis=-1)
+        found = found._replace(scores=jnp.where(known, -jnp.inf, found.scores))
+        scores = jnp.where(fresh[..., None], score(picks), -jnp.inf)
+        found = _add_all_anchors(found, columns, scores, picks, bar * (1 - 1e-4), iou_threshold)
+        return number + 1, found
+
+    return jax.lax.while_loop(remain, add_few, (jnp.zeros((), jnp.int32), found))[1]
+
+
+def _add_all_anchors(
+    found: _Found,
+    columns: Float[Array, "5 B K"],
+    scores: Float[Array, "B R K"],
+    labels: Int[Array, "B R"],
+    bar: Float[Array, "B 1"],
+    iou_threshold: float,
+) -> _Found:
+    """Return the best detections among `found`, in any order, and those of R classes.
+
+    Suppression keeps some boxes of each class, then the bar is raised, until no anchor reaches it.
+
+    Args:
+      found: detections of other classes.
+      columns: the boxes; see `_columns`.
+      scores: of the R classes; minus infinity: takes no part.
+      labels: their numbers.
+      bar: lower scores cannot be among the best detections.
+      iou_threshold: as in `class_nms`.
+    """
+    max_detections = found.scores.shape[1]
+
+    def above(scores, bar):
+        return jnp.where(scores >= bar[..., None], scores, -jnp.inf)
+
+    def remain(state):
+        return jnp.any(state[0] > -jnp.inf)
+
+    def add(state):
+        scores, found, bar = state
+        scores, values, anchors = _keep_best(scores, columns, iou_threshold)
+        pool = _pool(found, values, anchors, jnp.broadcast_to(labels[..., None], values.shape))
+        losses, labels_, anchors = jax.lax.sort(
+            (-pool.scores, pool.labels, pool.anchors), num_keys=3, dimension=1
+        )
+        found = _Found(*(x[:, :max_detections] for x in (-losses, anchors, labels_)))
+        bar = jnp.maximum(bar, found.scores[:, -1:])
+        return above(scores, bar), found, bar
+
+    return jax.lax.while_loop(remain, add, add((above(scores, bar), found, bar)))[1]
+
+
+def _keep_best(
+    scores: Float[Array, "B R K"], columns: Float[Array, "5 B K"], iou_threshold: float
+) -> tuple[Float[Array, "B R K"], Float[Array, "B R P"], Int[Array, "B R P"]]:
+    """Keep up to P boxes of each row by greedy suppression, one at a time, the best first.
+
+    Args:
+      scores: minus infinity: takes no part.
+      columns: the boxes; see `_columns`.
+      iou_threshold: a box overlapping a better one of its row by more is dropped.
+
+    Returns:
+      The scores, minus infinity where a box is kept or dropped; the scores of the kept boxes, and
+      their anchors. The score of a missing one is minus infinity.
+    """
+    total = scores.shape[-1]
+    places = jnp.arange(total, dtype=jnp.int32)
+    picks = min(_PICKS, total)
+    shape = (*scores.shape[:2], picks)
+
+    def remain(state):
+        number, _, best, *_ = state
+        return (number < picks) & jnp.any(best > -jnp.inf)
+
+    def pick(state):
+        number, scores, best, values, anchors = state
+        anchor = jnp.min(jnp.where(scores == best[..., None], places, total - 1), axis=-1)
+        box = jnp.take_along_axis(columns, anchor[None], axis=-1)
+        overlaps = _overlap_more(box[..., None], columns[:, :, None], iou_threshold)
+        gone = overlaps | (places == anchor[..., None])
+        scores = jnp.where(gone, -jnp.inf, scores)
+        put = lambda table, new: jax.lax.dynamic_update_slice_in_dim(
+            table, new[..., None], number, axis=-1
+        )
+        best, kept = jnp.max(scores, axis=-1), best
+        return number + 1, scores, best, put(values, kept), put(anchors, anchor)
+
+    state = (
+        jnp.zeros((), jnp.int32),
+        scores,
+        jnp.max(scores, axis=-1),
+        jnp.full(shape, -jnp.inf),
+        jnp.zeros(shape, jnp.int32),
+    )
+    _, scores, _, values, anchors = jax.lax.while_loop(remain, pick, state)
+    return scores, values, anchors
+
+
+def _pool(
+    found: _Found,
+    scores: Float[Array, "B R P"],
+    anchors: Int[Array, "B R P"],
+    labels: Int[Array, "B R P"],
+) -> _Found:
+    """Return the detections found so far, then those of R more classes."""
+    flat = lambda old, new: jnp.concatenate([old, new.reshape(old.shape[0], -1)], axis=1)
+    return _Found(*map(flat, found, (scores, anchors, labels)))
 
 
 def _rows(table: Float[Array, "B N D"], picks: Int[Array, "B M"]) -> Float[Array, "B M D"]:

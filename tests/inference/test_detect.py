@@ -80,7 +80,7 @@ def test_threshold_and_limit_of_one_call(detector):
         assert len(few) == len(few.names) == len(few.labels) == len(few.boxes) == 3
         assert len(more) >= len(whole)
     # More than the detector's limit: compiles.
-    more = detector(images, names, score_threshold=0.0, max_detections=101)
+    more = detector(images, names, score_threshold=0.0, max_detections=301)
     np.testing.assert_allclose(more[0].scores, lower[0].scores, rtol=1e-4)
     for options in ({"score_threshold": 2}, {"max_detections": 0}):
         with pytest.raises(UserError, match=next(iter(options))):

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from detclipv2_jax.ops import nms as ops
-from detclipv2_jax.ops.boxes import AnchorConfig, anchor_grid, level_sizes
+from detclipv2_jax.ops.assign import atss_assign
+from detclipv2_jax.ops.boxes import (
+    AnchorConfig,
+    anchor_grid,
+    centerness_targets,
+    level_sizes,
+    pairwise_iou,
+)
 
 COUNT = 60
 
@@ -103,13 +110,25 @@ def test_nms_under_vmap():
 # Classes -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def class_nms_steps(monkeypatch):
+    """Return a function that sets how many anchors the first pass of `class_nms` sees."""
+
+    def set_steps(first):
+        monkeypatch.setattr(ops, "_FIRST_ANCHORS", first)
+        monkeypatch.setattr(ops, "_PICKS", 3)  # the bar is raised many times
+        run_class_nms.clear_cache()
+
+    yield set_steps
+    run_class_nms.clear_cache()
+
+
 @functools.partial(jax.jit, static_argnames=("block", "pre_nms_top_k", "max_detections"))
 def run_class_nms(boxes, scores, mask, block, **options):
     """Run `class_nms` on a table of scores (B, K, C), `block` classes at a time."""
-    classes = scores.shape[2]
-    blocks = jnp.pad(scores, ((0, 0), (0, 0), (0, -classes % block)), constant_values=-1.0)
-    blocks = blocks.reshape(*scores.shape[:2], -1, block).transpose(2, 0, 3, 1)
-    return ops.class_nms(boxes, mask, lambda scores: scores, blocks, **options)
+    blocks = jnp.pad(jnp.arange(scores.shape[2]), (0, -scores.shape[2] % block), constant_values=-1)
+    score = lambda scores, ids: jnp.where(ids[:, None] < 0, -1.0, scores[..., ids].mT)
+    return ops.class_nms(boxes, mask, score, scores, blocks.reshape(-1, block), **options)
 
 
 def class_nms(*arrays, block=256, **options):
@@ -125,7 +144,8 @@ def reference_class_nms(
     pairs = []
     for c in range(scores.shape[1]):
         anchors = sorted(np.flatnonzero(mask), key=lambda k: -scores[k, c])  # stable: index order
-        pairs += [(k, c) for k in anchors[:pre_nms_top_k] if scores[k, c] > score_threshold]
+        anchors = anchors[: pre_nms_top_k or None]
+        pairs += [(k, c) for k in anchors if scores[k, c] > score_threshold]
     pairs = sorted(pairs, key=lambda p: -scores[p])  # equal scores by class, then by anchor
     values = [scores[p] for p in pairs]
     kept = greedy(
@@ -144,6 +164,10 @@ def reference_class_nms(
         # classes, pre_nms_top_k, max_detections, score_threshold
         (5, 16, 30, 0.1),
         (5, 1000, 60, 0.0),  # more candidates than anchors
+        (5, 0, 60, 0.0),  # all anchors
+        (5, 0, 400, 0.0),  # and more detections than there are
+        (40, 0, 500, 0.3),
+        (90, 0, 25, 0.0),
         (5, 4, 50, 0.0),  # more detections than candidates
         (1, 40, 20, 0.3),
         (40, 1, 10, 0.5),
@@ -151,7 +175,9 @@ def reference_class_nms(
     ],
 )
 @pytest.mark.parametrize("block", [7, 256])
-def test_class_nms(case, block):
+@pytest.mark.parametrize("first", [100, 4])  # anchors of the first pass; there are 60
+def test_class_nms(case, block, first, class_nms_steps):
+    class_nms_steps(first)
     classes, pre_nms_top_k, max_detections, score_threshold = case
     for seed in range(3):
         boxes, _, mask = clustered(seed)
@@ -235,7 +261,9 @@ def test_class_nms_of_nothing():
     assert not any(np.asarray(x).any() for x in result)
 
 
-def test_class_nms_of_several_images_equals_that_of_each():
+@pytest.mark.parametrize("pre_nms_top_k", [16, 0])
+def test_class_nms_of_several_images_equals_that_of_each(pre_nms_top_k, class_nms_steps):
+    class_nms_steps(5)
     cases = [clustered(seed) for seed in range(3)]
     boxes, _, mask = (np.stack(x) for x in zip(*cases))
     scores = np.random.default_rng(0).random((3, COUNT, 90)).astype(np.float32)
@@ -243,7 +271,7 @@ def test_class_nms_of_several_images_equals_that_of_each():
     options = {
         "iou_threshold": 0.5,
         "score_threshold": 0.1,
-        "pre_nms_top_k": 16,
+        "pre_nms_top_k": pre_nms_top_k,
         "max_detections": 30,
     }
     together = jax.device_get(run_class_nms(boxes, scores, mask, block=40, **options))
@@ -253,12 +281,14 @@ def test_class_nms_of_several_images_equals_that_of_each():
 
 
 @pytest.mark.parametrize("ascending", [False, True])
-def test_class_nms_breaks_ties_by_class_then_anchor(ascending):
+@pytest.mark.parametrize("pre_nms_top_k", [COUNT, 0])
+def test_class_nms_breaks_ties_by_class_then_anchor(ascending, pre_nms_top_k, class_nms_steps):
     """Few distinct scores, so that many equal the bar; the first blocks have the worst or best."""
     boxes = np.float32([[9 * i, 0, 9 * i + 8, 8] for i in range(COUNT)])
     scores = np.random.default_rng(0).integers(1, 4, (COUNT, 100)).astype(np.float32)
     scores = np.sort(scores, axis=1) if ascending else -np.sort(-scores, axis=1)
     scores /= 4
+    class_nms_steps(7)
     everything = np.ones(COUNT, bool)
     for max_detections in (5, 64, 1000):
         got = class_nms(
@@ -268,13 +298,104 @@ def test_class_nms_breaks_ties_by_class_then_anchor(ascending):
             block=10,
             iou_threshold=0.5,
             score_threshold=0.0,
-            pre_nms_top_k=COUNT,
+            pre_nms_top_k=pre_nms_top_k,
             max_detections=max_detections,
         )
         order = np.lexsort([*np.indices(scores.T.shape).reshape(2, -1)[::-1], -scores.T.ravel()])
         labels, anchors = np.unravel_index(order[:max_detections], scores.T.shape)
         np.testing.assert_array_equal(got[2], labels)
         np.testing.assert_array_equal(got[0], boxes[anchors])
+
+
+def test_class_nms_forgives_scores_that_are_rounded_otherwise_the_second_time(class_nms_steps):
+    """Classes are scored twice, in other shapes; no detection may be lost or found twice by that."""
+    class_nms_steps(4)
+    boxes, _, mask = clustered(0)
+    rng = np.random.default_rng(0)
+    scores = rng.uniform(0.1, 1, (1, COUNT, 40)).astype(np.float32)
+
+    def score(scores, ids):  # 40 classes in the first pass, 4 in the second
+        return (scores[..., ids] * (1 - 3e-7 * (len(ids) == 4))).mT
+
+    options = {"iou_threshold": 0.5, "score_threshold": 0.0, "pre_nms_top_k": 0}
+    for count in (20, 150, 2000):
+        expected = reference_class_nms(boxes, scores[0], mask, 0.5, 0.0, 0, count)
+        blocks = jnp.arange(40)[None]
+        found = ops.class_nms(
+            boxes[None], mask[None], score, jnp.asarray(scores), blocks, max_detections=count, **options
+        )
+        _, values, labels, exists = (np.asarray(x[0]) for x in found)
+        assert exists.sum() == len(expected)
+        wanted = sorted((c, round(float(v), 5)) for _, c, v in expected)
+        got = sorted((c, round(float(v), 5)) for c, v in zip(labels[exists], values[exists]))
+        np.testing.assert_allclose(got, wanted, atol=2e-5)
+
+
+CROWDS = [(20, 90), (60, 80), (100, 70), (150, 60)]  # objects, side in pixels
+
+
+def crowd(count, side, grid, height, width):
+    """Return the boxes of `count` objects, and the boxes and scores of an ideal detector.
+
+    The anchors that ATSS assigns to an object score by its ease and their centerness.
+    """
+    rng = np.random.default_rng(count)
+    columns = int(np.ceil(np.sqrt(count * width / height)))
+    rows = -(-count // columns)
+    x, y = np.meshgrid(np.arange(columns), np.arange(rows))
+    centers = np.stack([(x + 0.5) * width / columns, (y + 0.5) * height / rows], -1)
+    centers = centers.reshape(-1, 2)[:count] + rng.uniform(-8, 8, (count, 2))
+    sides = side * rng.uniform(0.8, 1.25, (count, 2))
+    objects = np.concatenate([centers - sides / 2, centers + sides / 2], 1).astype(np.float32)
+    anchors = anchor_grid(height, width, grid)
+    inside = np.ones(len(anchors), bool)
+    levels = level_sizes(height, width, grid)
+    match = np.asarray(atss_assign(anchors, inside, levels, objects, np.ones(count, bool)))
+    target = objects[np.maximum(match, 0)]
+    quality = rng.uniform(0.3, 0.9, count)[match] * np.asarray(centerness_targets(anchors, target))
+    scores = np.where(
+        match >= 0,
+        quality * rng.uniform(0.9, 1, len(anchors)),
+        rng.uniform(0, 0.01, len(anchors)),
+    )
+    found = np.where(match[:, None] >= 0, target + rng.normal(0, 1.5, anchors.shape), anchors)
+    return objects, found.astype(np.float32), scores.astype(np.float32)
+
+
+@pytest.mark.parametrize(("count", "side"), CROWDS)
+@pytest.mark.parametrize("names", [1, 80])
+def test_class_nms_keeps_crowds(count, side, names):
+    """At 800×1344 all objects of one name are found, also among 80 names that score 0.15 at most."""
+    grid, height, width = AnchorConfig(), 800, 1344
+    objects, boxes, scores = crowd(count, side, grid, height, width)
+    others = np.random.default_rng(0).uniform(0, 0.15, (len(scores), names - 1)).astype(np.float32)
+    scores = np.concatenate([others, scores[:, None]], axis=1)
+    found, values, labels, mask = class_nms(
+        boxes,
+        scores,
+        np.ones(len(boxes), bool),
+        block=16,
+        iou_threshold=0.6,
+        score_threshold=0.0,
+        pre_nms_top_k=0,
+        max_detections=300,
+    )
+    ours = mask & (labels == names - 1) & (values > 0.02)
+    best = np.asarray(pairwise_iou(objects, found[ours])).max(1)
+    assert (best > 0.7).sum() == count
+    cut = class_nms(
+        boxes,
+        scores,
+        np.ones(len(boxes), bool),
+        block=16,
+        iou_threshold=0.6,
+        score_threshold=0.0,
+        pre_nms_top_k=100,
+        max_detections=300,
+    )
+    cut_found = cut[0][cut[3] & (cut[2] == names - 1) & (cut[1] > 0.02)]
+    fewer = (np.asarray(pairwise_iou(objects, cut_found)).max(1) > 0.7).sum()
+    assert fewer < 0.8 * count  # what a limit of 100 anchors loses
 
 
 def test_top_k_by_chunks_equals_top_k():
