@@ -14,6 +14,7 @@ import jax
 from detclipv2_jax.common.atomic import replacing
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.exporters.served import ServedModel, boxes_and_scores
+from detclipv2_jax.inference.config import DecodeConfig
 from detclipv2_jax.ops.boxes import level_sizes
 
 OPSET = 21
@@ -100,7 +101,7 @@ suppression (float[batch, ANCHORS, 4] all_boxes, float[batch, NAMES, ANCHORS] al
 {
     nms_shape = Shape (all_scores)
     nms_blank = Expand (nms_nothing, nms_shape)
-    LIMIT
+    ENTRANTS
     nms_kept = NonMaxSuppression (all_boxes, nms_scores, nms_most, nms_iou, nms_threshold)
     nms_kept_scores = GatherND (nms_scores, nms_kept)
     nms_table = ScatterND (nms_blank, nms_kept, nms_kept_scores)
@@ -124,27 +125,43 @@ _BEST_ANCHORS = """nms_top, nms_top_anchors = TopK <axis = -1> (all_scores, nms_
     nms_scores = ScatterElements <axis = -1> (nms_blank, nms_top_anchors, nms_top)"""
 
 
+def suppression(config: DecodeConfig, anchors: int, names: int | str, ir_version: int) -> Any:
+    """Return `ops.nms.class_nms` as an ONNX model.
+
+    Args:
+      config: suppression and limits.
+      anchors: K, their number.
+      names: their number, or a symbol.
+      ir_version: of the ONNX format.
+    """
+    import onnx
+
+    values = {
+        "IR_VERSION": ir_version,
+        "OPSET": OPSET,
+        "ANCHORS": anchors,
+        "NAMES": names,
+        "COUNT": min(config.pre_nms_top_k, anchors),
+        "MOST": min(config.max_detections, anchors),
+        "KEEP": config.max_detections,
+        "NMS_IOU": float(config.nms_iou),
+        "SCORE_THRESHOLD": float(config.score_threshold),
+    }
+    entrants = _BEST_ANCHORS if config.pre_nms_top_k else _ALL_ANCHORS
+    text = _SUPPRESSION.replace("ENTRANTS", entrants)
+    text = re.sub(r"\b[A-Z_]{4,}\b", lambda match: str(values[match[0]]), text)
+    return onnx.parser.parse_model(text)
+
+
 def _with_suppression(network: Any, served: ServedModel) -> Any:
     """Return the network with suppression behind it, as one ONNX model."""
     import onnx
 
     anchors = sum(level_sizes(*served.canvas, served.model().cfg.anchors))
-    values = {
-        "IR_VERSION": network.ir_version,
-        "OPSET": OPSET,
-        "ANCHORS": anchors,
-        "NAMES": "rows" if served.texts is None else len(served.texts),
-        "LIMIT": _BEST_ANCHORS if served.config.pre_nms_top_k else _ALL_ANCHORS,
-        "COUNT": min(served.config.pre_nms_top_k, anchors),
-        "MOST": min(served.config.max_detections, anchors),
-        "KEEP": served.config.max_detections,
-        "NMS_IOU": float(served.config.nms_iou),
-        "SCORE_THRESHOLD": float(served.config.score_threshold),
-    }
-    text = re.sub(r"\b[A-Z_]{4,}\b", lambda match: str(values[match[0]]), _SUPPRESSION)
-    suppression = onnx.parser.parse_model(text)
+    names = "rows" if served.texts is None else len(served.texts)
+    behind = suppression(served.config, anchors, names, network.ir_version)
     connections = [(name, name) for name in ("all_boxes", "all_scores")]
-    return onnx.compose.merge_models(network, suppression, io_map=connections)
+    return onnx.compose.merge_models(network, behind, io_map=connections)
 
 
 def _save(model: Any, path: pathlib.Path) -> None:

@@ -1,7 +1,7 @@
 """TensorFlow's SavedModel through jax2tf.
 
-The network is StableHLO inside the SavedModel. Top-k and suppression are TensorFlow's own:
-TensorFlow 2.21 cannot read JAX's top-k.
+The network is StableHLO inside the SavedModel. Suppression is TensorFlow's own: TensorFlow 2.21
+cannot read JAX's top-k.
 """
 
 import functools

@@ -21,8 +21,8 @@ class DecodeConfig:
       nms_iou: IoU above which non-maximum suppression drops the box with the lower score. A box
         suppresses only boxes of the same name. The default is ATSS's.
       pre_nms_top_k: for each name, only so many anchors enter suppression, those with the best
-        scores. 0: all. An object has about ten anchors with a high score, so 100 keep only 37 of
-        100 objects of one name.
+        scores. 0: all. An object has about ten anchors with a high score, so 100 keep about a
+        third of 100 objects of one name.
       max_detections: at most this many boxes per image, the best of all names together. The default
         is for measuring: standard AP uses 300, and fixed AP, which has no limit per image, 10,000
         per name over a whole dataset. `Detector` and exported files return 300.

@@ -17,12 +17,14 @@ from PIL import Image
 
 from detclipv2_jax import export as door
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.exporters import export
+from detclipv2_jax.exporters import export, saved_model
+from detclipv2_jax.exporters import onnx as onnx_format
 from detclipv2_jax.exporters.served import served_model
 from detclipv2_jax.inference.checkpoint import LoadedModel
 from detclipv2_jax.inference.config import DetectConfig
 from detclipv2_jax.inference.detector import Detector
 from detclipv2_jax.models import detclip, sizes
+from detclipv2_jax.ops.nms import class_nms
 from detclipv2_jax.text.tokenizer import tokenize
 
 CANVAS = (64, 96)
@@ -43,7 +45,6 @@ def loaded():
     params = jax.tree.map(noisy, params) | {"logit_bias": np.float32(0.0)}
     evaluation = {
         "canvas": CANVAS,
-        "pre_nms_top_k": 30,
         "max_detections": 1000,
         "definitions": "as_trained",
     }
@@ -191,6 +192,46 @@ def test_a_format_gives_the_detections_of_the_model(
         assert output["shape"] == ["batch", *array.shape[1:]] and output["dtype"] == array.dtype
 
 
+@pytest.mark.parametrize("pre_nms_top_k", [0, 9])
+@pytest.mark.parametrize("runtime", ["tensorflow", "onnxruntime"])
+def test_suppression_of_another_runtime_is_ours(runtime, pre_nms_top_k):
+    """A crowd of 400 anchors and five names: more than the first pass of `class_nms` sees."""
+    module = pytest.importorskip(runtime)
+    rng = np.random.default_rng(0)
+    corner = rng.uniform(0, 200, (2, 400, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(20, 60, (2, 400, 2))], -1)
+    boxes, scores = boxes.astype(np.float32), rng.uniform(-1, 1, (2, 5, 400)).astype(np.float32)
+    config = DetectConfig(
+        score_threshold=0.05, pre_nms_top_k=pre_nms_top_k, max_detections=300
+    ).decoding
+    if runtime == "tensorflow":
+        found = saved_model.suppress(
+            module, config, module.constant(boxes), module.constant(scores)
+        )
+        found = {key: value.numpy() for key, value in found.items()}
+    else:
+        pytest.importorskip("onnx")
+        program = onnx_format.suppression(config, 400, "rows", 10).SerializeToString()
+        session = module.InferenceSession(program)
+        values = session.run(None, {"all_boxes": boxes, "all_scores": scores})
+        found = dict(zip([output.name for output in session.get_outputs()], values))
+    expected = class_nms(
+        boxes,
+        np.ones((2, 400), bool),
+        lambda scores, ids: scores[:, ids],
+        jax.numpy.asarray(scores),
+        jax.numpy.arange(5)[None],
+        iou_threshold=config.nms_iou,
+        score_threshold=config.score_threshold,
+        pre_nms_top_k=pre_nms_top_k,
+        max_detections=300,
+    )
+    for key, value in zip(("boxes", "scores", "labels", "mask"), expected):
+        np.testing.assert_array_equal(found[key], value)
+    count = found["mask"].sum(1)
+    assert (count > 150).all() if pre_nms_top_k == 0 else (count <= 45).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("format_name", ["stablehlo", "savedmodel", "onnx"])
 def test_swin_t_at_320_pixels_and_80_names(tmp_path, format_name):
@@ -223,7 +264,7 @@ def swin_t():
     rng = np.random.default_rng(0)
     noisy = lambda p: np.asarray(p) + rng.normal(scale=0.02, size=p.shape).astype(np.float32)
     params |= {"head": jax.tree.map(noisy, params["head"]), "logit_bias": np.float32(0)}
-    detect = DetectConfig(canvas=(320, 320), pre_nms_top_k=100, max_detections=1000)
+    detect = DetectConfig(canvas=(320, 320))
     images = rng.integers(0, 256, (3, 40, 40, 3), np.uint8).repeat(8, 1).repeat(8, 2)
     sizes_ = np.array([(320, 320), (200, 320), (0, 0)], np.int32)
     images[1, 200:] = images[2] = 0

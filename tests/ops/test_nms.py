@@ -308,7 +308,7 @@ def test_class_nms_breaks_ties_by_class_then_anchor(ascending, pre_nms_top_k, cl
 
 
 def test_class_nms_forgives_scores_that_are_rounded_otherwise_the_second_time(class_nms_steps):
-    """Classes are scored twice, in other shapes; no detection may be lost or found twice by that."""
+    """Classes are scored twice, in other shapes; that loses no detection and repeats none."""
     class_nms_steps(4)
     boxes, _, mask = clustered(0)
     rng = np.random.default_rng(0)
@@ -322,7 +322,13 @@ def test_class_nms_forgives_scores_that_are_rounded_otherwise_the_second_time(cl
         expected = reference_class_nms(boxes, scores[0], mask, 0.5, 0.0, 0, count)
         blocks = jnp.arange(40)[None]
         found = ops.class_nms(
-            boxes[None], mask[None], score, jnp.asarray(scores), blocks, max_detections=count, **options
+            boxes[None],
+            mask[None],
+            score,
+            jnp.asarray(scores),
+            blocks,
+            max_detections=count,
+            **options,
         )
         _, values, labels, exists = (np.asarray(x[0]) for x in found)
         assert exists.sum() == len(expected)
@@ -365,7 +371,7 @@ def crowd(count, side, grid, height, width):
 @pytest.mark.parametrize(("count", "side"), CROWDS)
 @pytest.mark.parametrize("names", [1, 80])
 def test_class_nms_keeps_crowds(count, side, names):
-    """At 800×1344 all objects of one name are found, also among 80 names that score 0.15 at most."""
+    """At 800×1344 all objects of one name are found, also among names that score up to 0.15."""
     grid, height, width = AnchorConfig(), 800, 1344
     objects, boxes, scores = crowd(count, side, grid, height, width)
     others = np.random.default_rng(0).uniform(0, 0.15, (len(scores), names - 1)).astype(np.float32)
