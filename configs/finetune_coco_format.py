@@ -66,6 +66,7 @@ def get_config(size: str = "swin_t") -> ConfigDict:
         return config
     for kind in (data.detection, data.grounding):
         kind.batch_size = 32  # [paper]
+    data.grounding.table_size = 3072  # 32 images want about 2,900 concepts
     data.image_text.batch_size = 576  # whole groups of the paper's 192 (T) or 96 (L) pairs [ours]
     data.image_text.table_size = 576 * 4
     config.optimizer.learning_rate = 4e-5  # [paper]

@@ -57,6 +57,7 @@ def get_config(size: str = "swin_t") -> ConfigDict:
     for kind in (data.detection, data.grounding):
         kind.batch_size = 64  # [paper]
         kind.max_boxes = 300  # LVIS has more boxes per image than other sets
+    data.grounding.table_size = 5376  # 64 images want about 5,200 concepts
     data.image_text.batch_size = 1152  # whole groups of the paper's 192 (T) or 96 (L) pairs [ours]
     data.image_text.table_size = 1152 * 4
     config.init.model = f"runs/{size}"

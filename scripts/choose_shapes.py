@@ -27,6 +27,7 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import fill
 from detclipv2_jax.data.config import KindConfig
 from detclipv2_jax.data.index import Source
+from detclipv2_jax.data.plan import StepPlan
 from detclipv2_jax.data.prepare import canvases
 from detclipv2_jax.training.flags import run_with_config
 
@@ -59,7 +60,15 @@ def main(argv: list[str]) -> None:
         print(f"\n{kind}: {', '.join(found.all_sources)}\n")
         opened = [sources[name] for name in found.all_sources]
         print(canvas_table(opened, area, counts, found, found.shapes))
-        print("\n" + concept_table(wanted_concepts(plan, kind, _STEPS.value), found.table_size))
+        steps = first_steps(plan, kind, _STEPS.value)
+        wanted = np.array([step.positives + step.dropped for step in steps])
+        print("\n" + concept_table(wanted, found.table_size))
+        if found.concepts_per_image:
+            wants, has = (
+                np.mean([getattr(step, field) for step in steps])
+                for field in ("wanted_negatives", "negatives")
+            )
+            print(f"\nnegatives per step: {wants:,.0f} wanted, {has:,.0f} drawn")
     print("\n" + work_table(config, plan))
 
 
@@ -122,11 +131,10 @@ def work_table(config, plan) -> str:
     return "\n".join([*lines, f"| all | {programs} | {steps.total():,} | {total:,.1f} |"])
 
 
-def wanted_concepts(plan, kind: str, steps: int) -> np.ndarray:
-    """Return the number of distinct positives of each of the first `steps` steps of a kind."""
+def first_steps(plan, kind: str, steps: int) -> list[StepPlan]:
+    """Return the first `steps` steps of a kind."""
     mine = (s for s in range(plan.steps_per_epoch) if plan.program(s)[0] == kind)
-    planned = [plan.plan(step) for step, _ in zip(mine, range(steps))]
-    return np.array([step.positives + step.dropped for step in planned])
+    return [plan.plan(step) for step, _ in zip(mine, range(steps))]
 
 
 def concept_table(wanted: np.ndarray, rows: int) -> str:

