@@ -67,6 +67,7 @@ def choose(*arguments):
 def test_shapes_are_chosen_for_a_config(made_up):
     config = f"--config={tiny_run.ROOT}/configs/pretrain.py:swin_t"
     data = (f"--config.data_dir={made_up}", "--config.data.dictionary=")
+    data += ("--config.data.detection.definitions=False",)
     done = choose(config, *data, "--steps=2", "--count=2")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
