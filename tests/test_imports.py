@@ -18,7 +18,7 @@ PACKAGES = {
     "common": [],
     "text": ["common"],
     "ops": ["common"],
-    "models": ["ops", "common"],
+    "models": ["text", "ops", "common"],
     "weights": ["models", "ops", "text", "common"],
     "data": ["text", "common", "tensorflow"],
     "data/prepare": ["data", "weights", "text", "common", "tensorflow"],

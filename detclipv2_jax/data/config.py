@@ -81,6 +81,9 @@ class DataConfig:
     # Table of your own definitions, relative to data_dir, used before the dictionary's: name,
     # synset, definition, separated by tabs, with this header; "" = none.
     definitions_file: str = ""
+    # The names of the detection data are a closed label space: no text tower, plain ATSS
+    # (models/closed_set.py).
+    closed_set: bool = False
     template: str = TEMPLATE  # of a name with its definition; cut to 16 tokens at a word's end
     detection: KindConfig = KindConfig(definitions=True, scored_on="source")
     grounding: KindConfig = KindConfig()

@@ -46,7 +46,7 @@ class ServedModel:
     @property
     def embedding_size(self) -> int:
         """D, the length of a text embedding."""
-        return self.params["text"]["text_projection"].shape[1]
+        return self.params["head"]["embed"]["kernel"].shape[-1]
 
     def model(self) -> DetCLIP:
         """Return the model with its parameters as constants."""

@@ -40,8 +40,8 @@ def text_tower_digest(config: DetCLIPConfig, params: Mapping[str, Any]) -> str:
       params: the model's parameters; only those of the text tower count.
     """
     digest = hashlib.sha256(_VERSION)
-    digest.update(repr((config.text, config.dtype, config.similarity)).encode())
-    for path, value in sorted(parameter_paths(params["text"]).items()):
+    digest.update(repr((config.text, config.classes, config.dtype, config.similarity)).encode())
+    for path, value in sorted(parameter_paths(params.get("text", {})).items()):
         array = np.ascontiguousarray(value)
         digest.update(repr((path, array.shape, array.dtype.str)).encode())
         digest.update(array.data)

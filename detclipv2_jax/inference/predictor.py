@@ -172,6 +172,7 @@ class Predictor:
         prompts = [normalize(name) for name in names] if prompts is None else prompts
         groups = [(texts,) if isinstance(texts, str) else tuple(texts) for texts in prompts]
         texts = dict.fromkeys(text for group in groups for text in group)
+        self._check_classes(texts)
         if new := [text for text in texts if text not in self._embedding_of]:
             self._embedding_of.update(zip(new, self._encode_texts(new)))
         rows = np.stack(
@@ -184,6 +185,18 @@ class Predictor:
             embeddings=np.pad(rows, ((0, padding), (0, 0))),
             mask=np.arange(len(rows) + padding) < len(rows),
         )
+
+    def _check_classes(self, texts: Iterable[str]) -> None:
+        """Raise `UserError` for a text that a model with a closed label space does not know."""
+        classes = self._model_config.classes
+        known = set(map(normalize, classes))
+        unknown = [text for text in texts if text not in known] if classes else []
+        if unknown:
+            raise UserError(
+                f"the model has a closed label space of {len(classes)} names, and {unknown[0]!r} "
+                f"is not one of them. Ask for names such as {', '.join(classes[:3])}, or use a "
+                "model with an open vocabulary."
+            )
 
     def _encode_texts(self, texts: list[str]) -> Float[np.ndarray, "n D"]:
         tokens = tokenize(texts)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from detclipv2_jax.common import config_dict
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.models.atss_head import ATSSHead, HeadConfig, RegionOutputs
+from detclipv2_jax.models.closed_set import ClosedSet
 from detclipv2_jax.models.fpn import FPN
 from detclipv2_jax.models.initializers import Draws
 from detclipv2_jax.models.padding import level_extents
@@ -45,6 +46,9 @@ class DetCLIPConfig:
         head: the head.
         text: the text tower.
         anchors: the anchors of all levels.
+        classes: names of a closed label space. The model then has no text tower and knows no other
+            name: plain ATSS, a supervised baseline (models/closed_set.py). Both embed_dim are their
+            number. (): an open vocabulary.
         similarity: how regions and texts are compared: "cosine" (both are L2-normalized) or "dot".
         initial_scale: initial factor on cosines; 1/0.07 is CLIP's. For D = 512, the cosines of
             unrelated features have a standard deviation of 1/23. So the logits of negatives start
@@ -72,6 +76,7 @@ class DetCLIPConfig:
     neck_coarse_gain: float = 1.0
     head: HeadConfig = HeadConfig()
     text: TextConfig = TextConfig()
+    classes: tuple[str, ...] = ()
     anchors: AnchorConfig = AnchorConfig()
     similarity: str = "cosine"
     initial_scale: float = 1 / 0.07
@@ -99,6 +104,12 @@ class DetCLIPConfig:
                 f"config.model: head.embed_dim {self.head.embed_dim} and text.embed_dim "
                 f"{self.text.embed_dim} must be equal, because regions and texts are compared by a "
                 "dot product. Change one of them."
+            )
+        if self.classes and (self.head.embed_dim != len(self.classes) or self.similarity != "dot"):
+            raise UserError(
+                f"config.model.classes has {len(self.classes)} names: head.embed_dim "
+                f"{self.head.embed_dim} must be that number, and similarity {self.similarity!r} "
+                "must be 'dot'. Change them."
             )
         strides = tuple(self.swin.patch_size * 2**level for level in range(1, 6))
         if tuple(self.anchors.strides) != strides:
@@ -158,7 +169,11 @@ class DetCLIP(nnx.Module):
         self.head = ATSSHead(
             cfg.neck_channels, levels, cfg.head, remat=cfg.remat, kernels=cfg.kernels, **options
         )
-        self.text = TextTower(cfg.text, kernels=cfg.kernels, **blocks, **options)
+        self.text = (
+            ClosedSet(cfg.classes)
+            if cfg.classes
+            else TextTower(cfg.text, kernels=cfg.kernels, **blocks, **options)
+        )
         start = cfg.initial_scale if cfg.similarity == "cosine" else 1.0
         self.logit_scale = nnx.Param(jnp.asarray(math.log(start), jnp.float32))
         bias = math.log(cfg.prior / (1 - cfg.prior))

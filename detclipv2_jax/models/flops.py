@@ -91,7 +91,8 @@ def step(
     height, width = shape
     per_image = {"backbone": backbone(cfg.swin, height, width), **dense_parts(cfg, height, width)}
     parts = {name: (1 + BACKWARD) * images * value for name, value in per_image.items()}
-    parts["text"] = (1 + BACKWARD) * concepts * text(cfg.text)
+    per_concept = 0.0 if cfg.classes else text(cfg.text)
+    parts["text"] = (1 + BACKWARD) * concepts * per_concept
     anchors = sum(_up(height, s) * _up(width, s) for s in cfg.anchors.strides)
     dimensions = cfg.head.embed_dim
     if kind == "image_text":

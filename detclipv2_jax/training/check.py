@@ -81,6 +81,7 @@ def check_run(config: "RunConfig") -> None:
             sign, bound = limit.split()
             if not _COMPARE[sign](value, float(bound)):  # NaN fails too
                 raise UserError(f"config.{path} is {value}. It must be {interval}.")
+    _check_closed_set(config)
     _check_text_tower(config)
     _check_proposal_score(config)
     _check_rules(config)
@@ -147,8 +148,10 @@ def check_start(config: "RunConfig", workdir: Path) -> None:
             f"config.init.model is {init.model!r}, which is neither the workdir of a run with a "
             "checkpoint nor a file. Train that model first, or name another one."
         )
-    for part in ("backbone", "text"):
-        _check_tower(config, part)
+    _check_tower(config, "backbone")
+    if config.data.closed_set:
+        return  # there is no text tower
+    _check_tower(config, "text")
     if init.text != SCRATCH:
         print(f"{init.text}: {activation.check(config.model.text.activation, init.text)}")
 
@@ -179,6 +182,24 @@ def _check_random_tower(config: "RunConfig", part: str) -> None:
             f"the recipe's variant, such as --config=pretrain.py:swin_t,{SCRATCH}, which sets all "
             "that a random tower needs, or set the factor to 1."
         )
+
+
+def _check_closed_set(config: "RunConfig") -> None:
+    """Check that a model without a text tower meets nothing but names of its classes."""
+    if not config.data.closed_set:
+        return
+    for kind in config.data.kinds():
+        if kind != "detection":
+            raise UserError(
+                f"config.data.closed_set is True, but config.data.{kind} has sources. Train on "
+                "detection data alone, or set closed_set to False."
+            )
+    for path, expected in (("data.detection.definitions", False), ("model.similarity", "dot")):
+        if (value := operator.attrgetter(path)(config)) != expected:
+            raise UserError(
+                f"config.data.closed_set is True, but config.{path} is {value!r}. Set it to "
+                f"{expected!r}."
+            )
 
 
 def _check_text_tower(config: "RunConfig") -> None:

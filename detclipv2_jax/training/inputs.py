@@ -1,7 +1,7 @@
 """Opening a run's prepared data: its sources, their vocabulary and the plan of its steps."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -71,6 +71,25 @@ def open_data(config: RunConfig) -> TrainingData:
     )
     plan = Plan(sources, vocabulary, kinds, config.seed)
     return TrainingData(plan, sources, vocabulary.names(vocabulary.pool("detection")))
+
+
+def with_classes(config: RunConfig, names: Sequence[str]) -> RunConfig:
+    """Return the config with the model's classes, if `data.closed_set` asks for them.
+
+    Args:
+        config: of the run.
+        names: of the detection data.
+    """
+    if not config.data.closed_set:
+        return config
+    resize = lambda part: dataclasses.replace(part, embed_dim=len(names))
+    model = dataclasses.replace(
+        config.model,
+        classes=tuple(names),
+        head=resize(config.model.head),
+        text=resize(config.model.text),
+    )
+    return dataclasses.replace(config, model=model)
 
 
 def _available_kinds(root: Path, config: DataConfig) -> dict[Kind, KindConfig]:

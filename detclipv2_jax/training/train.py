@@ -18,7 +18,7 @@ from detclipv2_jax.training import check, optimizer, sharding
 from detclipv2_jax.training.checkpointer import Checkpointer
 from detclipv2_jax.training.clock import Clock
 from detclipv2_jax.training.config import RunConfig
-from detclipv2_jax.training.inputs import open_data
+from detclipv2_jax.training.inputs import open_data, with_classes
 from detclipv2_jax.training.metrics import MetricsLog, Progress
 from detclipv2_jax.training.prefetch import prefetch
 from detclipv2_jax.training.profiling import Profiler, parse_steps
@@ -57,6 +57,7 @@ def train(
 
     # ---- Data. From here on, what a step sees is a function of (seed, step).
     data = open_data(config)
+    config = with_classes(config, data.names)
     total_steps = max(1, round(config.train.epochs * data.plan.steps_per_epoch))
     steps_to_profile = parse_steps(profile, total_steps)
     definitions = data.plan.vocabulary.definitions("detection")

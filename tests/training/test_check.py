@@ -26,6 +26,11 @@ SHIPPED = {
     ("finetune_lvis", "nano"): (1, 2),
     ("finetune_lvis", "swin_t"): (8, 16),
     ("finetune_lvis", "swin_l"): (8, 16, 64),
+    ("supervised", "nano"): (1, 2, 4),
+    ("supervised", "coco_swin_t"): (1, 8, 16),
+    ("supervised", "coco_swin_l"): (1, 8, 16),
+    ("supervised", "lvis_swin_t"): (8, 16, 64),
+    ("supervised", "lvis_swin_l"): (8, 16, 64),
     ("finetune_coco_format", "nano"): (1, 2),
     ("finetune_coco_format", "swin_t"): (8, 32),
     ("finetune_coco_format", "swin_l"): (8, 32),
@@ -66,6 +71,8 @@ def test_shipped_configs_pass(recipe, argument):
     parsed = parse(recipe=recipe, argument=argument)
     for devices in SHIPPED[recipe, argument]:
         check.check_devices(parsed, devices)
+    if parsed.data.closed_set:
+        return  # no captions
     data = parsed.data.kinds()["image_text"]
     for shape in data.shapes:
         batch = abstract_batch("image_text", shape, data)
@@ -214,7 +221,9 @@ def test_a_random_tower_has_the_whole_learning_rate(weights):
         )
 
 
-@pytest.mark.parametrize(("recipe", "argument"), [s for s in SHIPPED if "finetune" not in s[0]])
+@pytest.mark.parametrize(
+    ("recipe", "argument"), [s for s in SHIPPED if s[0] in ("pretrain", "coco_format")]
+)
 def test_variants_without_pretrained_towers_start(recipe, argument, tmp_path):
     parsed = parse(recipe=recipe, argument=argument)
     scratch = SCRATCH in argument or argument == "nano"
@@ -250,3 +259,15 @@ def test_the_activation_of_the_text_tower_is_the_files(weights):
     with pytest.raises(UserError, match="^config.model.text.activation is .*open_clip_config"):
         check.check_start(parse(of_open_clip), weights / "run")
     check.check_start(parse(of_open_clip | {"model.text.activation": "gelu"}), weights / "run")
+
+
+def test_a_closed_set_needs_no_text_and_takes_only_boxes(tmp_path, weights):
+    parsed = parse(recipe="supervised", argument="lvis_swin_t")
+    assert not parsed.init.text
+    check.check_start(parsed, tmp_path / "run")
+    for changes, message in (
+        ({"data.grounding.sources": ("goldg",)}, "closed_set is True, but config.data.grounding"),
+        ({"model.similarity": "cosine"}, "closed_set is True, but config.model.similarity is 'cos"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse(changes, "supervised", "lvis_swin_t")
