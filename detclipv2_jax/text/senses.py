@@ -78,7 +78,7 @@ def visible_sense(lemma: str, *, strict: bool = False) -> str | None:
     # "Woods" and "colors" are nouns of their own, but a phrase rather has the plural of the noun.
     other = _visible(singular, strict)
     if sense is None or other is None:
-        is_usual = sense is not None and wordnet().count(lemma, sense) >= _LEAST
+        is_usual = sense is not None and wordnet().count(lemma, sense) >= _FREQUENT
         return sense if is_usual else other
     return sense if sense == other else None
 
@@ -178,8 +178,10 @@ def _edible(things: Sequence[_Sense]) -> Sequence[_Sense]:
     for sense in things:
         tags[sense.field] += sense.tags
     for field in tags:
+        present = [other for other in tags if other != field]
         chosen = [sense for sense in things if sense.field == field]
-        if chosen and all(tags[other] <= tags[field] + 1 for other in tags):
+        times = _RATIO if field == "animal" else 1  # beef is seen on plates
+        if chosen and all(times * tags[other] <= max(tags[field], times) + 1 for other in present):
             return chosen
     return things
 
