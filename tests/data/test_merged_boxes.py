@@ -51,6 +51,12 @@ def test_boxes_of_two_images_and_near_boxes_stay_apart():
     assert found.kept.all() and (found.labels[..., 1] == -1).all()
 
 
+def test_boxes_of_another_image_do_not_link_two_boxes():
+    sides = np.float32([[5.0, 5.16], [5.08, 50.0]])
+    boxes = np.stack([sides, sides, sides + 9, sides + 9], axis=-1)
+    assert merge_boxes(boxes, np.zeros((2, 2), int), np.ones((2, 2), bool), 1).kept.all()
+
+
 def test_the_second_name_counts_where_the_first_has_no_row():
     boxes = np.zeros((1, 3, 4), np.float32)
     found = merge_boxes(boxes, np.array([[-1, 3, 3]]), np.ones((1, 3), bool), 1)

@@ -26,6 +26,7 @@ from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.plan import Plan
 from detclipv2_jax.data.prepare import dictionary_writer, record_writer
 from detclipv2_jax.data.vocabulary import Vocabulary
+from detclipv2_jax.text.definitions import Knowledge
 from detclipv2_jax.text.tokenizer import fitted, tokenize
 
 NAMES = [f"thing number {i}" for i in range(30)]
@@ -696,9 +697,8 @@ print(next(feed)[1].images.shape)
 
 
 def test_a_kind_sees_definitions_if_it_is_to(sources, tmp_path):
-    opened = dictionary_writer.build(
-        tmp_path, NAMES[:20], {}, synsets=dict.fromkeys(NAMES, "sofa.n.01")
-    )
+    known = Knowledge(synsets=dict.fromkeys(NAMES, "sofa.n.01"))
+    opened = dictionary_writer.build(tmp_path, NAMES[:20], {}, known)
     plan = make_plan(sources)
     plan = Plan(sources, Vocabulary(sources, opened, defined=["detection"]), plan.kinds, seed=3)
     seen = set()
