@@ -1,6 +1,7 @@
 """Every exported format, loaded in its own runtime without this package."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -190,6 +191,28 @@ def test_a_format_gives_the_detections_of_the_model(
     for output in about["outputs"]:
         array = found[output["name"] + "3"]
         assert output["shape"] == ["batch", *array.shape[1:]] and output["dtype"] == array.dtype
+
+
+@pytest.mark.parametrize("values", [{}, {"nms_iou": 0.7, "pre_nms_top_k": 9, "score": "alignment"}])
+def test_detect_evaluate_and_export_decode_alike(loaded, values, pictures):
+    """One config, of the checkpoint; only the threshold and the number of boxes differ."""
+    loaded = dataclasses.replace(loaded, detect=dataclasses.replace(loaded.detect, **values))
+    evaluated = loaded.detect.decoding
+    limits = {"score_threshold": 0.0, "max_detections": 300}
+    detector = Detector(loaded, **limits)
+    served = served_model(loaded, NAMES, **limits)
+    for config in (detector.predictor.config, served.config):
+        assert dataclasses.replace(config, max_detections=1000) == evaluated
+    for config in (Detector(loaded).predictor.config, served_model(loaded, NAMES).config):
+        assert config.max_detections == 300
+    images, sizes_ = pictures
+    names = detector.encode(NAMES)
+    every = detector.predictor.run_batch(images, sizes_, names, evaluated)
+    best = detector.predictor.run_batch(images, sizes_, names)
+    count = min(300, int(every.mask[0].sum()))
+    assert count > 10
+    np.testing.assert_array_equal(best.boxes[0][:count], every.boxes[0][:count])
+    np.testing.assert_array_equal(best.scores[0][:count], every.scores[0][:count])
 
 
 @pytest.mark.parametrize("pre_nms_top_k", [0, 9])
