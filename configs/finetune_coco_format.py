@@ -15,9 +15,9 @@ not prepared under `data/` are skipped, and so are phrases and captions that the
 the validation set and on a zero-shot set (LVIS minival; '' for none) is measured before and after
 (docs/finetune.md).
 
-[paper] marks values that the paper (§4) uses on ODinW13. It lowers the learning rate when the
-validation AP stalls; here the rate falls tenfold at fixed shares of the run, so that the run
-depends on its seed alone.
+[paper] marks values that the paper uses on ODinW13, whose own recipe is finetune_odinw.py. The
+paper lowers the learning rate when the validation AP stalls; here it falls tenfold at fixed shares
+of the run, so that the run depends on its seed alone.
 """
 
 from ml_collections import ConfigDict

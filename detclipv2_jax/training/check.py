@@ -313,6 +313,11 @@ def _check_pairs(config: "RunConfig", data: KindConfig) -> None:
 
 def _check_evaluation(config: "RunConfig") -> None:
     evaluation, detection = config.eval, config.data.detection
+    if config.optimizer.auto_step.on and not evaluation.dataset:
+        raise UserError(
+            "config.optimizer.auto_step.on is True, but config.eval.dataset is empty. Name the "
+            "validation set whose score decides, or set it to False."
+        )
     if min(evaluation.canvas) < 1:
         raise UserError(
             f"config.eval.canvas is {evaluation.canvas}. Give (height, width) in pixels."

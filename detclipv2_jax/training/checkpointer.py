@@ -341,4 +341,6 @@ def _padded(array: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
 def _without_ema(state: TrainState) -> dict[str, Any]:
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     del fields["ema"]
+    if state.rate_factor is None:
+        del fields["rate_factor"]
     return fields

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.models.parameters import match_rules
+from detclipv2_jax.training.auto_step import AutoStepConfig
 
 # Parameters without weight decay: biases, norms, Swin's bias tables, learned positions and scalars.
 # The others are the kernels of convolutions and dense layers, and the token embedding.
@@ -27,6 +28,8 @@ class OptimizerConfig:
     final_fraction: float = 0.0  # learning rate at the end of the cosine, as a share of its peak
     # Instead of the cosine: the learning rate falls tenfold at each of these shares of the run.
     drops: tuple[float, ...] = ()
+    # Instead of both: the rate falls where the validation score stalls, and the run ends early.
+    auto_step: AutoStepConfig = AutoStepConfig()
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.05
@@ -50,6 +53,10 @@ class OptimizerConfig:
                 f"config.optimizer.drops is {self.drops}: each must be a share of the run, above 0 "
                 "and below 1."
             )
+        if self.auto_step.on and self.drops:
+            raise UserError(
+                f"config.optimizer.auto_step.on is True, and drops is {self.drops}. Choose one."
+            )
         if self.max_scale <= 0:
             raise UserError(
                 f"config.optimizer.max_scale is {self.max_scale}. Choose a positive number."
@@ -60,10 +67,10 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> Callable[[Array]
     """Return the schedule: step -> learning rate.
 
     Linear warm-up from 0, then half a cosine that ends at `total_steps`, or the tenfold drops of
-    `config.drops`.
+    `config.drops`. With `config.auto_step` it stays at the peak, and the state has a factor.
     """
     warmup = min(config.warmup_steps, max(total_steps - 1, 0))
-    if config.drops:
+    if config.drops or config.auto_step.on:
         drops = jnp.asarray([round(share * total_steps) for share in config.drops])
         level = lambda step: config.learning_rate * 0.1 ** jnp.sum(step >= drops)
         return lambda step: level(step) * jnp.minimum(1.0, step / warmup if warmup else 1.0)
@@ -142,6 +149,7 @@ class AdamW:
         norm: Float[Array, ""],
         step: Int[Array, ""],
         apply: Bool[Array, ""],
+        rate_factor: Float[Array, ""] | None = None,
     ) -> Updated:
         """Return parameters, moving average and moments after a step.
 
@@ -161,6 +169,7 @@ class AdamW:
           norm: the global norm of `gradients`.
           step: the number of steps before this one.
           apply: False leaves everything unchanged.
+          rate_factor: on the rate of all parameters (auto_step.py); None for 1.
         """
         old = _Leaf(params, ema, moments.mean, moments.square)
 
@@ -171,7 +180,10 @@ class AdamW:
         def unchanged(_: _Scalars, old: _Leaf, gradients: PyTree) -> PyTree:
             return jax.tree.map(_Leaf, *old)
 
-        leaves = jax.lax.cond(apply, changed, unchanged, self._scalars(norm, step), old, gradients)
+        scalars = self._scalars(norm, step)
+        if rate_factor is not None:
+            scalars = scalars._replace(learning_rate=scalars.learning_rate * rate_factor)
+        leaves = jax.lax.cond(apply, changed, unchanged, scalars, old, gradients)
         outer, inner = jax.tree.structure(params), jax.tree.structure(_Leaf(0, 0, 0, 0))
         new = jax.tree.transpose(outer, inner, leaves)
         return Updated(new.param, new.ema, Moments(new.mean, new.square))

@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 from detclipv2_jax.common import config_dict
 from detclipv2_jax.training import initialize, sharding
 from detclipv2_jax.training import state as state_lib
+from detclipv2_jax.training.auto_step import AutoStep
 from detclipv2_jax.training.checkpointer import Checkpointer, abstract_state
 from detclipv2_jax.training.config import RunConfig
 from detclipv2_jax.training.optimizer import AdamW
@@ -21,6 +22,7 @@ class Start(NamedTuple):
     state: TrainState  # on the devices
     shardings: TrainState
     seconds: dict[str, float]  # wall time by part up to the checkpoint (clock.py); {} of a new run
+    auto_step: AutoStep | None  # None: the config has none
 
 
 def new_or_resumed(
@@ -54,10 +56,11 @@ def new_or_resumed(
     shardings = sharding.state_shardings(mesh, state)
     state = jax.device_put(state, shardings)
     if is_new:
-        return Start(state, shardings, {})
+        return Start(state, shardings, {}, AutoStep() if config.optimizer.auto_step.on else None)
     state, meta = checkpointer.restore(abstract_state(state, shardings))
     print(f"resuming after step {int(state.step)}{config_changes(meta['config'], config)}")
-    return Start(state, shardings, meta["seconds"])
+    auto_step = AutoStep.from_meta(meta["auto_step"]) if config.optimizer.auto_step.on else None
+    return Start(state, shardings, meta["seconds"], auto_step)
 
 
 def config_changes(stored: dict[str, Any], config: RunConfig) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from detclipv2_jax.training import spikes
 from detclipv2_jax.training.optimizer import AdamW, Moments
@@ -27,6 +27,8 @@ class TrainState:
     skipped_in_row: Int[Array, ""]
     spiked: Int[Array, ""]  # those of `skipped` that were spikes
     norms: UsualNorms  # usual gradient norm of each kind, which spikes are compared with
+    # On the learning rate, by the validation score (auto_step.py); None: the schedule alone.
+    rate_factor: Float[Array, ""] | None = None
 
 
 def create(params: PyTree, optimizer: AdamW) -> TrainState:
@@ -41,4 +43,5 @@ def create(params: PyTree, optimizer: AdamW) -> TrainState:
         skipped_in_row=jnp.array(zero),
         spiked=jnp.array(zero),
         norms=spikes.create(),
+        rate_factor=jnp.ones(()) if optimizer.config.auto_step.on else None,
     )

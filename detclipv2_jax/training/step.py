@@ -64,7 +64,7 @@ def train_step(
         )
     good = finite & ~spiked
     updated = optimizer.update(
-        state.params, state.ema, state.moments, gradient, norm, state.step, good
+        state.params, state.ema, state.moments, gradient, norm, state.step, good, state.rate_factor
     )
     bad = (~good).astype(jnp.int32)
     params, ema = (
@@ -79,6 +79,7 @@ def train_step(
         skipped_in_row=(state.skipped_in_row + bad) * bad,
         spiked=state.spiked + spiked,
         norms=norms,
+        rate_factor=state.rate_factor,
     )
     metrics = {
         "loss": loss.total,

@@ -4,6 +4,7 @@ Start reading here. What a step computes is in step.py and objective.py; what it
 data/plan.py; how its arrays are laid out on the devices is in sharding.py.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,12 @@ def train(
 
     # ---- State: that of the newest checkpoint, or a new one.
     checkpointer = Checkpointer(workdir, config.train.keep_checkpoints)
-    state, shardings, earlier_seconds = new_or_resumed(config, params, rule, mesh, checkpointer)
+    state, shardings, earlier_seconds, auto_step = new_or_resumed(
+        config, params, rule, mesh, checkpointer
+    )
     start = int(state.step)
+    if auto_step and auto_step.is_over:
+        total_steps = start
     if is_first:
         write_json(workdir / "config.json", config_dict.to_dict(config))
 
@@ -111,6 +116,8 @@ def train(
         "seconds": {},
         "total_steps": total_steps,
     }
+    if auto_step:
+        meta |= {"auto_step": dataclasses.asdict(auto_step)}
     results = None
     if validator and config.train.eval_first and start == 0:
         with clock("evaluate"):
@@ -134,13 +141,19 @@ def train(
             profiler.step_dispatched(step, values)
             is_last, is_stopping, score = step == total_steps, stop.is_due(step), None
 
-            is_eval_due = is_due(step, config.train.eval_every) and not is_stopping
+            eval_every = data.plan.steps_per_epoch if auto_step else config.train.eval_every
+            is_eval_due = is_due(step, eval_every) and not is_stopping
             if validator and (is_last or is_eval_due):
                 recorder.flush()
                 with clock("evaluate"), write_errors_are_warnings():
                     results = validator(graphdef, state)
                     score = headline(results)
                     recorder.add_evaluation(step, results)
+                if auto_step:
+                    auto_step = auto_step.after(score, config.optimizer)
+                    state = auto_step.applied(state)
+                    meta |= {"auto_step": dataclasses.asdict(auto_step)}
+                    is_last |= auto_step.is_over
 
             if is_last or is_stopping or is_due(step, config.train.checkpoint_every):
                 recorder.flush()
@@ -148,6 +161,8 @@ def train(
                     checkpointer.save(state, meta | {"seconds": clock.totals()}, score)
             if is_stopping and not is_last:
                 raise _interrupted(step, stop, checkpointer)
+            if is_last:
+                break
 
     progress.close()
     log.close()

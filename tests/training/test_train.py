@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import tiny_run
 from PIL import Image
@@ -592,3 +593,32 @@ def test_a_missing_dictionary_is_a_user_error(data, tmp_path):
     process = tiny_run.run(data, tmp_path, **{"data.dictionary": "none"})
     assert process.returncode == 2 and "Traceback" not in process.stderr
     assert "none/dictionary.jsonl: no such file. Make it with" in process.stderr
+
+
+@pytest.mark.slow  # 60 s: two starts
+def test_auto_step_lowers_the_rate_and_ends_the_run(data, tmp_path):
+    """It evaluates after each epoch, and a run that ended stays as it is."""
+    overrides = {
+        "optimizer.auto_step.on": True,
+        "optimizer.auto_step.patience": 1,
+        "optimizer.auto_step.exit_patience": 1,
+        "optimizer.auto_step.least_rate": 1e-3,
+        "optimizer.learning_rate": 2e-3,
+        "train.epochs": 40.0,
+    }
+    process = _run_with(data, tmp_path, **overrides)
+    assert process.returncode == 0, process.stderr[-3000:]
+    steps = _checkpoints(tmp_path)
+    meta = checkpoint.load_model(tmp_path, step=steps[-1]).run
+    assert meta["optimizer"]["auto_step"]["on"]
+    evaluations = [
+        line["step"]
+        for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+        if "fixed/AP" in line
+    ]
+    per_epoch = evaluations[0]
+    assert np.all(np.diff(evaluations) == per_epoch)
+    assert steps[-1] == evaluations[-1] < 40 * per_epoch
+    again = _run_with(data, tmp_path, **overrides)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert _checkpoints(tmp_path) == steps  # a run that ended stays as it is
