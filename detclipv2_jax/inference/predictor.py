@@ -227,7 +227,7 @@ class Predictor:
         if len(embeddings) == 1:
             return embeddings[0]
         mean = np.mean(embeddings, axis=0)
-        if self._model_config.similarity == "cosine":
+        if self._model_config.similarity != "dot":
             mean = mean / max(np.linalg.norm(mean), 1e-6)
         return mean
 

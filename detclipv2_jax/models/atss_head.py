@@ -78,6 +78,9 @@ class RegionOutputs:
     centerness: Float[Array, "B K"]  # logits
     # Logits of `HeadConfig.proposal_scores`, by name.
     proposal_logits: dict[str, Float[Array, "B K"]] = dataclasses.field(default_factory=dict)
+    # {"region_statistics": {"mean", "variance", "pieces": 1}} of this batch's embeddings, if they
+    # are batch-normalized in training.
+    statistics: dict[str, dict[str, Array]] = dataclasses.field(default_factory=dict)
 
 
 class ConvNormRelu(nnx.Module):

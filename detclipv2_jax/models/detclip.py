@@ -18,18 +18,20 @@ from detclipv2_jax.models.atss_head import ATSSHead, HeadConfig, RegionOutputs
 from detclipv2_jax.models.closed_set import ClosedSet
 from detclipv2_jax.models.fpn import FPN
 from detclipv2_jax.models.initializers import Draws
+from detclipv2_jax.models.norms import BatchNorm
 from detclipv2_jax.models.padding import level_extents
 from detclipv2_jax.models.remat import Remat
 from detclipv2_jax.models.swin import Swin, SwinConfig
 from detclipv2_jax.models.text import TextConfig, TextTower
-from detclipv2_jax.ops.boxes import AnchorConfig
+from detclipv2_jax.ops.boxes import AnchorConfig, anchor_grid, anchors_inside
 from detclipv2_jax.ops.kernels.place import Kernels
 
 # Of ImageNet, for RGB in 0..255. Published Swin weights were trained with them.
 IMAGE_MEAN = (123.675, 116.28, 103.53)
 IMAGE_STD = (58.395, 57.12, 57.375)
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-_SIMILARITIES = ("cosine", "dot")
+_SIMILARITIES = ("cosine", "dot", "batch_norm")
+_BATCH_NORM_SCALE = math.exp(-1)  # YOLO-World's start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +51,15 @@ class DetCLIPConfig:
         classes: names of a closed label space. The model then has no text tower and knows no other
             name: plain ATSS, a supervised baseline (models/closed_set.py). Both embed_dim are their
             number. (): an open vocabulary.
-        similarity: how regions and texts are compared: "cosine" (both are L2-normalized) or "dot".
+        similarity: how regions and texts are compared: "cosine" (both are L2-normalized), "dot", or
+            "batch_norm" (texts are L2-normalized and regions batch-normalized, as in YOLO-World's
+            contrastive head). Its statistics are those of the step's batch in training, over the
+            anchors inside images; with micro-batches, of each device's micro-batch.
         initial_scale: initial factor on cosines; 1/0.07 is CLIP's. For D = 512, the cosines of
             unrelated features have a standard deviation of 1/23. So the logits of negatives start
             within ±1.3 of the bias, and a cosine of 0.5 is already a confident match:
-            0.5/0.07 - 4.6 = 2.5. Dot products always start at scale 1.
+            0.5/0.07 - 4.6 = 2.5. Dot products always start at scale 1,
+            "batch_norm" at exp(-1).
         mask_padding: whether neck and head ignore the padding of the canvas: their convolutions
             read zeros there, and the statistics of the norms are those of the image. The outputs
             for an image then hardly depend on its canvas: only the backbone's windows still see
@@ -174,7 +180,10 @@ class DetCLIP(nnx.Module):
             if cfg.classes
             else TextTower(cfg.text, kernels=cfg.kernels, **blocks, **options)
         )
-        start = cfg.initial_scale if cfg.similarity == "cosine" else 1.0
+        if cfg.similarity == "batch_norm":
+            self.region_norm = BatchNorm(cfg.head.embed_dim)
+        starts = {"cosine": cfg.initial_scale, "dot": 1.0, "batch_norm": _BATCH_NORM_SCALE}
+        start = starts[cfg.similarity]
         self.logit_scale = nnx.Param(jnp.asarray(math.log(start), jnp.float32))
         bias = math.log(cfg.prior / (1 - cfg.prior))
         self.logit_bias = nnx.Param(jnp.asarray(bias, jnp.float32))
@@ -184,6 +193,7 @@ class DetCLIP(nnx.Module):
         images: UInt8[Array, "B H W 3"],
         drop_path_factors: Float[Array, "N 2 B"] | None = None,
         sizes: Int[Array, "B 2"] | None = None,
+        training: bool = False,
     ) -> RegionOutputs:
         """Return embedding, box and centerness of every anchor of `anchor_grid(H, W, cfg.anchors)`.
 
@@ -192,7 +202,9 @@ class DetCLIP(nnx.Module):
             drop_path_factors: drop path factors of the backbone's N blocks
                 (`backbone.draw_drop_path`); None at inference.
             sizes: height and width of each image on its canvas, pixels. None: the whole canvas.
-                Read only if `mask_padding`.
+                Read only if `mask_padding` or `training`.
+            training: normalize by the statistics of these images, and return them, if `similarity`
+                is "batch_norm".
 
         Returns:
             float32 outputs. The embeddings are unit vectors if `similarity` is "cosine".
@@ -202,10 +214,28 @@ class DetCLIP(nnx.Module):
             extents = level_extents(sizes, self.cfg.anchors.strides)
         maps = self.backbone(normalize_images(images), drop_path_factors)
         outputs = self.head(self.neck(maps, extents), extents)
+        if self.cfg.similarity == "batch_norm":
+            return self._batch_normalized(outputs, images.shape[:3], sizes, training)
         return dataclasses.replace(outputs, embeddings=self._comparable(outputs.embeddings))
 
+    @jax.named_scope("region_norm")
+    def _batch_normalized(self, outputs, shape, sizes, training) -> RegionOutputs:
+        if not training:
+            embeddings = self.region_norm(outputs.embeddings)
+            return dataclasses.replace(outputs, embeddings=embeddings)
+        batch, *canvas = shape
+        sizes = jnp.tile(jnp.asarray(canvas), (batch, 1)) if sizes is None else sizes
+        counted = anchors_inside(jnp.asarray(anchor_grid(*canvas, self.cfg.anchors)), sizes)
+        mean, variance = self.region_norm.statistics(outputs.embeddings, counted)
+        found = {"mean": mean, "variance": variance, "pieces": jnp.ones(())}
+        return dataclasses.replace(
+            outputs,
+            embeddings=self.region_norm(outputs.embeddings, (mean, variance)),
+            statistics={"region_statistics": jax.lax.stop_gradient(found)},
+        )
+
     def encode_text(self, tokens: Int[Array, "M L"]) -> Float[Array, "M D"]:
-        """Return the features of M concepts, in float32; unit vectors if `similarity` is "cosine".
+        """Return the features of M concepts, in float32; unit vectors unless they are "dot".
 
         Args:
             tokens: see `TextTower.__call__`.
@@ -228,7 +258,7 @@ class DetCLIP(nnx.Module):
         return products + self.logit_bias[...]
 
     def _comparable(self, x):
-        return l2_normalize(x) if self.cfg.similarity == "cosine" else x
+        return x if self.cfg.similarity == "dot" else l2_normalize(x)
 
 
 def abstract(cfg: DetCLIPConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from detclipv2_jax.models.packed_levels import PackedLevels
 
 EPS = 1e-5
+BATCH_NORM_EPS = 1e-3  # YOLO-World
 
 
 @jax.custom_vjp
@@ -212,3 +213,36 @@ class GroupNorm(nnx.Module):
         variance = _group_average(variance + jnp.square(mean - middle), self.groups)
         scale = self.scale[...] * jax.lax.rsqrt(variance + EPS)
         return scale, self.bias[...] - middle * scale
+
+
+class BatchNorm(nnx.Module):
+    """Normalization of each channel over a batch, and by running statistics at inference.
+
+    `mean` and `variance` are parameters without a gradient, so that checkpoints, averages and
+    exports carry them; the training step moves them (`training/step.py`).
+    """
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
+        self.mean = nnx.Param(jnp.zeros((width,), jnp.float32))
+        self.variance = nnx.Param(jnp.ones((width,), jnp.float32))
+
+    def statistics(
+        self, x: Float[Array, "B K C"], counted: Bool[Array, "B K"]
+    ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+        """Return mean and variance over the rows that count."""
+        weights = counted[..., None] / jnp.maximum(jnp.sum(counted), 1)
+        mean = jnp.sum(x * weights, axis=(0, 1))
+        return mean, jnp.sum(jnp.square(x - mean) * weights, axis=(0, 1))
+
+    def __call__(
+        self,
+        x: Float[Array, "B K C"],
+        statistics: tuple[Float[Array, " C"], Float[Array, " C"]] | None = None,
+    ) -> Float[Array, "B K C"]:
+        """Return x normalized by the given mean and variance, or by the running ones."""
+        fixed = jax.lax.stop_gradient((self.mean[...], self.variance[...]))
+        mean, variance = statistics or fixed
+        factor = self.scale[...] * jax.lax.rsqrt(variance + BATCH_NORM_EPS)
+        return (x - mean) * factor + self.bias[...]

@@ -104,7 +104,10 @@ class _Images(NamedTuple):
     def encode(self, model: detclip.DetCLIP) -> detclip.RegionOutputs:
         factors = self.drop_path_factors
         return model.encode_image(
-            self.pixels, None if factors is None else jnp.moveaxis(factors, 0, -1), self.sizes
+            self.pixels,
+            None if factors is None else jnp.moveaxis(factors, 0, -1),
+            self.sizes,
+            training=True,
         )
 
 
@@ -248,14 +251,14 @@ def _image_text(
     def inner_product(params: PyTree, _: PyTree, piece: _ImagesWithGradient) -> Loss:
         regions = piece.images.encode(run.build(params))
         features = objective.selected_embeddings(regions, piece.selection)
-        return Loss(jnp.sum(features * piece.features_gradient), {})
+        return Loss(jnp.sum(features * piece.features_gradient), dict(regions.statistics))
 
-    _, gradient = sum_micro_batches(
+    second, gradient = sum_micro_batches(
         inner_product, params, (), _ImagesWithGradient(images, selection, features_gradient),
         run.micro_batches, run.mesh,
     )  # fmt: skip
     gradient = jax.tree.map(jnp.add, gradient, scale_gradient)
-    return _Accumulated(Loss(total, terms), gradient, concepts_gradient)
+    return _Accumulated(Loss(total, terms | second.terms), gradient, concepts_gradient)
 
 
 def _pools_within_micro_batches(run: _Run, batch: Batch) -> Int[Array, "G N"]:

@@ -29,7 +29,8 @@ class Loss(NamedTuple):
     """The loss of a batch."""
 
     total: Float[Array, ""]  # the value that is minimized
-    terms: Scalars  # its unweighted terms, and the number of positives
+    # Its unweighted terms, the number of positives, and `RegionOutputs.statistics` (no scalars).
+    terms: Scalars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ def dense_loss(
       replicated: sharding of an array that every device holds; None on one device.
     """
     drop_path_factors = model.backbone.draw_drop_path(key, len(batch.images))
-    regions = model.encode_image(batch.images, drop_path_factors, batch.sizes)
+    regions = model.encode_image(batch.images, drop_path_factors, batch.sizes, training=True)
     scaled_concepts = model.scale() * encode_concepts(model, batch.tokens, replicated)
     canvas, with_boxes = batch.canvas, has_box_losses(batch.kind, config)
     assign = functools.partial(
@@ -244,7 +245,7 @@ def loss_of_targets(
     if "foreground" in regions.proposal_logits:
         weighted["foreground"] = config.proposal_heads, _foreground_loss(regions, targets, divisors)
     total = sum(weight * term for weight, term in weighted.values())
-    return Loss(total, {name: term for name, (_, term) in weighted.items()})
+    return Loss(total, {name: term for name, (_, term) in weighted.items()} | regions.statistics)
 
 
 @jax.named_scope("box_loss")
@@ -306,14 +307,17 @@ def image_text_loss(
     those of `dense_loss`.
     """
     drop_path_factors = model.backbone.draw_drop_path(key, len(batch.images))
-    regions = model.encode_image(batch.images, drop_path_factors, batch.sizes)
+    regions = model.encode_image(batch.images, drop_path_factors, batch.sizes, training=True)
     concepts = encode_concepts(model, batch.tokens, replicated)
     pools = concept_pools(batch, config)
     selection = select_regions(
         model, regions, concepts, pools, batch.sizes, batch.canvas, config.proposals
     )
     features = selected_embeddings(regions, selection)
-    return contrastive_loss(model.scale(), features, selection, concepts, batch.texts, config)
+    total, terms = contrastive_loss(
+        model.scale(), features, selection, concepts, batch.texts, config
+    )
+    return Loss(total, terms | regions.statistics)
 
 
 def concept_pools(batch: Batch, config: LossConfig) -> Int[Array, "G N"]:

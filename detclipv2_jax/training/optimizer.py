@@ -14,9 +14,10 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.models.parameters import match_rules
 from detclipv2_jax.training.auto_step import AutoStepConfig
 
-# Parameters without weight decay: biases, norms, Swin's bias tables, learned positions and scalars.
-# The others are the kernels of convolutions and dense layers, and the token embedding.
-NO_DECAY = r".*(bias|scales?|position.*|relative_position_bias_table)"
+# Parameters without weight decay: biases, norms with their statistics, Swin's bias tables, learned
+# positions and scalars. The others are the kernels of convolutions and dense layers, and the token
+# embedding.
+NO_DECAY = r".*(bias|scales?|position.*|relative_position_bias_table|region_norm/.*)"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from detclipv2_jax.data.batch import Batch
 from detclipv2_jax.training import accumulate, spikes
 from detclipv2_jax.training.objective import LossConfig, Scalars
 from detclipv2_jax.training.optimizer import AdamW
 from detclipv2_jax.training.state import TrainState
+
+_MOMENTUM = 0.03  # of the running statistics of batch-normalized regions (YOLO-World)
 
 
 def train_step(
@@ -66,10 +68,11 @@ def train_step(
     updated = optimizer.update(
         state.params, state.ema, state.moments, gradient, norm, state.step, good, state.rate_factor
     )
+    terms, params = dict(loss.terms), updated.params
+    if statistics := terms.pop("region_statistics", None):
+        params = _move_running_statistics(params, statistics, good)
     bad = (~good).astype(jnp.int32)
-    params, ema = (
-        _limit_scale(tree, optimizer.config.max_scale) for tree in (updated.params, updated.ema)
-    )
+    params, ema = (_limit_scale(tree, optimizer.config.max_scale) for tree in (params, updated.ema))
     state = TrainState(
         step=state.step + 1,
         params=params,
@@ -83,7 +86,7 @@ def train_step(
     )
     metrics = {
         "loss": loss.total,
-        **loss.terms,
+        **terms,
         "gradient_norm": norm,
         "scale": jnp.exp(params["logit_scale"]),
         "bias": params["logit_bias"],
@@ -102,3 +105,18 @@ def _limit_scale(params: PyTree, max_scale: float) -> PyTree:
     nobody sees it: the first step with a positive gradient brings the scale back.
     """
     return params | {"logit_scale": jnp.minimum(params["logit_scale"], math.log(max_scale))}
+
+
+def _move_running_statistics(params: PyTree, statistics: PyTree, good: Array) -> PyTree:
+    """Move the running mean and variance of the batch norm of regions towards a batch's.
+
+    Args:
+      params: with "region_norm".
+      statistics: sums over micro-batches of their mean and variance, and their number.
+      good: False leaves the parameters unchanged.
+    """
+    norm = dict(params["region_norm"])
+    for name in ("mean", "variance"):
+        moved = norm[name] + _MOMENTUM * (statistics[name] / statistics["pieces"] - norm[name])
+        norm[name] = jnp.where(good, moved, norm[name])
+    return params | {"region_norm": norm}

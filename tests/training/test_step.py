@@ -12,6 +12,8 @@ import tiny_model
 from tiny_batch import LOSS, make_batch
 
 from detclipv2_jax.data.index import KINDS
+from detclipv2_jax.models import detclip
+from detclipv2_jax.ops import boxes as box_ops
 from detclipv2_jax.training import optimizer, prefetch, sharding, state, step
 from detclipv2_jax.training import sharding as sharding_lib
 from detclipv2_jax.training.optimizer import OptimizerConfig
@@ -160,3 +162,94 @@ def test_the_stages_of_a_step_are_named_in_a_profile(kind):
     program = jax.jit(fn).lower(start, make_batch(kind)).as_text(debug_info=True)
     for scope in (*SCOPES[kind], "encode_concepts", "optimizer", "moving_average"):
         assert re.search(rf'loc\("[^"]*\b{scope}\b', program), scope
+
+
+@functools.cache
+def _batch_normalized():
+    swin = dataclasses.replace(tiny_model.CONFIG.swin, drop_path=0.0)
+    cfg = dataclasses.replace(tiny_model.CONFIG, similarity="batch_norm", swin=swin)
+    graphdef, params = detclip.create(cfg, 0)
+    rule = optimizer.create(OptimizerConfig(learning_rate=1e-3, warmup_steps=0), params, 100)
+    run = functools.partial(step.train_step, graphdef=graphdef, optimizer=rule, config=LOSS, seed=0)
+    return graphdef, run, state.create(params, rule)
+
+
+def _raw_embeddings(batch):
+    """Embeddings of the anchors inside the images, before their norm."""
+    graphdef, _ = detclip.abstract(dataclasses.replace(tiny_model.CONFIG, similarity="dot"))
+    params = {k: v for k, v in _batch_normalized()[2].params.items() if k != "region_norm"}
+    run = jax.jit(lambda p, x: detclip.build(graphdef, p).encode_image(x).embeddings)
+    anchors = box_ops.anchor_grid(64, 64, tiny_model.CONFIG.anchors)
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    found = np.asarray(run(params, batch.images), np.float64)
+    return [
+        x[(centers < size[::-1]).all(axis=1)] for x, size in zip(found, np.asarray(batch.sizes))
+    ]
+
+
+def _smaller(kind):
+    sizes = np.int32([[64, 64], [40, 56], [0, 0], [64, 32]])
+    return dataclasses.replace(make_batch(kind), sizes=sizes)
+
+
+@pytest.mark.parametrize("kind", ["detection", "image_text"])
+def test_running_statistics_move_towards_those_of_the_batch(kind):
+    """Over all anchors inside images; with micro-batches, the mean over the micro-batches."""
+    _, run, start = _batch_normalized()
+    batch = _smaller(kind)
+    raw = _raw_embeddings(batch)
+    for count, pieces in ((1, [raw]), (2, [raw[:2], raw[2:]])):
+        after, metrics = jax.jit(functools.partial(run, micro_batches={kind: count}))(start, batch)
+        assert "region_statistics" not in metrics
+        pieces = [np.concatenate(piece) for piece in pieces]
+        norm = after.params["region_norm"]
+        mean = np.mean([piece.mean(axis=0) for piece in pieces], axis=0)
+        variance = np.mean([piece.var(axis=0) for piece in pieces], axis=0)
+        np.testing.assert_allclose(norm["mean"], 0.03 * mean, rtol=1e-3, atol=1e-7)
+        np.testing.assert_allclose(norm["variance"], 0.97 + 0.03 * variance, rtol=1e-5)
+    broken = start.params | {"logit_scale": jnp.asarray(jnp.nan)}
+    skipped, _ = jax.jit(functools.partial(run, micro_batches={}))(
+        dataclasses.replace(start, params=broken), batch
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal, skipped.params["region_norm"], start.params["region_norm"]
+    )
+
+
+def test_four_devices_share_the_statistics_of_the_global_batch():
+    _, run, start = _batch_normalized()
+    batch, devices = _smaller("detection"), sharding.make_mesh(4, 1)
+    layout, whole = sharding.batch_shardings(devices, batch), sharding.replicated(devices)
+    shardings = sharding_lib.state_shardings(devices, start)
+    sharded = jax.jit(
+        functools.partial(run, micro_batches={}, replicated=whole),
+        in_shardings=(shardings, layout), out_shardings=(shardings, whole),
+    )  # fmt: skip
+    four, metrics = sharded(jax.device_put(start, shardings), prefetch.put_batch(batch, layout))
+    raw = np.concatenate(_raw_embeddings(batch))
+    np.testing.assert_allclose(
+        four.params["region_norm"]["mean"], 0.03 * raw.mean(axis=0), rtol=1e-3, atol=1e-7
+    )
+    one, expected = jax.jit(functools.partial(run, micro_batches={}))(start, batch)
+    assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
+
+
+def test_batch_normalized_regions_by_the_definition():
+    """In training by the batch's statistics, at inference by the running ones."""
+    graphdef, _, start = _batch_normalized()
+    batch, random = _smaller("detection"), np.random.default_rng(0)
+    norm = {name: random.uniform(0.5, 2, 8) for name in ("scale", "bias", "mean", "variance")}
+    params = start.params | {"region_norm": jax.tree.map(jnp.float32, norm)}
+    raw = _raw_embeddings(batch)
+    together = np.concatenate(raw)
+    for training in (True, False):
+        encode = lambda p, b, t=training: detclip.build(graphdef, p).encode_image(
+            b.images, None, b.sizes, training=t
+        )
+        found = jax.jit(encode)(params, batch).embeddings[0]
+        mean, variance = norm["mean"], norm["variance"]
+        if training:
+            mean, variance = together.mean(axis=0), together.var(axis=0)
+        expected = (raw[0] - mean) / (variance + 1e-3) ** 0.5 * norm["scale"] + norm["bias"]
+        # The last anchor, of stride 128, has its center on the edge of the canvas.
+        np.testing.assert_allclose(found[:-1], expected, rtol=1e-4, atol=1e-4)
