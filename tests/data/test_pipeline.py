@@ -26,6 +26,7 @@ from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.plan import Plan
 from detclipv2_jax.data.prepare import dictionary_writer, record_writer
 from detclipv2_jax.data.vocabulary import Vocabulary
+from detclipv2_jax.text.checked import Meaning
 from detclipv2_jax.text.definitions import Knowledge
 from detclipv2_jax.text.tokenizer import fitted, tokenize
 
@@ -697,18 +698,25 @@ print(next(feed)[1].images.shape)
 
 
 def test_a_kind_sees_definitions_if_it_is_to(sources, tmp_path):
-    known = Knowledge(synsets=dict.fromkeys(NAMES, "sofa.n.01"))
-    opened = dictionary_writer.build(tmp_path, NAMES[:20], {}, known)
+    opened = dictionary_writer.build(
+        tmp_path, NAMES[:20], {}, Knowledge(own=dict.fromkeys(NAMES, Meaning("a kind of sofa")))
+    )
     plan = make_plan(sources)
-    plan = Plan(sources, Vocabulary(sources, opened, defined=["detection"]), plan.kinds, seed=3)
-    seen = set()
+    kinds = {
+        kind: dataclasses.replace(config, definitions_drop=0.5)
+        for kind, config in plan.kinds.items()
+    }
+    plan = Plan(sources, Vocabulary(sources, opened, defined=["detection"]), kinds, seed=3)
+    seen, bare = set(), 0
     for planned, batch in collect(plan, sources, 0, plan.steps_per_epoch)[0]:
         names = plan.vocabulary.names(planned.concepts[planned.concepts >= 0])
         if planned.kind == "detection":
             # Those that the dictionary lacks have no definition: "thing number 25".
             defined = [opened.definitions.get(name) for name in names]
             assert any(defined)
-            names = fitted(names, defined)
+            dropped = planned.bare[: len(names)]
+            bare += sum(bool(text) and is_bare for text, is_bare in zip(defined, dropped))
+            names = fitted(names, [text if not b else None for text, b in zip(defined, dropped)])
         np.testing.assert_array_equal(batch.tokens[: len(names)], tokenize(names))
         seen.add(planned.kind)
-    assert len(seen) == 3
+    assert len(seen) == 3 and bare
