@@ -138,9 +138,9 @@ def readings(name: str) -> list[str]:
 def synsets_of(name: str, known: Knowledge = Knowledge()) -> list[str]:  # noqa: B008 - frozen
     """Return the synsets that a normalized name may mean, the likeliest first: one per reading.
 
-    These are the senses that `define` uses, so that two names are synonyms only if their
-    definitions agree. A synset of LVIS's list that does not have the name among its words ("man"
-    given as person.n.01) comes last: the name has a meaning of its own.
+    These are the senses that `define` uses; where it is in doubt, WordNet's first, because what may
+    be a synonym must not be a negative. A synset of LVIS's list that does not have the name among
+    its words ("man" given as person.n.01) comes last: the name has a meaning of its own.
     """
     nouns = wordnet()
     given = nouns.canonical(known.synsets.get(name, ""))
@@ -151,7 +151,7 @@ def synsets_of(name: str, known: Knowledge = Knowledge()) -> list[str]:  # noqa:
     lemmas = _lemmas(name)
     if given and (not lemmas or set(lemmas) & set(nouns.lemmas(given))):
         return [given]
-    own = [sense for sense in (_sense(lemma, known) for lemma in lemmas) if sense]
+    own = [_sense(lemma, known) or nouns.synsets(lemma)[0] for lemma in lemmas]
     return list(dict.fromkeys([*own, given] if given else own))
 
 
