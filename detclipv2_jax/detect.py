@@ -1,17 +1,21 @@
 """The command `detclip detect`: find named things in images, folders of images and videos.
 
     python -m detclipv2_jax.detect --checkpoint=DIR --names="cat, traffic light" --output=DIR IMAGE…
+    python -m detclipv2_jax.detect --checkpoint=DIR --caption="a cat on a mat" --output=DIR IMAGE…
 
 It draws the boxes on each image and video, and writes what it found to `detections.json` and, in
-COCO's format, to `coco.json`. In Python, use `Detector`. Neither needs TensorFlow.
+COCO's format, to `coco.json`. With a caption it draws the best region of each of its noun phrases,
+and writes `phrases.json`. In Python, use `Detector`. Nothing here needs TensorFlow.
 """
 
 import argparse
+import pathlib
 import sys
 from collections.abc import Sequence
 
 from detclipv2_jax.common.cli import refuse_renamed
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.inference import caption_command
 from detclipv2_jax.inference.config import DEFINITIONS
 from detclipv2_jax.inference.detect_command import run
 from detclipv2_jax.inference.detector import Detector as Detector
@@ -21,7 +25,11 @@ Find named things in images, folders of images and videos.
 
 Any words or short phrases can be names. The output directory gets each image
 and video with its boxes drawn, detections.json (boxes as [x_min, y_min, x_max,
-y_max] in pixels of the image) and coco.json (the same in COCO's format)."""
+y_max] in pixels of the image) and coco.json (the same in COCO's format).
+
+With a caption in place of names, each of its noun phrases is shown with the one
+region that fits it best, whatever the score; the caption stands below in the
+same colors. The output directory gets the pictures and phrases.json."""
 
 _EXAMPLES = """\
 examples:
@@ -31,6 +39,10 @@ examples:
       --score_threshold=0.5 --batch_size=8 --output=found photos/ drive.mp4
   detclip detect --checkpoint=runs/quickstart --names="cat" \\
       --prompts="a photo of a {}." --prompts="a drawing of a {}." --output=found cat.png
+  detclip detect --checkpoint=runs/quickstart --caption="a man in a red shirt rides a horse" \\
+      --output=found ride.jpg
+  detclip detect --checkpoint=runs/quickstart --captions_file=captions.jsonl \\
+      --output=found photos/
 
 `python -m detclipv2_jax.detect` is the same command. Exit status: 0, or 2 if an
 option is not valid or a file could not be read."""
@@ -72,12 +84,30 @@ def _add_files(result: argparse.ArgumentParser) -> None:
 
 
 def _add_names(result: argparse.ArgumentParser) -> None:
-    group = result.add_argument_group("names (give one of the first two)")
+    group = result.add_argument_group("names (give one of the first four)")
     names = group.add_mutually_exclusive_group(required=True)
     names.add_argument(
         "--names", help='what to look for, separated by commas: "cat, traffic light"'
     )
     names.add_argument("--names_file", metavar="FILE", help="text file with one name per line")
+    names.add_argument(
+        "--caption",
+        metavar="TEXT",
+        help="what the image shows: draw the best region of each noun phrase (needs spaCy, or "
+        "--phrases)",
+    )
+    names.add_argument(
+        "--captions_file",
+        metavar="FILE",
+        help='the same for many images: lines {"image": FILE, "caption": TEXT}, caption<TAB>image '
+        "file (.tsv), or COCO's captions; the images are looked for in the folders IMAGE",
+    )
+    group.add_argument(
+        "--phrases",
+        metavar="TEXTS",
+        help="the phrases of --caption, separated by semicolons (default: those that spaCy finds, "
+        "as in the preparation of captions)",
+    )
     group.add_argument(
         "--definitions",
         choices=DEFINITIONS,
@@ -126,12 +156,49 @@ def _add_selection(result: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 if an option is not valid or a file could not be read."""
-    args = parser().parse_args(arguments)
+    flags = parser()
+    args = flags.parse_args(arguments)
     try:
-        return 2 if run(args) else 0
+        if args.caption is None and args.captions_file is None:
+            if args.phrases is not None:
+                raise UserError("--phrases are those of a caption. Give --caption too.")
+            return 2 if run(args) else 0
+        for name in ("definitions", "prompts", "score_threshold", "max_detections"):
+            if getattr(args, name) != flags.get_default(name):
+                raise UserError(
+                    f"--{name} does not go with a caption: its phrases are encoded bare, as in "
+                    "training, and the best region of each is kept. Leave it out."
+                )
+        captions = None if args.captions_file is None else _read_captions(args)
+        return 2 if caption_command.run(args, captions) else 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _read_captions(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return (image file, caption) of each pair of `--captions_file`.
+
+    Raises:
+      UserError: the file cannot be read, or it has no pair of an image that exists and a caption.
+    """
+    if args.phrases is not None:
+        raise UserError("--phrases are those of one caption. Leave them out, or give --caption.")
+    # Imported here: `Detector` needs none of it.
+    from detclipv2_jax.data.prepare.examples import ImageFolder
+    from detclipv2_jax.data.prepare.registry import open_archives
+
+    path = pathlib.Path(args.captions_file)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder. Give a file of captions.")
+    (archive,) = open_archives([path], ImageFolder(*args.images), "image_text")
+    pairs = [(str(example.image), example.caption) for example in archive.examples]
+    for reason, count in archive.drops.dropped.items():
+        first = archive.drops.explained[reason][0]
+        print(f"warning: {reason}: {count} left out. The first: {first}", file=sys.stderr)
+    if not pairs:
+        raise UserError(f"{path}: has no caption of an image that exists. Check its lines.")
+    return pairs
 
 
 if __name__ == "__main__":

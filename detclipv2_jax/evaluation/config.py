@@ -15,7 +15,8 @@ class EvalConfig(DetectConfig):
       zero_shot: a second dataset, of categories that are not trained on, to see whether they are
         forgotten. Empty: none.
       zero_shot_images: directory of its images, relative to `data_dir`.
-      pictures: how many validation images each evaluation draws.
+      pictures: how many validation images each evaluation draws, and how many images of the run's
+        image-text data, each phrase of the caption with its best region.
     """
 
     dataset: str = ""

@@ -10,14 +10,12 @@ In the output directory it writes
 import argparse
 import collections
 import dataclasses
-import itertools
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from detclipv2_jax.common.atomic import write_json
@@ -26,9 +24,10 @@ from detclipv2_jax.inference import drawing
 from detclipv2_jax.inference.detections import ImageDetections
 from detclipv2_jax.inference.detector import Detector
 from detclipv2_jax.inference.images import read
+from detclipv2_jax.inference.input_files import InputFile, input_files
 from detclipv2_jax.inference.names import names_from_flags
 from detclipv2_jax.inference.predictor import EncodedNames
-from detclipv2_jax.inference.video import VIDEO_SUFFIXES, Video, video_writer
+from detclipv2_jax.inference.video import Video, video_writer
 
 # What detections.json says of one image, one video or one file that failed.
 _Entry = dict[str, Any]
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """
     names = names_from_flags(args.names, args.names_file)
     output = pathlib.Path(args.output)
-    files = _input_files(args.images, output)
+    files = input_files(args.images, output)
     detector = Detector(
         args.checkpoint,
         step=args.step,
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
             try:
                 videos.append(_detect_video(detector, encoded, file, output))
             except UserError as error:
-                failed.append(_report_failure(file, error))
+                failed.append(report_failure(file, error))
     settings = {
         **dataclasses.asdict(detector.predictor.config),
         **detector.prompter.settings(encoded),
@@ -85,75 +84,11 @@ def run(args: argparse.Namespace) -> int:
     return len(failed)
 
 
-# ---- Input files.
-
-
-@dataclasses.dataclass(frozen=True)
-class _InputFile:
-    """An image or a video to detect in.
-
-    Attributes:
-      path: as the user wrote it, or below a folder that the user gave.
-      is_video: whether it has several frames.
-      drawn: path, relative to the output directory, of the drawing.
-    """
-
-    path: str
-    is_video: bool
-    drawn: str
-
-
-def _input_files(paths: Sequence[str], output: pathlib.Path) -> list[_InputFile]:
-    """Return the files among `paths` and the images in the folders among them.
-
-    Drawings keep the name of their file; a second one of the same name gets '-2' appended.
-    """
-    taken: set[str] = set()
-    files = []
-    for path in paths:
-        given = pathlib.Path(path)
-        in_folder = given.is_dir()
-        for file in _images_under(given, output) if in_folder else [given]:
-            stem = str(file.relative_to(given).with_suffix("")) if in_folder else file.stem
-            stems = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
-            stem = next(free for free in stems if free not in taken)
-            taken.add(stem)
-            is_video = not in_folder and _is_video(file)
-            files.append(_InputFile(str(file), is_video, f"{stem}.{'mp4' if is_video else 'png'}"))
-    return files
-
-
-def _images_under(folder: pathlib.Path, output: pathlib.Path) -> list[pathlib.Path]:
-    """Return the images in a folder and its subfolders, except hidden ones and earlier output."""
-    suffixes = Image.registered_extensions()
-    found = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in suffixes
-        and path.is_file()
-        and not path.name.startswith(".")
-        and not path.absolute().is_relative_to(output.absolute())
-    ]
-    if not found:
-        raise UserError(f"{folder}: contains no image. Give a folder with images.")
-    return found
-
-
-def _is_video(path: pathlib.Path) -> bool:
-    if path.suffix.lower() != ".gif":
-        return path.suffix.lower() in VIDEO_SUFFIXES
-    try:
-        with Image.open(path) as image:
-            return getattr(image, "n_frames", 1) > 1
-    except (OSError, SyntaxError, ValueError):
-        return False  # the error is reported when the file is read as an image
-
-
 # ---- Detection and drawing.
 
 
 def _detect_images(
-    detector: Detector, encoded: EncodedNames, files: Sequence[_InputFile], output: pathlib.Path
+    detector: Detector, encoded: EncodedNames, files: Sequence[InputFile], output: pathlib.Path
 ) -> tuple[list[_Entry], list[_Entry]]:
     """Detect in image files and draw the boxes.
 
@@ -166,7 +101,7 @@ def _detect_images(
     for number, found in tqdm(stream, total=len(files), unit="image", disable=None):
         file = files[number]
         if isinstance(found, UserError):
-            failed.append(_report_failure(file, found))
+            failed.append(report_failure(file, found))
             continue
         pixels = read(file.path, upright=True)
         drawn = drawing.draw_boxes(pixels, found.boxes, found.names, found.scores)
@@ -183,7 +118,7 @@ def _detect_images(
 
 
 def _detect_video(
-    detector: Detector, encoded: EncodedNames, file: _InputFile, output: pathlib.Path
+    detector: Detector, encoded: EncodedNames, file: InputFile, output: pathlib.Path
 ) -> _Entry:
     """Detect in every frame of a video, draw the boxes and return the video's entry."""
     video = Video(file.path)
@@ -221,7 +156,7 @@ def _detect_video(
     }
 
 
-def _report_failure(file: _InputFile, error: UserError) -> _Entry:
+def report_failure(file: InputFile, error: UserError) -> _Entry:
     """Print why a file could not be read; return its entry."""
     tqdm.write(f"error: {error}", file=sys.stderr)
     return {"video" if file.is_video else "image": file.path, "error": str(error)}

@@ -1,4 +1,8 @@
-"""The results of a detector: `Detections` of a batch, `ImageDetections` of one image."""
+"""The results of a detector, of a batch and of one image.
+
+`Detections` and `ImageDetections`: where the names are. `BestRegions` and `PhraseRegions`: the one
+region that fits each phrase best.
+"""
 
 import dataclasses
 from typing import Any
@@ -26,6 +30,43 @@ class Detections:
     scores: Float[Array, "B T"]
     labels: Int[Array, "B T"]
     mask: Bool[Array, "B T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BestRegions:
+    """The best region of each of P phrases, for each image of a batch, in the phrases' order.
+
+    Attributes:
+      boxes: (x_min, y_min, x_max, y_max) in pixels of the canvas.
+      scores: probabilities, without the centerness.
+      similarities: of region and phrase: cosines, or dot products if the model compares by them.
+      mask: False where there is no phrase, or no region for it.
+    """
+
+    boxes: Float[Array, "B P 4"]
+    scores: Float[Array, "B P"]
+    similarities: Float[Array, "B P"]
+    mask: Bool[Array, "B P"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PhraseRegions:
+    """The best region of each phrase of one image's caption, in the order of the n phrases.
+
+    Attributes:
+      phrases: what was looked for.
+      boxes: (x_min, y_min, x_max, y_max) in pixels of the image, clipped to it.
+      scores: probabilities, without the centerness.
+      similarities: of region and phrase: cosines, or dot products if the model compares by them.
+      size: (height, width) of the image in pixels.
+    """
+
+    phrases: tuple[str, ...]
+    boxes: Float[np.ndarray, "n 4"]
+    scores: Float[np.ndarray, " n"]
+    similarities: Float[np.ndarray, " n"]
+    size: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)

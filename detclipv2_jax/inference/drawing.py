@@ -1,11 +1,11 @@
-"""Drawing detections: boxes with labels on an image, and grids of images."""
+"""Drawing detections: boxes with labels on an image, a caption with its phrases, and grids."""
 
 import colorsys
 import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
@@ -14,12 +14,27 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from detclipv2_jax.common.atomic import replacing
+from detclipv2_jax.inference.detections import PhraseRegions
+from detclipv2_jax.text.phrases import phrase_of_words
 
-_FONT = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+_FONTS = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 _MARGIN = 8  # pixels between the images of a grid
 _LABEL_WIDTH = 0.4  # of the image's width: a label may be this wide even if its box is narrower
 # Luminance at which black and white text have the same contrast by WCAG 2's formula.
 _MIDDLE_LUMINANCE = 0.179
+# Of a caption's phrases, in turn; all can be read on white.
+_PHRASE_COLORS = (
+    (205, 25, 30),
+    (20, 90, 210),
+    (15, 125, 50),
+    (135, 45, 175),
+    (180, 85, 0),
+    (0, 120, 135),
+    (200, 20, 130),
+    (105, 105, 0),
+)
+
+_Color = tuple[int, int, int]
 
 
 class _Rectangle(NamedTuple):
@@ -36,7 +51,7 @@ class _Label(NamedTuple):
 
     place: _Rectangle
     text: str
-    color: tuple[int, int, int]
+    color: _Color
 
 
 def draw_boxes(
@@ -46,6 +61,7 @@ def draw_boxes(
     scores: Float[np.ndarray, " n"] | Sequence[float] | None = None,
     *,
     side: int = 640,
+    colors: Mapping[str, _Color] | None = None,
 ) -> Image.Image:
     """Return the image with a frame and a label for each box, in one color per name.
 
@@ -59,7 +75,9 @@ def draw_boxes(
       scores: shown after the names.
       side: an image whose longer side is below this many pixels is enlarged to it, so that labels
         are small compared with the objects.
+      colors: of the names. None: `name_color`.
     """
+    color = name_color if colors is None else colors.__getitem__
     factor = max(1.0, side / max(image.shape[:2]))
     size = (round(image.shape[1] * factor), round(image.shape[0] * factor))
     result = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
@@ -69,7 +87,7 @@ def draw_boxes(
     frames = np.asarray(boxes, np.float64).reshape(-1, 4) * factor
 
     for frame, name in reversed(list(zip(frames, names))):
-        _draw_frame(draw, frame, name_color(name), line, size)
+        _draw_frame(draw, frame, color(name), line, size)
 
     labels: list[_Label] = []
     for number, (frame, name) in enumerate(zip(frames, names)):
@@ -77,13 +95,46 @@ def draw_boxes(
         room = max(frame[2] - frame[0], _LABEL_WIDTH * size[0])
         text = _shortened(name, score, font, min(room, size[0]) - 2 * line)
         place = _label_place(frame, text, font, size, line, [label.place for label in labels])
-        labels.append(_Label(place, text, name_color(name)))
+        labels.append(_Label(place, text, color(name)))
 
     for label in reversed(labels):
         draw.rectangle(label.place, fill=label.color, outline="black")
         ink = "black" if _luminance(label.color) > _MIDDLE_LUMINANCE else "white"
         corner = (label.place.x_min + line, label.place.y_min)
         draw.text(corner, label.text, fill=ink, font=font)
+    return result
+
+
+def draw_caption(
+    image: UInt8[np.ndarray, "h w 3"],
+    caption: str,
+    regions: PhraseRegions,
+    *,
+    side: int = 640,
+) -> Image.Image:
+    """Return the image with the best region of each phrase, and the caption below it.
+
+    Each phrase has a color of its own, that of its box and of its words in the caption: figure 1 of
+    Yao et al. 2023. Of several phrases at the same region, the later ones have smaller frames.
+
+    Args:
+      image: RGB.
+      caption: the text below the image.
+      regions: the phrases and their boxes, in pixels of the image.
+      side: as in `draw_boxes`.
+    """
+    palette = [_PHRASE_COLORS[n % len(_PHRASE_COLORS)] for n in range(len(regions.phrases))]
+    colors = dict(zip(regions.phrases, palette))
+    boxes = _nested(regions.boxes, max(image.shape[:2]) / 100)
+    picture = draw_boxes(image, boxes, regions.phrases, regions.scores, side=side, colors=colors)
+    inks: list[_Color] = [
+        (0, 0, 0) if number is None else palette[number]
+        for number in phrase_of_words(caption, regions.phrases)
+    ]
+    text = _wrapped(list(zip(caption.split(), inks)), picture.width)
+    result = Image.new("RGB", (picture.width, picture.height + text.height), "white")
+    result.paste(picture, (0, 0))
+    result.paste(text, (0, picture.height))
     return result
 
 
@@ -128,8 +179,40 @@ def name_color(name: str) -> tuple[int, int, int]:
 
 
 @functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(_FONT), size)
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(_FONTS / f"DejaVuSans{'-Bold' * bold}.ttf"), size)
+
+
+def _nested(boxes: Float[np.ndarray, "n 4"], step: float) -> Float[np.ndarray, "n 4"]:
+    """Return boxes of which each is smaller by `step` pixels for every equal box before it.
+
+    Boxes whose corners differ by less than a step count as equal.
+    """
+    boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+    apart = np.abs(boxes[:, None] - boxes[None]).max(-1)
+    before = np.tril(apart < step, -1).sum(1, keepdims=True)
+    room = np.minimum(boxes[:, 2:] - boxes[:, :2], step * before * 2) / 2
+    return np.concatenate([boxes[:, :2] + room, boxes[:, 2:] - room], axis=1)
+
+
+def _wrapped(words: Sequence[tuple[str, _Color]], width: int) -> Image.Image:
+    """Return a white strip with words in their colors, in lines of at most `width` pixels."""
+    size = max(14, round(width / 36))
+    height, gap = round(size * 1.4), size // 3
+    x, y, placed = _MARGIN, _MARGIN, []
+    for word, ink in words:
+        font = _font(size, bold=any(ink))
+        word = _shortened(word, "", font, width - 2 * _MARGIN)
+        length = font.getlength(word)
+        if x > _MARGIN and x + length > width - _MARGIN:
+            x, y = _MARGIN, y + height
+        placed.append(((x, y), word, ink, font))
+        x += round(length) + gap
+    strip = Image.new("RGB", (width, y + height + _MARGIN), "white")
+    draw = ImageDraw.Draw(strip)
+    for place, word, ink, font in placed:
+        draw.text(place, word, fill=ink, font=font)
+    return strip
 
 
 def _luminance(rgb: tuple[int, int, int]) -> float:

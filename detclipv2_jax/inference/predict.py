@@ -1,11 +1,14 @@
-"""From the model's outputs to detections, as one pure function: `predict`."""
+"""From the model's outputs to detections, as one pure function: `predict`.
+
+`best_regions` is the same for phrases of captions: one region each, the most similar one.
+"""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from detclipv2_jax.inference.config import DecodeConfig
-from detclipv2_jax.inference.detections import Detections
+from detclipv2_jax.inference.detections import BestRegions, Detections
 from detclipv2_jax.models.atss_head import RegionOutputs
 from detclipv2_jax.models.detclip import DetCLIP
 from detclipv2_jax.ops.boxes import anchor_grid, anchors_inside, area, decode_deltas
@@ -58,6 +61,44 @@ def predict(
         max_detections=config.max_detections,
     )
     return Detections(*detections)
+
+
+def best_regions(
+    model: DetCLIP,
+    images: UInt8[Array, "B H W 3"],
+    sizes: Int[Array, "B 2"],
+    embeddings: Float[Array, "B P D"],
+    phrase_mask: Bool[Array, "B P"],
+) -> BestRegions:
+    """Return the region of the highest similarity to each of P phrases of each image.
+
+    This is the word-region alignment of figure 1 of Yao et al. 2023. Regions are compared by their
+    logits: probabilities near 1 would be equal. Equally similar regions rank by anchor.
+
+    Args:
+      model: the model.
+      images: RGB. Each image is in the top-left corner of its canvas.
+      sizes: (height, width) in pixels of each image on its canvas; (0, 0) for an empty slot.
+      embeddings: text embeddings of the phrases of each image.
+      phrase_mask: False for rows that are padding.
+
+    Returns:
+      Boxes clipped to the image. A logit that is not finite does not count.
+    """
+    regions = model.encode_image(images, sizes=sizes)
+    boxes, box_mask = clipped_boxes(model, regions, (images.shape[1], images.shape[2]), sizes)
+    logits = jax.vmap(model.logits)(regions.embeddings, embeddings)
+    logits = jnp.where(box_mask[..., None] & jnp.isfinite(logits), logits, -jnp.inf)
+    anchors = jnp.argmax(logits, axis=1)
+    best = jnp.max(logits, axis=1)
+    exists = phrase_mask & (best > -jnp.inf)
+    rows = lambda table: jnp.take_along_axis(table, anchors[..., None], axis=1)
+    return BestRegions(
+        boxes=jnp.where(exists[..., None], rows(boxes), 0.0),
+        scores=jnp.where(exists, jax.nn.sigmoid(best), 0.0),
+        similarities=jnp.where(exists, jnp.sum(rows(regions.embeddings) * embeddings, -1), 0.0),
+        mask=exists,
+    )
 
 
 def clipped_boxes(

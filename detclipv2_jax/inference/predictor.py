@@ -7,8 +7,8 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,16 +17,22 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.inference.config import DecodeConfig
-from detclipv2_jax.inference.detections import Detections, ImageDetections
+from detclipv2_jax.inference.detections import (
+    BestRegions,
+    Detections,
+    ImageDetections,
+    PhraseRegions,
+)
 from detclipv2_jax.inference.embedding_cache import EmbeddingCache, text_tower_digest
 from detclipv2_jax.inference.images import CanvasImage, ImageSource, fit_to_canvas
 from detclipv2_jax.inference.names import check_names
-from detclipv2_jax.inference.predict import predict
+from detclipv2_jax.inference.predict import best_regions, predict
 from detclipv2_jax.models.detclip import DetCLIPConfig, build
 from detclipv2_jax.text.tokenizer import normalize, tokenize
 
 _TEXTS_AT_ONCE = 256  # texts per call of the text tower
 _CACHE_FROM = 64  # texts; encoding fewer is faster than computing the text tower's digest
+_Answer = TypeVar("_Answer")
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "config", "replicated"))
@@ -40,6 +46,14 @@ def _compiled_predict(
     if replicated is not None:  # so that every process can read all detections
         detections = jax.lax.with_sharding_constraint(detections, replicated)
     return detections
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "replicated"))
+def _compiled_best_regions(graphdef, params, images, sizes, embeddings, phrase_mask, *, replicated):
+    found = best_regions(build(graphdef, params), images, sizes, embeddings, phrase_mask)
+    if replicated is not None:
+        found = jax.lax.with_sharding_constraint(found, replicated)
+    return found
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "replicated"))
@@ -186,6 +200,19 @@ class Predictor:
             mask=np.arange(len(rows) + padding) < len(rows),
         )
 
+    def encode_each(self, phrases: Sequence[Sequence[str]]) -> list[EncodedNames]:
+        """Encode the phrases of several captions, bare, as captions are encoded in training.
+
+        Args:
+          phrases: of each caption; a caption may have none.
+
+        Raises:
+          UserError: no caption has a phrase, or a phrase is empty.
+        """
+        width = self.encode(list(dict.fromkeys(itertools.chain(*phrases)))).embeddings.shape[1]
+        none = EncodedNames((), (), np.zeros((0, width), np.float32), np.zeros(0, bool))
+        return [self.encode(own) if len(own) else none for own in phrases]
+
     def _check_classes(self, texts: Iterable[str]) -> None:
         """Raise `UserError` for a text that a model with a closed label space does not know."""
         classes = self._model_config.classes
@@ -249,6 +276,30 @@ class Predictor:
           names: what to look for, from `encode`.
           config: replaces the predictor's; another `score_threshold` needs no new compilation.
         """
+        return self._in_batches(sources, lambda batch: self._detect(batch, names, config))
+
+    def stream_phrases(
+        self, sources: Iterable[ImageSource], phrases: Sequence[EncodedNames]
+    ) -> Iterator[tuple[int, PhraseRegions | UserError]]:
+        """Yield (index of the source, the best region of each of its phrases, or the error).
+
+        Images with up to eight phrases share one program for each canvas. The order is that of
+        `stream`. A phrase without a region, because the model's outputs are not finite, is left
+        out.
+
+        Args:
+          sources: paths, arrays or PIL images of any sizes.
+          phrases: of each source, from `encode`.
+        """
+        rows = max((len(one.mask) for one in phrases), default=0)
+        return self._in_batches(sources, lambda batch: self._align(batch, phrases, rows))
+
+    def _in_batches(
+        self,
+        sources: Iterable[ImageSource],
+        answer: Callable[[list[tuple[int, CanvasImage]]], Iterator[tuple[int, _Answer]]],
+    ) -> Iterator[tuple[int, _Answer | UserError]]:
+        """Yield what `answer` yields for batches of images that share a canvas, and the errors."""
         batches: dict[tuple[int, ...], list[tuple[int, CanvasImage]]] = {}  # by canvas
         for number, image in self._read_ahead(sources):
             if isinstance(image, UserError):
@@ -257,11 +308,11 @@ class Predictor:
             batch = batches.setdefault(image.pixels.shape, [])
             batch.append((number, image))
             if len(batch) == self.batch_size:
-                yield from self._detect(batch, names, config)
+                yield from answer(batch)
                 batch.clear()
         for batch in batches.values():
             if batch:
-                yield from self._detect(batch, names, config)
+                yield from answer(batch)
 
     def _read_ahead(
         self, sources: Iterable[ImageSource]
@@ -295,13 +346,43 @@ class Predictor:
         config: DecodeConfig | None,
     ) -> Iterator[tuple[int, ImageDetections]]:
         """Yield (index of the source, detections) of images that share a canvas."""
+        found = self.run_batch(*self._stacked(batch), names, config)
+        for slot, (number, image) in enumerate(batch):
+            yield number, _in_image_pixels(found, slot, image, names.names)
+
+    def _align(
+        self, batch: list[tuple[int, CanvasImage]], phrases: Sequence[EncodedNames], rows: int
+    ) -> Iterator[tuple[int, PhraseRegions]]:
+        """Yield (index of the source, best regions) of images that share a canvas.
+
+        `rows` is the length that the phrases of an image are padded to.
+        """
+        pixels, sizes = self._stacked(batch)
+        width = phrases[batch[0][0]].embeddings.shape[1]
+        embeddings = np.zeros((self.batch_size, rows, width), np.float32)
+        mask = np.zeros((self.batch_size, rows), bool)
+        for slot, (number, _) in enumerate(batch):
+            own = phrases[number]
+            embeddings[slot, : len(own.mask)] = own.embeddings
+            mask[slot, : len(own.mask)] = own.mask
+        with self._mesh_context():
+            arrays = map(self._sharded, (pixels, sizes, embeddings, mask))
+            found = _compiled_best_regions(
+                self._graphdef, self._params, *arrays, replicated=self._replicated
+            )
+        found = jax.tree.map(np.asarray, found)
+        for slot, (number, image) in enumerate(batch):
+            yield number, _phrases_in_image_pixels(found, slot, image, phrases[number].names)
+
+    def _stacked(
+        self, batch: list[tuple[int, CanvasImage]]
+    ) -> tuple[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, "B 2"]]:
+        """Return the pixels and sizes of images that share a canvas; empty slots at the end."""
         pixels = np.zeros((self.batch_size, *batch[0][1].pixels.shape), np.uint8)
         sizes = np.zeros((self.batch_size, 2), np.int32)
         for slot, (_, image) in enumerate(batch):
             pixels[slot], sizes[slot] = image.pixels, image.size
-        found = self.run_batch(pixels, sizes, names, config)
-        for slot, (number, image) in enumerate(batch):
-            yield number, _in_image_pixels(found, slot, image, names.names)
+        return pixels, sizes
 
     def run_batch(
         self,
@@ -351,14 +432,33 @@ def _in_image_pixels(
 ) -> ImageDetections:
     """Return the detections of one slot, with boxes in pixels of the original image."""
     kept = found.mask[slot]
-    (height, width), (original_height, original_width) = image.size, image.original_size
-    scale = np.tile([original_width / width, original_height / height], 2)
-    limits = np.tile([original_width, original_height], 2)
     labels = np.asarray(found.labels[slot][kept])
     return ImageDetections(
-        boxes=np.minimum(found.boxes[slot][kept] * scale, limits).astype(np.float32),
+        boxes=_uncanvassed(found.boxes[slot][kept], image),
         scores=np.asarray(found.scores[slot][kept]),
         labels=labels,
         names=tuple(names[label] for label in labels),
         size=image.original_size,
     )
+
+
+def _phrases_in_image_pixels(
+    found: BestRegions, slot: int, image: CanvasImage, phrases: tuple[str, ...]
+) -> PhraseRegions:
+    """Return the best regions of one slot, with boxes in pixels of the original image."""
+    kept = np.flatnonzero(found.mask[slot])
+    return PhraseRegions(
+        phrases=tuple(phrases[number] for number in kept),
+        boxes=_uncanvassed(found.boxes[slot][kept], image),
+        scores=np.asarray(found.scores[slot][kept]),
+        similarities=np.asarray(found.similarities[slot][kept]),
+        size=image.original_size,
+    )
+
+
+def _uncanvassed(boxes: Float[np.ndarray, "n 4"], image: CanvasImage) -> Float[np.ndarray, "n 4"]:
+    """Return boxes in pixels of the original image instead of the canvas."""
+    (height, width), (original_height, original_width) = image.size, image.original_size
+    scale = np.tile([original_width / width, original_height / height], 2)
+    limits = np.tile([original_width, original_height], 2)
+    return np.minimum(boxes * scale, limits).astype(np.float32)

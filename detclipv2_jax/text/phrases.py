@@ -1,7 +1,8 @@
 """Noun phrases of captions, found with spaCy, and how all phrases are cleaned.
 
 The noun phrases of a caption are its concepts, with the caption itself (Yao et al. 2023, §3.1). How
-they are cleaned and how many are kept is ours. spaCy is used only here, to prepare data.
+they are cleaned and how many are kept is ours. spaCy is used only here: to prepare data, and for
+captions that `detclip detect` draws.
 """
 
 import functools
@@ -136,6 +137,27 @@ def spanned_phrase(caption: str, spans: Sequence[Sequence[int]]) -> str:
             raise ValueError(f"span [{begin}, {end}] in a caption of {len(caption)} characters")
         pieces.append(caption[begin:end].strip())
     return clean(" ".join(pieces))
+
+
+def phrase_of_words(caption: str, phrases: Sequence[str]) -> list[int | None]:
+    """Return for each word of `caption.split()` which of the phrases it belongs to, or None.
+
+    The phrases may be cleaned. Longer ones are found first, each at its first free place; a phrase
+    that is not in the caption has no words.
+    """
+    words = [_EDGES.sub("", normalize(word)) for word in caption.split()]
+    places = [place for place, word in enumerate(words) if word]  # as `clean` sees them
+    found: list[int | None] = [None] * len(words)
+    wanted = [clean(phrase).split() for phrase in phrases]
+    for number in sorted(range(len(phrases)), key=lambda n: -len(wanted[n])):
+        length = len(wanted[number])
+        for first in range(len(places) - length + 1 if length else 0):
+            run = places[first : first + length]
+            if [words[n] for n in run] == wanted[number] and all(found[n] is None for n in run):
+                for place in range(run[0], run[-1] + 1):
+                    found[place] = number
+                break
+    return found
 
 
 def _without_pronouns(chunk) -> str:

@@ -39,6 +39,11 @@ class TrainingData(NamedTuple):
             text += f"\n{known} of {len(self.names)} detection names have a definition"
         return "\n".join([text, *(self._fill(kind) for kind in plan.kinds)])
 
+    def sources_of(self, kind: Kind) -> dict[str, Source]:
+        """Return the sources of a kind by name; none if the run does not train on it."""
+        config = self.plan.kinds.get(kind)
+        return {name: self.sources[name] for name in config.all_sources} if config else {}
+
     def _fill(self, kind: Kind) -> str:
         """Return a line with the canvases of a kind and how full they will be in each phase."""
         config = self.plan.kinds[kind]

@@ -65,7 +65,10 @@ def train(
     print(data.summary(total_steps))
 
     # ---- Model and optimizer.
-    validator = Validator(config, definitions, workdir, mesh) if config.eval.dataset else None
+    captioned = data.sources_of("image_text")
+    validator = (
+        Validator(config, definitions, workdir, mesh, captioned) if config.eval.dataset else None
+    )
     graphdef, params = detclip.create(config.model, config.seed)
     millions = sum(p.size for p in jax.tree.leaves(params)) / 1e6
     print(f"{millions:.2f} M parameters on {mesh.size} device(s) ({jax.devices()[0].device_kind})")

@@ -6,19 +6,25 @@ from typing import Any
 
 import jax
 
+from detclipv2_jax.data.index import Source
 from detclipv2_jax.evaluation import datasets, measure
 from detclipv2_jax.inference.predictor import Predictor
 from detclipv2_jax.inference.prompts import Prompter
 from detclipv2_jax.training import sharding
+from detclipv2_jax.training.caption_pictures import CaptionPictures
 from detclipv2_jax.training.config import RunConfig
 from detclipv2_jax.training.state import TrainState
 
 BEFORE = "before.json"  # in the workdir: results before the first step (`train.eval_first`)
+PHRASES = "detections/phrases"  # folder of the pictures of captions
 ZERO_SHOT = "zero_shot"  # key and folder of the results on the second validation set
 
 
 class Validator:
-    """Evaluates the averaged parameters (EMA) on the config's validation sets, and draws images."""
+    """Evaluates the averaged parameters (EMA) on the config's validation sets, and draws images.
+
+    Of a run with image-text data it also draws captions with the best region of each phrase.
+    """
 
     def __init__(
         self,
@@ -26,6 +32,7 @@ class Validator:
         definitions: Mapping[str, str],
         workdir: Path,
         mesh: jax.sharding.Mesh,
+        captioned: Mapping[str, Source],
     ):
         """Read the ground truth, so that a missing file is found before the training.
 
@@ -34,6 +41,7 @@ class Validator:
             definitions: name → definition, as the names of detection data are trained with.
             workdir: of the run.
             mesh: the devices to evaluate on.
+            captioned: the run's sources of image-text data by name, of which some images are drawn.
 
         Raises:
             UserError: an annotation file is missing or invalid.
@@ -49,6 +57,9 @@ class Validator:
         }
         self._prompter = Prompter.for_model(config.eval, definitions, config.data.template)
         self._predictor: Predictor | None = None
+        self._captions = CaptionPictures(
+            captioned, config.eval.pictures, config.data.image_text.shapes[0], mesh
+        )
 
     def __call__(self, graphdef: Any, state: TrainState) -> dict[str, Any]:
         """Evaluate and return the results; write results.json and detections/ in the workdir.
@@ -81,6 +92,8 @@ class Validator:
             )
             for name, (truth, images) in self._sets.items()
         }
+        name = f"step_{int(state.step):08d}.png"
+        self._captions(graphdef, state.ema, self._workdir / PHRASES / name if is_first else None)
         return results.pop("") | results
 
 

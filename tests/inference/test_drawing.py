@@ -7,6 +7,7 @@ from PIL import Image
 from detclipv2_jax.common import plots
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.inference import drawing
+from detclipv2_jax.inference.detections import PhraseRegions
 
 
 def differs(a, b):
@@ -66,6 +67,43 @@ def test_long_names_are_cut_before_their_score():
 def test_boxes_outside_the_image_or_inverted_are_accepted():
     boxes = [[-50, -50, -10, -10], [700, 700, 900, 900], [300, 300, 100, 100], [0, 0, 640, 640]]
     drawing.draw_boxes(np.zeros((640, 640, 3), np.uint8), boxes, list("abcd"))
+
+
+def regions(boxes, phrases):
+    scores = np.full(len(phrases), 0.5, np.float32)
+    return PhraseRegions(tuple(phrases), np.float32(boxes).reshape(-1, 4), scores, scores, (64, 64))
+
+
+def test_a_caption_is_below_its_image_in_the_colors_of_its_boxes():
+    gray = np.full((64, 64, 3), 128, np.uint8)
+    boxes, phrases = [[5, 5, 30, 30], [30, 30, 60, 60]], ["red cat", "dog"]
+    drawn = np.asarray(drawing.draw_caption(gray, "The red cat, a dog", regions(boxes, phrases)))
+    assert drawn.shape[1] == 640 and 660 < drawn.shape[0] < 720
+    where = [(drawn == color).all(-1) for color in drawing._PHRASE_COLORS[:3]]
+    assert where[0][:640].any() and where[1][:640].any() and not where[2].any()
+    first, second = (np.flatnonzero(x[640:].any(0)) for x in where[:2])
+    assert len(first) and len(second) and first[-1] < second[0]
+    assert (drawn[640:] == 0).all(-1).any()  # the other words are black
+    none = drawing.draw_caption(gray, "word " * 100, regions([], []))
+    assert none.width == 640 and none.height > drawn.shape[0] + 100
+
+
+def test_colors_of_phrases_can_be_read_on_white_and_start_again():
+    assert len(set(drawing._PHRASE_COLORS)) == len(drawing._PHRASE_COLORS) >= 7
+    for color in drawing._PHRASE_COLORS:
+        assert 1.05 / (drawing._luminance(color) + 0.05) >= 4.5  # WCAG 2, for text
+    many = [f"thing {n}" for n in range(20)]
+    boxes = [[n, n, 60, 60] for n in range(20)]
+    drawing.draw_caption(np.zeros((64, 64, 3), np.uint8), " ".join(many), regions(boxes, many))
+
+
+def test_equal_boxes_are_nested():
+    boxes = [[10, 10, 50, 50], [0, 0, 5, 5], [10, 10, 50.5, 50], [10, 10, 50, 50], [0, 0, 5, 5]]
+    found = drawing._nested(np.array(boxes), 2.0)
+    wanted = [boxes[0], boxes[1], [12, 12, 48.5, 48], [14, 14, 46, 46], [2, 2, 3, 3]]
+    np.testing.assert_allclose(found, wanted)
+    tiny = drawing._nested(np.array([[0, 0, 1, 1.0]] * 3), 2.0)
+    assert (tiny[:, 2:] >= tiny[:, :2]).all() and drawing._nested(np.zeros((0, 4)), 1).size == 0
 
 
 def test_grid_contains_every_image():

@@ -17,7 +17,7 @@ from detclipv2_jax.inference import predictor as predictor_lib
 from detclipv2_jax.inference.checkpoint import detect_config
 from detclipv2_jax.inference.config import DecodeConfig, DetectConfig
 from detclipv2_jax.inference.detections import Detections
-from detclipv2_jax.inference.predict import predict
+from detclipv2_jax.inference.predict import best_regions, predict
 from detclipv2_jax.inference.predictor import Predictor, padded_count
 from detclipv2_jax.models.atss_head import RegionOutputs
 from detclipv2_jax.models.detclip import DetCLIP
@@ -92,6 +92,41 @@ def reference(logits, deltas, centerness, size, config):
         if score > config.score_threshold and clear:
             kept.append((box, score, label))
     return kept[: config.max_detections]
+
+
+def test_best_regions_equal_a_direct_implementation():
+    """Per image and phrase, in loops; logits at which probabilities are 1; clipped boxes only."""
+    rng = np.random.default_rng(1)
+    sizes = np.array([[HEIGHT, WIDTH], [57, 70], [0, 0]])
+    count = len(anchors())
+    logits, deltas = rng.normal(size=(3, count, 5)), 4 * rng.normal(size=(3, count, 4))
+    logits[:, :, 1] = 30 + 30 * rng.random((3, count))
+    logits[0, 7, 2] = np.nan
+    logits[:, :, 3] = -np.inf
+    asked = np.array([[4, 1, 2], [3, 0, 1], [0, 1, 2]])
+    mask = np.array([[True, True, True], [True, True, False], [True, True, True]])
+    arrays = [np.float32(a) for a in (logits, deltas, np.zeros((3, count)))]
+    found = jax.jit(functools.partial(best_regions, Scripted(*arrays)))(
+        np.zeros((3, HEIGHT, WIDTH, 3), np.uint8), sizes, np.eye(5, dtype=np.float32)[asked], mask
+    )
+    exists = np.array([[True, True, True], [False, True, False], [False, False, False]])
+    np.testing.assert_array_equal(found.mask, exists)
+    for n, row in np.argwhere(exists):
+        best, box = -np.inf, None
+        for k, anchor in enumerate(anchors()):
+            center, side = (anchor[:2] + anchor[2:]) / 2, anchor[2:] - anchor[:2]
+            middle = center + deltas[n, k, :2] * (0.1, 0.1) * side
+            half = np.exp(deltas[n, k, 2:] * 0.2) * side / 2
+            corners = np.clip([*(middle - half), *(middle + half)], 0, [*sizes[n, ::-1]] * 2)
+            is_inside = center[0] < sizes[n, 1] and center[1] < sizes[n, 0]
+            has_area = np.prod(corners[2:] - corners[:2]) > 0
+            if is_inside and has_area and logits[n, k, asked[n, row]] > best:
+                best, box = logits[n, k, asked[n, row]], corners
+        np.testing.assert_allclose(found.boxes[n, row], box, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(found.scores[n, row], 1 / (1 + np.exp(-best)), rtol=1e-5)
+        # The regions' embeddings are their logits here, so the dot product is the logit.
+        if np.isfinite(logits[n]).all():
+            np.testing.assert_allclose(found.similarities[n, row], best, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

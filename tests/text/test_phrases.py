@@ -112,3 +112,26 @@ assert not next(phrases.load().get_pipe("tok2vec").model.walk()).ops.use_blis
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout) == list(phrases.noun_phrases(captions))
     assert json.loads(process.stdout)[0][0] == "red dog"
+
+
+@pytest.mark.parametrize(
+    ("caption", "given", "found"),
+    [
+        ("A man, in the red shirt!", ["man", "red shirt"], [None, 0, None, None, 1, 1]),
+        ("a red shirt by a shirt", ["shirt", "red shirt"], [None, 1, 1, None, None, 0]),
+        ("Tom &amp; Jerry", ["tom jerry"], [0, 0, 0]),
+        ("two dogs, dogs", ["dogs", "a cat", ""], [None, 0, None]),
+        ("", ["dog"], []),
+    ],
+)
+def test_words_of_phrases(caption, given, found):
+    assert phrases.phrase_of_words(caption, given) == found
+
+
+def test_found_phrases_have_their_words(pipeline):
+    caption = "Two men in the red shirts ride a brown horse near an old wooden fence."
+    (found,) = phrases.noun_phrases([caption])
+    words = phrases.phrase_of_words(caption, found)
+    for number, phrase in enumerate(found):
+        own = [word for word, of in zip(caption.split(), words) if of == number]
+        assert " ".join(own).rstrip(".") == phrase

@@ -91,7 +91,10 @@ def test_a_run_writes_the_files_that_the_readme_lists(finished):
     assert set(results["groups"]) == {"base", "novel"} and results["step"] == len(losses)
     assert {"AP", "AP50", "APr", "APc", "APf"} <= set(results["fixed"])
     assert json.loads((workdir / "config.json").read_text())["model"]["swin"]["embed_dim"] == 8
-    for picture in [workdir / "losses.png", *(workdir / "detections").glob("*.png")]:
+    pictures = [*(workdir / "detections").glob("*.png")]
+    pictures += (phrases := [*(workdir / "detections/phrases").glob("*.png")])
+    assert [path.name for path in phrases] == [f"step_{len(losses):08d}.png"]
+    for picture in [workdir / "losses.png", *pictures]:
         assert min(Image.open(picture).size) > 100
     assert list((workdir / "tensorboard").glob("events*"))
     assert printed.count("compiled ") == 3, "one program for each (kind, canvas)"

@@ -1,0 +1,119 @@
+"""What `detclip detect` does with captions: show the region that fits each noun phrase best.
+
+In the output directory it writes
+
+    street.png      each image with the best region of each phrase, and its caption below
+    phrases.json    boxes, scores and similarities of all phrases
+"""
+
+import argparse
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from detclipv2_jax.common.atomic import write_json
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.inference import drawing
+from detclipv2_jax.inference.detect_command import report_failure
+from detclipv2_jax.inference.detections import PhraseRegions
+from detclipv2_jax.inference.detector import Detector
+from detclipv2_jax.inference.images import read
+from detclipv2_jax.inference.input_files import input_files
+from detclipv2_jax.text import phrases as phrases_lib
+
+
+def run(args: argparse.Namespace, captions: Sequence[tuple[str, str]] | None) -> int:
+    """Show the phrases of captions in their images; return how many images could not be read.
+
+    Args:
+      args: of the command line.
+      captions: (image file, caption); None: `args.caption`, for all images of the command line.
+
+    Raises:
+      UserError: no caption has a noun phrase, spaCy is missing, the checkpoint is not valid, or an
+        image is a video.
+    """
+    output = pathlib.Path(args.output)
+    paths = args.images if captions is None else [path for path, _ in captions]
+    files = input_files(paths, output)
+    if videos := [file.path for file in files if file.is_video]:
+        raise UserError(f"{videos[0]}: is a video, and a caption is of an image. Give images.")
+    texts = [args.caption] * len(files) if captions is None else [text for _, text in captions]
+    phrases = [list(own) for own in _phrases(texts, args.phrases)]
+    detector = Detector(
+        args.checkpoint, step=args.step, batch_size=args.batch_size, cache=args.cache
+    )
+    encoded = detector.predictor.encode_each(phrases)
+
+    entries: dict[int, dict[str, Any]] = {}
+    failed = []
+    stream = detector.predictor.stream_phrases([file.path for file in files], encoded)
+    for number, found in tqdm(stream, total=len(files), unit="image", disable=None):
+        file, caption = files[number], texts[number]
+        if isinstance(found, UserError):
+            failed.append(report_failure(file, found))
+            continue
+        drawn = drawing.draw_caption(read(file.path, upright=True), caption, found)
+        drawing.save_png(drawn, output / file.drawn)
+        tqdm.write(f"{file.path}: {len(found.phrases)} phrases -> {output / file.drawn}")
+        entries[number] = {
+            "image": file.path,
+            "picture": file.drawn,
+            "height": found.size[0],
+            "width": found.size[1],
+            "caption": caption,
+            "phrases": _to_json(found),
+        }
+    write_json(
+        output / "phrases.json",
+        {
+            "checkpoint": str(args.checkpoint),
+            "step": detector.step,
+            "canvas": list(detector.predictor.canvas),
+            "images": [entries[number] for number in sorted(entries)],
+            "failed": failed,
+        },
+    )
+    return len(failed)
+
+
+def _phrases(captions: Sequence[str], given: str | None) -> list[list[str]]:
+    """Return the phrases of each caption: those that were `given`, or those that spaCy finds.
+
+    Raises:
+      UserError: there are none, or spaCy is missing.
+    """
+    if given is not None:
+        own = list(dict.fromkeys(filter(None, map(phrases_lib.clean, given.split(";")))))
+        if not own:
+            raise UserError(
+                f"--phrases={given!r} names nothing. Give for example 'a man; a horse'."
+            )
+        return [own] * len(captions)
+    different = list(dict.fromkeys(captions))
+    try:
+        found = dict(zip(different, phrases_lib.noun_phrases(different)))
+    except UserError as error:
+        raise UserError(f"{error} Or give the phrases: --phrases='a man; a horse'.") from error
+    if not any(found.values()):
+        raise UserError(
+            f"no noun phrase is found in {different[0]!r}"
+            f"{' and the other captions' * (len(different) > 1)}. Give the phrases: "
+            "--caption=TEXT --phrases='a man; a horse'."
+        )
+    return [found[caption] for caption in captions]
+
+
+def _to_json(found: PhraseRegions) -> list[dict[str, Any]]:
+    rows = zip(found.phrases, found.scores, found.similarities, found.boxes)
+    return [
+        {
+            "phrase": phrase,
+            "score": round(float(score), 6),
+            "similarity": round(float(similarity), 6),
+            "box": [round(float(x), 2) for x in box],
+        }
+        for phrase, score, similarity, box in rows
+    ]
