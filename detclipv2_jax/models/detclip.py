@@ -209,22 +209,50 @@ class DetCLIP(nnx.Module):
         Returns:
             float32 outputs. The embeddings are unit vectors if `similarity` is "cosine".
         """
+        outputs = self.head_outputs(images, drop_path_factors, sizes)
+        return self.comparable_regions(outputs, images.shape[1:3], sizes, training)
+
+    def head_outputs(
+        self,
+        images: UInt8[Array, "B H W 3"],
+        drop_path_factors: Float[Array, "N 2 B"] | None,
+        sizes: Int[Array, "B 2"] | None,
+    ) -> RegionOutputs:
+        """Return the head's outputs, whose embeddings are not normalized yet.
+
+        The outputs of an image depend on no other image. The arguments are those of `encode_image`.
+        """
         extents = None
         if self.cfg.mask_padding and sizes is not None:
             extents = level_extents(sizes, self.cfg.anchors.strides)
         maps = self.backbone(normalize_images(images), drop_path_factors)
-        outputs = self.head(self.neck(maps, extents), extents)
+        return self.head(self.neck(maps, extents), extents)
+
+    def comparable_regions(
+        self,
+        outputs: RegionOutputs,
+        canvas: tuple[int, int],
+        sizes: Int[Array, "B 2"] | None,
+        training: bool,
+    ) -> RegionOutputs:
+        """Return the outputs with embeddings that can be compared with texts.
+
+        Args:
+            outputs: of the head.
+            canvas: padded image size (height, width), pixels.
+            sizes, training: as in `encode_image`.
+        """
         if self.cfg.similarity == "batch_norm":
-            return self._batch_normalized(outputs, images.shape[:3], sizes, training)
+            return self._batch_normalized(outputs, canvas, sizes, training)
         return dataclasses.replace(outputs, embeddings=self._comparable(outputs.embeddings))
 
     @jax.named_scope("region_norm")
-    def _batch_normalized(self, outputs, shape, sizes, training) -> RegionOutputs:
+    def _batch_normalized(self, outputs, canvas, sizes, training) -> RegionOutputs:
         if not training:
             embeddings = self.region_norm(outputs.embeddings)
             return dataclasses.replace(outputs, embeddings=embeddings)
-        batch, *canvas = shape
-        sizes = jnp.tile(jnp.asarray(canvas), (batch, 1)) if sizes is None else sizes
+        if sizes is None:
+            sizes = jnp.tile(jnp.asarray(canvas), (len(outputs.embeddings), 1))
         counted = anchors_inside(jnp.asarray(anchor_grid(*canvas, self.cfg.anchors)), sizes)
         mean, variance = self.region_norm.statistics(outputs.embeddings, counted)
         found = {"mean": mean, "variance": variance, "pieces": jnp.ones(())}

@@ -98,18 +98,22 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
 
     Bytes are those of the results, per device. A loop body counts as often as its trip count, if
     the program states it (on CPU it does, on TPU it does not), else once. Every branch counts.
+    Sums in bfloat16 have a name of their own. (On CPU they are promoted to float32 in the end.)
     """
     bodies, entry = _computations(text)
-    # On TPU, one collective is spread over many computations with the same channel.
-    channels: dict[tuple[str, str], tuple[int, int]] = {}
+    # On TPU, one collective is spread over many computations with the same channel. Two of a
+    # shard_map may have one channel too, but other shapes.
+    channels: dict[tuple[str, str, str], tuple[int, int]] = {}
 
     def walk(computation: str, times: int) -> None:
         for line in bodies[computation]:
             if collective := _COLLECTIVE.search(line):
                 shapes, name, started = collective.groups()
+                if "reduce" in name and ("bf16[" in shapes or "_promoted" in line):
+                    name += " in bfloat16"
                 channel = _CHANNEL.search(line)
                 size = _result_bytes(shapes, name, bool(started))
-                channels[name, channel[1] if channel else line] = times, times * size
+                channels[name, shapes, channel[1] if channel else line] = times, times * size
                 continue  # the computation it calls is its sum
             trips = _TRIPS.search(line)
             for called in _CALLED.findall(line):
@@ -119,7 +123,7 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
 
     walk(entry, 1)
     found: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
-    for (name, _), (times, size) in sorted(channels.items()):
+    for (name, *_), (times, size) in sorted(channels.items()):
         found[name]["count"] += times
         found[name]["bytes"] += size
     return dict(found)

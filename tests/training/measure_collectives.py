@@ -6,6 +6,7 @@
 test_collectives.py compares the code with that file. Update it after an intended change.
 """
 
+import dataclasses
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -36,7 +37,7 @@ def tiny_config(fsdp, micro_batches):
     texts = {"max_boxes": 0, "texts_per_image": 4, "micro_batches": micro_batches}
     kinds = {k: KindConfig(**kind, **(texts if k == "image_text" else boxes)) for k in KINDS}
     return RunConfig(
-        model=tiny_model.CONFIG,
+        model=dataclasses.replace(tiny_model.CONFIG, dtype="bfloat16"),
         data=DataConfig(**kinds),
         loss=LossConfig(proposals=ProposalConfig(group=4, k=8)),
         mesh=MeshConfig(fsdp=fsdp),

@@ -41,6 +41,13 @@ def test_collectives_have_not_changed(tmp_path):
     assert not changed, "\n".join([*changed, f"If that is intended, update the file: {UPDATE}"])
 
 
+def test_no_gradient_is_summed_in_bfloat16():
+    """With and without micro-batches, although the layers of these programs are bfloat16."""
+    programs = json.loads(STORED.read_text())
+    assert any("2 micro-batch" in name for name in programs)
+    assert not any("in bfloat16" in name for found in programs.values() for name in found)
+
+
 def test_collectives_of_a_program():
     """Loops count with their trips, asynchronous collectives by their result, a channel once."""
     text = """
@@ -56,11 +63,14 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %loop = (f32[8], s32[]) while(%t), body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %first = bf16[8,4]{1,0} fusion(%a), kind=kOutput, calls=%piece
   %second = bf16[8,4]{1,0} fusion(%a), kind=kOutput, calls=%piece
+  %small = bf16[6]{0} all-reduce(%a), channel_id=4, to_apply=%add
+  %wide = f32[6]{0} all-reduce(%a), channel_id=5, to_apply=%add.clone_promoted
   %moved = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%a), channel_id=3
 }
 """
     assert compile_ahead.collectives(text) == {
         "all-gather": {"count": 1, "bytes": 8 * 4 * 2},
         "all-reduce": {"count": 5, "bytes": 5 * 8 * 4},
+        "all-reduce in bfloat16": {"count": 2, "bytes": 6 * 2 + 6 * 4},
         "collective-permute": {"count": 1, "bytes": 4 * 4},
     }
