@@ -420,6 +420,13 @@ def test_sharded_results_equal_those_of_one_device(tiny):
     for number, found in spread.stream(images, spread.encode(["cat"])):
         np.testing.assert_allclose(found.scores, wanted[number].scores, rtol=1e-4)
         np.testing.assert_allclose(found.boxes, wanted[number].boxes, rtol=1e-4, atol=1e-2)
+    phrases = [["cat", "dog"], ["dog"], ["red car", "cat", "tree"]]
+    aligned = dict(tiny.stream_phrases(images, tiny.encode_each(phrases)))
+    for number, best in spread.stream_phrases(images, spread.encode_each(phrases)):
+        assert best.phrases == tuple(phrases[number])
+        similarities = aligned[number].similarities
+        np.testing.assert_allclose(best.similarities, similarities, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(best.boxes, aligned[number].boxes, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize(
