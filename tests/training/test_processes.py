@@ -161,6 +161,7 @@ def test_two_processes_train_as_one_and_a_checkpoint_moves_between_them(data, tm
         assert "fixed AP" in (tmp_path / "all/stdout0").read_text()
         # Only the first process prints; Gloo does in both.
         assert "compiled" not in (tmp_path / "all/stdout1").read_text()
+        assert list((tmp_path / "all/detections/phrases").glob("*.png"))
     for workdir in ("two", "all"):
         check_losses(tmp_path / workdir, expected)
 
