@@ -3,6 +3,7 @@
 import numpy as np
 
 from detclipv2_jax.data.batch import Batch
+from detclipv2_jax.data.index import TEXT_KINDS
 from detclipv2_jax.text.tokenizer import tokenize
 from detclipv2_jax.training.objective import LossConfig, ProposalConfig
 
@@ -18,7 +19,9 @@ def make_batch(kind, images=4, seed=0):
     boxes[:, 2], labels[:, 2] = 0, -1  # the last slot is empty
     texts = rng.permuted(np.tile(np.arange(6, dtype=np.int32), (images, 1)), axis=1)[:, :3].copy()
     texts[0, 2] = -1
-    captioned = kind == "image_text"
+    captioned = kind in TEXT_KINDS
+    if kind == "classification":
+        texts = texts[:, 2:]  # the first image has no name
     return Batch(
         images=rng.integers(0, 256, (images, 64, 64, 3), dtype=np.uint8),
         sizes=np.tile(np.int32([64, 64]), (images, 1)),

@@ -77,12 +77,12 @@ def step(
 
     Args:
         cfg: the model.
-        kind: of the step. An "image_text" step has the contrastive loss and its choice of regions,
-            the others the alignment loss.
+        kind: of the step. "image_text" has the contrastive loss, "classification" that of class
+            names, and both a choice of regions; the others have the alignment loss.
         shape: (height, width) of the canvas, in pixels.
         images: of the global batch.
         concepts: rows of the step's concept table.
-        proposals: regions per image in the contrastive loss.
+        proposals: regions per image in the loss of a kind with texts.
         group: images whose concepts score a region together.
 
     Returns:
@@ -100,6 +100,11 @@ def step(
         parts["choice of regions"] = 2.0 * images * anchors * shared * dimensions
         compared = 2.0 * images * proposals * concepts * dimensions
         parts["contrastive loss"] = (1 + BACKWARD) * compared
+    elif kind == "classification":
+        shared = min(concepts, group)  # one name per image
+        parts["choice of regions"] = 2.0 * images * anchors * shared * dimensions
+        compared = 2.0 * images * proposals * concepts * dimensions
+        parts["classification loss"] = (1 + BACKWARD) * compared
     else:
         compared = 2.0 * images * anchors * concepts * dimensions
         parts["alignment loss"] = (1 + BACKWARD) * compared

@@ -85,9 +85,8 @@ def loss_and_gradient(
     by_image = None if factors is None else jnp.moveaxis(factors, -1, 0)
     images = _Images(batch.images, batch.sizes, by_image)
     run = _Run(graphdef, config, micro_batches, None if replicated is None else replicated.mesh)
-    accumulated = (_image_text if batch.kind == "image_text" else _dense)(
-        run, params, concepts, images, batch
-    )
+    of_texts = {"image_text": _image_text, "classification": _classification}
+    accumulated = of_texts.get(batch.kind, _dense)(run, params, concepts, images, batch)
     gradient = jax.tree.map(
         jnp.add, accumulated.gradient, concepts_vjp(accumulated.concepts_gradient)[0]
     )
@@ -272,6 +271,43 @@ def _pools_within_micro_batches(run: _Run, batch: Batch) -> Int[Array, "G N"]:
     devices = 1 if run.mesh is None else run.mesh.size
     per_micro_batch = len(batch.images) // (run.micro_batches * devices)
     return jnp.repeat(pools, per_group // math.gcd(per_group, per_micro_batch), axis=0)
+
+
+# ---- Images with a class: one pass
+
+
+class _ClassImages(NamedTuple):
+    images: _Images
+    sizes: Int[Array, "B 2"]
+    texts: Int[Array, "B 1"]
+    pools: Int[Array, "G N"]
+
+
+class _ClassNames(NamedTuple):
+    token_mask: Bool[Array, " M"]
+    images: Float[Array, ""]
+
+
+def _classification(
+    run: _Run, params: PyTree, concepts: Float[Array, "M D"], images: _Images, batch: Batch
+) -> _Accumulated:
+    """Return the classification loss of a batch, a sum over its images."""
+
+    def loss_fn(learned: PyTree, fixed: _ClassNames, piece: _ClassImages) -> Loss:
+        params, concepts = learned
+        model = run.build(params)
+        return objective.loss_of_classes(
+            model, piece.images.encode(model), concepts, fixed.token_mask, piece.pools, piece.sizes,
+            piece.texts, fixed.images, batch.canvas, run.config,
+        )  # fmt: skip
+
+    pools = _pools_within_micro_batches(run, batch)
+    loss, (gradient, concepts_gradient) = sum_micro_batches(
+        loss_fn, (params, concepts),
+        _ClassNames(batch.token_mask, objective.named_images(batch)),
+        _ClassImages(images, batch.sizes, batch.texts, pools), run.micro_batches, run.mesh,
+    )  # fmt: skip
+    return _Accumulated(loss, gradient, concepts_gradient)
 
 
 # ---- Loops over micro-batches

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import rungs
 from detclipv2_jax.data.config import KindConfig
-from detclipv2_jax.data.index import KINDS, Kind
+from detclipv2_jax.data.index import KINDS, TEXT_KINDS, Kind
 from detclipv2_jax.inference.prompts import Prompter
 from detclipv2_jax.models import detclip
 from detclipv2_jax.models.parameters import match_rules, parameter_paths
 from detclipv2_jax.ops.boxes import level_sizes
 from detclipv2_jax.text.tokenizer import CONTEXT, VOCABULARY_SIZE
 from detclipv2_jax.training.initialize import SCRATCH
+from detclipv2_jax.training.objective import regions_per_image
 from detclipv2_jax.weights import activation, published
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ _RANGES = {
     "loss.box": ">= 0",
     "loss.centerness": ">= 0",
     "loss.contrastive": ">= 0",
+    "loss.classification": ">= 0",
+    "loss.classification_k": ">= 1",
     "loss.proposal_heads": ">= 0",
     "loss.candidates": ">= 1",
     "loss.word_region.temperature": "> 0",
@@ -275,21 +278,26 @@ def _check_kind(config: "RunConfig", kind: Kind, data: KindConfig) -> None:
             f"{data.concepts_per_image} concepts",
             "Choose at least that many rows, or fewer concepts.",
         )
-    if kind == "image_text":
-        _check_pairs(config, data)
+    if kind in TEXT_KINDS:
+        _check_texts(config, kind, data)
     elif data.max_boxes < 1:
         refuse("max_boxes", "", "Choose at least 1: this kind learns from boxes.")
 
 
-def _check_pairs(config: "RunConfig", data: KindConfig) -> None:
-    """Check the fields of image-text data against each other and against the proposals."""
-    where, proposals = "config.data.image_text", config.loss.proposals
+def _check_texts(config: "RunConfig", kind: Kind, data: KindConfig) -> None:
+    """Check the fields of images with texts against each other and against the proposals."""
+    where, proposals = f"config.data.{kind}", config.loss.proposals
+    if kind == "classification" and data.texts_per_image != 1:
+        raise UserError(
+            f"{where}.texts_per_image is {data.texts_per_image}. It must be 1: an image has one "
+            "class."
+        )
     if data.texts_per_image < 1:
         raise UserError(
             f"{where}.texts_per_image is {data.texts_per_image}. Choose at least 1, the caption; "
             "the recipes use 8."
         )
-    if data.table_size < data.batch_size:
+    if kind == "image_text" and data.table_size < data.batch_size:
         raise UserError(
             f"{where}.table_size is {data.table_size}, but the {data.batch_size} captions of a "
             "batch need a row each. Choose about four rows per image of batch_size."
@@ -302,11 +310,14 @@ def _check_pairs(config: "RunConfig", data: KindConfig) -> None:
             f"{where}.batch_size {data.batch_size}. Choose a divisor such as {divisor}, or a batch "
             f"size that is a multiple of {proposals.group}."
         )
+    k, field = regions_per_image(kind, config.loss), "proposals.k"
+    if kind == "classification":
+        field = "classification_k"
     for height, width in rungs.canvases(data):
         anchors = sum(level_sizes(height, width, config.model.anchors))
-        if proposals.k > anchors:
+        if k > anchors:
             raise UserError(
-                f"config.loss.proposals.k is {proposals.k}, but the canvas {height}×{width} of "
+                f"config.loss.{field} is {k}, but the canvas {height}×{width} of "
                 f"{where} has {anchors} anchors. Choose fewer regions or a larger canvas."
             )
 

@@ -1,13 +1,14 @@
-"""The loss of a global batch of each kind: detection, grounding, image-text (Yao et al. 2023, §3).
+"""The loss of a global batch of each kind of data (Yao et al. 2023, §3 and appendix C).
 
 Detection and grounding compare every anchor with every concept of the step (`dense_loss`).
-Image-text pairs contrast captions with the best regions of each image (`image_text_loss`).
+Image-text pairs contrast captions with the best regions of each image (`image_text_loss`). Images
+with a class look for its name among the names of the step (`classification_loss`).
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from detclipv2_jax.data.batch import Batch
+from detclipv2_jax.data.index import Kind
 from detclipv2_jax.models import detclip
 from detclipv2_jax.models.detclip import DetCLIP
 from detclipv2_jax.ops import boxes as box_ops
-from detclipv2_jax.ops import contrastive, losses, nms, proposals
+from detclipv2_jax.ops import classification, contrastive, losses, nms, proposals
 from detclipv2_jax.ops.assign import atss_assign
 from detclipv2_jax.ops.contrastive import ContrastiveConfig
 
@@ -49,7 +51,7 @@ class ProposalConfig:
     group: int = 192  # images whose concepts score a region together: the paper's batch per device
     pre_nms_top_k: int = 1000  # best regions per pyramid level that enter NMS [ours]
     nms_iou: float = 0.6  # [ours]
-    k: int = 100  # regions per image
+    k: int = 100  # regions per image; image_text only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,8 @@ class LossConfig:
     box: float = 2.0  # α
     centerness: float = 1.0  # β
     contrastive: float = 0.1  # λ
+    classification: float = 0.1  # λ of the cross-entropy over class names (paper, appendix C)
+    classification_k: int = 1  # regions per image of classification data (paper, appendix C)
     candidates: int = 9  # anchors per level that ATSS considers for a box
     grounding_boxes: bool = False  # L_box and L_ctr on grounding data too; its boxes are loose
     proposal_heads: float = 1.0  # weight of each of the head's `proposal_scores`, if any [ours]
@@ -66,9 +70,15 @@ class LossConfig:
     proposals: ProposalConfig = ProposalConfig()
 
 
-def loss_function(kind: Literal["detection", "grounding", "image_text"]) -> Callable[..., Loss]:
+def loss_function(kind: Kind) -> Callable[..., Loss]:
     """Return the loss function of a kind of data."""
-    return image_text_loss if kind == "image_text" else dense_loss
+    of_texts = {"image_text": image_text_loss, "classification": classification_loss}
+    return of_texts.get(kind, dense_loss)
+
+
+def regions_per_image(kind: Kind, config: LossConfig) -> int:
+    """Return how many regions of each image a kind of data with texts learns from."""
+    return config.classification_k if kind == "classification" else config.proposals.k
 
 
 def dense_loss(
@@ -480,3 +490,70 @@ def contrastive_loss(
         features, selection.mask, selection.areas, concepts, texts, scale, config.word_region
     )
     return Loss(config.contrastive * loss, {"contrastive": loss})
+
+
+def classification_loss(
+    model: DetCLIP,
+    batch: Batch,
+    config: LossConfig,
+    key: PRNGKeyArray | None,
+    replicated: NamedSharding | None = None,
+) -> Loss:
+    """Return the loss λ L_cls of a batch of images with one class each (paper, appendix C).
+
+    The arguments are those of `dense_loss`.
+    """
+    drop_path_factors = model.backbone.draw_drop_path(key, len(batch.images))
+    regions = model.encode_image(batch.images, drop_path_factors)
+    concepts = encode_concepts(model, batch.tokens, replicated)
+    pools = concept_pools(batch, config)
+    return loss_of_classes(
+        model, regions, concepts, batch.token_mask, pools, batch.sizes, batch.texts,
+        named_images(batch), batch.canvas, config,
+    )  # fmt: skip
+
+
+def named_images(batch: Batch) -> Float[Array, ""]:
+    """Return how many images of a classification batch have a class name, at least 1."""
+    return jnp.maximum((batch.texts[:, 0] >= 0).sum(), 1).astype(jnp.float32)
+
+
+def loss_of_classes(
+    model: DetCLIP,
+    regions: detclip.RegionOutputs,
+    concepts: Float[Array, "M D"],
+    token_mask: Bool[Array, " M"],
+    pools: Int[Array, "G N"],
+    sizes: Int[Array, "B 2"],
+    texts: Int[Array, "B 1"],
+    images: Float[Array, ""],
+    canvas: tuple[int, int],
+    config: LossConfig,
+) -> Loss:
+    """Return the classification loss of some images of a global batch.
+
+    The terms of all images of the batch add up to those of the batch. The class names of an image's
+    group choose its regions; those of the whole step are the choices of the cross-entropy
+    [inferred]: a full batch has nearly all names of ImageNet.
+
+    Args:
+      model: read for the anchors, the scale and the bias.
+      regions: outputs for these images.
+      concepts: features of the step's class names.
+      token_mask: False for unused rows of the step's table.
+      pools: the names that score each group of images (`concept_pools`).
+      sizes: height and width of each image on the canvas, pixels.
+      texts: the row of each image's own name; -1: an empty slot.
+      images: `named_images` of the global batch.
+      canvas: padded image size (height, width), pixels.
+      config: weight of the loss, regions per image and their choice.
+    """
+    proposals = dataclasses.replace(config.proposals, k=config.classification_k)
+    selection = select_regions(model, regions, concepts, pools, sizes, canvas, proposals)
+    features = selected_embeddings(regions, selection)
+    with jax.named_scope("classification_loss"):
+        each = classification.class_cross_entropy(
+            features, selection.mask, concepts, token_mask, texts[:, 0], model.scale()
+        )
+        loss = each.sum() / images
+    return Loss(config.classification * loss, {"classification": loss})

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from detclipv2_jax.data.index import Kind
 from detclipv2_jax.models import flops
 from detclipv2_jax.training.config import RunConfig
+from detclipv2_jax.training.objective import regions_per_image
 
 # Peak TFLOP/s of dense bfloat16 products, by the exact `device_kind` of a TPU. One device is a
 # chip. Sources: cloud.google.com/tpu/docs/v4, …/v5e, …/v5p, …/v6e.
@@ -112,9 +113,9 @@ class Utilization:
 
 def model_flops(config: RunConfig, kind: Kind, canvas: tuple[int, int]) -> float:
     """Return the model FLOPs of one step of a run, forward and backward, over the global batch."""
-    data, proposals = config.data.kinds()[kind], config.loss.proposals
+    data = config.data.kinds()[kind]
     parts = flops.step(
         config.model, kind, canvas, data.batch_size, data.table_size,
-        proposals=proposals.k, group=proposals.group,
+        proposals=regions_per_image(kind, config.loss), group=config.loss.proposals.group,
     )  # fmt: skip
     return sum(parts.values())

@@ -180,6 +180,7 @@ def measure(
     from detclipv2_jax.training import programs as programs_lib
     from detclipv2_jax.training import sharding as sharding_lib
     from detclipv2_jax.training import state as state_lib
+    from detclipv2_jax.training.objective import regions_per_image
 
     graphdef, params = detclip.abstract(config.model)
     rule = optimizer.create(config.optimizer, params, 1000)
@@ -190,7 +191,7 @@ def measure(
     data = config.data.kinds()[kind]
     parts = flops.step(
         config.model, kind, shape, data.batch_size, data.table_size,
-        proposals=config.loss.proposals.k, group=config.loss.proposals.group,
+        proposals=regions_per_image(kind, config.loss), group=config.loss.proposals.group,
     )  # fmt: skip
     row = {
         "kind": kind,

@@ -76,7 +76,7 @@ def costs(config: RunConfig, records: Mapping[str, int]) -> dict[Kind, tuple[int
             np.mean([model_flops(config, kind, rungs.canvas(shape, r)) for shape in data.shapes])
             for r in data.rungs
         ]
-        steps = math.ceil(records[kind] / data.batch_size)
+        steps = data.repeat * math.ceil(records[kind] / data.batch_size)
         table[kind] = (steps, float(np.dot(weights, each)))
     return table
 

@@ -29,7 +29,6 @@ from least_bytes import Least, size_of
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.batch import Batch
-from detclipv2_jax.data.index import KINDS
 from detclipv2_jax.models import detclip, flops, sizes
 from detclipv2_jax.models.atss_head import ATSSHead
 from detclipv2_jax.models.detclip import DetCLIP, DetCLIPConfig, l2_normalize, normalize_images
@@ -86,10 +85,11 @@ def parse_steps(text: str, concepts: int) -> list[Shape]:
     for entry in text.split(","):
         kind, _, numbers = entry.strip().partition(":")
         parts = numbers.split("x")
-        if kind not in KINDS or len(parts) != 3 or not all(p.isdigit() and int(p) for p in parts):
+        is_step = len(parts) == 3 and all(part.isdigit() and int(part) for part in parts)
+        if kind not in CONCEPTS or not is_step:
             raise UserError(
                 f"--steps: {entry!r} is not a step. Write KIND:IMAGESxHEIGHTxWIDTH, for example "
-                f"detection:4x800x1344. Kinds are {', '.join(KINDS)}."
+                f"detection:4x800x1344. Kinds are {', '.join(CONCEPTS)}."
             )
         images, height, width = map(int, parts)
         rows = concepts or CONCEPTS[kind] * (images if kind == "image_text" else 1)

@@ -49,7 +49,14 @@ def test_a_step_by_part():
         sizes.SWIN_T, head=dataclasses.replace(sizes.SWIN_T.head, deformable=False)
     )
     assert "deformable" not in flops.step(plain, "grounding", (800, 1344), 1, 512)
+    named = flops.step(
+        sizes.SWIN_T, "classification", (320, 320), 6144, 1024, proposals=1, group=192
+    )
+    assert named["classification loss"] == 3 * 2 * 6144 * 1024 * sizes.SWIN_T.head.embed_dim
     captioned = flops.step(sizes.SWIN_T, "image_text", (320, 320), 6144, 49152)
+    # 192 names of a group score its regions, of captions 49152 / 32.
+    ratio = captioned["choice of regions"] / named["choice of regions"]
+    assert ratio == 49152 / 32 / 192
     assert "contrastive loss" in captioned and "alignment loss" not in captioned
 
 

@@ -28,6 +28,7 @@ PROGRAMS = (
     ("image_text", 8, 1, 1),
     ("detection", 4, 2, 1),
     ("image_text", 4, 2, 2),
+    ("classification", 8, 1, 1),
 )
 
 
@@ -35,7 +36,8 @@ def tiny_config(fsdp, micro_batches):
     kind = {"sources": ("none",), "batch_size": 16, "shapes": (CANVAS,), "table_size": 32}
     boxes = {"max_boxes": 4}
     texts = {"max_boxes": 0, "texts_per_image": 4, "micro_batches": micro_batches}
-    kinds = {k: KindConfig(**kind, **(texts if k == "image_text" else boxes)) for k in KINDS}
+    more = {"image_text": texts, "classification": texts | {"texts_per_image": 1}}
+    kinds = {k: KindConfig(**kind, **more.get(k, boxes)) for k in KINDS}
     return RunConfig(
         model=dataclasses.replace(tiny_model.CONFIG, dtype="bfloat16"),
         data=DataConfig(**kinds),

@@ -107,7 +107,7 @@ def test_micro_batches_add_up_to_the_batch_on_four_devices(kind, count):
     assert_same(result(kind, count, (2, 2)), result(kind, 1))
 
 
-@pytest.mark.parametrize("kind", ["grounding", "image_text"])
+@pytest.mark.parametrize("kind", ["grounding", "image_text", "classification"])
 def test_a_micro_batch_may_end_within_a_group_that_shares_a_pool(kind):
     """12 images in 2 micro-batches: both contain images of the second group of 4."""
     rest = {"mesh": (1, 1), "loss": VARIANT, "images": 12}

@@ -47,9 +47,11 @@ def test_kinds_add_up_as_in_equation_6():
     np.testing.assert_allclose(total, terms["align"])
     total, terms = loss(make_batch("image_text"))
     np.testing.assert_allclose(total, 0.1 * terms["contrastive"], rtol=1e-6)
+    total, terms = loss(make_batch("classification"))
+    np.testing.assert_allclose(total, 0.1 * terms["classification"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["detection", "image_text"])
+@pytest.mark.parametrize("kind", ["detection", "image_text", "classification"])
 def test_an_empty_slot_and_unused_concepts_do_not_matter(kind):
     batch = make_batch(kind)
     before = loss(batch)
@@ -354,3 +356,64 @@ def test_the_ablations_of_the_paper_are_config_values(name):
         assert np.isfinite(value) and value > 0
         seen.add(round(value, 6))
     assert len(seen) > 1, "the field changes nothing"
+
+
+@pytest.mark.parametrize(("group", "count"), [(2, 1), (8, 1), (4, 3)])
+def test_classes_against_a_float64_reference(group, count):
+    """The best regions of an image for the names of its group; its own name among all names."""
+    batch = make_batch("classification", images=8)
+    sizes, texts = np.array(batch.sizes), np.array(batch.texts)
+    sizes[1] = 40, 56
+    sizes[5], texts[5] = 0, -1  # an empty slot
+    texts[[2, 6]] = texts[3]  # images of one class
+    batch = dataclasses.replace(batch, sizes=sizes, texts=texts)
+    no_nms = ProposalConfig(group=group, nms_iou=1.0)  # the best k regions, whatever they overlap
+    config = LossConfig(proposals=no_nms, classification_k=count, classification=0.3)
+    total, terms = loss(batch, config=config)
+
+    graphdef, params = tiny_model.parts()
+    regions, names = encoded()(params, batch.images, batch.tokens)
+    scale = float(detclip.build(graphdef, params).scale())
+    dots = scale * np.float64(regions.embeddings) @ np.float64(names).T
+    grid = tiny_model.CONFIG.anchors
+    inside = boxes.anchors_inside(jnp.asarray(boxes.anchor_grid(64, 64, grid)), sizes)
+    expected, used = [], np.flatnonzero(batch.token_mask)
+    for image, (own,) in enumerate(texts):
+        if own < 0:
+            continue
+        first = image // group * group
+        pool = {int(name) for name in texts[first : first + group, 0] if name >= 0}
+        score = np.where(inside[image], dots[image][:, sorted(pool)].max(axis=1), -np.inf)
+        best = np.argsort(-score)[:count]
+        logits = dots[image, best].max(axis=0)
+        expected.append(np.log(np.exp(logits[used]).sum()) - logits[own])
+    assert len(expected) == 6
+    np.testing.assert_allclose(terms["classification"], np.mean(expected), rtol=1e-5)
+    np.testing.assert_allclose(total, 0.3 * np.mean(expected), rtol=1e-5)
+
+
+def test_the_gradient_of_classes_reaches_regions_and_names_but_not_the_choice():
+    """Finite differences along the gradient: the regions that are chosen stay the same."""
+    batch = make_batch("classification", seed=1)
+    _, params = tiny_model.parts()
+    run = lambda p: loss_fn()(p, batch)[0]
+    gradient = jax.jit(jax.grad(run))(params)
+    paths = parameters.parameter_paths(gradient)
+    for moved in ("text", "head/embed", "backbone", "logit_scale"):
+        assert any(jnp.abs(g).max() > 0 for path, g in paths.items() if path.startswith(moved))
+    for still in ("logit_bias", "head/centerness", "head/box"):  # they only rank or place regions
+        assert all(jnp.abs(g).max() == 0 for path, g in paths.items() if path.startswith(still))
+    for part in ("text", "head"):
+        direction = jax.tree.map(jnp.zeros_like, params) | {part: gradient[part]}
+        square = sum(float(jnp.vdot(g, g)) for g in jax.tree.leaves(gradient[part]))
+        step = 1e-4 / np.sqrt(square)
+        ends = []
+        for signed in (step, -step):
+            moved = jax.tree.map(functools.partial(_moved, signed), params, direction)
+            ends.append(run(moved))
+        slope = (float(ends[0]) - float(ends[1])) / (2 * step)
+        assert slope == pytest.approx(square, rel=2e-2)
+
+
+def _moved(step, value, direction):
+    return value + step * direction

@@ -123,6 +123,7 @@ def test_the_logged_gradient_of_the_scale_is_its_derivative():
     [
         ("detection", (2, 2)),
         ("image_text", (4, 1)),
+        pytest.param("classification", (2, 2), marks=pytest.mark.slow),
         pytest.param("image_text", (1, 4), marks=pytest.mark.slow),
     ],
 )
@@ -153,6 +154,7 @@ def test_four_devices_compute_what_one_computes(kind, mesh):
 SCOPES = {
     "detection": ("assignment", "alignment_loss", "box_loss", "centerness_loss"),
     "image_text": ("select_regions", "word_region_similarity", "contrastive_loss"),
+    "classification": ("select_regions", "word_region_similarity", "classification_loss"),
 }
 
 
