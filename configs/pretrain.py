@@ -16,6 +16,13 @@ pretrained towers, three files, are downloaded into `weights/` (docs/weights.md)
     detclip train --config=configs/pretrain.py:swin_t --workdir=runs/swin_t
     detclip train --config=configs/pretrain.py:swin_l --workdir=runs/swin_l
 
+ImageNet-1k as a fourth kind of data [paper, appendix C: AP 28.6 to 30.4, rare names 24.2 to 32.2
+with Objects365 alone; 40.4 to 40.6, rare 36.0 to 38.2 with all data; nothing for Swin-L] is off.
+`detclip prepare imagenet` prepares it; its sizes are set here, so it is turned on by its source:
+
+    detclip train --config=configs/pretrain.py:swin_t --workdir=runs/swin_t_imagenet \\
+        --config.data.classification.sources="('imagenet',)"
+
 swin_t,scratch and swin_l,scratch [ours] train without pretrained towers, with what random towers
 need instead (docs/paper_vs_ours.md). The paper does not do this; expect a lower AP. nano is always
 trained from scratch.
@@ -84,6 +91,13 @@ def swin_t() -> ConfigDict:
     data.image_text.texts_per_image = 8  # the caption and up to seven phrases [ours]
     data.image_text.scales = (0.8, 1.4)  # [ours]
     data.image_text.crop = True  # [ours]
+    # ImageNet-1k, without sources: off. Batch and resolution are those of image-text data [paper].
+    data.classification.batch_size = 6144  # [paper]
+    data.classification.repeat = 3  # [paper]
+    data.classification.shapes = ((320, 320),)  # [paper]
+    data.classification.table_size = 1024  # 1,000 names [ours: static shape]
+    data.classification.scales = (0.8, 1.4)  # [ours]
+    data.classification.crop = True  # [ours]
     config.eval.dataset = "lvis/lvis_v1_minival.json"
     config.eval.images = "lvis"
     config.train.eval_every = 13_288  # steps; one epoch

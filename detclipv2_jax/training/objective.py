@@ -504,7 +504,7 @@ def classification_loss(
     The arguments are those of `dense_loss`.
     """
     drop_path_factors = model.backbone.draw_drop_path(key, len(batch.images))
-    regions = model.encode_image(batch.images, drop_path_factors)
+    regions = model.encode_image(batch.images, drop_path_factors, batch.sizes)
     concepts = encode_concepts(model, batch.tokens, replicated)
     pools = concept_pools(batch, config)
     return loss_of_classes(

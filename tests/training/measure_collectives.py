@@ -28,7 +28,6 @@ PROGRAMS = (
     ("image_text", 8, 1, 1),
     ("detection", 4, 2, 1),
     ("image_text", 4, 2, 2),
-    ("classification", 8, 1, 1),
 )
 
 

@@ -372,7 +372,14 @@ def test_classes_against_a_float64_reference(group, count):
     total, terms = loss(batch, config=config)
 
     graphdef, params = tiny_model.parts()
-    regions, names = encoded()(params, batch.images, batch.tokens)
+
+    @jax.jit
+    def encode(params, batch):
+        model = detclip.build(graphdef, params)
+        regions = model.encode_image(batch.images, None, batch.sizes)
+        return regions, model.encode_text(batch.tokens)
+
+    regions, names = encode(params, batch)
     scale = float(detclip.build(graphdef, params).scale())
     dots = scale * np.float64(regions.embeddings) @ np.float64(names).T
     grid = tiny_model.CONFIG.anchors
