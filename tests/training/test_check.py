@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.data.index import KINDS
 from detclipv2_jax.training import check, config, objective, recipes
 from detclipv2_jax.training.initialize import SCRATCH
 from detclipv2_jax.training.inputs import abstract_batch
@@ -274,3 +275,19 @@ def test_a_closed_set_needs_no_text_and_takes_only_boxes(tmp_path, weights):
     ):
         with pytest.raises(UserError, match=message):
             parse(changes, "supervised", "lvis_swin_t")
+
+
+@pytest.mark.parametrize("size", ["swin_t", "swin_l"])
+def test_imagenet_is_a_fourth_kind_once_it_has_a_source(size):
+    recipe = recipes.load("pretrain").get_config(size)
+    assert set(config.parse(recipe.to_dict()).data.kinds()) == {*KINDS} - {"classification"}
+    recipe.data.classification.sources = ("imagenet",)
+    parsed = config.parse(recipe.to_dict())
+    data = parsed.data.kinds()["classification"]
+    assert (data.batch_size, data.repeat, data.texts_per_image) == (6144, 3, 1)
+    assert data.shapes == ((320, 320),) and parsed.loss.classification_k == 1
+    batch = abstract_batch("classification", (320, 320), data)
+    assert batch.texts.shape == (6144, 1) and batch.boxes.shape[1] == batch.scored.shape[1] == 0
+    recipe.data.classification.texts_per_image = 2
+    with pytest.raises(UserError, match="data.classification.texts_per_image is 2. It must be 1"):
+        config.parse(recipe.to_dict())
