@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt8
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.batch import Batch
 from detclipv2_jax.models import detclip
-from detclipv2_jax.training import objective
+from detclipv2_jax.training import encoding, objective
 from detclipv2_jax.training.objective import Loss, LossConfig
 
 
@@ -76,9 +76,7 @@ def loss_and_gradient(
     # The gradient reaches the text tower through the concepts: d loss/d concepts is summed over all
     # micro-batches, then goes through the tower once.
     concepts, concepts_vjp = jax.vjp(
-        lambda params: objective.encode_concepts(
-            replicated_model(params), batch.tokens, replicated
-        ),
+        lambda params: encoding.encode_concepts(replicated_model(params), batch.tokens, replicated),
         params,
     )
     factors = replicated_model(params).backbone.draw_drop_path(key, len(batch.images))

@@ -17,7 +17,7 @@ from kernel_comparison import check_as_accurate, check_close
 from detclipv2_jax.models import text
 from detclipv2_jax.models.initializers import Draws
 from detclipv2_jax.ops.kernels import causal, mlp, place
-from detclipv2_jax.training import objective, sharding
+from detclipv2_jax.training import encoding, sharding
 
 SLOW = pytest.mark.slow
 
@@ -136,7 +136,7 @@ def test_each_device_encodes_its_concepts(monkeypatch):
     def run(state, tokens):
         state = jax.lax.with_sharding_constraint(state, whole)
         model = types.SimpleNamespace(encode_text=nnx.merge(graph, state))
-        return objective.encode_concepts(model, tokens, whole)
+        return encoding.encode_concepts(model, tokens, whole)
 
     def attend(x, weights, *, heads, branch=causal.attention_branch):
         shares.append(len(x))
