@@ -10,6 +10,8 @@ from test_plan import one_kind, positives_of, random_positives, rehearsing, sour
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.config import DataConfig, KindConfig
 from detclipv2_jax.data.index import IdLists
+from detclipv2_jax.training import config as config_lib
+from detclipv2_jax.training import recipes
 
 
 def two_sources(seed=0, **fields):
@@ -161,6 +163,21 @@ def test_wanted_and_drawn_negatives_are_counted():
     assert small.negatives == 2048 - small.positives < 0.2 * small.wanted_negatives
     # 128 x 94 draws of 13,260: 1 - (1 - 94 / 13,260)^128 of them, 7,900.
     assert abs(large.wanted_negatives - 13_260 * (1 - (1 - 94 / 13_260) ** 128)) < 200
+
+
+@pytest.mark.parametrize("size", ["swin_t", "swin_l"])
+@pytest.mark.parametrize("recipe", ["pretrain", "finetune_lvis", "finetune_coco_format"])
+def test_the_tables_of_the_recipes_hold_all_negatives_that_their_images_want(recipe, size):
+    """Images of six phrases each, of a dictionary of the paper's size."""
+    config = config_lib.parse(recipes.load(recipe).get_config(size).to_dict()).data.grounding
+    rng = np.random.default_rng(0)
+    count = 3 * config.batch_size
+    owned = [sorted(rng.choice(14_000, 6, replace=False).tolist()) for _ in range(count)]
+    sources = {"s": source("s", "grounding", owned, 14_000)}
+    names = ("batch_size", "table_size", "concepts_per_image")
+    plan = one_kind(sources, "grounding", **{name: getattr(config, name) for name in names})
+    for step in every_step(plan):
+        assert step.dropped == 0 and step.negatives == step.wanted_negatives > 0
 
 
 # ---- Federated sources

@@ -9,7 +9,17 @@ from safetensors.numpy import save_file
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import KINDS
-from detclipv2_jax.training import check, config, objective, recipes
+from detclipv2_jax.models import detclip
+from detclipv2_jax.training import (
+    check,
+    config,
+    objective,
+    optimizer,
+    programs,
+    recipes,
+    sharding,
+    state,
+)
 from detclipv2_jax.training.initialize import SCRATCH
 from detclipv2_jax.training.inputs import abstract_batch
 
@@ -85,6 +95,33 @@ def test_shipped_configs_pass(recipe, argument):
             data.batch_size // parsed.loss.proposals.group,
             parsed.loss.proposals.group * data.texts_per_image,
         )
+
+
+def test_a_fine_tuning_step_of_captions_is_traced():
+    """The whole step at full size, by shapes alone; the other recipes differ in numbers."""
+    parsed = parse(recipe="finetune_lvis")
+    graphdef, params = detclip.abstract(parsed.model)
+    rule = optimizer.create(parsed.optimizer, params, 1000)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    step = programs.step_function(parsed, graphdef, rule, mesh)
+    before = jax.eval_shape(lambda params: state.create(params, rule), params)
+    data = parsed.data.image_text
+    with jax.set_mesh(mesh):
+        after, log = jax.eval_shape(step, before, abstract_batch("image_text", (320, 320), data))
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert shapes(after) == shapes(before) and log["contrastive"].shape == ()
+
+
+@pytest.mark.parametrize(("recipe", "argument"), SHIPPED)
+def test_shipped_configs_measure_all_anchors_and_score_no_name_of_another_source(recipe, argument):
+    parsed = parse(recipe=recipe, argument=argument)
+    limits = parsed.eval.pre_nms_top_k, parsed.eval.max_detections
+    if argument == "nano" and recipe != "coco_format":
+        assert limits == (20, 20 * 236)  # nothing is cut after suppression: symbols has 236 names
+    else:
+        assert limits == (0, 10_000)
+    for kind, data in parsed.data.kinds().items():
+        assert data.scored_on == ("source" if kind == "detection" else "table")
 
 
 def test_proposal_groups_are_the_papers():
