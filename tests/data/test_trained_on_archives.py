@@ -40,7 +40,8 @@ def test_every_archive_is_trained_on(tmp_path):
         script("prepare_data", name, f"--from={tmp_path / name}", f"--to={data / name}", "--jobs=1")
     script("prepare_concepts", f"--from={data}", f"--to={data / 'concepts'}")
     overrides = {f"data.{kind}.sources": sources for kind, sources in KINDS.items()}
-    overrides |= {"data.dictionary": "concepts", "eval.dataset": "", "data.image_text.begin": 0.0}
+    overrides |= {"data.dictionary": "concepts", "data.detection.definitions": True}
+    overrides |= {"eval.dataset": "", "data.image_text.begin": 0.0}
     overrides |= {f"data.{kind}.batch_size": 4 for kind in KINDS}
     overrides |= {"data.classification.repeat": 3, "data.classification.shapes": ((32, 32),)}
     process = tiny_run.run(data, tmp_path / "run", **overrides)
