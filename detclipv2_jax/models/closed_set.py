@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.text.tokenizer import tokenize
 
 
 class ClosedSet(nnx.Module):
@@ -26,7 +26,7 @@ class ClosedSet(nnx.Module):
     def __init__(self, names: Sequence[str]):
         self.names = tuple(names)
         seen: dict[bytes, str] = {}
-        for name, row in zip(self.names, tokenize(self.names)):
+        for name, row in zip(self.names, _tokens(self.names)):
             if (other := seen.setdefault(row.tobytes(), name)) != name:
                 raise UserError(
                     f"config.model.classes: {name!r} and {other!r} have the same tokens. Rename "
@@ -35,5 +35,11 @@ class ClosedSet(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "M L"]) -> Float[Array, "M C"]:
         """Return the unit vector of each name; zeros for padding and for any other name."""
-        table = jnp.asarray(tokenize(self.names)[:, : tokens.shape[1]])
+        table = jnp.asarray(_tokens(self.names)[:, : tokens.shape[1]])
         return jnp.all(tokens[:, None] == table, axis=-1).astype(jnp.float32)
+
+
+def _tokens(names: Sequence[str]) -> Int[np.ndarray, "C L"]:
+    from detclipv2_jax.text.tokenizer import tokenize  # a machine that only measures may lack ftfy
+
+    return tokenize(names)

@@ -50,7 +50,7 @@ class FixedHead:
         self.cfg = SimpleNamespace(anchors=ANCHORS)
         self.logit_bias = jnp.full(1, bias)
         self.scale = lambda: scale
-        self.encode_image = lambda _: regions
+        self.encode_image = lambda *_, **__: regions
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

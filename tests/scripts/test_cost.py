@@ -16,6 +16,13 @@ _PATH = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks" / "cost.p
 
 @pytest.fixture(scope="module")
 def cost():
+    # Scripts with the same flags cannot be imported into one process otherwise.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ml_collections.config_flags.DEFINE_config_file", lambda *_: None)
+        return _imported()
+
+
+def _imported():
     spec = importlib.util.spec_from_file_location("cost", _PATH)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

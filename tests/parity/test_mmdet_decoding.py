@@ -49,7 +49,7 @@ class FixedHead:
         self.cfg = type("Config", (), {"anchors": ANCHORS})
         self._regions = RegionOutputs(logits, deltas, centerness)
 
-    def encode_image(self, _):
+    def encode_image(self, images, sizes):
         """Return the head's outputs; the logits stand for the embeddings."""
         return self._regions
 
