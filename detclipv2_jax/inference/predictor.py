@@ -434,7 +434,7 @@ def _in_image_pixels(
     kept = found.mask[slot]
     labels = np.asarray(found.labels[slot][kept])
     return ImageDetections(
-        boxes=_uncanvassed(found.boxes[slot][kept], image),
+        boxes=_uncanvassed(np.asarray(found.boxes[slot][kept]), image),
         scores=np.asarray(found.scores[slot][kept]),
         labels=labels,
         names=tuple(names[label] for label in labels),
@@ -449,7 +449,7 @@ def _phrases_in_image_pixels(
     kept = np.flatnonzero(found.mask[slot])
     return PhraseRegions(
         phrases=tuple(phrases[number] for number in kept),
-        boxes=_uncanvassed(found.boxes[slot][kept], image),
+        boxes=_uncanvassed(np.asarray(found.boxes[slot][kept]), image),
         scores=np.asarray(found.scores[slot][kept]),
         similarities=np.asarray(found.similarities[slot][kept]),
         size=image.original_size,

@@ -80,6 +80,5 @@ class AutoStep:
 
     def applied(self, state: "TrainState") -> "TrainState":
         """Return the state with this schedule's factor on its devices."""
-        old = state.rate_factor
-        factor = jax.device_put(np.float32(self.factor), old.sharding)
+        factor = jax.device_put(np.float32(self.factor), state.step.sharding)
         return dataclasses.replace(state, rate_factor=factor)

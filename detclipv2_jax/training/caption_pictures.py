@@ -7,7 +7,7 @@ evaluation.
 import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from detclipv2_jax.data import records
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.reader import RecordFiles
 from detclipv2_jax.inference import drawing
+from detclipv2_jax.inference.detections import PhraseRegions
 from detclipv2_jax.inference.predictor import Predictor
 from detclipv2_jax.training import sharding
 
@@ -74,7 +75,7 @@ class CaptionPictures:
         self._predictor.params = params
         encoded = self._predictor.encode_each([pair.phrases for pair in self._pairs])
         stream = self._predictor.stream_phrases([pair.image for pair in self._pairs], encoded)
-        found = dict(stream)
+        found = cast(dict[int, PhraseRegions], dict(stream))  # images in memory are all readable
         if path is None:
             return
         pictures = [

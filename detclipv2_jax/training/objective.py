@@ -8,7 +8,7 @@ with a class look for its name among the names of the step (`classification_loss
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,9 @@ class Loss(NamedTuple):
     """The loss of a batch."""
 
     total: Float[Array, ""]  # the value that is minimized
-    # Its unweighted terms, the number of positives, and `RegionOutputs.statistics` (no scalars).
-    terms: Scalars
+    # Its unweighted terms and the number of positives, scalars by their names in metrics.jsonl; and
+    # `RegionOutputs.statistics`, nested arrays.
+    terms: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +242,8 @@ def loss_of_targets(
             weighted["iou"] = config.proposal_heads, _iou_loss(regions, boxes, targets, divisors)
     if "foreground" in regions.proposal_logits:
         weighted["foreground"] = config.proposal_heads, _foreground_loss(regions, targets, divisors)
-    total = sum(weight * term for weight, term in weighted.values())
+    terms = (weight * term for weight, term in weighted.values())
+    total = sum(terms, start=jnp.zeros((), jnp.float32))
     return Loss(total, {name: term for name, (_, term) in weighted.items()} | regions.statistics)
 
 
