@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up a virtual environment, then lints, checks types and runs all tests, two at a time: a
-# quarter of an hour on two cores.
+# Sets up a virtual environment, then lints, checks types and runs all tests, two at a time: 22
+# minutes on two cores.
 # Arguments go to pytest: ./scripts/test.sh -m slow
 source "$(dirname "$0")/setup.sh" test
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}

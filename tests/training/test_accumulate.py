@@ -145,7 +145,7 @@ def test_pairs_that_are_not_scored_change_no_bit_of_loss_or_gradient(mesh, count
 @pytest.mark.slow
 def test_masked_pairs_on_eight_devices():
     flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "pairs_that_are_not_scored"]
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "pairs_that_are_not_scored"]
     environment = os.environ | {"XLA_FLAGS": flags}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout
