@@ -2,7 +2,7 @@
 
 `detclip prepare concepts` (data/prepare/dictionary_writer.py) writes it once for all prepared
 sources, to DIR/dictionary.jsonl. The first line says what it was made from. Each other line is a
-concept, the most frequent first:
+concept, the most frequent first (the first line has a digest of these):
 
     {"name", "count", "definition", "origin", "like", "synsets", "group"}
 
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, UInt16, UInt64
 
+from detclipv2_jax.common import digests
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.text import tokenizer as tokenizer_lib
 from detclipv2_jax.text.definitions import synsets_of
@@ -46,7 +47,8 @@ class Dictionary:
         directory = Path(directory)
         path = directory / FILE
         try:
-            lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            content = path.read_bytes()
+            lines = content.decode().removesuffix("\n").split("\n")
         except FileNotFoundError:
             raise UserError(f"{path}: no such file. {_remedy(directory)}") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -63,6 +65,7 @@ class Dictionary:
                 f"{path}: has {len(rows)} concepts, but its first line says {info['concepts']}. "
                 f"{_remedy(directory)}"
             )
+        _verify(path, info, content)
         return cls(directory, info, rows)
 
     def __len__(self) -> int:
@@ -114,6 +117,17 @@ class Dictionary:
     def _group_of(self, name: str) -> int:
         marks = (letters(name), *synsets_of(name))
         return next((self._by_mark[mark] for mark in marks if mark in self._by_mark), -1)
+
+
+def _verify(path: Path, info: Mapping[str, Any], content: bytes) -> None:
+    """Raise `UserError` unless the lines after the first have the digest that it says."""
+    rest = content[content.find(b"\n") + 1 :]
+    # Dictionaries of older versions have no digest.
+    if "digest" in info and info["digest"] != digests.of_bytes(rest):
+        raise UserError(
+            f"{path}: damaged or edited: its content does not have the digest in its first line. "
+            f'{_remedy(path.parent)} To keep your edits, remove "digest" from the first line.'
+        )
 
 
 _FIELDS = {

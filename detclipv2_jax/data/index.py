@@ -1,6 +1,8 @@
 """One prepared source on disk, and its index: arrays that say what each record holds.
 
-    info.json                         kind, number of records, shards, what was dropped and why
+    info.json                         kind, number of records, shards, what was dropped and why,
+                                      digests of the other files here (not of the shards, whose
+                                      records have checksums of their own)
     NAME-train.array_record-00000-of-0000N   the shards, named as TFDS names them
     index/height.npy width.npy        uint16 (n,): pixels of each stored image
     index/positives_offsets.npy       int64 (n + 1,)
@@ -18,22 +20,29 @@ A record names its concepts by their texts; label k of record i is the local id
 dataset_info.json and features.json, written next to them, the directory is also a dataset of
 TensorFlow Datasets.
 
-Arrays are memory-mapped. Planning a run needs neither TensorFlow nor strings.
+Arrays are read into memory and compared with their digests, so that the values in use are those
+that were written, whatever happens to the files later. Planning a run needs neither TensorFlow nor
+strings.
 """
 
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent import futures
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from textwrap import shorten
+from typing import Any, Literal, NamedTuple, TextIO
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32, Int64, UInt16, UInt64
 
+from detclipv2_jax.common import digests
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.text.tokenizer import CONTEXT, END, START
 
 Kind = Literal["detection", "grounding", "image_text", "classification"]
 # A new kind goes to the end: random streams and checkpoints number the kinds in this order.
@@ -56,6 +65,7 @@ LISTS = {
     "absent": ("index/absent_offsets.npy", "index/absent.npy"),
     "partial": ("index/partial_offsets.npy", "index/partial.npy"),
 }
+CONCEPTS = "concepts.jsonl"
 
 
 class IdLists(NamedTuple):
@@ -129,12 +139,13 @@ class Source:
         """
         directory = Path(directory)
         info = _read_info(directory)
-        arrays = {field: _map(directory, path) for field, path in ARRAYS.items()}
-        lists = {}
+        fields = {field: [path] for field, path in ARRAYS.items()}
         if info.get("federated"):
-            for field, paths in LISTS.items():
-                lists[field] = IdLists(*(_map(directory, path) for path in paths))
-        source = cls(directory, info["name"], info["kind"], info, **arrays, **lists)
+            fields |= {field: list(paths) for field, paths in LISTS.items()}
+        arrays = _read_arrays(directory, info, itertools.chain.from_iterable(fields.values()))
+        read = {field: [arrays[path] for path in paths] for field, paths in fields.items()}
+        values = {field: IdLists(*v) if field in LISTS else v[0] for field, v in read.items()}
+        source = cls(directory, info["name"], info["kind"], info, **values)  # pyright: ignore
         _check(source)
         return source
 
@@ -156,16 +167,35 @@ class Source:
         return self.positives[self.positives_offsets[record] : self.positives_offsets[record + 1]]
 
     def read_concepts(self, wanted: Bool[np.ndarray, " c"]) -> Iterator[dict[str, Any]]:
-        """Yield the wanted rows of concepts.jsonl, which may be too large for memory."""
+        """Yield the wanted rows of concepts.jsonl, which may be too large for memory.
+
+        Raises:
+            UserError: the file is not as it was written.
+        """
         if wanted.any():
-            with open(self.directory / "concepts.jsonl", encoding="utf-8") as lines:
+            with self._open_concepts() as lines:
                 yield from map(json.loads, itertools.compress(lines, wanted))
 
     @functools.cached_property
     def concepts(self) -> list[dict[str, Any]]:
         """Rows of `concepts.jsonl` by local id, read on first use."""
-        with open(self.directory / "concepts.jsonl", encoding="utf-8") as lines:
+        with self._open_concepts() as lines:
             return [json.loads(line) for line in lines]
+
+    def _open_concepts(self) -> TextIO:
+        self._verify_concepts  # noqa: B018 - once; large files are digested only if they are read
+        return open(self.directory / CONCEPTS, encoding="utf-8")
+
+    @functools.cached_property
+    def _verify_concepts(self) -> None:
+        path = self.directory / CONCEPTS
+        try:
+            digest = digests.of_file(path) if "digests" in self.info else None
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be read ({error.strerror}). {_remedy_again(self.directory)}"
+            ) from error
+        _compare(self.directory, self.info, CONCEPTS, digest)
 
 
 def _remedy(directory: Path, more: str = "") -> str:
@@ -182,48 +212,123 @@ def _read_info(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory}: no prepared source here. {_remedy(directory)}")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-        found, kind = info["format"], info["kind"]
-        missing = {"name", "records", "files", "shards", "shard_bytes"} - info.keys()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: not a valid description of a source. {_remedy_again(directory)}"
         ) from error
-    if found != FORMAT:
-        raise UserError(
-            f"{path}: has format {found!r}, but this version reads {FORMAT}. "
-            f"{_remedy_again(directory)}"
-        )
-    if kind not in KINDS or missing:
-        names = ", ".join(sorted(missing))
-        what = f'"kind" is {kind!r}' if kind not in KINDS else f"fields are missing: {names}"
-        raise UserError(f"{path}: {what}. {_remedy_again(directory)}")
+    if (problem := _info_problem(info)) is not None:
+        raise UserError(f"{path}: {problem}. {_remedy_again(directory)}")
     return info
 
 
-def _map(directory: Path, relative: str) -> np.ndarray:
-    path = directory / relative
-    try:
-        # An array without elements (a header of 128 bytes) cannot be mapped, so it is read.
-        mode = "r" if path.stat().st_size > 128 else None
-        return np.load(path, mmap_mode=mode, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: missing or damaged. {_remedy_again(directory)}") from error
+def _info_problem(info: Any) -> str | None:
+    """Return what is wrong with the content of info.json, or None."""
+    if not isinstance(info, dict) or "format" not in info:
+        return "not a valid description of a source"
+    if info["format"] != FORMAT:
+        return f"has format {info['format']!r}, but this version reads {FORMAT}"
+    if missing := _INFO_FIELDS.keys() - info.keys():
+        return f"fields are missing: {', '.join(sorted(missing))}"
+    for field, (holds, what) in _INFO_FIELDS.items():
+        if not holds(info[field]):
+            return f'"{field}" is {shorten(repr(info[field]), 60)}, not {what}'
+    if "digests" in info or "digest" in info:  # sources of older versions have neither
+        rest = {field: value for field, value in info.items() if field != "digest"}
+        if info.get("digest") != digests.of_json(rest) or not _is_digests(info.get("digests")):
+            return "damaged: it does not have the digest that was written"
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
+def _is_file_names(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(name, str) and name == Path(name).name and name for name in value
+    )
+
+
+def _is_digests(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() >= {*ARRAYS.values(), CONCEPTS}
+
+
+_INFO_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "kind": (lambda value: value in KINDS, f"one of {', '.join(KINDS)}"),
+    "name": (lambda value: isinstance(value, str) and value != "", "a text"),
+    "records": (_is_count, "a number of records"),
+    "files": (_is_file_names, "a list of files in this directory"),
+    "shards": (_is_counts, "a list of numbers of records"),
+    "shard_bytes": (_is_counts, "a list of numbers of bytes"),
+}
+
+
+def _read_arrays(
+    directory: Path, info: Mapping[str, Any], paths: Iterable[str]
+) -> dict[str, np.ndarray]:
+    """Return the arrays of some files, verified, by path; several files are read at once."""
+
+    def read(relative: str) -> np.ndarray:
+        path = directory / relative
+        try:
+            content = path.read_bytes()
+            array = _parse_npy(content)
+        except Exception as error:  # a damaged header can raise anything, such as a TokenError
+            raise UserError(f"{path}: missing or damaged. {_remedy_again(directory)}") from error
+        _compare(
+            directory, info, relative, digests.of_bytes(content) if "digests" in info else None
+        )
+        return array
+
+    paths = list(paths)
+    with futures.ThreadPoolExecutor(len(paths)) as pool:
+        return dict(zip(paths, pool.map(read, paths)))
+
+
+def _parse_npy(content: bytes) -> np.ndarray:
+    """Return the array of a .npy file, a read-only view of `content`; `ValueError` if it is none.
+
+    `np.load` maps a file, which kills the process if somebody makes it shorter, or copies it.
+    """
+    file = io.BytesIO(content)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("another version of the .npy format")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if fortran or dtype.hasobject:
+        raise ValueError("not a plain array")
+    return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape)
+
+
+def _compare(directory: Path, info: Mapping[str, Any], relative: str, digest: str | None) -> None:
+    """Raise `UserError` if the digest of a file is not the one that was written."""
+    if digest is not None and digest != info["digests"].get(relative):
+        raise UserError(
+            f"{directory / relative}: damaged or replaced: its content is not what was prepared "
+            f"(info.json has another digest). {_remedy_again(directory)}"
+        )
 
 
 def _check(source: Source) -> None:
     """Raise `UserError` if arrays and shards do not belong together."""
     records, concepts = source.info["records"], len(source.keys)
     claims = {
-        ARRAYS["height"]: source.height.shape == (records,),
-        ARRAYS["width"]: source.width.shape == (records,),
+        ARRAYS["height"]: source.height.shape == (records,) and bool(np.all(source.height > 0)),
+        ARRAYS["width"]: source.width.shape == (records,) and bool(np.all(source.width > 0)),
         **_check_lists(source),
-        ARRAYS["tokens"]: source.tokens.shape == (concepts, 16),
+        ARRAYS["tokens"]: _are_tokens(source.tokens, concepts),
         ARRAYS["vocabulary"]: source.vocabulary.shape == (concepts,),
+        ARRAYS["keys"]: source.keys.ndim == 1,
         "info.json": sum(source.info["shards"]) == records
         and len(source.info["files"])
         == len(source.info["shards"])
         == len(source.info["shard_bytes"]),
     }
+    for field, dtype in _DTYPES.items():
+        claims[ARRAYS[field]] &= getattr(source, field).dtype == dtype
     for path, size in zip(source.shard_paths, source.info["shard_bytes"]):
         file = Path(path)
         claims[file.name] = file.is_file() and file.stat().st_size == size
@@ -233,6 +338,18 @@ def _check(source: Source) -> None:
                 f"{source.directory / name}: missing or damaged (it does not fit the rest of the "
                 f"source). {_remedy_again(source.directory)}"
             )
+
+
+_DTYPES = {"height": np.uint16, "width": np.uint16, "tokens": np.uint16, "keys": np.uint64}
+_DTYPES |= {"positives_offsets": np.int64, "positives": np.int32, "vocabulary": np.bool_}
+
+
+def _are_tokens(tokens: np.ndarray, concepts: int) -> bool:
+    """Return whether each row is a tokenized text: its start first, one end, ids of CLIP's."""
+    if tokens.shape != (concepts, CONTEXT) or not concepts:
+        return tokens.shape == (concepts, CONTEXT)
+    ends = tokens.max(axis=1) == END  # the largest id: every row has one, and nothing exceeds it
+    return bool(np.all(ends) and np.all(tokens[:, 0] == START))
 
 
 def _check_lists(source: Source) -> dict[str, bool]:
@@ -245,10 +362,15 @@ def _check_lists(source: Source) -> dict[str, bool]:
         if lists is not None:
             offsets, ids = lists
             claims[offsets_path] = (
-                offsets.shape == (records + 1,)
+                offsets.dtype.kind == "i"
+                and offsets.shape == (records + 1,)
                 and offsets[0] == 0
                 and offsets[-1] == len(ids)
                 and bool(np.all(np.diff(offsets) >= 0))
             )
-            claims[ids_path] = ids.size == 0 or (ids.min() >= 0 and ids.max() < concepts)
+            claims[ids_path] = (
+                ids.dtype.kind == "i"
+                and ids.ndim == 1
+                and (ids.size == 0 or bool(ids.min() >= 0 and ids.max() < concepts))
+            )
     return claims

@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from detclipv2_jax.common.atomic import write_text
 from detclipv2_jax.data import index
+from detclipv2_jax.data.prepare import index_writer
 from detclipv2_jax.data.transforms import seeds
+from detclipv2_jax.text.tokenizer import END, START
 
 LATE = 150_000  # a step near the end of the paper's run
 _CHUNK = 1_000_000  # records drawn together
@@ -81,6 +82,7 @@ def _write_source(
         "vocabulary": np.arange(concepts) < vocabulary,
         "tokens": rng.integers(1, 49_406, (concepts, 16), dtype=np.uint16),
     }
+    arrays["tokens"][:, 0], arrays["tokens"][:, -1] = START, END
     for field, values in arrays.items():
         np.save(directory / index.ARRAYS[field], values, allow_pickle=False)
     with open(directory / "concepts.jsonl", "w", encoding="utf-8") as lines:
@@ -117,7 +119,7 @@ def _write_info(directory: Path, name: str, kind: str, records: int) -> None:
         "shards": shards,
         "shard_bytes": [0] * len(shards),
     }
-    write_text(directory / "info.json", json.dumps(info) + "\n")
+    write_json(directory / "info.json", index_writer.with_digests(directory, info))
 
 
 def measure(data: Path, rounds: int = 3) -> dict[str, Any]:

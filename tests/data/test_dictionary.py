@@ -185,11 +185,28 @@ def test_a_damaged_file_is_told_by_its_line(sources, tmp_path, damage, message):
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
+def test_flipped_bits_are_found(sources, tmp_path):
+    made(sources, tmp_path / "to")
+    path = tmp_path / "to" / dictionary_lib.FILE
+    before = path.read_bytes()
+    start = before.index(b"\n") + 1
+    for bit in np.random.default_rng(0).integers(8 * start, 8 * len(before), 40):
+        content = bytearray(before)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="dictionary.jsonl"):
+            Dictionary.open(tmp_path / "to")
+
+
 def test_a_file_that_somebody_edited(sources, tmp_path):
     made(sources, tmp_path / "to")
     path = tmp_path / "to" / dictionary_lib.FILE
     lines = path.read_text(encoding="utf-8").split("\n")
     change(1, name=" Sofa ", definition="what one\u2028sits on")(lines)
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UserError, match='damaged or edited.*remove "digest" from the first line'):
+        Dictionary.open(tmp_path / "to")
+    lines[0] = json.dumps({k: v for k, v in json.loads(lines[0]).items() if k != "digest"})
     path.write_text("\n".join(lines), encoding="utf-8")
     opened = Dictionary.open(tmp_path / "to")
     assert opened.definitions["sofa"] == "what one\u2028sits on"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from detclipv2_jax.common import digests
 from detclipv2_jax.common.atomic import replacing
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.dictionary import FILE, FORMAT, Dictionary, letters
@@ -98,10 +99,12 @@ def build(
         }
         for name, definition, meaning, group in zip(names, found, meanings, group(names, meanings))
     ]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    content = lines.encode("utf-8", "replace")
     info = {"format": FORMAT, "concepts": len(rows), "created_from": dict(created_from or {})}
+    info["digest"] = digests.of_bytes(content)
     with replacing(Path(directory) / FILE) as temporary:
-        lines = (json.dumps(row, ensure_ascii=False) for row in (info, *rows))
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
+        temporary.write_bytes(json.dumps(info).encode() + b"\n" + content)
     return Dictionary.open(directory)
 
 

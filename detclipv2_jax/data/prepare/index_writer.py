@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt16, UInt64
 
+from detclipv2_jax.common import digests
 from detclipv2_jax.common.atomic import replace_directory, replacing, write_json
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import (
     ARRAYS,
+    CONCEPTS,
     FORMAT,
     LISTS,
     TEXT_KINDS,
@@ -229,7 +231,7 @@ def write_index(
         np.save(directory / path, merged[field], allow_pickle=False)
     if any(lists["absent"]):
         _write_lists(directory, lists, [len(some) for some in arrays["height"]])
-    with open(directory / "concepts.jsonl", "w", encoding="utf-8") as lines:
+    with open(directory / CONCEPTS, "w", encoding="utf-8") as lines:
         for start, path in zip(starts, shard_indices):
             names = json.loads(_read_array(path, "names").tobytes())
             for entry, name in enumerate(names, start):
@@ -310,7 +312,7 @@ def assemble(
 def write_info(
     directory: Path, *, name: str, kind: str, shards: Mapping[str, int], more: Mapping[str, Any]
 ) -> None:
-    """Write info.json.
+    """Write info.json, with the digests of the index files; call it when they are written.
 
     Args:
         directory: of the source.
@@ -329,7 +331,16 @@ def write_info(
         "shard_bytes": [(directory / file).stat().st_size for file in shards],
         **more,
     }
-    write_json(directory / "info.json", info)
+    write_json(directory / "info.json", with_digests(directory, info))
+
+
+def with_digests(directory: Path, info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of info.json with digests of the index files and of itself."""
+    lists = itertools.chain.from_iterable(LISTS.values()) if info.get("federated") else ()
+    written = (*ARRAYS.values(), *lists, CONCEPTS)
+    every = {path: digests.of_file(directory / path) for path in written}
+    info = json.loads(json.dumps({**info, "digests": every}))  # as it will be read
+    return info | {"digest": digests.of_json(info)}
 
 
 def write_tfds_metadata(directory: Path, name: str, shards: Mapping[str, int]) -> None:

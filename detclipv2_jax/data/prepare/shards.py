@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,9 @@ class ShardBuilder:
         indexer.finish().save(self.index_file(number), dataclasses.asdict(summary))
 
     def summary(self, number: int) -> ShardSummary | None:
-        """Return the summary of a shard, or None if the shard is not finished."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        """Return the summary of a shard, or None if the shard is not finished or is damaged."""
+        # A damaged archive can raise anything, such as zipfile.BadZipFile or NotImplementedError.
+        with contextlib.suppress(Exception):
             summary = ShardSummary(**index_writer.read_summary(self.index_file(number)))
             if summary.file_bytes == self._file_bytes(number):
                 return summary
@@ -106,7 +108,11 @@ class ShardBuilder:
         They can differ between two runs of the same annotations: images may appear or disappear.
         """
         summary = self.summary(number)
-        return summary is not None and summary.digest == _digest(examples)
+        if summary is None or summary.digest != _digest(examples):
+            return False
+        with contextlib.suppress(Exception), zipfile.ZipFile(self.index_file(number)) as archive:
+            return archive.testzip() is None  # its checksums
+        return False
 
     def record_file(self, number: int) -> Path:
         """Return the path of a shard's records. The file does not exist if there are none."""

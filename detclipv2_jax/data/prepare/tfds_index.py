@@ -16,7 +16,7 @@ from array_record.python import array_record_module
 from tqdm import tqdm
 
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.data.index import ARRAYS, KINDS, Source
+from detclipv2_jax.data.index import ARRAYS, CONCEPTS, KINDS, Source
 from detclipv2_jax.data.prepare import index_writer
 from detclipv2_jax.data.prepare.workers import run
 from detclipv2_jax.data.records import decode, features
@@ -65,7 +65,7 @@ def add_index(directory: Path, *, split: str = "train", jobs: int = 1) -> Source
     meanings = {name: Meaning(*both) for name, both in metadata.get("meanings", {}).items()}
     index_writer.write_index(partial, indices, meanings)
     (directory / "index").mkdir(exist_ok=True)
-    for path in (*ARRAYS.values(), "concepts.jsonl"):
+    for path in (*ARRAYS.values(), CONCEPTS):
         os.replace(partial / path, directory / path)
     more = {field: metadata.get(field, {}) for field in ("dropped", "mended", "explained")}
     more |= {"created_from": {"tfds": dataset.full_name}}
@@ -101,7 +101,7 @@ class _ShardIndexer:
 
     def finished(self, number: int, shard: Path) -> bool:
         """Return whether `shard` is indexed and unchanged since."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(Exception):  # a damaged archive can raise anything
             return index_writer.read_summary(self.index_file(number)) == _identity(shard)
         return False
 

@@ -131,6 +131,19 @@ def test_killed_again_and_again(archive, undisturbed, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_damaged_shards_are_prepared_again(archive, undisturbed, tmp_path):
+    to = tmp_path / "out"
+    start(archive, to, 2, DEADLY="write_index").communicate()
+    indices = sorted((tmp_path / "out.partial" / "shards").glob("[0-9]*.npz"))
+    for place, path in enumerate(indices[:6]):
+        content_ = bytearray(path.read_bytes())
+        content_[len(content_) * (place + 1) // 8] ^= 1
+        path.write_bytes(content_)
+    indices[6].write_bytes(b"PK")
+    finish(start(archive, to, 2))
+    assert content(to) == content(undisturbed)
+
+
 def test_killed_when_all_was_done(archive, undisturbed, tmp_path):
     to = tmp_path / "out"
     finish(start(archive, to, 1))
