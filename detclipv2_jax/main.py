@@ -17,6 +17,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from detclipv2_jax.common.printable import print_any_text
 from detclipv2_jax.training import flags as flags_lib
 
 _BEGAN = time.monotonic()  # imports and set-up count as time of the run
@@ -39,6 +40,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
     """Run the command line and end the process with its exit status."""
+    print_any_text()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit_at_once)  # until the training loop handles them
     flags_lib.run_with_config(_run)

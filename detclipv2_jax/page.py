@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from detclipv2_jax.common.cli import exit_status
+from detclipv2_jax.common.printable import print_any_text
 from detclipv2_jax.evaluation.page import run
 
 _DESCRIPTION = """\
@@ -59,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, or 2 after a `UserError`."""
+    print_any_text()
     return exit_status(run, parser().parse_args(arguments))
 
 

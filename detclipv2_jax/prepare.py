@@ -34,6 +34,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # module again, start faster.
 from detclipv2_jax.common.cli import refuse_renamed
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.printable import print_any_text
 
 EXAMPLES = {
     "objects365": "--from=objects365 --to=data/objects365 --subset=660000",
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 if everything is prepared, 2 after a message about what the user can fix, 130 after
         Ctrl-C.
     """
+    print_any_text()
     args = build_parser().parse_args(arguments)
     try:
         args.run(args)

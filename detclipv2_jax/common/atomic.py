@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.printable import valid_json
 
 _only_warn = contextvars.ContextVar("only_warn", default=False)
 
@@ -99,13 +100,13 @@ def replace_directory(new: pathlib.Path, old: pathlib.Path) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as indented JSON, atomically.
+    """Write `value` as indented JSON, atomically. Texts are stored as `printable.valid_text`.
 
     Raises:
       UserError: the file cannot be written.
       ValueError: `value` contains NaN or infinity.
     """
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    write_text(path, valid_json(json.dumps(value, indent=1, allow_nan=False)) + "\n")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

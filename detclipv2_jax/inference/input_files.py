@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.printable import valid_text
 from detclipv2_jax.inference.video import VIDEO_SUFFIXES
 
 
@@ -38,6 +39,7 @@ def input_files(paths: Sequence[str], output: pathlib.Path) -> list[InputFile]:
         in_folder = given.is_dir()
         for file in _images_under(given, output) if in_folder else [given]:
             stem = str(file.relative_to(given).with_suffix("")) if in_folder else file.stem
+            stem = valid_text(stem)  # detections.json names it, and JSON holds only valid text
             stems = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
             stem = next(free for free in stems if free not in taken)
             taken.add(stem)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator
 
 import cv2
@@ -11,6 +12,7 @@ from jaxtyping import UInt8
 
 from detclipv2_jax.common.atomic import replacing
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.printable import valid_text
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
 _DEFAULT_RATE = 25.0  # frames per second, for a file that does not give a usable rate
@@ -50,11 +52,24 @@ class Video:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[cv2.VideoCapture]:
-        capture = cv2.VideoCapture(str(self.path))
-        try:
-            yield capture
-        finally:
-            capture.release()
+        with _utf8_path(self.path) as path:
+            capture = cv2.VideoCapture(path)
+            try:
+                yield capture
+            finally:
+                capture.release()
+
+
+@contextlib.contextmanager
+def _utf8_path(path: pathlib.Path) -> Iterator[str]:
+    """Yield a path of the file in UTF-8; OpenCV crashes on any other."""
+    if valid_text(str(path)) == str(path):
+        yield str(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = pathlib.Path(folder, "video" + valid_text(path.suffix))
+        link.symlink_to(path.absolute())
+        yield str(link)
 
 
 @contextlib.contextmanager
