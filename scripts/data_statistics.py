@@ -140,7 +140,7 @@ def find_duplicates(sources, args: argparse.Namespace) -> dict[str, Any]:
 
 def find_leaked(hashes: dict[str, np.ndarray], args: argparse.Namespace) -> dict[str, int]:
     """Count, for each source, the evaluation images that have a near-duplicate in it."""
-    from detclipv2_jax.common.json_stream import read_lists
+    from detclipv2_jax.common.json_file import read_lists
     from detclipv2_jax.data.prepare import statistics
     from detclipv2_jax.data.prepare.examples import ImageFolder
     from detclipv2_jax.data.prepare.sources.entries import file_names

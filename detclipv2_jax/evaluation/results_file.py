@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from detclipv2_jax.common import json_stream
+from detclipv2_jax.common import json_file
 from detclipv2_jax.common.atomic import replacing
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation import coco, matching
@@ -109,7 +109,7 @@ def read_results(path: str | pathlib.Path, truth: coco.GroundTruth) -> ResultsFi
     counts: dict[str, int] = dict.fromkeys(
         ("entries", "unknown_images", "unknown_categories", "negative_sizes"), 0
     )
-    entries = json_stream.read_entries(pathlib.Path(path))
+    entries = json_file.read_entries(pathlib.Path(path))
     while some := list(itertools.islice(entries, _ENTRIES_PER_CHECK)):
         columns = _columns(some)
         if columns is None:

@@ -5,7 +5,7 @@ import pytest
 from test_evaluate import make_set
 
 from detclipv2_jax import evaluate
-from detclipv2_jax.common import json_stream
+from detclipv2_jax.common import json_file
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation import coco, datasets, lvis, measure, report, results_file
 
@@ -73,7 +73,7 @@ def test_order_of_entries_and_sizes_of_chunks_do_not_matter(tmp_path, monkeypatc
     whole = measure.measure_results_file(path, truth)
     monkeypatch.setattr(results_file, "_ENTRIES_PER_CHECK", 5)
     monkeypatch.setattr(results_file, "_ROWS_PER_CHUNK", 7)
-    monkeypatch.setattr(json_stream, "_CHUNK", 64)
+    monkeypatch.setattr(json_file, "_CHUNK", 64)
     assert measure.measure_results_file(path, truth) == whole
     entries = json.loads(path.read_text())
     order = np.random.default_rng(1).permutation(len(entries))

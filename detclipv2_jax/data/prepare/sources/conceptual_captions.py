@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.common.json_stream import read_lists
+from detclipv2_jax.common.json_file import read_lists
 from detclipv2_jax.data.prepare.examples import Archive, Drops, Example, ImageFile, ImageFolder
 from detclipv2_jax.data.prepare.sources.entries import (
     MALFORMED,

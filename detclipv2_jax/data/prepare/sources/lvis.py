@@ -11,7 +11,7 @@ from typing import Any
 
 from detclipv2_jax.common.atomic import write_text
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.common.json_stream import read_json
+from detclipv2_jax.common.json_file import read_json
 from detclipv2_jax.data.prepare.examples import Archive, ImageFolder
 from detclipv2_jax.data.prepare.sources import coco
 from detclipv2_jax.data.prepare.sources.entries import MALFORMED, describe

@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from detclipv2_jax.common import json_stream
+from detclipv2_jax.common import json_file
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.common.json_stream import read_lists
+from detclipv2_jax.common.json_file import read_lists
 
 VALUES = [
     0, -1, 12345678901234567890, 1.5, -2e-7, True, None, "", "é😀\\\"\n", [], {}, [[1], {"a": [2]}],
@@ -24,7 +24,7 @@ def read(tmp_path, data: bytes, fields=("a", "b")):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 22])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_entries_equal_those_of_json_loads(tmp_path, monkeypatch, chunk, encoding):
-    monkeypatch.setattr(json_stream, "_CHUNK", max(chunk, 4))  # the encoding shows in four bytes
+    monkeypatch.setattr(json_file, "_CHUNK", max(chunk, 4))  # the encoding shows in four bytes
     generator = random.Random(chunk)
     for indent in (None, 1):
         document = {
@@ -61,14 +61,14 @@ def test_spaces_and_empty_lists(tmp_path):
         (b'{"a": [nul], "b": []}', "column 8"),
         (b'{"a": [1], "b": [], "a": [2]}', 'its top level has "a" twice'),
         (b'{"a": [' + b"9" * 5000 + b'], "b": []}', "not valid JSON (Exceeds"),
-        (b'{"a": [' + b"[" * 100_000 + b"]}", "not JSON text"),
-        (b'{"a": ["\xff"], "b": []}', "not JSON text"),
+        (b'{"a": [' + b"[" * 100_000 + b"]}", "nested too deeply"),
+        (b'{"a": ["\xff"], "b": []}', "byte 8: 0xff is not UTF-8 text (in Windows-1252"),
         (b"\x00\x01\x02", "not"),
     ],
 )
 @pytest.mark.parametrize("chunk", [4, 1 << 22])
 def test_invalid_json_is_located(tmp_path, monkeypatch, text, message, chunk):
-    monkeypatch.setattr(json_stream, "_CHUNK", chunk)
+    monkeypatch.setattr(json_file, "_CHUNK", chunk)
     with pytest.raises(UserError) as caught:
         read(tmp_path, text)
     sentence = str(caught.value)
@@ -82,15 +82,15 @@ def test_memory_is_bounded(tmp_path):
     path.write_text('{"a": [' + ", ".join([entry] * 30_000) + "]}")
     scanner_text = []
     with open(path, "rb") as file:
-        scanner = json_stream._Scanner(file)
+        scanner = json_file._Scanner(path, file)
         next(scanner.fields())
         for _ in scanner.entries():
             scanner_text.append(len(scanner._text))
-    assert len(scanner_text) == 30_000 and max(scanner_text) < 2 * json_stream._CHUNK + 1000
-    path.write_text('{"a": [}' + "x" * (3 * json_stream._CHUNK))
+    assert len(scanner_text) == 30_000 and max(scanner_text) < 2 * json_file._CHUNK + 1000
+    path.write_text('{"a": [}' + "x" * (3 * json_file._CHUNK))
     with open(path, "rb") as file:
-        scanner = json_stream._Scanner(file)
+        scanner = json_file._Scanner(path, file)
         next(scanner.fields())
-        with pytest.raises(ValueError, match="Expecting value"):
+        with pytest.raises(json_file._Malformed, match="Expecting value"):
             list(scanner.entries())
-        assert file.tell() == json_stream._CHUNK
+        assert file.tell() == json_file._CHUNK
