@@ -66,7 +66,7 @@ class ServedModel:
             texts = jnp.asarray(self.texts) if texts is None else texts
             mask = jnp.any(texts != 0, axis=-1)
             found = predict(self.model(), images, sizes, texts, mask, config=self.config)
-            return {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+            return {name: getattr(found, name) for name in ("boxes", "scores", "labels", "mask")}
 
         return detect
 

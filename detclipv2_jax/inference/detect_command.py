@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from detclipv2_jax.common.atomic import write_json
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.inference import drawing
-from detclipv2_jax.inference.detections import ImageDetections
+from detclipv2_jax.inference.detections import ImageDetections, summary
 from detclipv2_jax.inference.detector import Detector
 from detclipv2_jax.inference.images import read
 from detclipv2_jax.inference.input_files import InputFile, input_files
@@ -106,13 +106,13 @@ def _detect_images(
         pixels = read(file.path, upright=True)
         drawn = drawing.draw_boxes(pixels, found.boxes, found.names, found.scores)
         drawing.save_png(drawn, output / file.drawn)
-        tqdm.write(f"{file.path}: {_summary(found.names)} -> {output / file.drawn}")
+        tqdm.write(f"{file.path}: {found} -> {output / file.drawn}")
         entries[number] = {
             "image": file.path,
             "picture": file.drawn,
             "height": found.size[0],
             "width": found.size[1],
-            "detections": _to_json(found),
+            **_to_json(found),
         }
     return [entries[number] for number in sorted(entries)], failed
 
@@ -129,7 +129,7 @@ def _detect_video(
             read_ahead[number] = frame
             yield frame
 
-    entries, counts, size = [], collections.Counter(), None
+    entries, counts, size, best = [], collections.Counter(), None, None
     stream = detector.predictor.stream(frames(), encoded)
     progress = tqdm(stream, total=video.frames or None, unit="frame", desc=file.path, disable=None)
     with video_writer(output / file.drawn, video.rate) as add_frame:
@@ -141,11 +141,14 @@ def _detect_video(
             add_frame(np.asarray(drawn))
             counts.update(found.names)
             size = found.size
+            if best is None or found.best_score > best.best_score:
+                best = found
             seconds = round(number / video.rate, 3)
-            entries.append({"frame": number, "seconds": seconds, "detections": _to_json(found)})
+            entries.append({"frame": number, "seconds": seconds, **_to_json(found)})
         if size is None:
             raise UserError(f"{file.path}: cannot be read as a video (no frame can be decoded).")
-    tqdm.write(f"{file.path}: {len(entries)} frames, {_summary(counts)} -> {output / file.drawn}")
+    what = summary(counts.elements(), best)
+    tqdm.write(f"{file.path}: {len(entries)} frames, {what} -> {output / file.drawn}")
     return {
         "video": file.path,
         "picture": file.drawn,
@@ -162,17 +165,12 @@ def report_failure(file: InputFile, error: UserError) -> _Entry:
     return {"video" if file.is_video else "image": file.path, "error": str(error)}
 
 
-def _summary(names: Iterable[str]) -> str:
-    """Return for example '2 cat, 1 dog'."""
-    counts = collections.Counter(names).most_common()
-    return ", ".join(f"{count} {name}" for name, count in counts) or "nothing found"
-
-
 # ---- Results as JSON.
 
 
-def _to_json(found: ImageDetections) -> list[_Entry]:
-    return [
+def _to_json(found: ImageDetections) -> _Entry:
+    """Return the detections of an image, and the best score whatever the threshold."""
+    detections = [
         {
             "name": name,
             "score": round(float(score), 6),
@@ -180,6 +178,8 @@ def _to_json(found: ImageDetections) -> list[_Entry]:
         }
         for name, score, box in zip(found.names, found.scores, found.boxes)
     ]
+    best = None if found.best_score is None else round(found.best_score, 6)
+    return {"detections": detections, "best_score": best, "best_name": found.best_name}
 
 
 def to_coco(

@@ -4,7 +4,9 @@
 region that fits each phrase best.
 """
 
+import collections
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -24,12 +26,16 @@ class Detections:
       scores: probabilities.
       labels: index into the names that were asked for.
       mask: False where there is no detection (padding).
+      best_scores: the highest score of each image, whatever the threshold; 0 if there is none.
+      best_labels: the name that has it.
     """
 
     boxes: Float[Array, "B T 4"]
     scores: Float[Array, "B T"]
     labels: Int[Array, "B T"]
     mask: Bool[Array, "B T"]
+    best_scores: Float[Array, " B"]
+    best_labels: Int[Array, " B"]
 
 
 @jax.tree_util.register_dataclass
@@ -69,6 +75,28 @@ class PhraseRegions:
     size: tuple[int, int]
 
 
+def summary(names: Iterable[str], best: "ImageDetections | None") -> str:
+    """Return for example '2 cat, 1 dog', or why nothing is found.
+
+    Args:
+      names: of the boxes that are found, in an image or in all frames of a video.
+      best: of the image, or of the frame with the highest best score; None: there is none.
+    """
+    counts = collections.Counter(names).most_common()
+    if counts:
+        return ", ".join(f"{count} {name}" for name, count in counts)
+    if best is None or best.best_score is None or best.threshold is None:
+        return "nothing found"
+    if not best.best_score:
+        return "nothing found: no region has a score above 0"
+    # As many digits as show that the score is not above the threshold.
+    shown = (n for n in (2, 3, 4) if round(best.best_score, n) < best.threshold)
+    return (
+        f"nothing found: best score {best.best_score:.{next(shown, 6)}f} ({best.best_name}), not "
+        f"above score_threshold {best.threshold:g}"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageDetections:
     """Detections of one image, best first. `len()` is their number n.
@@ -82,6 +110,10 @@ class ImageDetections:
       labels: index into the names that were asked for.
       names: the name of each box.
       size: (height, width) of the image in pixels.
+      best_score: the highest score of any region for any name, also below the threshold: what to
+        look at where nothing is found. 0 if no region has a score, None if it is not known.
+      best_name: the name that has it.
+      threshold: the score threshold that was applied; None if it is not known.
     """
 
     boxes: Float[np.ndarray, "n 4"]
@@ -89,6 +121,9 @@ class ImageDetections:
     labels: Int[np.ndarray, " n"]
     names: tuple[str, ...]
     size: tuple[int, int]
+    best_score: float | None = None
+    best_name: str | None = None
+    threshold: float | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -112,6 +147,10 @@ class ImageDetections:
     def data(self) -> dict[str, np.ndarray]:
         """A dict with `names` as an array of strings under the key "class_name"."""
         return {"class_name": np.array(self.names, dtype=str)}
+
+    def __str__(self) -> str:
+        """For example '2 cat, 1 dog', or why nothing is found."""
+        return summary(self.names, self)
 
     def best(self, count: int) -> "ImageDetections":
         """Return the `count` detections with the highest scores."""

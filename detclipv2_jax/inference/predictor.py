@@ -347,8 +347,9 @@ class Predictor:
     ) -> Iterator[tuple[int, ImageDetections]]:
         """Yield (index of the source, detections) of images that share a canvas."""
         found = self.run_batch(*self._stacked(batch), names, config)
+        threshold = (config or self.config).score_threshold
         for slot, (number, image) in enumerate(batch):
-            yield number, _in_image_pixels(found, slot, image, names.names)
+            yield number, _in_image_pixels(found, slot, image, names.names, threshold)
 
     def _align(
         self, batch: list[tuple[int, CanvasImage]], phrases: Sequence[EncodedNames], rows: int
@@ -428,7 +429,7 @@ class Predictor:
 
 
 def _in_image_pixels(
-    found: Detections, slot: int, image: CanvasImage, names: tuple[str, ...]
+    found: Detections, slot: int, image: CanvasImage, names: tuple[str, ...], threshold: float
 ) -> ImageDetections:
     """Return the detections of one slot, with boxes in pixels of the original image."""
     kept = found.mask[slot]
@@ -439,6 +440,9 @@ def _in_image_pixels(
         labels=labels,
         names=tuple(names[label] for label in labels),
         size=image.original_size,
+        best_score=float(found.best_scores[slot]),
+        best_name=names[found.best_labels[slot]] if found.best_scores[slot] else None,
+        threshold=threshold,
     )
 
 

@@ -67,7 +67,7 @@ def class_nms(
     score_threshold: Float[Array, ""] | float,
     pre_nms_top_k: int,
     max_detections: int,
-) -> tuple[Float[Array, "B T 4"], Float[Array, "B T"], Int[Array, "B T"], Bool[Array, "B T"]]:
+) -> "ClassDetections":
     """Return the best `max_detections` of each image; a box suppresses only boxes of its own class.
 
     All anchors take part that score above `score_threshold`: no class loses anchors to the scores
@@ -94,8 +94,7 @@ def class_nms(
       max_detections: T, detections per image.
 
     Returns:
-      Boxes, scores, labels (numbers of classes over all blocks) and a mask, best first, padded
-      with zeros.
+      The detections, best first, padded with zeros, and the best score of all.
     """
     batch, anchors = boxes.shape[:2]
     top_k = min(pre_nms_top_k or _FIRST_ANCHORS, anchors)
@@ -106,19 +105,23 @@ def class_nms(
     )
 
     def score_block(features, block, mask):
-        scores = jnp.where(mask[:, None], score(features, block), -jnp.inf)
+        return jnp.where(mask[:, None], score(features, block), -jnp.inf)
+
+    def above_threshold(scores):
         return jnp.where(scores > score_threshold, scores, -jnp.inf)
 
     def add_block(state, block):
-        first, found = state
+        first, found, best = state
         scores = score_block(features, block, mask)
+        best = _better(best, scores, first)
         found, unseen = _add_classes(
-            found, boxes, scores, first, iou_threshold=iou_threshold, top_k=top_k
+            found, boxes, above_threshold(scores), first, iou_threshold=iou_threshold, top_k=top_k
         )
-        return (first + scores.shape[1], found), unseen
+        return (first + scores.shape[1], found, best), unseen
 
     start = jnp.zeros((), jnp.int32)
-    (_, found), unseen = jax.lax.scan(add_block, (start, found), blocks)
+    best = jnp.zeros(batch), jnp.zeros(batch, jnp.int32)
+    (_, found, best), unseen = jax.lax.scan(add_block, (start, found, best), blocks)
     if not pre_nms_top_k and top_k < anchors:
         unseen = jnp.moveaxis(unseen, 0, 1).reshape(batch, -1)
         classes = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
@@ -127,16 +130,32 @@ def class_nms(
             rows = jax.tree.map(lambda x: x[picks], classes)
             alone = lambda x: jax.tree.map(lambda leaf: leaf[None], x)
             one = lambda image, rows, mask: score_block(alone(image), rows, mask[None])[0]
-            return jax.vmap(one)(features, rows, mask)
+            return above_threshold(jax.vmap(one)(features, rows, mask))
 
         found = _add_rest_of_classes(found, boxes, unseen, score_classes, iou_threshold)
     exists = found.scores > -jnp.inf
-    return (
+    return ClassDetections(
         jnp.where(exists[..., None], _rows(boxes, found.anchors), 0.0),
         jnp.where(exists, found.scores, 0.0),
         jnp.where(exists, found.labels, 0),
         exists,
+        *best,
     )
+
+
+class ClassDetections(NamedTuple):
+    """What `class_nms` returns; labels are the numbers of classes over all blocks.
+
+    The best score and its label are those of all anchors that take part, also of scores that are
+    not above the threshold; 0 where no score is above 0.
+    """
+
+    boxes: Float[Array, "B T 4"]
+    scores: Float[Array, "B T"]
+    labels: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    best_scores: Float[Array, " B"]
+    best_labels: Int[Array, " B"]
 
 
 class _Found(NamedTuple):
@@ -145,6 +164,19 @@ class _Found(NamedTuple):
     scores: Float[Array, "B T"]
     anchors: Int[Array, "B T"]
     labels: Int[Array, "B T"]
+
+
+def _better(
+    best: tuple[Float[Array, " B"], Int[Array, " B"]],
+    scores: Float[Array, "B C K"],
+    first: Int[Array, ""],
+) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
+    """Return the best score of each image and its label, among `best` and C more classes."""
+    of_classes = jnp.max(scores, axis=-1)
+    value = jnp.max(of_classes, axis=-1)
+    label = first + jnp.argmax(of_classes, axis=-1).astype(jnp.int32)
+    is_better = value > best[0]
+    return jnp.where(is_better, value, best[0]), jnp.where(is_better, label, best[1])
 
 
 def _add_classes(

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -85,6 +86,24 @@ def test_threshold_and_limit_of_one_call(detector):
     for options in ({"score_threshold": 2}, {"max_detections": 0}):
         with pytest.raises(UserError, match=next(iter(options))):
             detector(images, names, **options)
+
+
+def test_the_best_score_is_told_where_nothing_is_found(detector):
+    """It is the one that a threshold of 0 would return first."""
+    names = ["cat", "dog", "traffic light"]
+    (everything,) = detector(random_image(), names, score_threshold=0.0)
+    top, name = float(everything.scores[0]), everything.names[0]
+    for threshold in (0.0, top - 1e-3, top + 1e-3, 0.9):
+        (found,) = detector(random_image(), names, score_threshold=threshold)
+        assert found.best_score == pytest.approx(top, rel=1e-5) and found.best_name == name
+        assert found.threshold == threshold and bool(len(found)) == (threshold < top)
+    expected = f"nothing found: best score {top:.2f} ({name}), not above score_threshold 0.9"
+    assert str(found) == expected
+    assert str(everything).split(", ")[0].split(" ", 1)[1] in names
+    close = dataclasses.replace(found, best_score=0.29996, best_name="cat", threshold=0.3)
+    assert "best score 0.299960 (cat), not above score_threshold 0.3" in str(close)
+    none = dataclasses.replace(found, best_score=0.0, best_name=None)
+    assert str(none) == "nothing found: no region has a score above 0"
 
 
 def test_properties_for_supervision(detector, monkeypatch):
@@ -262,6 +281,13 @@ def test_command(checkpoint, tmp_path, capsys):
             assert 0 <= x0 <= x1 <= 64 and 0 <= y0 <= y1 <= 64
         assert Image.open(output / entry["picture"]).size == (640, 640)
     assert "street-2.png" in capsys.readouterr().out
+    assert detect.main([*flags, "--score_threshold=0.95", *images]) == 0
+    printed = capsys.readouterr().out
+    for entry in json.loads((output / "detections.json").read_text())["images"]:
+        assert not entry["detections"] and 0 < entry["best_score"] < 0.95
+        assert entry["best_name"] in found["names"]
+        what = f"best score {entry['best_score']:.2f} ({entry['best_name']}), not above"
+        assert f"{entry['image']}: nothing found: {what} score_threshold 0.95" in printed
 
 
 def test_command_with_folders(checkpoint, tmp_path, capsys):

@@ -330,7 +330,8 @@ def test_a_batch_has_images_of_one_canvas_orientation(tiny, monkeypatch):
         calls.append((images.shape, sizes.tolist()))
         shape = (len(images), 3)
         boxes = np.tile(np.float32([0, 0, 10, 20]), (*shape, 1))
-        return Detections(boxes, np.ones(shape), np.zeros(shape, int), np.ones(shape, bool))
+        best = np.ones(len(images)), np.zeros(len(images), int)
+        return Detections(boxes, np.ones(shape), np.zeros(shape, int), np.ones(shape, bool), *best)
 
     monkeypatch.setattr(Predictor, "run_batch", run_batch)
     graphdef, params = tiny_model.parts()

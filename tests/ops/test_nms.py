@@ -134,7 +134,7 @@ def run_class_nms(boxes, scores, mask, block, **options):
 def class_nms(*arrays, block=256, **options):
     """Run `class_nms` on one image: boxes (K, 4), scores (K, C), mask (K,)."""
     found = run_class_nms(*(np.asarray(x)[None] for x in arrays), block=block, **options)
-    return [x[0] for x in jax.device_get(found)]
+    return [x[0] for x in jax.device_get(found)[:4]]
 
 
 def reference_class_nms(
@@ -246,6 +246,23 @@ def test_class_nms_needs_more_than_the_threshold():
     assert mask.sum() == 2 and list(values) == [0.75, 0.625, 0, 0]
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("block", [3, 256])
+def test_class_nms_reports_the_best_score_whatever_the_threshold(threshold, block):
+    rng = np.random.default_rng(3)
+    boxes, scores = np.zeros((3, 40, 4), np.float32), rng.uniform(0, 0.9, (3, 40, 7))
+    scores, mask = scores.astype(np.float32), rng.random((3, 40)) < 0.7
+    mask[2], scores[1, 5] = False, -1.0  # no anchor; scores that are not finite come as -1
+    options = {"iou_threshold": 0.5, "pre_nms_top_k": 0, "max_detections": 4}
+    found = run_class_nms(boxes, scores, mask, block, score_threshold=threshold, **options)
+    for image in range(2):
+        table = np.where(mask[image][:, None], scores[image], 0)
+        anchor, label = np.unravel_index(np.argmax(table), table.shape)
+        assert found.best_scores[image] == table[anchor, label]
+        assert found.best_labels[image] == label
+    assert found.best_scores[2] == found.best_labels[2] == 0
+
+
 def test_class_nms_of_nothing():
     boxes, scores, _ = clustered(0)
     nothing = np.zeros(COUNT, bool)
@@ -333,7 +350,7 @@ def test_class_nms_forgives_scores_that_are_rounded_otherwise_the_second_time(cl
             pre_nms_top_k=0,
             max_detections=count,
         )
-        _, values, labels, exists = (np.asarray(x[0]) for x in found)
+        _, values, labels, exists = (np.asarray(x[0]) for x in found[:4])
         assert exists.sum() == len(expected) == min(count, 64)
         np.testing.assert_array_equal(labels[exists], [c for _, c, _ in expected])
         np.testing.assert_allclose(values[exists], [v for *_, v in expected], rtol=1e-6)
