@@ -22,13 +22,12 @@ from detclipv2_jax.training import recipes
 
 pretrain = recipes.load("pretrain")
 
+SIZES = ("swin_t", "swin_l", "nano")
+
 
 def get_config(size: str = "swin_t") -> ConfigDict:
     """Return the pre-training recipe at a size, changed for fine-tuning."""
-    if size not in ("swin_t", "swin_l", "nano"):
-        raise ValueError(
-            f"configs/finetune_odinw.py:{size}: unknown size. Choose swin_t, swin_l or nano."
-        )
+    recipes.check_size("finetune_odinw", size, SIZES)
     config = pretrain.get_config(size)
     config.init.backbone = config.init.text = ""  # both are in init.model
     data, optimizer = config.data, config.optimizer

@@ -30,8 +30,7 @@ SIZES = ("coco_swin_t", "coco_swin_l", "lvis_swin_t", "lvis_swin_l", "nano")
 
 def get_config(size: str = "coco_swin_t") -> ConfigDict:
     """Return the recipe of a data set and a size, such as 'lvis_swin_t'."""
-    if size not in SIZES:
-        raise ValueError(f"configs/supervised.py:{size}: unknown size. Choose {', '.join(SIZES)}.")
+    recipes.check_size("supervised", size, SIZES)
     name, _, model = size.rpartition("swin")
     config = pretrain.get_config("nano" if size == "nano" else f"swin{model}")
     data, detection = config.data, config.data.detection

@@ -1,11 +1,12 @@
 """Pre-train or fine-tune a detector.
 
-    python -m detclipv2_jax.main --config=configs/pretrain.py[:nano|swin_t|swin_l] --workdir=DIR
+    detclip train --config=pretrain.py[:nano|swin_t|swin_l] --workdir=DIR
 
-After these, `--config.FIELD=VALUE` sets any field of the config, such as `--config.train.epochs=1`.
-The same command resumes a run that was stopped.
+`--config.FIELD=VALUE` sets any field of the config, such as `--config.train.epochs=1`;
+`--config=RECIPE --help` lists the fields. The same command resumes a run that was stopped.
 """
 
+import json
 import os
 import signal
 import sys
@@ -27,6 +28,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run; if it holds a checkpoint, the run resumes from it."
 )
+_PRINT_CONFIG = flags.DEFINE_boolean(
+    "print_config", False, "Print the config as JSON, with all fields set as given, and end."
+)
 _PROFILE = flags.DEFINE_string(
     "profile", "", "Steps to trace into WORKDIR/profile: FIRST:LAST, LAST excluded, e.g. 100:103."
 )
@@ -35,7 +39,6 @@ _ADDRESS = flags.DEFINE_string(
 )
 _COUNT = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
 _INDEX = flags.DEFINE_integer("process_id", None, "Number of this process.", lower_bound=0)
-flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
@@ -85,11 +88,21 @@ def _train() -> None:
     """Read the config, join the other processes, and train."""
     import jax
 
-    from detclipv2_jax.common import distributed
+    from detclipv2_jax.common import config_dict, distributed
+    from detclipv2_jax.common.errors import UserError
     from detclipv2_jax.training import config, startup, train
 
+    parsed = config.parse(_CONFIG.value.to_dict())
+    if _PRINT_CONFIG.value:
+        print(json.dumps(config_dict.to_dict(parsed), indent=2))
+        return
+    if not _WORKDIR.value:
+        raise UserError(
+            "--workdir is missing. Name the directory that the run writes to, such as "
+            "--workdir=runs/my_photos."
+        )
     startup.silence_libraries()
-    parsed, workdir = config.parse(_CONFIG.value.to_dict()), Path(_WORKDIR.value).absolute()
+    workdir = Path(_WORKDIR.value).absolute()
     if not distributed.start(_ADDRESS.value, _COUNT.value, _INDEX.value):
         startup.use_all_cpu_cores(parsed)
     elif jax.process_index() != 0:

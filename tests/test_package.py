@@ -81,10 +81,9 @@ def test_every_command_has_help(outside, command):
 
 def test_a_recipe_is_found_by_name_from_anywhere(outside, tmp_path):
     """The run stops at the missing data, so the recipe was read."""
-    for config in ("pretrain.py:nano", "configs/pretrain.py:nano"):
-        done = outside("train", f"--config={config}", f"--workdir={tmp_path}/run")
-        assert done.returncode == 2, done.stderr
-        assert "prepare" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    done = outside("train", "--config=pretrain.py:nano", f"--workdir={tmp_path}/run")
+    assert done.returncode == 2, done.stderr
+    assert "prepare" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
 def test_an_unknown_command_is_one_sentence(outside):

@@ -55,7 +55,7 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
-    seed: int = 0
+    seed: int = 0  # of parameters, order, negatives and augmentation
 
     def __post_init__(self):
         cosine = self.model.similarity == "cosine"

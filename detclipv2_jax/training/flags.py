@@ -2,12 +2,15 @@
 
 import ast
 import dataclasses
+import re
 import sys
 import textwrap
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import Any
 
+from detclipv2_jax.common import config_help
 from detclipv2_jax.common.cli import exit_status
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.training import recipes
@@ -21,13 +24,12 @@ def run_with_config(main: Callable[[list[str]], None]) -> None:
     from absl import app
 
     if {"-h", "-help", "--help"} & set(sys.argv[1:]):
-        print(_help(sys.modules[main.__module__]))
-        sys.exit(0)
-    sys.exit(exit_status(lambda: app.run(main, flags_parser=_parse_flags)))
+        sys.exit(exit_status(_print_help, sys.modules[main.__module__], sys.argv))
+    sys.exit(exit_status(lambda: app.run(main, flags_parser=parse_flags)))
 
 
-def _help(module: ModuleType) -> str:
-    """Return the help of a program: its docstring, options, recipes and config fields.
+def _print_help(module: ModuleType, argv: list[str]) -> None:
+    """Print the help of a program: its docstring, options, and recipes or, of one, its fields.
 
     absl would show the flags of `__main__` alone, and ml_collections knows no fields before it has
     read a config.
@@ -38,19 +40,42 @@ def _help(module: ModuleType) -> str:
     for flag in flags.FLAGS.get_key_flags_for_module(module.__name__):
         if flag.name not in ("?", "help", "helpfull", "helpshort", "helpxml"):
             default = "" if flag.default in (None, "") else f" (default: {flag.default})"
-            lines += textwrap.wrap(
-                f"  --{flag.name}  {flag.help}{default}", 79, subsequent_indent=" " * 8
-            )
-    lines += ["", f"recipes in {recipes.directory()}:"]
+            lines += _entry(f"--{flag.name}  {flag.help}{default}")
+    argument = _taken(argv)[0]
+    lines += _about_recipes() if argument is None else _about_recipe(recipes.resolve(argument))
+    print("\n".join(lines))
+
+
+def _about_recipes() -> list[str]:
+    """Return help on all shipped recipes and the names of all fields."""
+    lines = ["", f"recipes in {recipes.directory()}:"]
     for path in sorted(recipes.directory().glob("*.py")):
         about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        lines += textwrap.wrap(
-            f"  {path.name}  {about.splitlines()[0]}", 79, subsequent_indent=" " * 8
-        )
+        lines += _entry(f"{path.name}  {about.splitlines()[0]}")
     lines += ["", "config fields, set with --config.FIELD=VALUE:"]
     for section, names in _fields().items():
-        lines += textwrap.wrap(f"  {section}  {', '.join(names)}", 79, subsequent_indent=" " * 8)
-    return "\n".join(lines)
+        lines += _entry(f"{section}  {', '.join(names)}")
+    return [*lines, "", "--config=RECIPE --help lists its sizes, and each field with its meaning."]
+
+
+def _about_recipe(argument: str) -> list[str]:
+    """Return help on one recipe: its sizes, and the value and meaning of each field."""
+    from detclipv2_jax.training.config import RunConfig
+
+    file = argument.partition(":")[0]
+    values, sizes = recipes.read(argument).to_dict(), recipes.sizes(file)
+    lines = ["", f"sizes of {file}, given as FILE:SIZE:", f"  {', '.join(sizes) or 'one'}"]
+    lines += ["", f"config fields and their values in {argument}, set with --config.FIELD=VALUE:"]
+    for field in config_help.fields(RunConfig):
+        value = values
+        for name in field.path.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        lines += _entry(f"{field.path} = {value!r}  ({field.type}) {field.meaning}")
+    return lines
+
+
+def _entry(text: str) -> list[str]:
+    return textwrap.wrap(f"  {text}", 79, subsequent_indent=" " * 8, break_long_words=False)
 
 
 def _fields() -> dict[str, list[str]]:
@@ -58,63 +83,105 @@ def _fields() -> dict[str, list[str]]:
     from detclipv2_jax.training.config import RunConfig
 
     found: dict[str, list[str]] = {}
-
-    def visit(cls: type, section: str) -> None:
-        for name, hint in typing.get_type_hints(cls).items():
-            if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-                visit(hint, f"{section}{name}.")
-            else:
-                found.setdefault(section.removesuffix(".") or "(no section)", []).append(name)
-
-    visit(RunConfig, "")
+    for field in config_help.fields(RunConfig):
+        section, _, name = field.path.rpartition(".")
+        found.setdefault(section or "(no section)", []).append(name)
     return found
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str]) -> list[str]:
     """Parse flags with absl, for absl.app.run; return the program's name.
 
     Raises:
-        UserError: a flag, field or value is unknown or of another type.
+        UserError: a flag, field or value is unknown or of another type, or the config cannot be
+            read.
     """
     from absl import flags
 
-    argv = _with_config_first(argv)
+    argument, rest = _taken(argv)
+    if argument is not None:
+        argument = recipes.resolve(argument)
+        recipes.read(argument)  # ml_collections would hide why it fails
+        _check_fields(rest)
+        argv = [argv[0], f"--config={argument}", *rest]
+    elif flags.FLAGS["config"].default is None:
+        raise UserError(
+            "--config is missing. Give a recipe, such as --config=coco_format.py; `--help` lists "
+            "them."
+        )
+    before, sys.argv = sys.argv, argv  # where ml_collections looks for --config.FIELD
     try:
-        rest = flags.FLAGS(argv)
-    except (AttributeError, KeyError) as error:
-        _check_fields(argv)
-        raise UserError(f"{str(error).splitlines()[0]} (in {' '.join(argv[1:])})") from None
-    except (flags.Error, OSError, TypeError, ValueError) as error:
-        raise UserError(str(error).splitlines()[0]) from None
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}. Every option starts with --.")
-    return rest
+        left = flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise UserError(_reason(str(error).splitlines()[0])) from None
+    finally:
+        sys.argv = before
+    if len(left) > 1:
+        raise UserError(f"unexpected argument {left[1]!r}. Every option starts with --.")
+    return left
 
 
-def _with_config_first(argv: list[str]) -> list[str]:
-    """Return the arguments with `--config` before its fields, and its file found as a recipe.
+def _taken(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Return the value of `--config`, None without one, and the other arguments.
 
-    ml_collections knows the fields of a config only after it has read `--config`.
+    ml_collections knows the fields of a config only after it has read `--config`, so people's order
+    of arguments must not matter.
+
+    Raises:
+        UserError: `--config` is given twice or without a value.
     """
-    program, *arguments = argv
-    for i, argument in enumerate(arguments):
+    found, rest, arguments = [], [], iter(argv[1:])
+    for argument in arguments:
         flag, has_value, value = argument.partition("=")
-        if flag in ("--config", "-config"):
-            rest = arguments[:i] + arguments[i + 1 :]
-            if not has_value:
-                if i == len(rest):
-                    break  # absl reports the missing value
-                value = rest.pop(i)
-            return [program, f"--config={recipes.resolve(value)}", *rest]
-    return argv
+        if flag not in ("--config", "-config"):
+            rest.append(argument)
+            continue
+        value = value if has_value else next(arguments, "")
+        if not value or value.startswith("-"):
+            raise UserError(
+                "--config has no value. Give a recipe, such as --config=coco_format.py."
+            )
+        found.append(value)
+    if len(found) > 1:
+        raise UserError(
+            f"--config is given {len(found)} times: {', '.join(found)}. Give it once; fields are "
+            "set with --config.FIELD=VALUE."
+        )
+    return (found or [None])[0], rest
 
 
-def _check_fields(argv: list[str]) -> None:
+def _check_fields(arguments: list[str]) -> None:
     """Raise `UserError` for the first `--config.FIELD=…` that is not a field of a run."""
     from detclipv2_jax.common import config_dict
-    from detclipv2_jax.training import config
+    from detclipv2_jax.training.config import RunConfig
 
-    for argument in argv:
-        name = argument.lstrip("-").split("=")[0]
-        if name.startswith("config."):
-            config_dict.check_path(config.RunConfig, name.removeprefix("config."), "--config")
+    for argument in arguments:
+        name = argument.partition("=")[0].lstrip("-")
+        if not name.startswith("config."):
+            continue
+        config_dict.check_path(RunConfig, name.removeprefix("config."), "--config")
+        section, _, field = name.removeprefix("config.").rpartition(".")
+        if dataclasses.is_dataclass(kind := _type_of(name)):
+            first = config_help.fields(typing.cast(type, kind))[0].path
+            raise UserError(
+                f"--{name} is a section. Set one of its fields, such as --{name}.{first}=…"
+            )
+
+
+def _reason(message: str) -> str:
+    """Return absl's message about a flag as one of ours."""
+    found = re.match(r"flag --(config\.[\w.]+)=(.*?): ", message)
+    if found:
+        wanted = config_help.type_name(_type_of(found[1]))
+        return f"--{found[1]}={found[2]}: must be of type {wanted}. Give such a value."
+    return message if message.endswith((".", "?")) else f"{message}. `--help` lists all flags."
+
+
+def _type_of(name: str) -> Any:
+    """Return the annotated type of a field such as 'config.train.epochs'."""
+    from detclipv2_jax.training.config import RunConfig
+
+    cls: Any = RunConfig
+    for part in name.split(".")[1:]:
+        cls = typing.get_type_hints(cls)[part]
+    return cls

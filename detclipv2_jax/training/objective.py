@@ -48,7 +48,7 @@ class ProposalConfig:
     RENAMED = {"pre_nms": "pre_nms_top_k"}
     RENAMED_VALUES = {"score": {"classification": "step"}}
 
-    score: proposals.ProposalScore = "batch"
+    score: proposals.ProposalScore = "batch"  # what ranks the regions (ops/proposals.py)
     group: int = 192  # images whose concepts score a region together: the paper's batch per device
     pre_nms_top_k: int = 1000  # best regions per pyramid level that enter NMS [ours]
     nms_iou: float = 0.6  # [ours]

@@ -24,16 +24,16 @@ NO_DECAY = r".*(bias|scales?|position.*|relative_position_bias_table|region_norm
 class OptimizerConfig:
     """AdamW and its schedule; the defaults are the paper's (§4.1) except where marked [ours]."""
 
-    learning_rate: float = 2.8e-4
-    warmup_steps: int = 1000
+    learning_rate: float = 2.8e-4  # the peak, after the warm-up
+    warmup_steps: int = 1000  # steps in which the rate rises linearly from 0
     final_fraction: float = 0.0  # learning rate at the end of the cosine, as a share of its peak
     # Instead of the cosine: the learning rate falls tenfold at each of these shares of the run.
     drops: tuple[float, ...] = ()
     # Instead of both: the rate falls where the validation score stalls, and the run ends early.
     auto_step: AutoStepConfig = AutoStepConfig()
-    beta1: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 0.05
+    beta1: float = 0.9  # AdamW's decay of the mean gradient
+    beta2: float = 0.999  # AdamW's decay of the mean squared gradient
+    weight_decay: float = 0.05  # share of a parameter subtracted per unit of learning rate
     clip_norm: float = 10.0  # global norm of the gradient [ours]
     # Upper limit of exp(a), the scale of the similarity: after each step a is set back to it, as in
     # CLIP. [ours]
@@ -46,6 +46,7 @@ class OptimizerConfig:
     # (regular expression on a parameter's path, factor on its learning rate or weight decay): the
     # first that matches counts.
     lr_rules: tuple[tuple[str, float], ...] = ((r"text/.*", 0.1), (r".*", 1.0))
+    # As `lr_rules`, on the weight decay.
     decay_rules: tuple[tuple[str, float], ...] = ((NO_DECAY, 0.0), (r".*", 1.0))
 
     def __post_init__(self):

@@ -136,7 +136,33 @@ def report(
         print(line)
     if skipped:
         print(f"{skipped} updates were skipped: {_WHY_SKIPPED}")
-    print(f"\n{workdir}/: detections/*.png, losses.png, results.json, metrics.jsonl, checkpoints/")
+    if workdir is not None:
+        print(f"\n{workdir}/: {', '.join(written(workdir))}")
+        if results is None:
+            print(HOW_TO_MEASURE.format(workdir=workdir))
+
+
+#: What a run writes, as patterns in its workdir, in the order of interest.
+_WRITTEN = (
+    "detections/*.png",
+    "losses.png",
+    "results.json",
+    f"{validation.ZERO_SHOT}/results.json",
+    validation.BEFORE,
+    "metrics.jsonl",
+    "checkpoints/*",
+)
+HOW_TO_MEASURE = (
+    "Nothing was measured, because config.eval.dataset names no validation set. Measure this run "
+    "with\n  detclip evaluate --checkpoint={workdir} --dataset=VAL.json --images=DIR "
+    "--output={workdir}/evaluation"
+)
+
+
+def written(workdir: Path) -> list[str]:
+    """Return what a run has written, as people read it: only what exists."""
+    names = [pattern for pattern in _WRITTEN if any(workdir.glob(pattern))]
+    return [name.replace("checkpoints/*", "checkpoints/") for name in names]
 
 
 def input_report(counters: Mapping[str, int]) -> list[str]:

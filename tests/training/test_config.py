@@ -10,7 +10,7 @@ from detclipv2_jax.common import config_dict
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.config import DataConfig, KindConfig
 from detclipv2_jax.evaluation.config import EvalConfig
-from detclipv2_jax.training import config, flags, recipes
+from detclipv2_jax.training import config
 from detclipv2_jax.training.recipes import load
 
 
@@ -119,17 +119,6 @@ def test_a_wrong_path_is_named(path, message):
     config_dict.check_path(config.RunConfig, "model.swin.depths", "--config")
     with pytest.raises(UserError, match=message):
         config_dict.check_path(config.RunConfig, path, "--config")
-
-
-def test_a_recipe_is_found_by_its_name_from_any_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shipped = f"--config={recipes.directory()}/pretrain.py:nano"
-    fields_first = ["--config.seed=1", "--config", "pretrain.py:nano"]
-    for argv in (fields_first, ["--config=pretrain.py:nano"]):
-        assert flags._with_config_first(["program", *argv])[:2] == ["program", shipped]
-    (tmp_path / "pretrain.py").touch()
-    own = ["program", "--config=pretrain.py", "--workdir=x"]
-    assert flags._with_config_first(own) == own
 
 
 def test_every_field_is_read_somewhere():

@@ -281,3 +281,19 @@ def test_a_full_disk_does_not_end_the_log(small_disk, fill, capsys):
     log.write(300, {"kind": "detection", "loss": 2.0})
     log.close()
     assert [line["step"] for line in _lines(small_disk)] == list(range(1, 301))
+
+
+def test_the_last_lines_name_only_what_exists(tmp_path):
+    assert recorder.written(tmp_path) == []
+    (tmp_path / "checkpoints/8").mkdir(parents=True)
+    (tmp_path / "detections/phrases").mkdir(parents=True)  # a folder without pictures of boxes
+    (tmp_path / "metrics.jsonl").touch()
+    assert recorder.written(tmp_path) == ["metrics.jsonl", "checkpoints/"]
+    (tmp_path / "detections/1.png").touch()
+    (tmp_path / "results.json").touch()
+    assert recorder.written(tmp_path) == [
+        "detections/*.png",
+        "results.json",
+        "metrics.jsonl",
+        "checkpoints/",
+    ]
