@@ -11,8 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.training.initialize import SCRATCH
 
@@ -39,8 +37,8 @@ def resolve(argument: str) -> str:
     return file + colon + size
 
 
-def read(argument: str) -> ConfigDict:
-    """Return the config that a `--config` argument stands for: FILE.py[:SIZE][,scratch].
+def read(argument: str) -> Any:
+    """Return the ConfigDict that a `--config` argument stands for: FILE.py[:SIZE][,scratch].
 
     Raises:
         UserError: there is no such file or size, or the file fails; names file, line and reason.
@@ -59,7 +57,7 @@ def read(argument: str) -> ConfigDict:
         raise
     except Exception as error:
         raise UserError(_explained(Path(file), error)) from None
-    if not isinstance(config, ConfigDict):
+    if not hasattr(config, "to_dict"):
         raise UserError(
             f"{file}: get_config returns {type(config).__name__}, not a ConfigDict. Return the "
             "ConfigDict of a shipped recipe with changed fields."
