@@ -14,7 +14,8 @@ from typing import Any
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.text.checked import Meaning
 
-_MAX_EXPLANATIONS = 3  # explanations that are kept for each reason
+_MAX_EXPLANATIONS = 3  # explanations that are kept for each reason,
+_MAX_NAMES = 100  # and for reasons of names, of which a file has few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +65,12 @@ class Example:
 
 
 class Drops:
-    """Counts what is dropped or changed, by reason, with the first explanations of each reason."""
+    """Counts what is dropped, changed or doubtful, by reason, with the first explanations."""
 
     def __init__(self):
         self.dropped: Counter[str] = Counter()
         self.changed: Counter[str] = Counter()
+        self.noted: Counter[str] = Counter()
         self.explained: dict[str, list[str]] = {}
 
     def drop(self, reason: str, explanation: str) -> None:
@@ -81,8 +83,14 @@ class Drops:
         self.changed[reason] += 1
         self._explain(reason, explanation)
 
+    def note(self, reason: str, explanation: str) -> None:
+        """Count one thing that is kept as it was, but is probably not what the user wants."""
+        self.noted[reason] += 1
+        self._explain(reason, explanation)
+
     def add(self, other: "Drops") -> None:
         """Add the counts of another shard or archive of the same source."""
+        self.noted.update(other.noted)
         self.dropped.update(other.dropped)
         self.changed.update(other.changed)
         for reason, sentences in other.explained.items():
@@ -94,6 +102,7 @@ class Drops:
         return {
             "dropped": dict(self.dropped),
             "mended": dict(self.changed),  # the stored name of `changed`
+            "noted": dict(self.noted),
             "explained": self.explained,
         }
 
@@ -103,6 +112,7 @@ class Drops:
         drops = cls()
         drops.dropped.update(content["dropped"])
         drops.changed.update(content["mended"])
+        drops.noted.update(content.get("noted", {}))
         drops.explained.update(content["explained"])
         return drops
 
@@ -114,7 +124,8 @@ class Drops:
 
     def _explain(self, reason: str, explanation: str) -> None:
         sentences = self.explained.setdefault(reason, [])
-        if len(sentences) < _MAX_EXPLANATIONS:
+        limit = _MAX_NAMES if reason.startswith("names") else _MAX_EXPLANATIONS
+        if len(sentences) < limit:
             # An explanation may quote the file: line ends, escapes, halves of surrogate pairs.
             sentences.append("".join(c if c.isprintable() else ascii(c)[1:-1] for c in explanation))
 

@@ -169,7 +169,7 @@ def check(archive) -> list:
             assert not names or box.name in names
         check_boxes(example)
     for reason, sentences in archive.drops.explained.items():
-        assert reason.split(":")[0] in ("images", "boxes", "captions", "shards")
+        assert reason.split(":")[0] in ("images", "boxes", "captions", "shards", "names")
         assert all(sentence.encode() and "\n" not in sentence for sentence in sentences)
     return examples
 
@@ -193,7 +193,7 @@ def check_counts(archive, examples, document) -> None:
     of_images = dropped(archive, "images:")
     if archive.kind == "image_text":
         lost = of_images + dropped(archive, "captions:")
-        unusable = sum(archive.drops.dropped[r] for r in ("images: malformed entry", IDS))
+        unusable = sum(archive.drops.dropped[reason] for reason in UNUSABLE)
         assert len(document["annotations"]) == len(examples) + lost - unusable
         return
     assert len(document["images"]) == len(examples) + of_images
@@ -206,7 +206,7 @@ def check_counts(archive, examples, document) -> None:
 
 
 VAL = {"images": [{"id": 9}]}
-IDS = "images: id given twice"
+UNUSABLE = ("images: malformed entry", "images: entry given twice", "images: one id for two files")
 
 
 @pytest.mark.parametrize("source", ["coco", "objects365", "lvis", "goldg", "captions"])

@@ -84,7 +84,7 @@ def test_coco_annotation_that_is_not_an_object(folder, entry):
 def test_coco_broken_images(folder):
     document = coco(["0.jpg", "1.jpg", "2.jpg"])
     document["images"] += [
-        {"id": 1, "file_name": "2.jpg"},
+        {"id": 1, "file_name": "1.jpg"},
         {"id": 10},
         {"id": 11, "file_name": "gone.jpg"},
         {"id": 12, "file_name": 4},
@@ -100,12 +100,12 @@ def test_coco_broken_images(folder):
     assert [example.image_id for example in examples] == ["0", "1", "2"]
     assert archive.drops.dropped == {
         "boxes: crowd": 1,
-        "images: id given twice": 1,
+        "images: entry given twice": 1,
         "images: malformed entry": 6,
         "images: missing": 4,
     }
     explained = archive.drops.explained
-    assert "images[3]" in explained["images: id given twice"][0]
+    assert "images[3]" in explained["images: entry given twice"][0]
     assert "no field 'file_name'" in explained["images: malformed entry"][0]
     assert "gone.jpg under" in explained["images: missing"][0]
     assert "a URL, not a file" in explained["images: missing"][1]

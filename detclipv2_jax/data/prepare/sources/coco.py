@@ -1,12 +1,22 @@
 """Read COCO's `instances` JSON, which Objects365, LVIS and most labeling tools write too."""
 
+import dataclasses
+import os.path
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.json_file import read_lists
-from detclipv2_jax.data.prepare.examples import Archive, Drops, Example, ImageFolder, parse_xywh
+from detclipv2_jax.data.prepare.examples import (
+    Archive,
+    Box,
+    Drops,
+    Example,
+    ImageFolder,
+    parse_xywh,
+)
+from detclipv2_jax.data.prepare.sources import categories as categories_lib
 from detclipv2_jax.data.prepare.sources.entries import (
     MALFORMED,
     BoxTable,
@@ -14,7 +24,6 @@ from detclipv2_jax.data.prepare.sources.entries import (
     ImageEntry,
     add_folders,
     annotation_label,
-    check_text,
     describe,
     find_image,
     shorten,
@@ -36,6 +45,9 @@ def read(
     searched for in `images`, then next to the file. Crowd boxes (`iscrowd` 1) are dropped: they are
     not single objects. The lists of federated annotation (LVIS) are kept.
 
+    A picture that several entries name is one example with the boxes of all of them; a box that
+    occurs twice is taken once. categories.py says which categories are names.
+
     Args:
       path: the JSON file.
       images: where its images are.
@@ -52,20 +64,65 @@ def read(
             entries.add(number, entry)
         elif field == "categories":
             categories.append(entry)
-    category_names = _read_categories(path, categories, names or {})
+    found = categories_lib.read(path, categories, names or {})
+    names = categories_lib.merge_spellings(path, found, drops)
     left_out = _leave_out(path, entries, choose, drops) if choose else frozenset()
-    boxes = _read_boxes(path, category_names, entries, left_out, drops)
+    boxes, boxed = _read_boxes(path, names, entries, left_out, drops)
+    no_names = categories_lib.left_out(found, boxed | _listed(entries))
+    for reason, why in no_names.values():
+        drops.drop(reason, f"{path}: {why}")
+    kept = [names[category.id] for category in found if category.id not in no_names]
+    categories_lib.note_doubtful(path, kept, drops)
+    images = add_folders(images, path.parent)
+    boxes.move(_merge_entries(path, entries, images, drops))
     return Archive(
         path=path,
         kind="detection",
         total=len(entries),
-        examples=_examples(
-            path, category_names, entries, boxes, add_folders(images, path.parent), drops
-        ),
+        examples=_examples(path, names, entries, boxes, images, drops),
         drops=drops,
-        names=tuple(category_names.values()),
-        meanings=_read_meanings(categories, category_names),
+        names=tuple(kept),
+        meanings=_read_meanings(categories, names),
     )
+
+
+def _listed(entries: ImageEntries) -> set:
+    """Return the category ids in the lists of federated annotation."""
+    lists = (ids for entry in entries.values() for ids in (entry.absent, entry.partial) if ids)
+    return set().union(*lists)
+
+
+def _merge_entries(
+    path: Path, entries: ImageEntries, images: ImageFolder, drops: Drops
+) -> dict[int, int]:
+    """Remove the entries whose file an earlier entry has, and return their rows and its row.
+
+    Only entries whose files have the same name are compared, because looking for files takes time.
+    Entries of different sizes stay apart: at least one of them does not fit the file.
+    """
+    base_names = Counter(os.path.basename(entry.file_names[0]) for entry in entries.values())
+    if len(base_names) == len(entries):
+        return {}
+    first: dict[str, Any] = {}
+    rows = {}
+    for image_id, entry in list(entries.items()):
+        if base_names[os.path.basename(entry.file_names[0])] == 1:
+            continue
+        file = find_image(entry, str(path), images, Drops())
+        if file is None:
+            continue
+        other_id = first.setdefault(os.path.realpath(file.path), image_id)
+        other = entries[other_id]
+        if other is entry or (other.size and entry.size and other.size != entry.size):
+            continue
+        why = f"{path}: image {shorten(image_id)} is the file of image {shorten(other_id)}: {file}"
+        if (other.absent, other.partial) == (entry.absent, entry.partial):
+            rows[entry.row] = other.row
+            entries[other_id] = dataclasses.replace(other, size=other.size or entry.size)
+            why += "; it is one image with the boxes of both"
+        del entries[image_id]
+        drops.drop("images: the same picture came before", why)
+    return rows
 
 
 def _leave_out(path: Path, entries: ImageEntries, choose: Callable, drops: Drops) -> set:
@@ -76,31 +133,6 @@ def _leave_out(path: Path, entries: ImageEntries, choose: Callable, drops: Drops
         del entries[image_id]
         drops.drop("images: not in the subset", f"{path}: image {shorten(image_id)}")
     return set(left_out)
-
-
-def _read_categories(path: Path, categories: list, names: Mapping[str, str]) -> dict[Any, str]:
-    """Return the categories' names by id."""
-    found = {}
-    for number, category in enumerate(categories):
-        where = f"{path}: categories[{number}]"
-        if not isinstance(category, dict) or not isinstance(category.get("name"), str):
-            raise UserError(f'{where} has no "name" that is a string. Add one.')
-        if not isinstance(category.get("id"), int | str):
-            raise UserError(f'{where} has no "id" that is a number or string. Add one.')
-        if category["id"] in found:
-            raise UserError(
-                f'{where}: "id" {shorten(category["id"])} is already used. Give each category its '
-                "own id."
-            )
-        try:
-            # LVIS has "hot_dog" and "mouse_(computer_equipment)"; the text tower expects words.
-            name = check_text(category["name"], "name").replace("_", " ").strip()
-        except ValueError as error:
-            raise UserError(f"{where}: {error}. Fix the name.") from error
-        if not name:
-            raise UserError(f'{where} has an empty "name". Add a name.')
-        found[category["id"]] = names.get(name.lower(), name)
-    return found
 
 
 def _read_meanings(categories: list, names: Mapping[Any, str]) -> dict[str, Meaning]:
@@ -115,8 +147,9 @@ def _read_meanings(categories: list, names: Mapping[Any, str]) -> dict[str, Mean
 
 def _read_boxes(
     path: Path, names: dict[Any, str], entries: ImageEntries, left_out: set, drops: Drops
-) -> BoxTable:
-    boxes = BoxTable()
+) -> tuple[BoxTable, set]:
+    """Return the usable boxes, and the ids of the categories that any box has."""
+    boxes, boxed = BoxTable(), set()
 
     def drop(reason: str, why: str) -> None:
         drops.drop(f"boxes: {reason}", f"{path}: {annotation_label(number, place)}: {why}")
@@ -125,6 +158,7 @@ def _read_boxes(
         number = None
         try:
             number, category, image = entry.get("id"), entry["category_id"], entry["image_id"]
+            boxed.add(category)
             if entry.get("iscrowd"):
                 drop("crowd", "a crowd (iscrowd 1)")
             elif category not in names:
@@ -135,10 +169,10 @@ def _read_boxes(
                 xywh = parse_xywh(entry["bbox"])
                 boxes.add(entries[image].row, xywh, names[category], number, place)
             elif image not in left_out:
-                drop("unknown image", f'"image_id" {shorten(image)} is not among "images"')
+                drop(*entries.why_missing(image))
         except MALFORMED as error:
             drops.drop("boxes: malformed entry", f"{path}: annotations[{place}]: {describe(error)}")
-    return boxes
+    return boxes, boxed
 
 
 def _examples(
@@ -157,10 +191,21 @@ def _examples(
                 image=image,
                 image_id=str(image_id),
                 size=entry.size,
-                boxes=boxes,
+                boxes=_once(boxes, f"{image} (image {image_id})", drops),
                 absent=absent,
                 partial=partial,
             )
+
+
+def _once(boxes: tuple[Box, ...], where: str, drops: Drops) -> tuple[Box, ...]:
+    """Return the boxes without those that equal an earlier one, with the same name."""
+    kept = {}
+    for box in boxes:
+        same = kept.setdefault((box.name, box.xywh), box)
+        if same is not box:
+            why = f"{where}, {box.origin}: the same as {same.origin}"
+            drops.drop("boxes: given twice", why)
+    return tuple(kept.values())
 
 
 def _lists(

@@ -126,8 +126,8 @@ def _from_annotations(
             drops.drop("captions: malformed entry", f"{where}: {describe(error)}")
             continue
         if entry is None:
-            why = f'{where}: "image_id" {shorten(image_id)} is not among "images"'
-            drops.drop("captions: unknown image", why)
+            reason, why = entries.why_missing(image_id)
+            drops.drop(f"captions: {reason}", f"{where}: {why}")
             continue
         image = find_image(entry, where, images, drops)
         if image is not None:

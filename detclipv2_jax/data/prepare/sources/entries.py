@@ -1,8 +1,9 @@
 """Shared by the readers of COCO-like files: image entries by id, and boxes stored compactly."""
 
 import dataclasses
+import posixpath
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +38,25 @@ class ImageEntry:
 class ImageEntries(dict[Any, ImageEntry]):
     """Image entries by id, in the order of the file.
 
-    Entries without a valid id, name or size are dropped and counted.
+    Entries without a valid id, name or size are dropped and counted. Of two entries with one id,
+    the first stays if both describe the same picture. Otherwise nobody can tell which of the two
+    pictures a box of that id was drawn on: both are dropped, and the id is in `ambiguous`.
     """
 
     def __init__(self, path: Path, drops: Drops):
         super().__init__()
+        self.ambiguous: set[Any] = set()  # ids that were given to several pictures
         self._path, self._drops = path, drops
+        self._rows = 0
 
     def add(self, number: int, entry: Any) -> None:
         """Add entry `number` of the file, or drop and count it."""
         where = f"{self._path}: images[{number}]"
         try:
-            if entry["id"] in self:
-                explanation = f'{where}: "id" {shorten(entry["id"])} is taken already'
-                self._drops.drop("images: id given twice", explanation)
-                return
-            check_text(str(entry["id"]), "id")
-            caption = entry.get("caption")
-            self[entry["id"]] = ImageEntry(
-                row=len(self),
+            image_id, caption = entry["id"], entry.get("caption")
+            check_text(str(image_id), "id")
+            new = ImageEntry(
+                row=self._rows,
                 file_names=file_names(entry),
                 size=annotated_size(entry),
                 caption=None if caption is None else check_text(caption, "caption"),
@@ -63,8 +64,47 @@ class ImageEntries(dict[Any, ImageEntry]):
                 absent=_ids(entry, "neg_category_ids"),
                 partial=_ids(entry, "not_exhaustive_category_ids"),
             )
+            if image_id in self or image_id in self.ambiguous:
+                self._add_again(image_id, new, where)
+            else:
+                self[image_id] = new
+                self._rows += 1
         except MALFORMED as error:
             self._drops.drop("images: malformed entry", f"{where}: {describe(error)}")
+
+    def _add_again(self, image_id: Any, new: ImageEntry, where: str) -> None:
+        """Count a further entry of an id; drop the first one too if it is another picture's."""
+        first, name = self.get(image_id), shorten(new.file_names[0])
+        if first is not None and _same_picture(first, new):
+            why = f'{where}: "id" {shorten(image_id)} came before, for the same file {name}'
+            self._drops.drop("images: entry given twice", why)
+            return
+        if first is not None:
+            other = shorten(first.file_names[0])
+            why = f'{where}: "id" {shorten(image_id)} is that of {name} and of {other}'
+            self._drops.drop("images: one id for two files", why)  # for the first entry
+            self.ambiguous.add(image_id)
+            del self[image_id]
+        why = f'{where}: "id" {shorten(image_id)} of {name} is that of another file too'
+        self._drops.drop("images: one id for two files", why)
+
+    def why_missing(self, image_id: Any) -> tuple[str, str]:
+        """Return why no entry has the "image_id" of an annotation: the reason, and in words."""
+        if image_id in self.ambiguous:
+            why = f'"image_id" {shorten(image_id)} is the id of two files'
+            return "image id of two files", why
+        return "unknown image", f'"image_id" {shorten(image_id)} is not among "images"'
+
+
+def _same_picture(first: ImageEntry, second: ImageEntry) -> bool:
+    """Return whether two entries name the same file and have the same caption."""
+    names = ([plain_name(name) for name in entry.file_names] for entry in (first, second))
+    return all(a == b for a, b in zip(*names)) and first.caption == second.caption
+
+
+def plain_name(name: str) -> str:
+    """Return a file name as written in annotations, with `/` and without `.` and `..` parts."""
+    return posixpath.normpath(name.replace("\\", "/"))
 
 
 def _collection(entry: dict[str, Any]) -> str | None:
@@ -144,6 +184,11 @@ class BoxTable:
         self._rows.append(row)
         self._names.append(self._name_ids.setdefault(name, len(self._name_ids)))
         self._xywh.extend(xywh)
+
+    def move(self, rows: Mapping[int, int]) -> None:
+        """Move the boxes of some image entries to others: row of an entry -> row of the other."""
+        if rows:
+            self._rows = array("i", [rows.get(row, row) for row in self._rows])
 
     def by_image(self, entries: ImageEntries) -> Iterator[tuple[Any, ImageEntry, tuple[Box, ...]]]:
         """Yield (id, entry, boxes) of every image entry in the file's order, also without boxes."""

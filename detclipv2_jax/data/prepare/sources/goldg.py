@@ -195,7 +195,7 @@ def _read_boxes(path: Path, entries: ImageEntries, excluded: set, drops: Drops) 
             if image in excluded:
                 continue
             if image not in entries:
-                drop("unknown image", f'"image_id" {shorten(image)} is not among "images"')
+                drop(*entries.why_missing(image))
                 continue
             caption = entries[image].caption
             if caption is None:
