@@ -34,6 +34,7 @@ from detclipv2_jax.text.checked import Meaning
 
 # Largest number of examples per shard: about ten seconds of work and 100 to 200 MB.
 SHARD_EXAMPLES = {"detection": 1024, "grounding": 1024, "image_text": 4096, "classification": 2048}
+_SHOWN_NAMES = 6  # sentences about names that a report shows; all are in info.json
 _MIN_SHARDS = 64  # a small source has smaller shards, so that all cores have work,
 _MIN_SHARD_EXAMPLES = 64  # but none smaller than this
 
@@ -112,10 +113,11 @@ def format_report(source: Source) -> str:
     rows += [("images stored smaller", images.get("shrunk", 0))]
     lines = [f"{source.name} ({source.kind}) in {source.directory}"]
     lines += [f"  {label:<36}{count:>10,}" for label, count in rows if count or label == "records"]
-    for title, field in (("dropped", "dropped"), ("changed", "mended")):
-        for reason, count in sorted(info[field].items()):
+    for title, field in (("dropped", "dropped"), ("changed", "mended"), ("note", "noted")):
+        for reason, count in sorted(info.get(field, {}).items()):
             lines.append(f"  {title + ' ' + reason:<36}{count:>10,}")
-            lines += [f"      {sentence}" for sentence in info["explained"].get(reason, ())[:1]]
+            shown = _SHOWN_NAMES if reason.startswith("names") else 1
+            lines += [f"      {sentence}" for sentence in info["explained"].get(reason, ())[:shown]]
     return "\n".join(lines)
 
 

@@ -453,7 +453,7 @@ def check_records(source, document) -> None:
     drops = source.info["dropped"]
     lost = sum(n for r, n in drops.items() if r.startswith(("images:", "captions:")))
     if source.kind == "image_text":
-        lost -= sum(drops.get(r, 0) for r in ("images: malformed entry", IDS))
+        lost -= sum(drops.get(r, 0) for r in UNUSABLE)
         assert len(document["annotations"]) == len(source) + lost
     else:
         assert len(document["images"]) == len(source) + lost

@@ -20,7 +20,6 @@ from detclipv2_jax.data.prepare.sources.entries import (
     describe,
     explain_missing,
     find_image,
-    shorten,
 )
 from detclipv2_jax.data.prepare.sources.img2dataset import check_caption
 
