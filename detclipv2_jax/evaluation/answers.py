@@ -23,13 +23,13 @@ import numpy as np
 from jaxtyping import PyTree
 from tqdm import tqdm
 
-from detclipv2_jax.common import config_dict
+from detclipv2_jax.common import config_dict, pictures
 from detclipv2_jax.common.atomic import replacing, write_json
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation.coco import ImageInfo
 from detclipv2_jax.inference.config import DecodeConfig
 from detclipv2_jax.inference.detections import ImageDetections
-from detclipv2_jax.inference.images import oriented_canvas
+from detclipv2_jax.inference.images import AnnotatedImage, oriented_canvas
 from detclipv2_jax.inference.predictor import EncodedNames, Predictor
 from detclipv2_jax.models.parameters import parameter_paths
 
@@ -76,7 +76,8 @@ class AnswerStore:
         """
         images = [(i.id, i.file_name, i.coco_url, i.height, i.width) for i in self._images]
         names = [self._names.names, self._names.prompts]
-        return {**about, "images": _digest(images), "names": _digest(names)}
+        digests = {"images": _digest(images), "names": _digest(names)}
+        return {**about, **digests, "pictures": pictures.RULES}
 
     def begin(self, identity: Mapping[str, Any]) -> list[int]:
         """Start or resume a job; return the chunks that are still to be answered.
@@ -140,7 +141,8 @@ class AnswerStore:
                 files = self._files(chunk)
                 numbers = list(files)
                 answers: dict[int, ImageDetections | UserError] = {}
-                for index, found in predictor.stream(files.values(), self._names):
+                sources = [annotated_image(self._images[n], path) for n, path in files.items()]
+                for index, found in predictor.stream(sources, self._names):
                     if stop.is_set():
                         return
                     answers[numbers[index]] = found
@@ -226,6 +228,12 @@ class AnswerStore:
                     size=tuple(stored["sizes"][row].tolist()),
                 ),
             )
+
+
+def annotated_image(image: ImageInfo, path: pathlib.Path) -> AnnotatedImage:
+    """Return the file of an image with its annotated size, which tells how boxes refer to it."""
+    size = (image.height, image.width)
+    return AnnotatedImage(path, size if min(size) > 0 else None)
 
 
 def split_into_chunks(

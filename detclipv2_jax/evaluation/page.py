@@ -60,7 +60,7 @@ def detect(
     if image is None:
         raise UserError("Drop an image first, or choose an example.")
     names = parse_names(text)
-    pixels = images.read(image, upright=True)
+    pixels = images.read(image)
     (found,) = detector(pixels, names, score_threshold=MIN_SCORE, max_detections=MAX_BOXES)
     return pixels, found
 

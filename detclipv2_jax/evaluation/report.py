@@ -11,6 +11,7 @@ from PIL import Image
 
 from detclipv2_jax.common import plots
 from detclipv2_jax.evaluation import coco
+from detclipv2_jax.evaluation.answers import annotated_image
 from detclipv2_jax.inference import drawing, images
 from detclipv2_jax.inference.detections import ImageDetections
 from detclipv2_jax.ops.nms import nms
@@ -88,7 +89,8 @@ def draw_comparison(
         path = paths[number]
         if path is None:
             raise ValueError(f"image {number} has detections but no file")
-        pixels, boxes = images.read(path), truth.boxes_of_image[image.id]
+        pixels = images.read(annotated_image(image, path))
+        boxes = truth.boxes_of_image[image.id]
         scale = np.tile([found.size[1] / image.width, found.size[0] / image.height], 2)
         labels = [names[int(key)] for key in truth.category_ids[boxes]]
         pictures.append(drawing.draw_boxes(pixels, truth.boxes[boxes] * scale, labels, side=480))

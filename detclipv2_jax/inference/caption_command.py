@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, captions: Sequence[tuple[str, str]] | None) ->
         if isinstance(found, UserError):
             failed.append(report_failure(file, found))
             continue
-        drawn = drawing.draw_caption(read(file.path, upright=True), caption, found)
+        drawn = drawing.draw_caption(read(file.path), caption, found)
         drawing.save_png(drawn, output / file.drawn)
         tqdm.write(f"{file.path}: {len(found.phrases)} phrases -> {output / file.drawn}")
         entries[number] = {

@@ -103,7 +103,7 @@ def _detect_images(
         if isinstance(found, UserError):
             failed.append(report_failure(file, found))
             continue
-        pixels = read(file.path, upright=True)
+        pixels = read(file.path)
         drawn = drawing.draw_boxes(pixels, found.boxes, found.names, found.scores)
         drawing.save_png(drawn, output / file.drawn)
         tqdm.write(f"{file.path}: {found} -> {output / file.drawn}")

@@ -93,7 +93,6 @@ class Detector:
             config=config,
             batch_size=batch_size,
             cache=EmbeddingCache(directory) if directory else None,
-            upright=True,
         )
 
     def __call__(

@@ -117,7 +117,6 @@ class Predictor:
         batch_size: int = 8,
         batch_sharding: jax.sharding.NamedSharding | None = None,
         cache: EmbeddingCache | None = None,
-        upright: bool = False,
     ):
         """Create a predictor; nothing is compiled before the first call.
 
@@ -131,7 +130,6 @@ class Predictor:
           batch_sharding: how the batch axis is split over several devices. None: one device.
           cache: keeps the embeddings of 64 or more names on disk. Not used with several processes,
             which must all do the same.
-          upright: whether to rotate image files as their EXIF orientation says.
 
         Raises:
           UserError: `batch_size` or a side of the canvas is below 1.
@@ -144,7 +142,6 @@ class Predictor:
         self.canvas = (int(canvas[0]), int(canvas[1]))
         self.config = config
         devices = 1 if batch_sharding is None else batch_sharding.mesh.size
-        self._upright = upright
         self.batch_size = -(-batch_size // devices) * devices
         self._sharding = batch_sharding
         self._replicated = batch_sharding and jax.sharding.NamedSharding(
@@ -335,7 +332,7 @@ class Predictor:
 
     def _read_or_error(self, source: ImageSource) -> CanvasImage | UserError:
         try:
-            return fit_to_canvas(source, self.canvas, upright=self._upright)
+            return fit_to_canvas(source, self.canvas)
         except UserError as error:
             return error
 

@@ -4,7 +4,6 @@ They are figure 1 of Yao et al. 2023, of the same few images of the image-text d
 evaluation.
 """
 
-import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from detclipv2_jax.common import pictures
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import records
 from detclipv2_jax.data.index import Source
@@ -78,12 +78,12 @@ class CaptionPictures:
         found = cast(dict[int, PhraseRegions], dict(stream))  # images in memory are all readable
         if path is None:
             return
-        pictures = [
+        drawn = [
             drawing.draw_caption(np.asarray(pair.image), pair.caption, found[number], side=480)
             for number, pair in enumerate(self._pairs)
         ]
         titles = [pair.image_id for pair in self._pairs]
-        drawing.save_png(drawing.grid(pictures, titles, columns=_COLUMNS), path)
+        drawing.save_png(drawing.grid(drawn, titles, columns=_COLUMNS), path)
 
 
 def _read(sources: Mapping[str, Source], count: int) -> Iterator[_Captioned]:
@@ -111,9 +111,8 @@ def _decoded(files: RecordFiles, name: str, number: int) -> _Captioned | None:
         return None
     try:
         record = records.decode(content)
-        with Image.open(io.BytesIO(record.image)) as image:
-            pixels = image.convert("RGB")
-    except (UserError, OSError, SyntaxError, ValueError):
+        pixels = Image.fromarray(pictures.read(record.image, turn=False).pixels)
+    except (UserError, pictures.PictureError):
         return None  # training counts and reports it
     caption, *phrases = record.concepts
     return _Captioned(record.image_id, pixels, caption, tuple(phrases)) if phrases else None

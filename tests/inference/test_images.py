@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from detclipv2_jax.common import pictures
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.inference import images
 
@@ -75,17 +76,30 @@ def test_jpeg_decoder_scales_until_less_than_a_factor_of_two_is_left(tmp_path):
     path = tmp_path / "a.jpg"
     Image.fromarray(scene(480, 720)).save(path)
     for canvas, decoded in (((60, 90), 60), ((61, 92), 120), ((230, 345), 240), ((300, 450), 480)):
-        with Image.open(path) as image:
-            images._draft(image, images.fitted_size((480, 720), canvas))
-            assert image.height == decoded
+        fitted = lambda size, canvas=canvas: images.fitted_size(size, canvas)
+        picture = pictures.read(path, at_least=fitted)
+        assert picture.pixels.shape[0] == decoded and picture.size == (480, 720)
 
 
-def test_exif_orientation_is_ignored_by_default(tmp_path):
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_files_are_turned_and_images_in_memory_are_not(tmp_path, suffix):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
-    Image.fromarray(scene(40, 60)).save(tmp_path / "rotated.jpg", exif=exif)
-    assert images.fit_to_canvas(tmp_path / "rotated.jpg", (40, 60)).original_size == (40, 60)
-    assert images.read(tmp_path / "rotated.jpg").shape == (40, 60, 3)
+    path = tmp_path / f"turned.{suffix}"
+    Image.fromarray(scene(400, 600)).save(path, exif=exif)
+    wanted = np.rot90(images.read(Image.fromarray(scene(400, 600))), -1)
+    fitted = images.fit_to_canvas(path, (60, 40))
+    assert fitted.original_size == (600, 400) and fitted.pixels.shape == (60, 40, 3)
+    mean = wanted.reshape(60, 10, 40, 10, 3).mean((1, 3))
+    assert np.abs(fitted.pixels.astype(int) - mean).mean() < 3
+    with open(path, "rb") as file:
+        for source in (path, str(path), path.read_bytes(), bytearray(path.read_bytes()), file):
+            assert isinstance(source, images.ImageSource)
+            assert np.abs(images.read(source).astype(int) - wanted).max() < 12
+    with Image.open(path) as image:
+        assert images.read(image).shape == (400, 600, 3)
+    for size, shape in (((600, 400), (600, 400)), ((400, 600), (400, 600)), (None, (600, 400))):
+        assert images.read(images.AnnotatedImage(path, size)).shape[:2] == shape
 
 
 def test_every_mode_becomes_rgb(tmp_path):
@@ -139,7 +153,7 @@ def test_invalid_files_are_refused(tmp_path):
     for name, reason in {
         "half.jpg": "truncated",
         "text.jpg": "not a known image format",
-        "empty.jpg": "not a known image format",
+        "empty.jpg": "it is empty",
         "missing.jpg": "no such file",
         ".": "is a directory",
     }.items():

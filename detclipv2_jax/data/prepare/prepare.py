@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from detclipv2_jax.common import pictures
 from detclipv2_jax.common.atomic import write_json
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import FORMAT, Source
@@ -69,6 +70,7 @@ def prepare(
     size = sum(archive.total for archive in archives) // _MIN_SHARDS
     size = min(max(size, _MIN_SHARD_EXAMPLES), SHARD_EXAMPLES[kind])
     stamp = {"format": FORMAT, "kind": kind, "examples": size, "inputs": inputs}
+    stamp["pictures"] = pictures.RULES
     with _workspace(to, stamp) as partial:
         builder = ShardBuilder(partial / "shards", kind, options)
         count = _build_shards(builder, archives, size, options.jobs, name)

@@ -150,7 +150,7 @@ def make_records(
         del captioned  # otherwise tee keeps every example for it
     store_side = options.store_side if kind in TEXT_KINDS else None
     for example, found in zip(examples, phrases):
-        image = encode_image(example.image, store_side)
+        image = encode_image(example.image, store_side, example.size)
         yield image, _make_record(example, image, found, kind, drops)
 
 
@@ -160,16 +160,17 @@ def _make_record(
     """Return the record of an example, or None (counted in `drops`) if it cannot be used."""
     where = f"{example.image} (image {example.image_id})"
     if image.problem:
-        drops.drop("images: unreadable", f"{where}: {image.problem}")
+        drops.drop(image.reason, f"{where}: {image.problem}")
         return None
     size = image.original_size
     if example.size is not None and example.size != size:
-        # The boxes are in pixels of a different image: one rotated by EXIF, or resized.
+        # The boxes are in pixels of a different image.
         annotated = f"annotated as {example.size[1]}x{example.size[0]}"
         drops.drop(
             "images: another size", f"{where}: {annotated}, the file has {size[1]}x{size[0]}"
         )
         return None
+    _count_turn(image, where, drops)
     boxes, names = clip_boxes(example.boxes, *size, where, drops)
     if kind == "grounding" and not len(boxes):
         drops.drop("captions: no box", f"{where}: no usable box is tied to its caption")
@@ -188,6 +189,18 @@ def _make_record(
         labels=np.array([concepts.index(name) for name in names], np.int32),
         concepts=concepts,
     )
+
+
+def _count_turn(image: StoredImage, where: str, drops: Drops) -> None:
+    """Count an image that EXIF says to turn: whether boxes refer to it turned is an assumption."""
+    says = f"{where}: its EXIF orientation is {image.orientation}"
+    if image.turned != 1:
+        drops.change("images: turned as EXIF says", f"{says}, so it is turned, as viewers do")
+    elif image.orientation != 1:
+        drops.change(
+            "images: not turned as EXIF says",
+            f"{says}, but it is annotated in the size of the pixels that are not turned",
+        )
 
 
 def clip_boxes(
