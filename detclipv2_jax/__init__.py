@@ -7,7 +7,11 @@
 Importing the package loads nothing else; `Detector` and `__version__` are loaded on first use.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# XLA and TensorFlow read it when they are imported. 2: errors only.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 if TYPE_CHECKING:
     from detclipv2_jax.inference.detector import Detector

@@ -13,9 +13,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from detclipv2_jax.common.cli import refuse_renamed
+from detclipv2_jax.common.cli import refuse_renamed, start
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.common.printable import print_any_text
 from detclipv2_jax.inference import caption_command
 from detclipv2_jax.inference.config import DEFINITIONS
 from detclipv2_jax.inference.detect_command import run
@@ -157,7 +156,7 @@ def _add_selection(result: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 if an option is not valid or a file could not be read."""
-    print_any_text()
+    start()
     flags = parser()
     args = flags.parse_args(arguments)
     try:

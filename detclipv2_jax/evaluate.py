@@ -12,9 +12,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from detclipv2_jax.common.cli import exit_status
+from detclipv2_jax.common.cli import exit_status, start
 from detclipv2_jax.common.interruption import Interrupted
-from detclipv2_jax.common.printable import print_any_text
 from detclipv2_jax.evaluation import datasets, job
 from detclipv2_jax.inference.config import DEFINITIONS
 
@@ -163,7 +162,7 @@ def _add_processes(result: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    print_any_text()
+    start()
     args = parser().parse_args(arguments)
     try:
         return exit_status(job.run, args)

@@ -10,8 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from detclipv2_jax.common.cli import exit_status, refuse_renamed
-from detclipv2_jax.common.printable import print_any_text
+from detclipv2_jax.common.cli import exit_status, refuse_renamed, start
 from detclipv2_jax.exporters.export import DETECTORS, run
 from detclipv2_jax.inference.config import DEFINITIONS
 
@@ -118,7 +117,7 @@ def _add_detector(result: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 after printing an error that the user can fix."""
-    print_any_text()
+    start()
     return exit_status(run, parser().parse_args(arguments))
 
 

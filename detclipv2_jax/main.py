@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from detclipv2_jax.common.printable import print_any_text
+from detclipv2_jax.common.quiet import quiet_libraries
 from detclipv2_jax.training import flags as flags_lib
 
 _BEGAN = time.monotonic()  # imports and set-up count as time of the run
@@ -44,6 +45,7 @@ _INDEX = flags.DEFINE_integer("process_id", None, "Number of this process.", low
 def main() -> None:
     """Run the command line and end the process with its exit status."""
     print_any_text()
+    quiet_libraries()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit_at_once)  # until the training loop handles them
     flags_lib.run_with_config(_run)
@@ -88,7 +90,7 @@ def _train() -> None:
     """Read the config, join the other processes, and train."""
     import jax
 
-    from detclipv2_jax.common import config_dict, distributed
+    from detclipv2_jax.common import cache, config_dict, distributed
     from detclipv2_jax.common.errors import UserError
     from detclipv2_jax.training import config, startup, train
 
@@ -101,13 +103,14 @@ def _train() -> None:
             "--workdir is missing. Name the directory that the run writes to, such as "
             "--workdir=runs/my_photos."
         )
-    startup.silence_libraries()
     workdir = Path(_WORKDIR.value).absolute()
-    if not distributed.start(_ADDRESS.value, _COUNT.value, _INDEX.value):
+    if distributed.start(_ADDRESS.value, _COUNT.value, _INDEX.value):
+        cache.keep_compiled_programs(workdir / "compilation_cache")
+        if jax.process_index() != 0:
+            startup.mute_stdout()
+    else:
         startup.use_all_cpu_cores(parsed)
-    elif jax.process_index() != 0:
-        startup.mute_stdout()
-    startup.keep_compiled_programs(workdir)
+        cache.keep_compiled_programs()
     train.train(parsed, workdir, began=_BEGAN, profile=_PROFILE.value)
 
 

@@ -10,8 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from detclipv2_jax.common.cli import exit_status
-from detclipv2_jax.common.printable import print_any_text
+from detclipv2_jax.common.cli import exit_status, start
 from detclipv2_jax.evaluation.page import run
 
 _DESCRIPTION = """\
@@ -60,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, or 2 after a `UserError`."""
-    print_any_text()
+    start()
     return exit_status(run, parser().parse_args(arguments))
 
 

@@ -5,7 +5,17 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from detclipv2_jax.common.cache import keep_compiled_programs
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.printable import print_any_text
+from detclipv2_jax.common.quiet import quiet_libraries
+
+
+def start() -> None:
+    """Set up what a command that uses the model prints and caches; call it first."""
+    print_any_text()
+    quiet_libraries()
+    keep_compiled_programs()
 
 
 def exit_status(run: Callable[..., Any], *args: Any) -> int:

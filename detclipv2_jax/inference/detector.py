@@ -5,10 +5,11 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from detclipv2_jax.common import cache as user_cache
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.inference.config import Definitions
 from detclipv2_jax.inference.detections import ImageDetections
-from detclipv2_jax.inference.embedding_cache import EmbeddingCache, default_cache_directory
+from detclipv2_jax.inference.embedding_cache import EmbeddingCache
 from detclipv2_jax.inference.images import ImageSource
 from detclipv2_jax.inference.names import check_distinct, check_names
 from detclipv2_jax.inference.predictor import EncodedNames, Predictor
@@ -85,7 +86,7 @@ class Detector:
         self.prompter = Prompter.for_model(
             checkpoint.detect, checkpoint.definitions, checkpoint.template, definitions, prompts
         )
-        directory = default_cache_directory() if cache is None else cache
+        directory = user_cache.user_directory() if cache is None else cache
         self.predictor = Predictor(
             checkpoint.graphdef,
             checkpoint.params,

@@ -26,12 +26,6 @@ _VERSION = b"1"
 EncodeTokens = Callable[[Int[np.ndarray, "n L"]], Float[np.ndarray, "n D"]]
 
 
-def default_cache_directory() -> pathlib.Path:
-    """Return `$XDG_CACHE_HOME/detclipv2_jax`, or `~/.cache/detclipv2_jax` if that is not set."""
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(home) / "detclipv2_jax"
-
-
 def text_tower_digest(config: DetCLIPConfig, params: Mapping[str, Any]) -> str:
     """Return a digest of everything that the embedding of given token ids depends on.
 

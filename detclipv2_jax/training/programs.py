@@ -84,6 +84,13 @@ def compile_programs(
         )
         return compiled
 
+    if programs:
+        cache = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+        print(
+            f"compiling {len(programs)} programs; the first time this takes minutes"
+            f"{f', later runs find them in {cache}' if cache else ''}",
+            flush=True,
+        )
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         return dict(zip(programs, pool.map(compile_one, programs)))
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import tiny_model
 
+from detclipv2_jax.common.cache import user_directory
 from detclipv2_jax.inference import predictor as predictor_lib
 from detclipv2_jax.inference.embedding_cache import (
     EmbeddingCache,
-    default_cache_directory,
     text_tower_digest,
 )
 from detclipv2_jax.inference.predictor import Predictor
@@ -111,6 +111,6 @@ def test_one_warning_if_the_directory_cannot_be_written(tmp_path, capsys):
 
 def test_default_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache_directory() == tmp_path / "detclipv2_jax"
+    assert user_directory() == tmp_path / "detclipv2_jax"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_cache_directory().parts[-2:] == (".cache", "detclipv2_jax")
+    assert user_directory().parts[-2:] == (".cache", "detclipv2_jax")
