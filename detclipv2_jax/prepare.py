@@ -147,6 +147,24 @@ def _add_custom(subparsers) -> None:
             "one of any kind is named)",
         )
     refuse_renamed(parser, {"--image-text": "--image_text"})
+    parser.add_argument(
+        "--validation",
+        metavar="FILE",
+        help="COCO boxes to measure on while training, written to TO/validation (default: the file "
+        "in --from whose name or folder says val, such as annotations/instances_val.json or "
+        "valid/_annotations.coco.json); none: no such file",
+    )
+    parser.add_argument(
+        "--val_share",
+        metavar="SHARE",
+        type=float,
+        help="where there is no file for validation, hold out this share of the pictures, such as "
+        "0.1: chosen by a seeded hash of each picture, so a picture stays in its set when others "
+        "are added",
+    )
+    parser.add_argument(
+        "--val_seed", metavar="N", type=int, default=0, help="seed of --val_share (default: 0)"
+    )
     _add_caption_options(parser)
     _add_store_side(parser)
 
@@ -315,11 +333,25 @@ def _run_archive(args: argparse.Namespace) -> None:
 
 
 def _run_custom(args: argparse.Namespace) -> None:
-    from detclipv2_jax.data.prepare import commands
+    from detclipv2_jax.data.prepare import commands, validation
     from detclipv2_jax.data.prepare.registry import OF_KIND
 
     named = {kind: getattr(args, kind) for kind in OF_KIND if getattr(args, kind)}
-    commands.prepare_folder(args.origin, _target(args), annotations=named, images=args.images)
+    if args.validation not in (None, "none") and args.val_share is not None:
+        raise UserError("--validation=FILE and --val_share exclude each other. Leave one out.")
+    validate_on = None
+    if args.val_share is not None:
+        validate_on = validation.Split(args.val_share, args.val_seed)
+    elif args.validation not in (None, "none"):
+        validate_on = Path(args.validation)
+    commands.prepare_folder(
+        args.origin,
+        _target(args),
+        annotations=named,
+        images=args.images,
+        validate_on=validate_on,
+        find_validation=args.validation is None,
+    )
 
 
 def _run_symbols(args: argparse.Namespace) -> None:

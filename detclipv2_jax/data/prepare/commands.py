@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.data.prepare import registry
+from detclipv2_jax.data.prepare import registry, validation
 from detclipv2_jax.data.prepare.examples import ImageFolder
 from detclipv2_jax.data.prepare.options import PrepareOptions
 from detclipv2_jax.data.prepare.prepare import format_report, prepare, remove_leftovers
@@ -59,16 +59,31 @@ def prepare_folder(
     *,
     annotations: Mapping[str, Sequence[Path]] | None = None,
     images: Path | None = None,
+    validate_on: Path | validation.Split | None = None,
+    find_validation: bool = True,
 ) -> None:
-    """Prepare each kind of data that a folder has, as TO/KIND.
+    """Prepare each kind of data that a folder has, as TO/KIND, and its validation set.
 
     Args:
         origin: the folder.
         target: where to write.
         annotations: annotation files by kind; if any are named, only these are prepared.
         images: folder of the images; None: `origin`/images, then `origin`.
+        validate_on: the annotation file of the validation set, or how to hold out pictures for it.
+        find_validation: without `validate_on`, take the file that the folder has, if it has one.
     """
-    files = annotations or registry.discover_and_report(origin)
+    found = validation.find(origin) if find_validation else None
+    trained = [path for paths in (annotations or {}).values() for path in _located(paths, origin)]
+    if found in trained:  # somebody asked to train on it
+        found = None
+    if isinstance(validate_on, validation.Split) and found is not None:
+        raise UserError(
+            f"--val_share: {origin} has a file for validation, {found}. Leave --val_share out to "
+            "use it, or add --validation=none to hold out pictures of the other files."
+        )
+    validate_on = validate_on or found
+    used = (validate_on,) if isinstance(validate_on, Path) else ()
+    files = annotations or registry.discover_and_report(origin, used)
     if not files:
         raise UserError(
             f"{origin}: no annotation file for training here or in annotations/. Give one with "
@@ -76,11 +91,59 @@ def prepare_folder(
         )
     if "image_text" in files:
         _check_phrases(target)
+    split = validate_on if isinstance(validate_on, validation.Split) else None
+    held_out = _prepare_validation(validate_on, files.get("detection", ()), origin, target, images)
     for kind, source in registry.OF_KIND.items():
         if kind in files:
-            _prepare_files(source, files[kind], origin, _of_kind(target, kind), images=images)
+            one = _of_kind(target, kind)
+            _prepare_files(
+                source, files[kind], origin, one, images=images, split=split, held_out=held_out
+            )
         else:
             print(f"{kind}: no annotation file in {origin}")
+
+
+def _prepare_validation(
+    validate_on: Path | validation.Split | None,
+    files: Sequence[Path],
+    origin: Path,
+    target: Target,
+    images: Path | None,
+) -> frozenset[str] | None:
+    """Write TO/validation, and return the keys of the pictures that are held out from training.
+
+    Args:
+        validate_on: the file of the set, or how to hold out pictures of `files`; None: no set.
+        files: annotations of boxes for training.
+        origin: folder of the files.
+        target: where to write.
+        images: folder of the images, if it was named.
+    """
+    to, source = target.to / validation.FOLDER, registry.OF_KIND["detection"]
+    if isinstance(validate_on, Path):
+        path = _located([validate_on], origin)[0]
+        folder = ImageFolder(images) if images else validation.image_folder(path, origin)
+        made_from = registry.fingerprint([path], folder, None)
+        archives = [source.read(path, folder)]
+        print(validation.write(to, archives, made_from, overwrite=target.overwrite))
+    elif validate_on is not None and files:
+        files = _located(files, origin)
+        folder = ImageFolder(images) if images else registry.image_folder(origin, "detection")
+        read = lambda: [source.read(path, folder) for path in files]
+        pictures = (one.image for archive in read() for one in archive.examples)
+        held_out = validate_on.held_out(pictures)
+        made_from = registry.fingerprint(files, folder, None)
+        made_from["held_out"] = dataclasses.asdict(validate_on)
+        print(
+            validation.write(to, read(), made_from, held_out=held_out, overwrite=target.overwrite)
+        )
+        return held_out
+    elif files:
+        print(
+            "validation: none, so training will not measure itself. Name a file with "
+            "--validation=FILE, or hold out a tenth of the pictures with --val_share=0.1"
+        )
+    return None
 
 
 def prepare_symbols(target: Target, *, seed: int, settings: Sequence[str]) -> None:
@@ -161,13 +224,16 @@ def _prepare_files(
     *,
     images: Path | None = None,
     reader_options: Mapping[str, Any] | None = None,
+    split: validation.Split | None = None,
+    held_out: frozenset[str] | None = None,
 ) -> None:
-    """Prepare annotation files as one source, unless that was done before."""
+    """Prepare annotation files as one source, unless that was done before.
+
+    Pictures that are `held_out` by `split` are left out.
+    """
     if not origin.is_dir():
         raise UserError(f"{origin}: no such directory. Check --from.")
-    # A file may be named by its path, or relative to the archive or its annotations/.
-    folders = (Path(), origin, origin / "annotations")
-    files = [next((f / file for f in folders if (f / file).exists()), file) for file in files]
+    files = _located(files, origin)
     kind, reader_options = source.kind, dict(reader_options or {})
     folder = ImageFolder(images) if images else registry.image_folder(origin, kind)
     inputs = registry.fingerprint(files, folder, target.options if kind == "image_text" else None)
@@ -175,11 +241,21 @@ def _prepare_files(
         inputs["store_side"] = target.options.store_side
     if reader_options:
         inputs["reader"] = {option: str(value) for option, value in reader_options.items()}
+    if split is not None:
+        inputs["held_out"] = dataclasses.asdict(split)
     existing = registry.prepared_before(target.to, inputs, overwrite=target.overwrite)
     if existing is not None:
         remove_leftovers(target.to, inputs)
         print(f"{target.to}: already prepared, {len(existing):,} records of {kind}")
         return
     archives = [source.read(path, folder, **reader_options) for path in files]
+    if held_out is not None:
+        archives = [validation.without(archive, held_out) for archive in archives]
     written = prepare(archives, target.to, name=target.name, inputs=inputs, options=target.options)
     print(format_report(written))
+
+
+def _located(files: Sequence[Path], origin: Path) -> list[Path]:
+    """Return files that are named by their path, or relative to the archive or annotations/."""
+    folders = (Path(), origin, origin / "annotations")
+    return [next((f / file for f in folders if (f / file).exists()), file) for file in files]

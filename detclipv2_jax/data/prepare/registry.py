@@ -8,7 +8,7 @@ import hashlib
 import json
 import mmap
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,12 @@ def discover(directory: Path) -> tuple[dict[str, list[Path]], dict[Path, str]]:
     return found, skipped
 
 
-def discover_and_report(directory: Path) -> dict[str, list[Path]]:
-    """Return the files that `discover` finds, by kind; print those that it skips."""
+def discover_and_report(directory: Path, used: Collection[Path] = ()) -> dict[str, list[Path]]:
+    """Return what `discover` finds, by kind; print the files that it skips and nobody uses."""
     found, skipped = discover(directory)
     for path, reason in skipped.items():
-        print(f"{path}: skipped, {reason}")
+        if path not in used:
+            print(f"{path}: skipped, {reason}")
     return found
 
 

@@ -67,7 +67,8 @@ def test_roboflow(tmp_path, capsys):
     assert command("custom", f"--from={tmp_path / 'from'}", to, "--jobs=1") == 0
     assert len(Source.open(tmp_path / "to" / "detection")) == 2
     printed = capsys.readouterr().out
-    assert printed.count("skipped, its name says that it is for evaluation") == 2
+    assert printed.count("skipped, its name says that it is for evaluation") == 1
+    assert "images for validation with" in printed
 
 
 def test_minival(tmp_path, capsys):
