@@ -134,9 +134,9 @@ def _add_selection(result: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--score_threshold",
         type=float,
-        default=0.3,
         metavar="X",
-        help="only keep boxes with a score above this, 0 to 1 (default: %(default)s)",
+        help="only keep boxes with a score above this, 0 to 1 (default: the checkpoint's own, "
+        "which training fits on its validation set, or 0.1 if it has none)",
     )
     group.add_argument(
         "--max_detections",

@@ -127,6 +127,12 @@ def _add_output(result: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also write all detections as predictions.json, in COCO's and LVIS's format",
     )
+    add(
+        "--store_threshold",
+        action="store_true",
+        help="store the score threshold with the best F1 in the run (thresholds.json), from where "
+        "detect, page and export take it; of a set that is not for testing",
+    )
 
 
 def _add_names(result: argparse.ArgumentParser) -> None:

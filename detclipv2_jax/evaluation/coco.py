@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation import matching
@@ -364,6 +364,10 @@ class DetectionEvaluator:
     def _keep(self, rows: np.ndarray) -> None:
         raise NotImplementedError
 
+    def true_and_false(self) -> tuple[Float[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
+        """Return what `matching.true_and_false` returns for the best detections of each image."""
+        raise NotImplementedError
+
 
 def _detection_rows(
     truth: GroundTruth,
@@ -411,6 +415,12 @@ class CocoEvaluator(DetectionEvaluator):
         """Return a mask of the `limit` best detections of each image and category."""
         pairs = rows["image"] * np.int64(len(self._truth.categories)) + rows["category"]
         return matching.top_k_per_group(pairs, rows["score"], limit)
+
+    def true_and_false(self) -> tuple[Float[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
+        """Return the scores of the best 300 detections of each image, and which are right."""
+        rows = np.concatenate([np.zeros(0, matching.DETECTION_DTYPE), *self._kept])
+        rows = rows[matching.top_k_per_group(rows["image"], rows["score"], 300)]
+        return matching.true_and_false(self._truth.truth_rows(), rows, np.zeros(len(rows), bool))
 
     def result(self) -> dict[str, float | None]:
         """Return the twelve metrics as fractions, None where there is no ground truth.

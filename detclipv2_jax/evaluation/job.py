@@ -30,7 +30,7 @@ from detclipv2_jax.evaluation import coco, datasets, measure
 from detclipv2_jax.evaluation.answers import AnswerStore, parameters_digest
 from detclipv2_jax.evaluation.datasets import EvaluationSet
 from detclipv2_jax.evaluation.report import draw_steps, results_table, steps_table
-from detclipv2_jax.inference import checkpoint
+from detclipv2_jax.inference import checkpoint, threshold
 from detclipv2_jax.inference.config import DecodeConfig
 from detclipv2_jax.inference.predictor import Predictor
 from detclipv2_jax.inference.prompts import Prompter
@@ -57,10 +57,12 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError("--follow evaluates every checkpoint of the run. Leave --step out.")
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch_size={args.batch_size}: must be at least 1.")
-    if args.predictions and (args.follow or args.step != "newest" or args.results_json):
+    if args.predictions and (
+        args.follow or args.step != "newest" or args.results_json or args.store_threshold
+    ):
         raise UserError(
-            "--predictions measures a results file, without a checkpoint. Leave --step, --follow "
-            "and --results_json out."
+            "--predictions measures a results file, without a checkpoint. Leave --step, --follow, "
+            "--results_json and --store_threshold out."
         )
 
 
@@ -85,6 +87,11 @@ def _evaluate_checkpoints(args: argparse.Namespace) -> None:
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(_sigterm_raises())
         sets = datasets.load_sets(args.dataset, args.data_dir, args.images, args.format)
+        if args.store_threshold and len(sets) > 1:
+            raise UserError(
+                f"--store_threshold: --dataset={args.dataset} is {len(sets)} datasets, and a "
+                "checkpoint has one threshold. Give one annotation file."
+            )
         several = args.follow or args.step == "all" or isinstance(args.step, list)
         for step in _steps(args, output):
             folder = output / f"step_{step:08d}" if several else output
@@ -180,7 +187,25 @@ def _evaluate_checkpoint(
         if jax.process_index() == 0:
             write_json(output / "results.json", results)
     print(f"{results_table(results)}\n\nwritten to {output}: {files}", flush=True)
+    if best := results.get("threshold"):
+        _offer_threshold(args, step, best, model.threshold)
     return results
+
+
+def _offer_threshold(
+    args: argparse.Namespace, step: int, best: Mapping[str, Any], own: Mapping[str, Any] | None
+) -> None:
+    """Store the fitted threshold with the checkpoint if asked to, or say that it can be stored."""
+    if args.store_threshold:
+        if jax.process_index() == 0:
+            path = threshold.store(checkpoint.workdir(args.checkpoint), step, best)
+            print(f"stored the score threshold {best['score_threshold']:g} in {path}", flush=True)
+    elif own is None:
+        print(
+            f"The checkpoint has no score threshold of its own: detect uses {threshold.FALLBACK:g}."
+            " --store_threshold stores the one above in the run.",
+            flush=True,
+        )
 
 
 class _Model:
@@ -189,6 +214,7 @@ class _Model:
     Attributes:
       predictors: one per device, with the same compiled program.
       prompter: turns names into prompts.
+      threshold: the checkpoint's own score threshold, None if it has none.
       about: the checkpoint, for the results.
       settings: what metrics depend on, for the results.
       identity: what identifies the model among other jobs.
@@ -196,6 +222,7 @@ class _Model:
 
     def __init__(self, args: argparse.Namespace, step: int):
         loaded = checkpoint.load_model(args.checkpoint, step)
+        self.threshold = loaded.threshold
         self.predictors = [
             Predictor(
                 loaded.graphdef,
@@ -290,7 +317,7 @@ def _summarize(output: pathlib.Path, latest: dict[str, Any]) -> None:
         else:
             print(f"warning: {path} has other settings; the summary leaves it out")
     every.sort(key=lambda results: results["step"])
-    kept = ("step", "standard", "fixed", "groups", "coco", "average", "sets")
+    kept = ("step", "standard", "fixed", "groups", "coco", "average", "sets", "threshold")
     summary = {
         "dataset": latest["dataset"],
         "checkpoint": latest["checkpoint"],

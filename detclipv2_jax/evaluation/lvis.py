@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation import coco, matching
@@ -228,6 +228,15 @@ class LvisEvaluator(coco.DetectionEvaluator):
             categories=self._category_rows(standard, fixed),
         )
 
+    def true_and_false(self) -> tuple[Float[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
+        """Return the scores of the detections of standard AP that count, and which are right."""
+        every = [
+            matching.true_and_false(truth, found, not_exhaustive)
+            for _, truth, found, not_exhaustive in self._to_match(self._standard)
+        ]
+        scores, is_right = zip(*every)
+        return np.concatenate(scores), np.concatenate(is_right)
+
     def curves(self) -> dict[str, matching.Curves]:
         """Return the curves behind "standard" and "fixed"; categories by ascending id."""
         return {
@@ -241,9 +250,23 @@ class LvisEvaluator(coco.DetectionEvaluator):
         return rows[sized & _is_among(self._truth.annotated_keys, self._truth.pair_keys(rows))]
 
     def _curves(self, best: "_BestOfCategories") -> matching.Curves:
+        return matching.Curves.concatenate(
+            [
+                matching.precision_recall(truth, found, not_exhaustive, categories)
+                for categories, truth, found, not_exhaustive in self._to_match(best)
+            ]
+        )
+
+    def _to_match(
+        self, best: "_BestOfCategories"
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray, Bool[np.ndarray, " n"]]]:
+        """Yield, for some categories at a time, their number, truth and countable detections.
+
+        The last item says which detections are ignored if they match nothing. Categories are
+        numbered from 0 in each part.
+        """
         truth = self._truth.truth_rows()
         truth = truth[np.argsort(truth["category"], kind="stable")]
-        curves = []
         for chunk in best.chunks(_CHUNK):
             found = self._countable(chunk.rows)
             keys = self._truth.pair_keys(found)
@@ -252,10 +275,7 @@ class LvisEvaluator(coco.DetectionEvaluator):
             wanted = truth[rows].copy()
             wanted["category"] -= chunk.first
             found["category"] -= chunk.first
-            curves.append(
-                matching.precision_recall(wanted, found, not_exhaustive, chunk.end - chunk.first)
-            )
-        return matching.Curves.concatenate(curves)
+            yield chunk.end - chunk.first, wanted, found, not_exhaustive
 
     def _metrics(self, curves: matching.Curves) -> dict[str, float | None]:
         ids = self._truth.sorted_category_ids

@@ -151,9 +151,7 @@ def precision_recall(
         matches nothing.
       num_categories: K of the result.
     """
-    order = np.lexsort((detections["image"], -detections["score"], detections["category"]))
-    detections, ignore_unmatched = detections[order], ignore_unmatched[order]
-    truth = truth[np.lexsort((truth["image"], truth["category"]))]
+    truth, detections, ignore_unmatched = _in_order(truth, detections, ignore_unmatched)
     ignored = ~_in_area_ranges(truth["area"]) | truth["crowd"][:, None]
     positives = np.stack(
         [
@@ -162,7 +160,7 @@ def precision_recall(
         ],
         axis=1,
     )
-    matches = _match(detections, truth, ignored)
+    matches = _match(detections, truth, ignored, THRESHOLDS)
     area = detections["box"][:, 2] * detections["box"][:, 3]
     false_if_unmatched = _in_area_ranges(area) & ~ignore_unmatched[:, None]
     return _curves(detections["category"], false_if_unmatched, matches, positives)
@@ -173,7 +171,47 @@ def _in_area_ranges(areas: Float[np.ndarray, " n"]) -> Bool[np.ndarray, "n A"]:
     return (areas[:, None] >= AREAS[:, 0]) & (areas[:, None] <= AREAS[:, 1])
 
 
-def _match(detections: np.ndarray, truth: np.ndarray, ignored: Bool[np.ndarray, "g A"]) -> _Matches:
+def _in_order(
+    truth: np.ndarray, detections: np.ndarray, ignore_unmatched: Bool[np.ndarray, " n"]
+) -> tuple[np.ndarray, np.ndarray, Bool[np.ndarray, " n"]]:
+    """Return the arrays with detections in ranking order, and truth by category, then image."""
+    order = np.lexsort((detections["image"], -detections["score"], detections["category"]))
+    detections, ignore_unmatched = detections[order], ignore_unmatched[order]
+    truth = truth[np.lexsort((truth["image"], truth["category"]))]
+    return truth, detections, ignore_unmatched
+
+
+def true_and_false(
+    truth: np.ndarray, detections: np.ndarray, ignore_unmatched: Bool[np.ndarray, " n"]
+) -> tuple[Float[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
+    """Return the score of every detection that counts, and whether it is a true positive.
+
+    They are those of AP50 over boxes of all sizes, all categories together, in no order.
+
+    Args:
+      truth: ground-truth boxes, an array of `TRUTH_DTYPE`.
+      detections: an array of `DETECTION_DTYPE`.
+      ignore_unmatched: per detection, whether it is ignored instead of a false positive if it
+        matches nothing.
+    """
+    truth, detections, ignore_unmatched = _in_order(truth, detections, ignore_unmatched)
+    matches = _match(detections, truth, truth["crowd"][:, None], THRESHOLDS[:1])
+    outcome = np.where(ignore_unmatched, _IGNORED, _UNMATCHED)
+    outcome[matches.detection] = np.where(
+        matches.outcome[:, 0, 0] == _UNMATCHED,
+        outcome[matches.detection],
+        matches.outcome[:, 0, 0],
+    )
+    counts = outcome != _IGNORED
+    return detections["score"][counts], outcome[counts] == _TRUE_POSITIVE
+
+
+def _match(
+    detections: np.ndarray,
+    truth: np.ndarray,
+    ignored: Bool[np.ndarray, "g A"],
+    thresholds: Float[np.ndarray, " T"],
+) -> _Matches:
     """Match detections to ground truth.
 
     The detections of one image and category compete, so they choose one after another: the first of
@@ -184,6 +222,7 @@ def _match(detections: np.ndarray, truth: np.ndarray, ignored: Bool[np.ndarray, 
       detections: in ranking order.
       truth: sorted by category, then image.
       ignored: per ground-truth box and area range, whether it is ignored.
+      thresholds: of the IoU, 0.5 or more.
     """
     pairs = _overlapping_pairs(detections, truth)
     matched, matchable = np.unique(pairs.detection, return_inverse=True)
@@ -191,11 +230,12 @@ def _match(detections: np.ndarray, truth: np.ndarray, ignored: Bool[np.ndarray, 
     # By round, then by detection, then by IoU. Equal IoUs keep the order of the ground truth.
     order = np.lexsort((pairs.iou, matchable, rounds[matchable]))
     pairs = _Pairs(matchable, pairs.truth, pairs.iou).select(order)
-    outcome = np.full((len(matched), len(THRESHOLDS), len(AREAS)), _UNMATCHED, np.int8)
-    free = np.ones((len(truth), len(THRESHOLDS), len(AREAS)), bool)
+    shape = (len(thresholds), ignored.shape[1])
+    outcome = np.full((len(matched), *shape), _UNMATCHED, np.int8)
+    free = np.ones((len(truth), *shape), bool)
     for rows in _slices_within_rounds(pairs.detection, rounds[pairs.detection]):
         some = pairs.select(rows)
-        chosen = _choose(some, free[some.truth], ignored[some.truth])
+        chosen = _choose(some, free[some.truth], ignored[some.truth], thresholds)
         outcome[chosen.detection, chosen.threshold, chosen.area] = np.where(
             ignored[chosen.truth, chosen.area], _IGNORED, _TRUE_POSITIVE
         )
@@ -273,7 +313,10 @@ def _slices_within_rounds(
 
 
 def _choose(
-    pairs: _Pairs, free: Bool[np.ndarray, "p T A"], ignored: Bool[np.ndarray, "p A"]
+    pairs: _Pairs,
+    free: Bool[np.ndarray, "p T A"],
+    ignored: Bool[np.ndarray, "p A"],
+    thresholds: Float[np.ndarray, " T"],
 ) -> _Choices:
     """Return the ground-truth box that each detection takes, per IoU threshold and area range.
 
@@ -281,13 +324,14 @@ def _choose(
       pairs: all pairs of some detections that do not compete, by detection, then ascending IoU.
       free: per pair, whether the ground-truth box is free.
       ignored: per pair, whether the ground-truth box is ignored.
+      thresholds: of the IoU.
     """
     starts = np.flatnonzero(np.diff(pairs.detection, prepend=-1))
     count = len(pairs.truth)
     place = 1 + np.arange(count, dtype=np.int32)
     # The largest preference wins. Every box that counts is preferred to every one that is ignored.
     preference = place[:, None] + np.where(ignored, 0, count).astype(np.int32)
-    allowed = free & (pairs.iou[:, None] >= THRESHOLDS)[:, :, None]
+    allowed = free & (pairs.iou[:, None] >= thresholds)[:, :, None]
     best = np.maximum.reduceat(np.where(allowed, preference[:, None, :], 0), starts, axis=0)
     number, threshold, area = np.nonzero(best)
     pair = (best[number, threshold, area] - 1) % count

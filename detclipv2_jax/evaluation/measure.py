@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from detclipv2_jax.common.atomic import write_json
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.evaluation import coco, lvis
+from detclipv2_jax.evaluation import coco, lvis, threshold
 from detclipv2_jax.evaluation.answers import Answer
 from detclipv2_jax.evaluation.datasets import find_image
 from detclipv2_jax.evaluation.report import PROTOCOLS, draw_comparison, readable_name
@@ -123,9 +123,11 @@ def measure_answers(
       results_json: whether to write a results file.
 
     Returns:
-      {"dataset", *about, "standard", "fixed", "groups": {name: {"standard", "fixed"}}, "settings"}
-      or {"dataset", *about, "coco", "settings"}. Metrics are fractions, None where there is no
-      ground truth. "settings" counts the images that are missing, unreadable or of another size.
+      {"dataset", *about, "standard", "fixed", "groups": {name: {"standard", "fixed"}}, "threshold",
+      "settings"} or {"dataset", *about, "coco", "threshold", "settings"}. Metrics are fractions,
+      None where there is no ground truth. "threshold" is the score threshold of the best F1
+      (`threshold.fitted`), None if no detection is right. "settings" counts the images that are
+      missing, unreadable or of another size.
 
     Raises:
       UserError: no image was found or could be read.
@@ -155,6 +157,7 @@ def measure_answers(
         "dataset": truth.path,
         **about,
         **metrics.values,
+        "threshold": threshold.fitted(evaluator, truth),
         "settings": {**settings, **metrics.protocols, **problems.counts},
     }
     if output is not None:
@@ -198,6 +201,7 @@ def measure_results_file(
         "dataset": truth.path,
         "predictions": str(path),
         **metrics.values,
+        "threshold": threshold.fitted(evaluator, truth),
         "settings": {**metrics.protocols, "images": len(truth.images), **file.counts},
     }
     if output is not None:

@@ -47,6 +47,13 @@ def results_table(results: Mapping[str, Any]) -> str:
         lines.append(", ".join(_settings(settings)))
     for title, rows in _tables(results).items():
         lines += ["", *_table_lines(title, rows)]
+    if best := results.get("threshold"):
+        lines += [
+            "",
+            f"score threshold with the best F1: {best['score_threshold']:g} (F1 {best['f1']:.3f}, "
+            f"precision {best['precision']:.3f}, recall {best['recall']:.3f} at IoU "
+            f"{best['iou']:g})",
+        ]
     return "\n".join(lines)
 
 

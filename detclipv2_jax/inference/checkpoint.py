@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 
 from detclipv2_jax.common import config_dict
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.inference import threshold
 from detclipv2_jax.inference.config import DetectConfig
 from detclipv2_jax.models import detclip
 from detclipv2_jax.models.detclip import DetCLIPConfig
@@ -41,6 +42,8 @@ class LoadedModel:
       template: joins {name} and {definition}.
       total_steps: steps of the whole run; None for an old checkpoint, which does not store it.
       run: the config of the run as stored.
+      threshold: the score threshold fitted on a dataset (inference/threshold.py); None if the
+        checkpoint has none.
     """
 
     graphdef: Any
@@ -53,6 +56,7 @@ class LoadedModel:
     template: str = TEMPLATE
     total_steps: int | None = None
     run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    threshold: Mapping[str, Any] | None = None
 
 
 # In all functions `directory` is the workdir of a run or its `checkpoints/`.
@@ -158,6 +162,7 @@ def load_model(directory: str | os.PathLike, step: int | None = None) -> LoadedM
         template=run.get("data", {}).get("template", TEMPLATE),
         total_steps=meta.get("total_steps"),
         run=run,
+        threshold=threshold.stored(workdir(directory), step, meta),
     )
 
 
@@ -216,6 +221,12 @@ def first_line(error: Exception) -> str:
 def _root(directory: str | os.PathLike) -> Path:
     root = Path(directory).absolute()
     return root / SUBDIRECTORY if (root / SUBDIRECTORY).is_dir() else root
+
+
+def workdir(directory: str | os.PathLike) -> Path:
+    """Return the workdir of a run, also if `directory` is its `checkpoints/`."""
+    root = _root(directory)
+    return root.parent if root.name == SUBDIRECTORY else root
 
 
 def _open(directory: str | os.PathLike) -> ocp.CheckpointManager:

@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         cache=args.cache,
     )
     encoded = detector.encode(names)
+    print(detector.threshold)
     images, failed = _detect_images(
         detector, encoded, [file for file in files if not file.is_video], output
     )
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
                 failed.append(report_failure(file, error))
     settings = {
         **dataclasses.asdict(detector.predictor.config),
+        **detector.threshold.to_json(),
         **detector.prompter.settings(encoded),
     }
     write_json(

@@ -14,6 +14,7 @@ from detclipv2_jax.inference.images import ImageSource
 from detclipv2_jax.inference.names import check_distinct, check_names
 from detclipv2_jax.inference.predictor import EncodedNames, Predictor
 from detclipv2_jax.inference.prompts import Prompter
+from detclipv2_jax.inference.threshold import threshold
 
 if TYPE_CHECKING:
     from detclipv2_jax.inference.checkpoint import LoadedModel
@@ -36,6 +37,7 @@ class Detector:
 
     Attributes:
       step: training step of the checkpoint.
+      threshold: the score threshold, and where it comes from (`Threshold`).
       predictor: the compiled model (`Predictor`).
       prompter: turns names into prompts (`Prompter`).
     """
@@ -45,7 +47,7 @@ class Detector:
         checkpoint: "str | os.PathLike | LoadedModel",
         *,
         step: int | None = None,
-        score_threshold: float = 0.3,
+        score_threshold: float | None = None,
         max_detections: int = 300,
         batch_size: int = 1,
         definitions: Definitions | None = None,
@@ -58,6 +60,7 @@ class Detector:
           checkpoint: the workdir of a training run, or a `LoadedModel`.
           step: which of the run's checkpoints to load. None: the newest.
           score_threshold: only detections with a higher score are returned, 0 <= threshold < 1.
+            None: the checkpoint's own, fitted on its validation set, or 0.1 if it has none.
           max_detections: at most this many boxes per image, the best of all names together.
           batch_size: images per call of the model; more is faster and needs more memory.
           definitions: 'on' asks for each name with its definition, 'off' with the name alone,
@@ -78,9 +81,10 @@ class Detector:
 
             checkpoint = load_model(checkpoint, step)
         self.step = checkpoint.step
+        self.threshold = threshold(score_threshold, checkpoint.threshold)
         config = dataclasses.replace(
             checkpoint.detect.decoding,
-            score_threshold=score_threshold,
+            score_threshold=self.threshold.score_threshold,
             max_detections=max_detections,
         )
         self.prompter = Prompter.for_model(

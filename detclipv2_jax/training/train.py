@@ -151,6 +151,8 @@ def train(
                 with clock("evaluate"), write_errors_are_warnings():
                     results = validator(graphdef, state)
                     score = headline(results)
+                    if results["threshold"]:  # that of the last evaluation belongs to the model
+                        meta["threshold"] = {**results["threshold"], "step": step}
                     recorder.add_evaluation(step, results)
                 if auto_step:
                     auto_step = auto_step.after(score, config.optimizer)

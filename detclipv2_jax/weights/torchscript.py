@@ -5,6 +5,7 @@ with every class and function replaced by an inert placeholder, so that it yield
 tensors.
 """
 
+import math
 import pickle
 import zipfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.weights import archives
 
 _STORAGES = {
     "DoubleStorage": np.float64,
@@ -40,7 +42,12 @@ def is_archive(path: Path) -> bool:
 
 
 def code(path: Path) -> str:
-    """Return the source code in an archive that `is_archive` recognizes."""
+    """Return the source code in an archive that `is_archive` recognizes.
+
+    Raises:
+        UserError: the archive expands to far more than its size.
+    """
+    archives.check_sizes(path)
     with zipfile.ZipFile(path) as archive:
         names = [n for n in archive.namelist() if "/code/" in n and n.endswith(".py")]
         return "\n".join(archive.read(name).decode("utf-8", "replace") for name in names)
@@ -58,11 +65,13 @@ def read(path: Path) -> dict[str, np.ndarray]:
             root = pickled.removesuffix("data.pkl")
             with archive.open(pickled) as file:
                 module = _Reader(file, archive, f"{root}data/").load()
+            return dict(_tensors(module, "", ()))
+    except UserError:
+        raise
     except Exception as error:  # a damaged pickle or archive can raise any type
         raise UserError(
             f"{path}: not a complete TorchScript archive ({error}). Download it again."
         ) from None
-    return dict(_tensors(module, ""))
 
 
 class _Inert:
@@ -81,6 +90,7 @@ class _Reader(pickle.Unpickler):
     def __init__(self, file: Any, archive: zipfile.ZipFile, storages: str):
         super().__init__(file)
         self._archive, self._storages = archive, storages
+        self._read: dict[tuple[str, Any], np.ndarray] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         """Return our replacement of a class or function, never the one that the file names."""
@@ -93,24 +103,48 @@ class _Reader(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> np.ndarray:
         """Return the storage of an id ('storage', type, key, device, number of elements)."""
         _, dtype, key, _, count = pid
-        return np.frombuffer(self._archive.read(self._storages + key), dtype)[:count]
+        if not isinstance(dtype, type) or dtype is _Inert:
+            raise ValueError(f"storage {key} is of an unknown type")
+        if (found := self._read.get((key, dtype))) is not None:
+            return found
+        name, size = self._storages + key, count * np.dtype(dtype).itemsize
+        if self._archive.getinfo(name).file_size < size:
+            raise ValueError(f"{name} is shorter than its {count} elements")
+        with self._archive.open(name) as file:
+            content = file.read(size)  # not what lies behind, which no tensor needs
+        self._read[key, dtype] = np.frombuffer(content, dtype)
+        return self._read[key, dtype]
 
 
 def _tensor(
     storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> np.ndarray:
-    """Return a copy of a strided view; indexing fails for elements beyond the storage."""
-    index = np.full(size, offset, np.int64)
-    for axis, (extent, step) in enumerate(zip(size, stride, strict=True)):
-        index += (np.arange(extent) * step).reshape(-1, *[1] * (len(size) - axis - 1))
-    return np.asarray(storage[index])
+    """Return a strided view of a storage.
+
+    Raises:
+        ValueError: it has more elements than the storage, or elements beyond it.
+    """
+    steps = zip(size, stride, strict=True)
+    last = offset + sum((extent - 1) * step for extent, step in steps) if all(size) else offset - 1
+    is_inside = min(offset, *size, *stride, 0) >= 0 and last < len(storage)
+    if not is_inside or math.prod(size) > len(storage):
+        raise ValueError(f"a tensor of shape {size} is not inside its storage")
+    strides = [step * storage.itemsize for step in stride]
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
 
 
-def _tensors(node: Any, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (name, tensor) of a module and the modules in it."""
+def _tensors(node: Any, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name, tensor) of a module and the modules in it; `above` are the ids of its parents.
+
+    Raises:
+        ValueError: a module contains itself.
+    """
     state = node.state if isinstance(node, _Inert) else node
     if isinstance(state, np.ndarray):
         yield prefix, state
     elif isinstance(state, dict):
+        if id(state) in above:
+            raise ValueError(f"{prefix} contains itself")
         for name, child in state.items():
-            yield from _tensors(child, f"{prefix}.{name}" if prefix else str(name))
+            path = f"{prefix}.{name}" if prefix else str(name)
+            yield from _tensors(child, path, (*above, id(state)))

@@ -82,7 +82,10 @@ def test_perfect_detections_score_one(tmp_path):
         oracle, truth, tmp_path / "images", step=12, output=tmp_path / "out", progress=False
     )
     assert oracle.names == ["anchor", "black chess knight", "umbrella", "snowman"]
-    assert set(results) == {"dataset", "step", "standard", "fixed", "groups", "settings"}
+    assert set(results) == {
+        *("dataset", "step", "standard", "fixed", "groups", "threshold", "settings")
+    }
+    assert results["threshold"]["f1"] == 1
     for part in (results["standard"], results["fixed"]):
         assert part["AP"] == part["APr"] == part["AP50"] == pytest.approx(1.0)
     for group in ("base", "novel"):
@@ -107,7 +110,7 @@ def test_without_overlaps_keeps_the_best_box_of_a_place():
 def test_coco_datasets_get_the_twelve_metrics(tmp_path):
     truth = datasets.load_ground_truth(make_set(tmp_path, federated=False))
     results = measure.measure_model(Oracle(truth), truth, tmp_path / "images", progress=False)
-    assert set(results) == {"dataset", "step", "coco", "settings"}
+    assert set(results) == {"dataset", "step", "coco", "threshold", "settings"}
     assert results["coco"]["AP"] == results["coco"]["AR100"] == pytest.approx(1.0)
     assert results["coco"]["APl"] is None
 

@@ -22,7 +22,7 @@ from test_evaluate import NAMES, make_set
 
 from detclipv2_jax import evaluate
 from detclipv2_jax.common.interruption import Interrupted
-from detclipv2_jax.evaluation import datasets
+from detclipv2_jax.evaluation import datasets, threshold
 from detclipv2_jax.evaluation import job as job_lib
 from detclipv2_jax.inference import checkpoint
 from detclipv2_jax.training import checkpointer, state
@@ -246,6 +246,30 @@ def test_odinw_has_a_row_per_dataset_and_their_average(run, tmp_path, capsys):
     assert [line.split()[0] for line in printed if line.startswith(("average", "Raccoon"))] == [
         "average", "Raccoon",
     ]  # fmt: skip
+
+
+def test_the_fitted_threshold_is_offered_and_stored_only_if_asked(
+    run, dataset, tmp_path, monkeypatch, capsys
+):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    fit = {"score_threshold": 0.07, "f1": 0.5, "precision": 0.5, "recall": 0.5, "iou": 0.5}
+    fit |= {"dataset": "val.json", "images": 1, "boxes": 1}
+    monkeypatch.setattr(threshold, "fitted", lambda *_: fit)
+    flags = [f"--dataset={dataset}", f"--output={tmp_path / 'out'}", f"--checkpoint={workdir}"]
+    assert evaluate.main([*flags, "--step=7"]) == 0
+    out = capsys.readouterr().out
+    assert "score threshold with the best F1: 0.07 (F1 0.500" in out
+    assert "--store_threshold stores the one above in the run" in out
+    assert not list(workdir.iterdir())
+    assert json.loads((tmp_path / "out/results.json").read_text())["threshold"] == fit
+
+    assert evaluate.main([*flags, "--step=7", "--store_threshold"]) == 0
+    assert "stored the score threshold 0.07 in" in capsys.readouterr().out
+    stored = json.loads((workdir / "thresholds.json").read_text())
+    assert stored == {"7": fit | {"step": 7}}
+    odinw = ["--dataset=odinw13", f"--data_dir={tmp_path}", "--store_threshold"]
+    assert evaluate.main([*flags[1:], *odinw]) == 2
 
 
 def test_two_categories_of_one_name_get_the_same_scores(run, tmp_path):

@@ -504,6 +504,16 @@ def test_a_checkpoint_is_known_as_the_last_and_as_the_best_of_its_run(finished):
     assert checkpoint.best_step(workdir) == checkpoint.steps(workdir)[-1]
 
 
+def test_a_checkpoint_has_the_threshold_of_its_evaluation(finished):
+    workdir, _ = finished
+    results = json.loads((workdir / "results.json").read_text())
+    loaded = checkpoint.load_model(workdir)
+    if results["threshold"] is None:  # a run of seconds may find nothing
+        assert loaded.threshold is None
+    else:
+        assert loaded.threshold == results["threshold"] | {"step": results["step"]}
+
+
 @pytest.mark.slow
 def test_a_run_is_fine_tuned_with_rehearsal_and_zero_shot_evaluation(data, finished, tmp_path):
     (tmp_path / "data").mkdir()
