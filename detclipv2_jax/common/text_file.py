@@ -114,8 +114,8 @@ def read_text(path: str | Path) -> str:
 def read_lines(path: str | Path) -> Iterator[tuple[int, str | ValueError]]:
     """Yield (number, line) of the lines that are not blank, from 1, without their ends.
 
-    Only \\n and \\r\\n end a line. A line of UTF-8 that is not text is yielded as the error that
-    says so, because the lines after it are still good.
+    UTF-16 and UTF-32 need a byte order mark. Only \\n and \\r\\n end a line. A line of UTF-8 that
+    is not text is yielded as the error that says so, because the lines after it are still good.
 
     Raises:
       UserError: the file cannot be read, or is UTF-16 or UTF-32 that is damaged.
@@ -123,7 +123,9 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str | ValueError]]:
     with open_bytes(path) as file:
         start = file.read(4)
         file.seek(0)
-        encoding = json.detect_encoding(start)
+        # Damaged UTF-8 may begin with zeros, as UTF-16 does: only a byte order mark decides.
+        is_marked = start.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        encoding = json.detect_encoding(start) if is_marked else "utf-8"
         if encoding.startswith("utf-8"):
             lines = (_decoded(line, encoding if n == 0 else "utf-8") for n, line in enumerate(file))
         else:

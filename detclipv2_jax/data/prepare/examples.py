@@ -186,33 +186,3 @@ class ImageFolder:
 
     def __str__(self) -> str:
         return " or ".join(str(root) for root in self.roots)
-
-
-def annotated_size(entry: dict[str, Any]) -> tuple[int, int] | None:
-    """Return (height, width) of an image entry in pixels, or None if it has no size.
-
-    The sizes may be numbers or strings of numbers.
-
-    Raises:
-        ValueError, TypeError: the fields are not valid sizes.
-    """
-    if entry.get("height") is None or entry.get("width") is None:
-        return None
-    size = int(float(entry["height"])), int(float(entry["width"]))
-    if min(size) <= 0:
-        raise ValueError(f"height {size[0]}, width {size[1]}")
-    return size
-
-
-def parse_xywh(value: Any) -> tuple[float, float, float, float]:
-    """Return a COCO "bbox" as four floats; NaN and infinity are allowed here.
-
-    Raises:
-        ValueError: `value` is not a list of four numbers.
-    """
-    if not isinstance(value, list) or len(value) != 4:
-        raise ValueError(f'"bbox" is {str(value)[:60]}, not [x, y, width, height]')
-    try:
-        return tuple(float(number) for number in value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f'"bbox" is {str(value)[:60]}, not four numbers') from error

@@ -56,7 +56,7 @@ def test_one_id_for_two_files_drops_both_with_their_boxes(read):
         "boxes: image id of two files": 2,
     }
     sentence = archive.drops.explained["images: one id for two files"][0]
-    assert "'0.jpg'" in sentence and "'1.jpg'" in sentence
+    assert '"0.jpg"' in sentence and '"1.jpg"' in sentence
 
 
 @pytest.mark.parametrize("name", ["0.jpg", "./0.jpg", "x/../0.jpg"])
@@ -119,7 +119,7 @@ def test_equal_boxes_count_once(read):
 
 def test_one_category_id_with_two_names_is_refused_with_both(read):
     names = [{"id": 3, "name": "cat"}, {"id": 3, "name": "dog"}]
-    with pytest.raises(UserError, match=r"categories\[1\].*3 is already used.*'cat' and 'dog'"):
+    with pytest.raises(UserError, match=r'categories\[1\].*3 is already used.*"cat" and "dog"'):
         read([image(1, "0.jpg")], [], names)
 
 

@@ -51,12 +51,18 @@ def test_coco_names_of_lvis_and_its_coco_url(folder):
 
 BROKEN_ENTRIES = {
     "unknown category": ({"category_id": 4}, "boxes: unknown category", '"category_id" 4'),
-    "unknown image": ({"image_id": "x"}, "boxes: unknown image", "\"image_id\" 'x'"),
-    "no bbox": ({"bbox": None}, "boxes: malformed entry", '"bbox" is None'),
+    "unknown image": ({"image_id": "x"}, "boxes: unknown image", '"image_id" "x"'),
+    "no bbox": ({"bbox": None}, "boxes: malformed entry", "annotations[0].bbox is null"),
     "three numbers": ({"bbox": [1, 2, 3]}, "boxes: malformed entry", "[1, 2, 3]"),
     "words": ({"bbox": [1, 2, "wide", 3]}, "boxes: malformed entry", "not four numbers"),
-    "list as id": ({"category_id": [3]}, "boxes: malformed entry", "annotations[0]"),
-    "object as image": ({"image_id": {}}, "boxes: malformed entry", "annotations[0]"),
+    "list as id": ({"category_id": [3]}, "boxes: malformed entry", "].category_id is [3], not a"),
+    "object as image": ({"image_id": {}}, "boxes: malformed entry", "[0].image_id is {}, not a"),
+    "NaN as id": ({"image_id": float("nan")}, "boxes: malformed entry", ".image_id is NaN, not a"),
+    "true as id": ({"category_id": True}, "boxes: malformed entry", "].category_id is true, not"),
+    "half an id": ({"category_id": 1.5}, "boxes: malformed entry", "].category_id is 1.5, not a"),
+    "crowd of 2": ({"iscrowd": 2}, "boxes: malformed entry", "].iscrowd is 2, not 0 or 1"),
+    "perhaps": ({"iscrowd": "perhaps"}, "boxes: malformed entry", '].iscrowd is "perhaps", not 0'),
+    "a box of true": ({"bbox": [1, 2, True, 4]}, "boxes: malformed entry", "[1, 2, true, 4], not"),
 }
 
 
@@ -106,7 +112,7 @@ def test_coco_broken_images(folder):
     }
     explained = archive.drops.explained
     assert "images[3]" in explained["images: entry given twice"][0]
-    assert "no field 'file_name'" in explained["images: malformed entry"][0]
+    assert "].file_name is missing" in explained["images: malformed entry"][0]
     assert "gone.jpg under" in explained["images: missing"][0]
     assert "a URL, not a file" in explained["images: missing"][1]
     assert all(len(sentences) <= 3 for sentences in explained.values())
@@ -125,24 +131,25 @@ def test_strings_of_numbers_and_sizes_that_are_not_told(folder):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "line 1, column 1: not valid JSON"),
+        ("", "coco.json: empty."),
         ("<html>\n404", "line 1, column 1: not valid JSON"),
         ('{"images": [],\n "annotations": [', "line 2"),
-        ("[]", 'no list "images"'),
-        ("7", 'no list "images"'),
+        ("[]", 'holds a JSON list, expected an object with the lists "images"'),
+        ("7", "holds a JSON number, expected an object"),
         ('{"images": [], "categories": []}', 'no list "annotations"'),
         ('{"images": {}, "annotations": [], "categories": []}', 'no list "images"'),
         ('{"images": [], "annotations": []}', 'no list "categories"'),
         ('{"images": [], "annotations": [], "categories": [3]}', "categories[0]"),
         ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', "categories[0]"),
-        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "_"}]}', "empty"),
-        ('{"images": [], "annotations": [], "categories": [{"name": "a"}]}', '"id"'),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "_"}]}', "no word"),
+        ('{"images": [], "annotations": [], "categories": [{"name": "a"}]}', "].id is missing"),
         (
             '{"images": [], "annotations": [], "categories": '
             '[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
             "already used",
         ),
-        ("[" * 100_000, "not JSON text"),
+        ("[" * 100_000, "holds a JSON list"),
+        ('{"images": ' + "[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_file_of_another_format_is_refused(folder, text, expected):
@@ -158,7 +165,7 @@ def test_binary_and_missing_files(folder):
     path = folder / "coco.json"
     path.write_bytes(b"\xff\xfe\x80\x81" * 10)
     for reader in (coco_source.read, goldg.read, conceptual_captions.read_coco_captions):
-        with pytest.raises(UserError, match="not JSON|not valid JSON"):
+        with pytest.raises(UserError, match="not valid JSON|not UTF-16 text"):
             reader(path, images(folder))
         with pytest.raises(UserError, match="nowhere.json: no such file"):
             reader(folder / "nowhere.json", images(folder))
@@ -265,13 +272,13 @@ def test_json_lines_total_counts_the_captions_of_a_line(folder):
     ("row", "reason", "expected"),
     [
         (b"{'image': 3}", "images: malformed line", "not valid JSON"),
-        (b"[1, 2]", "images: malformed line", "not a JSON object"),
+        (b"[1, 2]", "images: malformed line", "[1, 2] is not an object"),
         (b"\xff\xfe\x00", "images: malformed line", "line 2"),
         ({"caption": "x"}, "images: malformed line", "no field image or file_name"),
         ({"image": 5, "caption": "x"}, "images: malformed line", "no field image"),
         ({"image": "0.jpg"}, "images: malformed line", "no field caption"),
         ({"image": "9.jpg", "caption": "x"}, "images: missing", "no file 9.jpg"),
-        ({"image": "0.jpg", "caption": "  "}, "captions: empty", "'  '"),
+        ({"image": "0.jpg", "caption": "  "}, "captions: empty", 'caption is "  "'),
         ({"image": "0.jpg", "caption": None}, "images: malformed line", "no field caption"),
         ({"image": "0.jpg", "captions": [3]}, "captions: empty", "is 3"),
     ],
@@ -317,7 +324,7 @@ def test_empty_lists(folder):
     for read in (conceptual_captions.read_tsv, conceptual_captions.read_json_lines):
         archive = read(folder / "none.tsv", images(folder))
         assert archive.total == 0 and list(archive.examples) == []
-        with pytest.raises(UserError, match="no.txt: cannot be read"):
+        with pytest.raises(UserError, match="no.txt: no such file"):
             read(folder / "no.txt", images(folder))
 
 

@@ -4,13 +4,20 @@ Preparation and evaluation take the same decisions (`left_out`). Nothing here im
 """
 
 import re
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.json_fields import (
+    Identifier,
+    entry_object,
+    identifier,
+    locate,
+    shorten,
+    text,
+)
 from detclipv2_jax.data.prepare.examples import Drops
-from detclipv2_jax.data.prepare.sources.entries import check_text, shorten
 from detclipv2_jax.text import tokenizer
 from detclipv2_jax.text.tokenizer import normalize
 
@@ -25,7 +32,7 @@ _NO_KIND = {"unknown", "unlabeled", "unlabelled", "ignore", "ignored", "void", "
 class Category(NamedTuple):
     """A category as its file has it, with the name in words."""
 
-    id: Hashable
+    id: Identifier
     name: str
     parent: str | None  # "supercategory"
 
@@ -41,7 +48,7 @@ def read(path: Path, entries: Sequence[Any], names: Mapping[str, str]) -> list[C
     Raises:
         UserError: an entry has no id or no name, or an id has two names.
     """
-    found: dict[Hashable, Category] = {}
+    found: dict[Identifier, Category] = {}
     for number, entry in enumerate(entries):
         where = f"{path}: categories[{number}]"
         category = _read_one(where, entry, names)
@@ -56,25 +63,22 @@ def read(path: Path, entries: Sequence[Any], names: Mapping[str, str]) -> list[C
 
 
 def _read_one(where: str, entry: Any, names: Mapping[str, str]) -> Category:
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise UserError(f'{where} has no "name" that is a string. Add one.')
-    if not isinstance(entry.get("id"), int | str):
-        raise UserError(f'{where} has no "id" that is a number or string. Add one.')
     try:
+        category_id = identifier(entry_object(entry), "id")
         # LVIS has "hot_dog" and "mouse_(computer_equipment)"; the text tower expects words.
-        name = check_text(entry["name"], "name").replace("_", " ").strip()
+        name = text(entry, "name").replace("_", " ").strip()
     except ValueError as error:
-        raise UserError(f"{where}: {error}. Fix the name.") from error
+        raise UserError(f"{locate(where, error)}. Fix the entry.") from error
     if not name:
-        raise UserError(f'{where} has an empty "name". Add a name.')
+        raise UserError(f"{where}.name is {shorten(entry['name'])}, which has no word. Add a name.")
     parent = entry.get("supercategory")
     name = names.get(name.lower(), name)
-    return Category(entry["id"], name, parent if isinstance(parent, str) else None)
+    return Category(category_id, name, parent if isinstance(parent, str) else None)
 
 
 def left_out(
-    categories: Sequence[Category], used: Collection[Hashable]
-) -> dict[Hashable, tuple[str, str]]:
+    categories: Sequence[Category], used: Collection[Identifier]
+) -> dict[Identifier, tuple[str, str]]:
     """Return the categories that are no names: id -> reason, and in words.
 
     A category without boxes is a negative of every image. That is wrong for the root that Roboflow
@@ -91,7 +95,7 @@ def left_out(
         for category in categories
     }
     kinds = {parent for parent, name in parents if parent != name}
-    found: dict[Hashable, tuple[str, str]] = {}
+    found: dict[Identifier, tuple[str, str]] = {}
     for category in categories:
         name, shown = plain[category.id], shorten(category.name)
         if category.id in used:

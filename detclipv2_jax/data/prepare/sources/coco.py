@@ -7,15 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from detclipv2_jax.common import json_fields
+from detclipv2_jax.common.json_fields import shorten
 from detclipv2_jax.common.json_file import read_lists
-from detclipv2_jax.data.prepare.examples import (
-    Archive,
-    Box,
-    Drops,
-    Example,
-    ImageFolder,
-    parse_xywh,
-)
+from detclipv2_jax.data.prepare.examples import Archive, Box, Drops, Example, ImageFolder
 from detclipv2_jax.data.prepare.sources import categories as categories_lib
 from detclipv2_jax.data.prepare.sources.entries import (
     MALFORMED,
@@ -24,9 +19,8 @@ from detclipv2_jax.data.prepare.sources.entries import (
     ImageEntry,
     add_folders,
     annotation_label,
-    describe,
+    explain,
     find_image,
-    shorten,
 )
 from detclipv2_jax.text.checked import Meaning
 from detclipv2_jax.text.tokenizer import normalize
@@ -141,7 +135,7 @@ def _read_meanings(categories: list, names: Mapping[Any, str]) -> dict[str, Mean
     for category in categories:
         meaning = Meaning.of_category(category)
         if meaning.gloss:
-            found.setdefault(normalize(names[category["id"]]), meaning)
+            found.setdefault(normalize(names[json_fields.identifier(category, "id")]), meaning)
     return found
 
 
@@ -157,21 +151,23 @@ def _read_boxes(
     for _, place, entry in read_lists(path, ("annotations",)):
         number = None
         try:
-            number, category, image = entry.get("id"), entry["category_id"], entry["image_id"]
+            number = json_fields.entry_object(entry).get("id")
+            category = json_fields.identifier(entry, "category_id")
+            image = json_fields.identifier(entry, "image_id")
             boxed.add(category)
-            if entry.get("iscrowd"):
-                drop("crowd", "a crowd (iscrowd 1)")
+            if json_fields.flag(entry, "iscrowd"):
+                drop("crowd", f"a crowd (iscrowd {shorten(entry['iscrowd'])})")
             elif category not in names:
                 drop(
                     "unknown category", f'"category_id" {shorten(category)} is not in "categories"'
                 )
             elif image in entries:
-                xywh = parse_xywh(entry["bbox"])
+                xywh = json_fields.box(entry, finite=False)
                 boxes.add(entries[image].row, xywh, names[category], number, place)
             elif image not in left_out:
                 drop(*entries.why_missing(image))
         except MALFORMED as error:
-            drops.drop("boxes: malformed entry", f"{path}: annotations[{place}]: {describe(error)}")
+            drops.drop("boxes: malformed entry", explain(f"{path}: annotations[{place}]", error))
     return boxes, boxed
 
 

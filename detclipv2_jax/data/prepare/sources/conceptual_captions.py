@@ -4,20 +4,20 @@ An image with several captions gives several examples: the paper's image-text da
 The output of img2dataset is read by img2dataset.py.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.common.json_file import read_lists
+from detclipv2_jax.common.json_fields import as_identifier, entry_object, identifier
+from detclipv2_jax.common.json_file import parse_line, read_lists
+from detclipv2_jax.common.text_file import open_bytes, read_lines
 from detclipv2_jax.data.prepare.examples import Archive, Drops, Example, ImageFile, ImageFolder
 from detclipv2_jax.data.prepare.sources.entries import (
     MALFORMED,
     ImageEntries,
     add_folders,
-    check_text,
     describe,
+    explain,
     explain_missing,
     find_image,
 )
@@ -78,14 +78,11 @@ def _read_lines(
 
 def _estimate_captions(path: Path, parse: Callable[[str], tuple[str, list]]) -> int:
     """Estimate the number of captions in a file: assume as many per line as in the first line."""
+    with open_bytes(path) as file:
+        lines = sum(1 for line in file if line.strip())
     try:
-        with open(path, "rb") as file:
-            first = file.readline()
-            lines = (1 if first.strip() else 0) + sum(1 for line in file if line.strip())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
-    try:
-        return lines * len(parse(first.decode("utf-8"))[1])
+        _, first = next(iter(read_lines(path)), (0, ""))
+        return lines * len(parse(first)[1]) if isinstance(first, str) else lines
     except MALFORMED:
         return lines
 
@@ -93,23 +90,22 @@ def _estimate_captions(path: Path, parse: Callable[[str], tuple[str, list]]) -> 
 def _from_lines(
     path: Path, parse: Callable[[str], tuple[str, list]], images: ImageFolder, drops: Drops
 ) -> Iterator[Example]:
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                name, captions = parse(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except MALFORMED as error:  # includes text that cannot be decoded
-                drops.drop("images: malformed line", f"{where}: {describe(error)}")
-                continue
-            found = images.find(name)
-            if found is None:
-                drops.drop("images: missing", explain_missing(where, name, images))
-                continue
-            for i, caption in enumerate(captions):
-                image_id = name if len(captions) == 1 else f"{name}#{i}"
-                yield from _example(ImageFile(found), image_id, None, caption, where, drops)
+    for number, line in read_lines(path):
+        where = f"{path}, line {number}"
+        try:
+            if isinstance(line, ValueError):
+                raise line
+            name, captions = parse(line)
+        except MALFORMED as error:
+            drops.drop("images: malformed line", f"{where}: {describe(error)}")
+            continue
+        found = images.find(name)
+        if found is None:
+            drops.drop("images: missing", explain_missing(where, name, images))
+            continue
+        for i, caption in enumerate(captions):
+            image_id = name if len(captions) == 1 else f"{name}#{i}"
+            yield from _example(ImageFile(found), image_id, None, caption, where, drops)
 
 
 def _from_annotations(
@@ -118,11 +114,12 @@ def _from_annotations(
     for _, place, annotation in read_lists(path, ("annotations",)):
         where = f"{path}: annotations[{place}]"
         try:
-            image_id, caption = annotation["image_id"], annotation["caption"]
-            entry = entries.get(image_id)
-            full_id = check_text(f"{image_id}#{annotation.get('id', place)}", "id")
+            image_id = identifier(entry_object(annotation), "image_id")
+            entry, caption = entries.get(image_id), annotation["caption"]
+            number = as_identifier(annotation.get("id"))
+            full_id = f"{image_id}#{place if number is None else number}"
         except MALFORMED as error:
-            drops.drop("captions: malformed entry", f"{where}: {describe(error)}")
+            drops.drop("captions: malformed entry", explain(where, error))
             continue
         if entry is None:
             reason, why = entries.why_missing(image_id)
@@ -151,12 +148,7 @@ def _example(
 
 
 def _parse_json(line: str) -> tuple[str, list]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg}, column {error.colno})") from error
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object with an image and a caption")
+    row = entry_object(parse_line(line))
     image = next((row[field] for field in IMAGE_FIELDS if field in row), None)
     captions = next((row[field] for field in CAPTION_FIELDS if field in row), None)
     if not isinstance(image, str) or not image:

@@ -9,13 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from detclipv2_jax.data.prepare.examples import (
-    Box,
-    Drops,
-    ImageFile,
-    ImageFolder,
-    annotated_size,
+from detclipv2_jax.common.json_fields import (
+    FieldError,
+    Identifier,
+    entry_object,
+    identifier,
+    identifiers,
+    locate,
+    optional_text,
+    shorten,
+    size,
+    text,
 )
+from detclipv2_jax.data.prepare.examples import Box, Drops, ImageFile, ImageFolder
 
 # What a malformed entry may raise while it is read: a field is missing, of another type, too large,
 # or nested too deeply.
@@ -31,12 +37,12 @@ class ImageEntry:
     size: tuple[int, int] | None  # (height, width) in pixels, if the file has it
     caption: str | None
     collection: str | None  # MDETR: the archive that the image comes from
-    absent: tuple[Any, ...] | None = None  # LVIS: category ids in "neg_category_ids"
-    partial: tuple[Any, ...] | None = None  # and in "not_exhaustive_category_ids"
+    absent: tuple[Identifier, ...] | None = None  # LVIS: category ids in "neg_category_ids"
+    partial: tuple[Identifier, ...] | None = None  # and in "not_exhaustive_category_ids"
 
 
-class ImageEntries(dict[Any, ImageEntry]):
-    """Image entries by id, in the order of the file.
+class ImageEntries(dict[Identifier, ImageEntry]):
+    """Image entries by id (see `json_fields.identifier`), in the order of the file.
 
     Entries without a valid id, name or size are dropped and counted. Of two entries with one id,
     the first stays if both describe the same picture. Otherwise nobody can tell which of the two
@@ -53,16 +59,15 @@ class ImageEntries(dict[Any, ImageEntry]):
         """Add entry `number` of the file, or drop and count it."""
         where = f"{self._path}: images[{number}]"
         try:
-            image_id, caption = entry["id"], entry.get("caption")
-            check_text(str(image_id), "id")
+            image_id = identifier(entry_object(entry), "id")
             new = ImageEntry(
                 row=self._rows,
                 file_names=file_names(entry),
-                size=annotated_size(entry),
-                caption=None if caption is None else check_text(caption, "caption"),
+                size=size(entry),
+                caption=optional_text(entry, "caption"),
                 collection=_collection(entry),
-                absent=_ids(entry, "neg_category_ids"),
-                partial=_ids(entry, "not_exhaustive_category_ids"),
+                absent=identifiers(entry, "neg_category_ids"),
+                partial=identifiers(entry, "not_exhaustive_category_ids"),
             )
             if image_id in self or image_id in self.ambiguous:
                 self._add_again(image_id, new, where)
@@ -70,9 +75,9 @@ class ImageEntries(dict[Any, ImageEntry]):
                 self[image_id] = new
                 self._rows += 1
         except MALFORMED as error:
-            self._drops.drop("images: malformed entry", f"{where}: {describe(error)}")
+            self._drops.drop("images: malformed entry", explain(where, error))
 
-    def _add_again(self, image_id: Any, new: ImageEntry, where: str) -> None:
+    def _add_again(self, image_id: Identifier, new: ImageEntry, where: str) -> None:
         """Count a further entry of an id; drop the first one too if it is another picture's."""
         first, name = self.get(image_id), shorten(new.file_names[0])
         if first is not None and _same_picture(first, new):
@@ -88,7 +93,7 @@ class ImageEntries(dict[Any, ImageEntry]):
         why = f'{where}: "id" {shorten(image_id)} of {name} is that of another file too'
         self._drops.drop("images: one id for two files", why)
 
-    def why_missing(self, image_id: Any) -> tuple[str, str]:
+    def why_missing(self, image_id: Identifier) -> tuple[str, str]:
         """Return why no entry has the "image_id" of an annotation: the reason, and in words."""
         if image_id in self.ambiguous:
             why = f'"image_id" {shorten(image_id)} is the id of two files'
@@ -112,27 +117,17 @@ def _collection(entry: dict[str, Any]) -> str | None:
     return next((name for name in fields if isinstance(name, str)), None)
 
 
-def _ids(entry: dict[str, Any], field: str) -> tuple[Any, ...] | None:
-    """Return a list of ids; None if the entry has none."""
-    value = entry.get(field)
-    if value is None:
-        return None
-    if not isinstance(value, list) or not all(isinstance(one, int | str) for one in value):
-        raise ValueError(f'"{field}" is {shorten(value)}, not a list of category ids')
-    return tuple(value)
-
-
 def file_names(entry: dict[str, Any]) -> tuple[str, ...]:
     """Return the file names of an image entry.
 
     COCO has `file_name` "000000391895.jpg" and a `coco_url` with the folder; LVIS has only
     `coco_url`.
     """
-    names, url = [], entry.get("coco_url")
-    if "file_name" in entry or not url:
-        names.append(check_text(entry["file_name"], "file_name"))
-    if url:
-        names.append("/".join(check_text(url, "coco_url").split("/")[-2:]))
+    names, url = [], optional_text(entry, "coco_url")
+    if url is None or optional_text(entry, "file_name") is not None:
+        names.append(text(entry, "file_name"))
+    if url is not None:
+        names.append("/".join(url.split("/")[-2:]))
     return tuple(dict.fromkeys(names))
 
 
@@ -157,7 +152,7 @@ def explain_missing(where: str, name: str, images: ImageFolder) -> str:
     """Return the explanation for an image that does not exist."""
     if "://" in name:
         return f"{where}: {name} is a URL, not a file; download it and give the file"
-    shown = shorten(name).strip("'")
+    shown = shorten(name).strip('"')
     return f"{where}: no file {shown} under {images}"
 
 
@@ -213,23 +208,13 @@ def annotation_label(number: Any, place: int) -> str:
     return f"annotation number {place}" if number is None else f"annotation {shorten(number)}"
 
 
+def explain(where: str, error: Exception) -> str:
+    """Return one of MALFORMED as a sentence; `where` is the entry, as "FILE: images[3]"."""
+    if isinstance(error, FieldError):
+        return locate(where, error)
+    return f"{where}: {describe(error)}"
+
+
 def describe(error: Exception) -> str:
     """Return one of MALFORMED in words."""
     return f"no field {error}" if isinstance(error, KeyError) else str(error)
-
-
-def check_text(value: Any, field: str) -> str:
-    """Return `value` if it is a string that can be encoded; otherwise raise `ValueError`."""
-    if not isinstance(value, str):
-        raise ValueError(f'"{field}" is {shorten(value)}, not a text')
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, such as "\\ud800"
-        raise ValueError(f'"{field}" is {shorten(value)}, not valid Unicode') from error
-    return value
-
-
-def shorten(value: Any) -> str:
-    """Return a value as at most 60 ASCII characters, for a message."""
-    shown = ascii(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.json_fields import as_identifier, box, entry_object, identifier, shorten
 from detclipv2_jax.common.json_file import read_json, read_lists
 from detclipv2_jax.data.prepare.examples import (
     Archive,
@@ -14,7 +15,6 @@ from detclipv2_jax.data.prepare.examples import (
     Example,
     ImageFile,
     ImageFolder,
-    parse_xywh,
 )
 from detclipv2_jax.data.prepare.sources.entries import (
     MALFORMED,
@@ -23,8 +23,8 @@ from detclipv2_jax.data.prepare.sources.entries import (
     add_folders,
     annotation_label,
     describe,
+    explain,
     find_image,
-    shorten,
 )
 from detclipv2_jax.text.phrases import spanned_phrase
 
@@ -110,7 +110,7 @@ def _read_genome(path: Path) -> dict[int, int]:
 def _coco_ids(path: Path) -> frozenset[int]:
     """Return the image ids of a COCO or LVIS file."""
     entries = (entry for _, _, entry in read_lists(path, ("images",)))
-    ids = (entry.get("id") for entry in entries if isinstance(entry, dict))
+    ids = (as_identifier(entry.get("id")) for entry in entries if isinstance(entry, dict))
     return frozenset(number for number in ids if isinstance(number, int))
 
 
@@ -168,8 +168,8 @@ def read(path: str | Path, images: ImageFolder, *, exclude: Exclusion | None = N
         if reason:
             explanation = f"{path}: images[{place}]: {shorten(entry['file_name'])} is {reason}"
             drops.drop(f"images: {reason}", explanation)
-            if isinstance(entry.get("id"), int | str):
-                excluded.add(entry["id"])
+            if (image_id := as_identifier(entry.get("id"))) is not None:
+                excluded.add(image_id)
         else:
             entries.add(place, entry)
     boxes = _read_boxes(path, entries, excluded, drops)
@@ -191,7 +191,8 @@ def _read_boxes(path: Path, entries: ImageEntries, excluded: set, drops: Drops) 
     for _, place, entry in read_lists(path, ("annotations",)):
         number = None
         try:
-            number, image, spans = entry.get("id"), entry["image_id"], entry["tokens_positive"]
+            number, image = entry_object(entry).get("id"), identifier(entry, "image_id")
+            spans = entry["tokens_positive"]
             if image in excluded:
                 continue
             if image not in entries:
@@ -201,7 +202,7 @@ def _read_boxes(path: Path, entries: ImageEntries, excluded: set, drops: Drops) 
             if caption is None:
                 drop("no caption", f"image {shorten(image)} has no caption")
                 continue
-            xywh = parse_xywh(entry["bbox"])
+            xywh = box(entry, finite=False)
             phrase = spanned_phrase(caption, spans)
             if phrase:
                 boxes.add(entries[image].row, xywh, phrase, number, place)
@@ -209,7 +210,7 @@ def _read_boxes(path: Path, entries: ImageEntries, excluded: set, drops: Drops) 
                 marked = f'"tokens_positive" {shorten(spans)} marks no noun in {shorten(caption)}'
                 drop("no phrase", marked)
         except MALFORMED as error:
-            drops.drop("boxes: malformed entry", f"{path}: annotations[{place}]: {describe(error)}")
+            drops.drop("boxes: malformed entry", explain(f"{path}: annotations[{place}]", error))
     return boxes
 
 

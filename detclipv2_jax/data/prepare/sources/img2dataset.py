@@ -24,8 +24,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.json_fields import shorten, text
 from detclipv2_jax.data.prepare.examples import Archive, Drops, Example, ImageFile
-from detclipv2_jax.data.prepare.sources.entries import MALFORMED, check_text, describe, shorten
+from detclipv2_jax.data.prepare.sources.entries import MALFORMED, describe
 
 LONGEST_CAPTION = 10_000  # characters; longer alt texts are whole pages
 _FIELDS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image")
@@ -208,9 +209,8 @@ def _read_caption(entry: _Entry, metadata: Mapping[str, Any]) -> str:
 
 
 def check_caption(caption: Any) -> str:
-    """Return `caption`; raise `ValueError` if it is empty, too long, or not text."""
-    if not check_text(caption, "caption").strip():
-        raise ValueError(f"its caption is {shorten(caption)}, not a text")
+    """Return `caption`; raise `ValueError` if it is blank, too long, or not a text."""
+    text({"caption": caption}, "caption")
     if len(caption) > LONGEST_CAPTION:
         raise ValueError(f"its caption has {len(caption):,} characters")
     return caption
