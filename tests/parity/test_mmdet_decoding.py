@@ -32,13 +32,16 @@ def greedy_nms(corners, scores, labels, nms_cfg, class_agnostic=False):
     assert nms_cfg["type"] == "nms" and not class_agnostic
     box, order = corners.double().numpy(), torch.argsort(scores, descending=True, stable=True)
     area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
-    kept = []
+    alive, kept = np.ones(len(box), bool), []
+    classes = {int(label): np.flatnonzero(labels.numpy() == label) for label in labels.unique()}
     for i in order.tolist():
-        rivals = np.array([j for j in kept if labels[j] == labels[i]], int)
+        if not alive[i]:
+            continue
+        kept.append(i)
+        rivals = classes[int(labels[i])]
         side = np.minimum(box[i, 2:], box[rivals, 2:]) - np.maximum(box[i, :2], box[rivals, :2])
         part = np.prod(np.maximum(side, 0), axis=1)
-        if (part <= nms_cfg["iou_threshold"] * (area[i] + area[rivals] - part)).all():
-            kept.append(i)
+        alive[rivals] &= part <= nms_cfg["iou_threshold"] * (area[i] + area[rivals] - part)
     return torch.cat([corners[kept], scores[kept, None]], 1), torch.tensor(kept, dtype=torch.long)
 
 

@@ -29,6 +29,7 @@ def differences(stored, found):
 
 
 @pytest.mark.skipif(jax.__version__ != "0.10.2", reason="other compilers may differ")
+@pytest.mark.slow
 def test_collectives_have_not_changed(tmp_path):
     """Count of each collective, and bytes of its results per device, in the compiled steps."""
     environment = {k: v for k, v in tiny_run.environment().items() if k != "XLA_FLAGS"}

@@ -39,6 +39,7 @@ def test_its_detections_have_not_changed(workdir):
     np.testing.assert_allclose(boxes, sorted(np.round(expected["boxes"], 1).tolist()), atol=0.2)
 
 
+@pytest.mark.slow
 def test_its_run_resumes_with_the_same_losses(workdir, tmp_path):
     """Losses of steps 17 to 24. On the machine that made the fixture they are equal to the bit."""
     tiny_run.prepare(tmp_path / "data")

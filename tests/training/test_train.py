@@ -103,14 +103,15 @@ def test_a_run_writes_the_files_that_the_readme_lists(finished):
     _check_goodput(workdir, printed, lost=False)
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_a_run_killed_three_times_ends_with_the_same_losses(data, finished, tmp_path, seed):
-    moments = random.Random(seed)
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_killed_run_ends_with_the_same_losses(data, finished, tmp_path, kills):
+    moments = random.Random(kills)
     expected = _losses(finished[0])
     log, redone = tmp_path / "metrics.jsonl", 0
-    for kill in range(3):
-        # Somewhere in the next third of the run, and within a step of a line being written.
-        after = moments.randint(kill * len(expected) // 3 + 1, (kill + 1) * len(expected) // 3)
+    for kill in range(kills):
+        # Somewhere in the next part of the run, and within a step of a line being written.
+        part = len(expected) // kills
+        after = moments.randint(kill * part + 1, (kill + 1) * part)
         process = subprocess.Popen(
             tiny_run.command(data, tmp_path), env=tiny_run.environment(), cwd=tiny_run.ROOT,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -576,6 +577,7 @@ def test_a_mistake_in_the_command_is_a_user_error(data, tmp_path, overrides, mes
     assert process.stderr.strip().splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.slow
 def test_a_run_with_a_dictionary_uses_definitions_in_training_and_evaluation(data, tmp_path):
     script = [sys.executable, str(tiny_run.ROOT / "scripts/prepare_concepts.py")]
     script += [f"--from={data}", f"--to={tmp_path / 'concepts'}", "--min_count=2"]
