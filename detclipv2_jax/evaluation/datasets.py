@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.data.prepare.registry import EVALUATION_WORDS, format_of
 from detclipv2_jax.data.prepare.sources import lvis as lvis_source
 from detclipv2_jax.data.prepare.sources import odinw
+from detclipv2_jax.data.prepare.sources.formats import EVALUATION_WORDS, format_of
 from detclipv2_jax.evaluation import coco, lvis
 
 #: The datasets known by name: name -> description.

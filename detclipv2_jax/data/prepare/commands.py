@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.data.index import Source
+from detclipv2_jax.data.prepare import inputs as inputs_lib
 from detclipv2_jax.data.prepare import registry, validation
 from detclipv2_jax.data.prepare.examples import ImageFolder
 from detclipv2_jax.data.prepare.options import PrepareOptions
-from detclipv2_jax.data.prepare.prepare import format_report, prepare, remove_leftovers
+from detclipv2_jax.data.prepare.prepare import prepare, remove_leftovers
 from detclipv2_jax.data.prepare.registry import ArchiveSource
+from detclipv2_jax.data.prepare.report import format_report
 from detclipv2_jax.data.prepare.sources import lvis, symbols
 from detclipv2_jax.text import phrases
 
@@ -246,13 +249,32 @@ def _prepare_files(
     existing = registry.prepared_before(target.to, inputs, overwrite=target.overwrite)
     if existing is not None:
         remove_leftovers(target.to, inputs)
+        _refuse_changes(existing, origin)
         print(f"{target.to}: already prepared, {len(existing):,} records of {kind}")
+        if missing := existing.info["dropped"].get("images: missing"):
+            print(f"  images that were missing and still are: {missing:,}")
         return
     archives = [source.read(path, folder, **reader_options) for path in files]
     if held_out is not None:
         archives = [validation.without(archive, held_out) for archive in archives]
-    written = prepare(archives, target.to, name=target.name, inputs=inputs, options=target.options)
+    written = prepare(
+        archives,
+        target.to,
+        name=target.name,
+        inputs=inputs,
+        origin=origin,
+        options=target.options,
+    )
     print(format_report(written))
+
+
+def _refuse_changes(source: Source, origin: Path) -> None:
+    """Raise `UserError` if pictures that a source was made from appeared or changed since."""
+    if changes := list(inputs_lib.changes(source, origin)):
+        raise UserError(
+            f"{source.directory}: was made from other pictures; {'; '.join(changes)}. Add "
+            "--overwrite to prepare it again, or choose another directory with --to."
+        )
 
 
 def _located(files: Sequence[Path], origin: Path) -> list[Path]:

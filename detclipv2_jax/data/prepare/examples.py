@@ -62,6 +62,7 @@ class Example:
     # object has a box. `absent` None: what has no box is not in the image.
     absent: tuple[str, ...] | None = None
     partial: tuple[str, ...] = ()
+    archive: int = 0  # number of its annotation file, where a source has several
 
 
 class Drops:
@@ -72,6 +73,8 @@ class Drops:
         self.changed: Counter[str] = Counter()
         self.noted: Counter[str] = Counter()
         self.explained: dict[str, list[str]] = {}
+        #: (names of a picture, where it was looked for) of the pictures that do not exist
+        self.missing: list[tuple[tuple[str, ...], ImageFolder]] = []
 
     def drop(self, reason: str, explanation: str) -> None:
         """Count one thing that is left out. `reason` starts with its type: "images: missing"."""

@@ -14,11 +14,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from detclipv2_jax.common import pictures
@@ -26,8 +25,10 @@ from detclipv2_jax.common.atomic import write_json
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import FORMAT, Source
 from detclipv2_jax.data.prepare import index_writer
+from detclipv2_jax.data.prepare import inputs as inputs_lib
 from detclipv2_jax.data.prepare.examples import Archive, Drops, Example
 from detclipv2_jax.data.prepare.options import PrepareOptions
+from detclipv2_jax.data.prepare.repeats import Distinct
 from detclipv2_jax.data.prepare.shards import ShardBuilder
 from detclipv2_jax.data.prepare.workers import run
 from detclipv2_jax.text import phrases as phrases_lib
@@ -35,7 +36,6 @@ from detclipv2_jax.text.checked import Meaning
 
 # Largest number of examples per shard: about ten seconds of work and 100 to 200 MB.
 SHARD_EXAMPLES = {"detection": 1024, "grounding": 1024, "image_text": 4096, "classification": 2048}
-_SHOWN_NAMES = 6  # sentences about names that a report shows; all are in info.json
 _MIN_SHARDS = 64  # a small source has smaller shards, so that all cores have work,
 _MIN_SHARD_EXAMPLES = 64  # but none smaller than this
 
@@ -46,6 +46,7 @@ def prepare(
     *,
     name: str,
     inputs: Mapping[str, Any] | None = None,
+    origin: Path = Path(),  # noqa: B008 - immutable
     options: PrepareOptions = PrepareOptions(),  # noqa: B008 - frozen
 ) -> Source:
     """Write the examples of archives of one kind as a source, and open it.
@@ -58,6 +59,7 @@ def prepare(
         to: directory of the source.
         name: of the source, in counts and logs.
         inputs: what the source is made from (`registry.fingerprint`), as info.json stores it.
+        origin: folder of the archives, to which stored paths are relative.
         options: how examples become records.
 
     Raises:
@@ -73,15 +75,21 @@ def prepare(
     stamp["pictures"] = pictures.RULES
     with _workspace(to, stamp) as partial:
         builder = ShardBuilder(partial / "shards", kind, options)
-        count = _build_shards(builder, archives, size, options.jobs, name)
+        distinct = Distinct(archives)
+        total = sum(archive.total for archive in archives)
+        count = _build_shards(builder, distinct, size, total, options.jobs, name)
         totals = _sum_up(builder, archives, count)
+        distinct.note_differences(totals.drops)
         try:
             _refuse_unusable(archives, kind, totals)
         except UserError:
             shutil.rmtree(partial)
             raise
-        info = {"images": totals.images, **totals.drops.to_json(), "created_from": inputs or {}}
-        _merge(builder, archives, count, name, info)
+        info = _describe(archives, totals, origin) | {"created_from": inputs or {}}
+        missing = itertools.chain.from_iterable(archive.drops.missing for archive in archives)
+        inputs_lib.write(partial, origin, _pictures(builder, count), missing)
+        _merge(builder, archives, distinct.names(), count, name, info)
+        os.replace(partial / inputs_lib.FILE, partial / "merged" / inputs_lib.FILE)
         source = index_writer.put_in_place(partial / "merged", to)
         shutil.rmtree(partial)
     return source
@@ -91,7 +99,11 @@ def split_into_shards(
     archives: Sequence[Archive], size: int
 ) -> Iterator[tuple[int, list[Example]]]:
     """Yield (number, examples) of shards of `size` examples; the last one is smaller."""
-    examples = itertools.chain.from_iterable(archive.examples for archive in archives)
+    return _split(Distinct(archives), size)
+
+
+def _split(examples: Iterable[Example], size: int) -> Iterator[tuple[int, list[Example]]]:
+    examples = iter(examples)
     shards = iter(lambda: list(itertools.islice(examples, size)), [])
     return enumerate(shards)
 
@@ -102,25 +114,6 @@ def joined_meanings(archives: Sequence[Archive]) -> dict[str, Meaning]:
     for archive in archives:
         found = {**archive.meanings, **found}
     return found
-
-
-def format_report(source: Source) -> str:
-    """Return a table of what was written, dropped and changed, and why."""
-    info, concepts = source.info, len(source.keys)
-    dropped = sum(n for reason, n in info["dropped"].items() if not reason.startswith("boxes"))
-    rows = [("read", len(source) + dropped), ("records", len(source)), ("concepts", concepts)]
-    rows += [("of which captions", concepts - int(np.count_nonzero(source.vocabulary)))]
-    images = info.get("images", {})  # missing where TFDS built the records
-    rows += [("images re-encoded as JPEG", images.get("reencoded", 0))]
-    rows += [("images stored smaller", images.get("shrunk", 0))]
-    lines = [f"{source.name} ({source.kind}) in {source.directory}"]
-    lines += [f"  {label:<36}{count:>10,}" for label, count in rows if count or label == "records"]
-    for title, field in (("dropped", "dropped"), ("changed", "mended"), ("note", "noted")):
-        for reason, count in sorted(info.get(field, {}).items()):
-            lines.append(f"  {title + ' ' + reason:<36}{count:>10,}")
-            shown = _SHOWN_NAMES if reason.startswith("names") else 1
-            lines += [f"      {sentence}" for sentence in info["explained"].get(reason, ())[:shown]]
-    return "\n".join(lines)
 
 
 def remove_leftovers(to: Path, inputs: Mapping[str, Any]) -> None:
@@ -190,21 +183,21 @@ def _clear(partial: Path) -> None:
 
 
 def _build_shards(
-    builder: ShardBuilder, archives: Sequence[Archive], size: int, jobs: int, name: str
+    builder: ShardBuilder, examples: Iterable[Example], size: int, total: int, jobs: int, name: str
 ) -> int:
     """Build the shards that are missing, show a progress bar, and return the number of shards."""
     known = [int(path.stem) for path in builder.directory.glob("[0-9]*.npz")]
     done = sum(summary.examples for summary in map(builder.summary, known) if summary)
     if done:
         tqdm.write(f"{name}: resuming, {done:,} images were prepared by an earlier run")
-    total, count = sum(archive.total for archive in archives), 0
+    count = 0
 
     def missing():
         nonlocal count
-        for number, examples in split_into_shards(archives, size):
+        for number, some in _split(examples, size):
             count = number + 1
-            if not builder.finished(number, examples):
-                yield number, examples
+            if not builder.finished(number, some):
+                yield number, some
 
     with tqdm(desc=name, total=total, initial=done, unit=" images", disable=None) as bar:
         run(builder.build, missing(), jobs, bar.update)
@@ -218,21 +211,42 @@ class _Totals:
     records: int
     boxes: int
     images: dict[str, int]  # see ShardSummary
+    archives: list[list[int]]  # records and boxes of each
     drops: Drops
 
 
 def _sum_up(builder: ShardBuilder, archives: Sequence[Archive], count: int) -> _Totals:
-    totals = _Totals(0, 0, {"bytes": 0, "reencoded": 0, "shrunk": 0}, Drops())
+    totals = _Totals(0, 0, {"bytes": 0, "reencoded": 0, "shrunk": 0}, [], Drops())
+    totals.archives = [[0, 0] for _ in archives]
     for number in range(count):
         summary = builder.summary(number)
         totals.records += summary.records
         totals.boxes += summary.boxes
         totals.drops.add(Drops.from_json(summary.drops))
+        for archive, (records, boxes) in summary.archives.items():
+            totals.archives[int(archive)][0] += records
+            totals.archives[int(archive)][1] += boxes
         for field in totals.images:
             totals.images[field] += summary.images[field]
     for archive in archives:
         totals.drops.add(archive.drops)
     return totals
+
+
+def _describe(archives: Sequence[Archive], totals: _Totals, origin: Path) -> dict[str, Any]:
+    """Return what info.json says of the contents: counts, in all and per annotation file."""
+    files = [
+        {"file": os.path.relpath(archive.path, origin), "images": records, "boxes": boxes}
+        for archive, (records, boxes) in zip(archives, totals.archives)
+    ]
+    counts = {"annotation_files": files, "boxes": totals.boxes, "images": totals.images}
+    return counts | totals.drops.to_json()
+
+
+def _pictures(builder: ShardBuilder, count: int) -> Iterator[inputs_lib.Picture]:
+    for number in range(count):
+        for fields in builder.summary(number).pictures:
+            yield inputs_lib.Picture(*fields)
 
 
 def _refuse_unusable(archives: Sequence[Archive], kind: str, totals: _Totals) -> None:
@@ -254,11 +268,15 @@ def _refuse_unusable(archives: Sequence[Archive], kind: str, totals: _Totals) ->
 
 
 def _merge(
-    builder: ShardBuilder, archives: Sequence[Archive], count: int, name: str, info: dict[str, Any]
+    builder: ShardBuilder,
+    archives: Sequence[Archive],
+    categories: Iterable[str],
+    count: int,
+    name: str,
+    info: dict[str, Any],
 ) -> None:
     """Merge the shards into the directory `merged`, in a way that `_undo_merge` can revert."""
     names = builder.directory / "names.npz"
-    categories = itertools.chain.from_iterable(archive.names for archive in archives)
     index_writer.Indexer(builder.kind, categories).finish().save(names, {})
     counts = {number: builder.summary(number).records for number in range(count)}
     files = [

@@ -6,7 +6,6 @@ Nothing here imports TensorFlow, so a command that has nothing to do ends at onc
 import dataclasses
 import hashlib
 import json
-import mmap
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from detclipv2_jax.data.prepare.options import PrepareOptions
 from detclipv2_jax.data.prepare.sources import (
     coco,
     conceptual_captions,
+    formats,
     goldg,
     imagenet,
     img2dataset,
@@ -37,35 +37,6 @@ FORMATS: dict[str, tuple[str, Callable[[Path, ImageFolder], Archive]]] = {
     "img2dataset's shards": ("image_text", lambda path, images: img2dataset.read(path)),
 }
 _ROBOFLOW = "_annotations.coco.json"
-#: Words in the name of a file that is not for training.
-EVALUATION_WORDS = {"val", "valid", "validation", "test", "dev", "minival", "eval"}
-
-
-def format_of(path: Path) -> str | None:
-    """Return the format of a file, judged by its field names; None if it is unknown or LVIS.
-
-    JSON is searched for the field names without parsing it or reading it into memory: the file of
-    Objects365 has several gigabytes. A folder with shards is the output of img2dataset.
-    """
-    if path.is_dir():
-        return "img2dataset's shards" if img2dataset.shards(path) else None
-    if path.suffix == ".tsv":
-        return "TSV"
-    if path.suffix == ".jsonl":
-        return "JSON lines"
-    if path.suffix != ".json" or not path.stat().st_size:
-        return None
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for field, name in (
-            # LVIS is federated: a category without a box may still be in the image.
-            (b'"neg_category_ids"', None),
-            (b'"tokens_positive"', "MDETR"),
-            (b'"bbox"', "COCO instances"),
-            (b'"caption"', "COCO captions"),
-        ):
-            if content.find(field) >= 0:
-                return name
-    return None
 
 
 def discover(directory: Path) -> tuple[dict[str, list[Path]], dict[Path, str]]:
@@ -86,21 +57,34 @@ def discover(directory: Path) -> tuple[dict[str, list[Path]], dict[Path, str]]:
     found: dict[str, list[Path]] = {}
     skipped: dict[Path, str] = {}
     places = ("*.*", "annotations/*.*", f"*/{_ROBOFLOW}")
-    for path in sorted(path for place in places for path in directory.glob(place)):
-        if path.suffix not in (".json", ".jsonl", ".tsv") or not path.is_file():
+    files = {path for place in places for path in directory.glob(place)}
+    # Of pictures that two files have, the first file's boxes stay: copies come last.
+    for path in sorted(files, key=lambda path: (formats.is_copy(path), path)):
+        if not formats.is_candidate(path) or not path.is_file():
             continue
         name = path.parent.name if path.name == _ROBOFLOW else path.stem
-        if EVALUATION_WORDS & set(re.split(r"[\W_\d]+", name.lower())):  # "val2017" too
-            skipped[path] = "its name says that it is for evaluation"
-        elif (name := format_of(path)) is None:
-            skipped[path] = "it is not JSON with the fields of a known training format"
+        if why := formats.why_ignored(path):
+            skipped[path] = why
+        elif word := formats.evaluation_word(name):
+            why = f"its name says that it is for evaluation ({word}); it is kept for validation"
+            skipped[path] = why
+        elif (judgment := _judge(path)).format is None:
+            skipped[path] = judgment.why
         else:
-            found.setdefault(FORMATS[name][0], []).append(path)
+            found.setdefault(FORMATS[judgment.format][0], []).append(path)
     if not found and any(
         re.fullmatch(r"\d{5,}", path.name) for path in img2dataset.shards(directory)
     ):
         return {"image_text": [directory]}, {}
     return found, skipped
+
+
+def _judge(path: Path) -> formats.Judgment:
+    """Return the format of a file; an unreadable file has none."""
+    try:
+        return formats.judge(path)
+    except UserError as error:
+        return formats.Judgment(None, str(error).removeprefix(f"{path}").lstrip(":, "))
 
 
 def discover_and_report(directory: Path, used: Collection[Path] = ()) -> dict[str, list[Path]]:
@@ -121,9 +105,12 @@ def open_archives(files: Sequence[Path], images: ImageFolder, kind: str) -> list
     accepted = [name for name, (of, _) in FORMATS.items() if of == kind]
     archives = []
     for path in files:
+        judgment = formats.judge(_existing(path))
+        if judgment.is_other:
+            raise UserError(f"{path}: {judgment.why}. Give an annotation file.")
         # A file of unknown format (empty, cut off, not JSON) is passed to the reader, whose error
         # message says what is wrong.
-        name = format_of(_existing(path)) or accepted[0]
+        name = judgment.format or accepted[0]
         if name not in accepted:
             raise UserError(
                 f"{path}: its fields are those of {name}, but {kind} data must be "

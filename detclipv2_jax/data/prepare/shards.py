@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from detclipv2_jax.data.index import TEXT_KINDS
-from detclipv2_jax.data.prepare import index_writer
+from detclipv2_jax.data.prepare import index_writer, inputs
 from detclipv2_jax.data.prepare.examples import Box, Drops, Example
 from detclipv2_jax.data.prepare.image_encoding import StoredImage, encode_image
 from detclipv2_jax.data.prepare.options import PrepareOptions
@@ -39,6 +39,8 @@ class ShardSummary:
     boxes: int
     file_bytes: int  # of the file of records
     images: dict[str, int]  # "bytes" of the stored images; "reencoded", "shrunk": how many
+    archives: dict[str, list[int]]  # number of an annotation file -> its records and boxes
+    pictures: list[list]  # the fields of each `inputs.Picture`
     drops: dict[str, Any]  # Drops.to_json
     digest: str  # of the examples
 
@@ -69,8 +71,12 @@ class ShardBuilder:
         """
         drops, indexer = Drops(), index_writer.Indexer(self.kind)
         images, boxes = {"bytes": 0, "reencoded": 0, "shrunk": 0}, 0
+        archives: dict[str, list[int]] = {}
+        pictures = []
+        recorded = [inputs.Recorded(example.image) for example in examples]
+        opened = [dataclasses.replace(e, image=image) for e, image in zip(examples, recorded)]
         with ShardWriter(self.record_file(number)) as writer:
-            records = make_records(examples, self.kind, self.options, drops)
+            records = make_records(opened, self.kind, self.options, drops)
             for done, (example, (image, record)) in enumerate(zip(examples, records), 1):
                 if record is not None:
                     writer.write(record)
@@ -79,6 +85,11 @@ class ShardBuilder:
                     images["bytes"] += len(record.image)
                     images["reencoded"] += image.reencoded
                     images["shrunk"] += image.shrunk
+                    counts = archives.setdefault(str(example.archive), [0, 0])
+                    counts[0] += 1
+                    counts[1] += len(record.boxes)
+                if picture := recorded[done - 1].picture(record is not None):
+                    pictures.append(list(picture))
                 if done % _PROGRESS_EXAMPLES == 0 or done == len(examples):
                     progress((done - 1) % _PROGRESS_EXAMPLES + 1)
         summary = ShardSummary(
@@ -87,6 +98,8 @@ class ShardBuilder:
             boxes=boxes,
             file_bytes=self._file_bytes(number),
             images=images,
+            archives=archives,
+            pictures=pictures,
             drops=drops.to_json(),
             digest=_digest(examples),
         )
@@ -109,6 +122,8 @@ class ShardBuilder:
         """
         summary = self.summary(number)
         if summary is None or summary.digest != _digest(examples):
+            return False
+        if not all(inputs.Picture(*fields).is_unchanged for fields in summary.pictures):
             return False
         with contextlib.suppress(Exception), zipfile.ZipFile(self.index_file(number)) as archive:
             return archive.testzip() is None  # its checksums

@@ -33,6 +33,7 @@ from detclipv2_jax.data.prepare.examples import Archive, Box, Drops, Example, Im
 from detclipv2_jax.data.prepare.options import PrepareOptions
 from detclipv2_jax.data.prepare.prepare import SHARD_EXAMPLES, joined_meanings, split_into_shards
 from detclipv2_jax.data.prepare.registry import OF_KIND, SOURCES, ArchiveSource
+from detclipv2_jax.data.prepare.repeats import Distinct
 from detclipv2_jax.data.prepare.shards import make_records
 from detclipv2_jax.data.prepare.sources.img2dataset import ParquetImage
 from detclipv2_jax.data.records import Record, features
@@ -89,8 +90,7 @@ class _Source(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(self, archives: list[Archive]) -> Iterator[tuple[int, dict[str, Any]]]:
         kind, drops = self.SOURCE.kind, Drops()
-        examples = itertools.chain.from_iterable(archive.examples for archive in archives)
-        records = (record for _, record in make_records(examples, kind, _OPTIONS, drops))
+        records = (record for _, record in make_records(Distinct(archives), kind, _OPTIONS, drops))
         for number, record in enumerate(filter(None, records)):
             yield number, _to_fields(record)
         for archive in archives:

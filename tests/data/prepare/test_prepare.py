@@ -18,7 +18,8 @@ from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.prepare import image_encoding, registry
 from detclipv2_jax.data.prepare.examples import Box, Drops, ImageFile, ImageFolder
 from detclipv2_jax.data.prepare.options import PrepareOptions
-from detclipv2_jax.data.prepare.prepare import format_report, prepare
+from detclipv2_jax.data.prepare.prepare import prepare
+from detclipv2_jax.data.prepare.report import format_report
 from detclipv2_jax.data.prepare.shards import clip_boxes
 from detclipv2_jax.data.records import decode
 from detclipv2_jax.text import phrases

@@ -16,7 +16,8 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import ARRAYS, Source
 from detclipv2_jax.data.prepare import registry, tfds_builders, tfds_index
 from detclipv2_jax.data.prepare.options import PrepareOptions
-from detclipv2_jax.data.prepare.prepare import format_report, prepare
+from detclipv2_jax.data.prepare.prepare import prepare
+from detclipv2_jax.data.prepare.report import format_report
 from detclipv2_jax.data.prepare.sources.img2dataset import ParquetImage
 from detclipv2_jax.data.records import decode
 from detclipv2_jax.text import phrases

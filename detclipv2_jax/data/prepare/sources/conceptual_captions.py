@@ -102,6 +102,7 @@ def _from_lines(
         found = images.find(name)
         if found is None:
             drops.drop("images: missing", explain_missing(where, name, images))
+            drops.missing.append(((name,), images))
             continue
         for i, caption in enumerate(captions):
             image_id = name if len(captions) == 1 else f"{name}#{i}"

@@ -145,6 +145,7 @@ def find_image(
         if path is not None:
             return ImageFile(path)
     drops.drop("images: missing", explain_missing(where, entry.file_names[0], images))
+    drops.missing.append((entry.file_names, images))
     return None
 
 

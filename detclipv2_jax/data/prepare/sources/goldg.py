@@ -228,7 +228,13 @@ def _examples(
         found = _first_file(folders.get(entry.collection, ()), entry.file_names[0])
         image = ImageFile(found) if found else find_image(entry, str(path), images, drops)
         if image is not None:
-            yield Example(image=image, image_id=str(image_id), size=entry.size, boxes=boxes)
+            yield Example(
+                image=image,
+                image_id=str(image_id),
+                size=entry.size,
+                boxes=boxes,
+                caption=entry.caption or "",
+            )
 
 
 def _first_file(folders: Iterable[Path], name: str) -> Path | None:
