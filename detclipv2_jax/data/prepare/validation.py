@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from detclipv2_jax.common.atomic import replace_directory, write_json
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.data.prepare import registry
 from detclipv2_jax.data.prepare.examples import Archive, Drops, Example, ImageFile, ImageFolder
 from detclipv2_jax.data.prepare.options import PrepareOptions
 from detclipv2_jax.data.prepare.shards import make_records
+from detclipv2_jax.data.prepare.sources import formats
 from detclipv2_jax.text.tokenizer import normalize
 
 FOLDER = "validation"  # in the directory of the prepared data
@@ -119,7 +119,7 @@ def find(directory: Path) -> Path | None:
         name = path.stem
         if path.parent.name != "annotations" and path.parent != directory:
             name = path.parent.name
-        if _words(name) & _WORDS and registry.format_of(path) == "COCO instances":
+        if _words(name) & _WORDS and formats.format_of(path) == "COCO instances":
             chosen.append(path)
     chosen = [path for path in chosen if "instances" in _words(path.stem)] or chosen
     if len(chosen) > 1:

@@ -218,13 +218,15 @@ def test_lvis_minival_of_something_else(tmp_path):
 
 
 def write_odinw(root):
+    seed = 0
     for one in odinw.SETS:
         directory = root / one.directory
         for file in {one.annotation_file(s) for s in odinw.SPLITS} | {one.evaluation}:
             path = directory / file
             names = [f"{path.parent.name}_{number}_jpg.rf.0f.jpg" for number in range(2)]
             for name in names:
-                miniature.write_file(path.parent / name)
+                seed += 1
+                miniature.write_file(path.parent / name, miniature.jpeg(seed=seed))
             document = miniature.coco(names)
             spelt = {"CottontailRabbits": "Cottontail-Rabbit", "NorthAmericaMushrooms": "CoW"}
             document["categories"][0]["name"] = spelt.get(one.name, "Cat")
