@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.data.prepare.sources import categories as categories_lib
 from detclipv2_jax.evaluation import matching
 from detclipv2_jax.text.checked import Meaning
 
@@ -63,6 +64,8 @@ class GroundTruth:
       areas: in square pixels, as in the file: usually the area of the instance's mask. Small,
         medium and large refer to it.
       crowd: not 0 for a region in which no detection counts as wrong.
+      left_out: why categories of the file are not in `categories`, in words: the root that Roboflow
+        adds, and placeholders. They have no boxes, so AP is the same with them.
     """
 
     path: str
@@ -73,6 +76,7 @@ class GroundTruth:
     xywh: Float[np.ndarray, "n 4"]
     areas: Float[np.ndarray, " n"]
     crowd: Int[np.ndarray, " n"]
+    left_out: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
 
     @functools.cached_property
     def boxes(self) -> Float[np.ndarray, "n 4"]:
@@ -193,16 +197,32 @@ def parse_instances(path: str | pathlib.Path, content: dict[str, Any]) -> dict[s
         _annotated_box(path, number, row, image_ids, category_ids)
         for number, row in enumerate(content["annotations"])
     ]
+    left_out = _left_out(content, categories, {box.category_id for box in boxes})
     return {
         "path": str(path),
         "images": images,
-        "categories": categories,
+        "categories": tuple(one for one in categories if one.id not in left_out),
+        "left_out": tuple(left_out.values()),
         "image_ids": np.asarray([box.image_id for box in boxes], np.int64),
         "category_ids": np.asarray([box.category_id for box in boxes], np.int64),
         "xywh": np.asarray([box.xywh for box in boxes], np.float64).reshape(-1, 4),
         "areas": np.asarray([box.area for box in boxes], np.float64),
         "crowd": np.asarray([box.crowd for box in boxes], np.int64),
     }
+
+
+def _left_out(
+    content: dict[str, Any], categories: Sequence[Category], boxed: set[int]
+) -> dict[int, str]:
+    """Return the categories that preparation leaves out too: id -> why, in words."""
+    if "neg_category_ids" in content["images"][0]:
+        return {}  # the lists of a federated file may refer to any category
+    parents = [row.get("supercategory") for row in content["categories"]]
+    rows = [
+        categories_lib.Category(one.id, one.name.replace("_", " "), parent)
+        for one, parent in zip(categories, parents)
+    ]
+    return {key: why for key, (_, why) in categories_lib.left_out(rows, boxed).items()}
 
 
 def integer_field(path: str | pathlib.Path, place: str, row: dict[str, Any], field: str) -> int:

@@ -158,7 +158,7 @@ def measure_answers(
         **about,
         **metrics.values,
         "threshold": threshold.fitted(evaluator, truth),
-        "settings": {**settings, **metrics.protocols, **problems.counts},
+        "settings": {**settings, **metrics.protocols, **problems.counts, **_left_out(truth)},
     }
     if output is not None:
         _write_results(output, results, metrics)
@@ -202,11 +202,20 @@ def measure_results_file(
         "predictions": str(path),
         **metrics.values,
         "threshold": threshold.fitted(evaluator, truth),
-        "settings": {**metrics.protocols, "images": len(truth.images), **file.counts},
+        "settings": {
+            **metrics.protocols,
+            "images": len(truth.images),
+            **file.counts,
+            **_left_out(truth),
+        },
     }
     if output is not None:
         _write_results(pathlib.Path(output), results, metrics)
     return results
+
+
+def _left_out(truth: coco.GroundTruth) -> dict[str, list[str]]:
+    return {"categories_left_out": list(truth.left_out)} if truth.left_out else {}
 
 
 def _evaluator(truth: coco.GroundTruth) -> coco.CocoEvaluator | lvis.LvisEvaluator:

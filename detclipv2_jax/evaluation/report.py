@@ -43,6 +43,7 @@ def results_table(results: Mapping[str, Any]) -> str:
     for problem in ("missing", "unreadable", "other_size"):
         if count := settings.get(f"images_{problem}"):
             lines[0] += f", {count} {_PROBLEMS[problem]}"
+    lines += [f"category left out: {why}" for why in settings.get("categories_left_out", ())]
     if "max_detections" in settings:  # a results file of another tool does not say
         lines.append(", ".join(_settings(settings)))
     for title, rows in _tables(results).items():

@@ -148,3 +148,22 @@ def test_unknown_and_repeated_images_are_refused(tmp_path):
     for image in (7, 8):
         with pytest.raises(ValueError, match=f"image {image}"):
             evaluator.add(image, *arrays)
+
+
+def test_roboflows_root_is_no_class_and_ap_is_that_of_pycocotools(tmp_path):
+    content, detections = world(3, categories=(1, 2, 9))
+    root = {"id": 0, "name": "things", "supercategory": "none"}
+    content["categories"] = [
+        root,
+        *({**c, "supercategory": "things"} for c in content["categories"]),
+    ]
+    path = tmp_path / "rooted.json"
+    path.write_text(json.dumps(content))
+    truth = coco.load_coco(path)
+    assert [category.id for category in truth.categories] == [1, 2, 9]
+    assert '"things"' in truth.left_out[0]
+    found = ours(path, detections)
+    np.testing.assert_allclose(list(found.values()), theirs(path, detections), atol=1e-12)
+    content["annotations"].append(content["annotations"][0] | {"id": 999, "category_id": 0})
+    path.write_text(json.dumps(content))  # a parent with a box of its own is a class
+    assert len(coco.load_coco(path).categories) == 4

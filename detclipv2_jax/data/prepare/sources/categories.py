@@ -34,7 +34,7 @@ class Category(NamedTuple):
 
     id: Identifier
     name: str
-    parent: str | None  # "supercategory"
+    parent: Any = None  # "supercategory"; only a text counts
 
 
 def read(path: Path, entries: Sequence[Any], names: Mapping[str, str]) -> list[Category]:
@@ -72,8 +72,7 @@ def _read_one(where: str, entry: Any, names: Mapping[str, str]) -> Category:
     if not name:
         raise UserError(f"{where}.name is {shorten(entry['name'])}, which has no word. Add a name.")
     parent = entry.get("supercategory")
-    name = names.get(name.lower(), name)
-    return Category(category_id, name, parent if isinstance(parent, str) else None)
+    return Category(category_id, names.get(name.lower(), name), parent)
 
 
 def left_out(
@@ -90,17 +89,14 @@ def left_out(
         used: ids that boxes have, or that images list.
     """
     plain = {category.id: normalize(category.name) for category in categories}
-    parents = {
-        (normalize((category.parent or "").replace("_", " ")), plain[category.id])
-        for category in categories
-    }
-    kinds = {parent for parent, name in parents if parent != name}
+    parents = {category.id: _parent(category) for category in categories}
+    kinds = {parent for key, parent in parents.items() if parent != plain[key]}
     found: dict[Identifier, tuple[str, str]] = {}
     for category in categories:
         name, shown = plain[category.id], shorten(category.name)
         if category.id in used:
             continue
-        is_first = str(category.id) == "0" and normalize(category.parent or "none") == "none"
+        is_first = str(category.id) == "0" and parents[category.id] in ("", "none")
         if name in kinds:
             why = f"no box is {shown}; it is the supercategory of other categories"
             found[category.id] = "names: root without boxes", why
@@ -111,6 +107,12 @@ def left_out(
             why = f"no box is {shown}, which names no kind of object"
             found[category.id] = "names: placeholder without boxes", why
     return found if len(found) < len(categories) else {}
+
+
+def _parent(category: Category) -> str:
+    """Return a category's "supercategory" as `normalize` gives it, "" without one."""
+    parent = category.parent
+    return normalize(parent.replace("_", " ")) if isinstance(parent, str) else ""
 
 
 def merge_spellings(path: Path, categories: Iterable[Category], drops: Drops) -> dict[Any, str]:
