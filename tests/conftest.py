@@ -93,3 +93,20 @@ def made_once(tmp_path_factory):
         return folder
 
     return made_once
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """The address of a bucket that etils reads and writes; its objects lie in a local directory."""
+    from etils.epath import backend, gpath
+
+    class Backend:
+        def __getattr__(self, name):
+            def call(*paths, **options):
+                local = [str(p).replace("gs://bucket", str(tmp_path / "bucket")) for p in paths]
+                return getattr(backend.os_backend, name)(*local, **options)
+
+            return call
+
+    monkeypatch.setattr(gpath.PosixGPath, "_backend", Backend())
+    return "gs://bucket"

@@ -17,7 +17,7 @@ def of_bytes(content: bytes | memoryview) -> str:
 def of_file(path: Path) -> str:
     """Return the digest of a file's bytes; `OSError` if it cannot be read."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:  # of etils: it may be in a bucket
         while piece := file.read(_PIECE):
             digest.update(piece)
     return digest.hexdigest()

@@ -2,29 +2,36 @@
 
 A checkpoint is the whole run: parameters, their average, optimizer, step, config and names. On
 disk, `workdir/checkpoints/STEP/` has three items: `model` (the averaged parameters, all that
-evaluation and detection read), `state` (the rest of the training state) and `meta` (JSON). Training
-writes them (training/checkpointer.py).
+evaluation and detection read), `state` (the rest of the training state) and `meta` (JSON), and the
+list of the digests of its files (checkpoint_files.py). Training writes them.
 """
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from detclipv2_jax.common import config_dict
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.inference import threshold
+from detclipv2_jax.inference import checkpoint_files, threshold
+from detclipv2_jax.inference.checkpoint_files import (
+    SUBDIRECTORY,
+    DamagedError,
+    located,
+    require_steps,
+    steps,
+)
 from detclipv2_jax.inference.config import DetectConfig
 from detclipv2_jax.models import detclip
 from detclipv2_jax.models.detclip import DetCLIPConfig
 from detclipv2_jax.text.tokenizer import TEMPLATE
-
-SUBDIRECTORY = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,47 +66,32 @@ class LoadedModel:
     threshold: Mapping[str, Any] | None = None
 
 
-# In all functions `directory` is the workdir of a run or its `checkpoints/`.
-
-
-def steps(directory: str | os.PathLike) -> list[int]:
-    """Return the steps of the complete checkpoints of a run, ascending; [] if there are none."""
-    root = _root(directory)
-    if not root.is_dir():
-        return []
-    return sorted(int(path.name) for path in root.iterdir() if path.name.isdigit())
-
-
-def require_steps(directory: str | os.PathLike) -> list[int]:
-    """Return what `steps` returns; raise `UserError` if there are none."""
-    found = steps(directory)
-    if not found:
-        raise UserError(
-            f"there is no checkpoint in {directory}. Give the --workdir of a training run."
-        )
-    return found
+# In all functions `directory` is what checkpoint_files.py says.
 
 
 def best_step(directory: str | os.PathLike) -> int:
     """Return the step with the best score in training's evaluations; of equal scores the last.
 
+    A damaged checkpoint is passed over with a warning.
+
     Raises:
       UserError: there is no checkpoint, or training evaluated none of them.
     """
-    scores = {step: stored_score(directory, step) for step in require_steps(directory)}
-    evaluated = [step for step, score in scores.items() if score is not None]
-    if not evaluated:
+    require_steps(directory)
+    root, _ = located(directory)
+    scores = checkpoint_files.scores(directory)
+    if not scores:
         raise UserError(
             f"{directory}: training evaluated none of its checkpoints (config.train.eval_every), "
             "so the best one is unknown. Give --step=all, --step=newest or a number."
         )
-    return max(evaluated, key=lambda step: (scores[step], step))
 
+    def checked(step: int) -> int:
+        checkpoint_files.check(root / str(step))
+        return step
 
-def stored_score(directory: str | os.PathLike, step: int) -> float | None:
-    """Return the score that training measured at `step`; None if it did not evaluate there."""
-    with _open(directory) as manager:
-        return _meta(manager, step).get("score")
+    ranked = sorted(scores, key=lambda step: (scores[step], step))
+    return checkpoint_files.fall_back(root, ranked, checked)
 
 
 def is_finished(directory: str | os.PathLike) -> bool:
@@ -107,50 +99,63 @@ def is_finished(directory: str | os.PathLike) -> bool:
 
     False for old checkpoints, which do not store the number of steps.
     """
-    known = steps(directory)
-    if not known:
-        return False
-    with _open(directory) as manager:
-        return _meta(manager, known[-1]).get("total_steps") == known[-1]
+    total = checkpoint_files.newest_meta(directory).get("total_steps")
+    return total is not None and steps(directory)[-1] == total
 
 
 def stored_model(directory: str | os.PathLike) -> DetCLIPConfig:
     """Return the config of the model in a run's newest checkpoint."""
-    step = require_steps(directory)[-1]
-    with _open(directory) as manager:
-        return _model_config(_meta(manager, step)["config"])
+    require_steps(directory)
+    meta = checkpoint_files.newest_meta(directory)
+    if not meta:
+        raise UserError(
+            f"{located(directory)[0]}: the file meta/metadata of each checkpoint is missing or "
+            "damaged. Restore a checkpoint from a copy."
+        )
+    return _model_config(meta["config"])
 
 
 def load_model(directory: str | os.PathLike, step: int | None = None) -> LoadedModel:
     """Load the model of one checkpoint onto the first local device of this process.
 
+    Its files are checked first.
+
     Args:
-      directory: the workdir of a run or its `checkpoints/`.
-      step: which checkpoint. None: the newest.
+      directory: the workdir of a run, its `checkpoints/`, or one checkpoint.
+      step: which checkpoint. None: the newest that is intact; a warning names damaged ones.
 
     Raises:
       UserError: there is no such checkpoint, or its parameters do not fit its config.
+      DamagedError: the checkpoint of `step` is damaged; the message names intact ones.
     """
+    root, named = located(directory)
     known = require_steps(directory)
     if step is not None and step not in known:
         raise UserError(
-            f"{_root(directory)} has no checkpoint of step {step}: it has "
+            f"{root} has no checkpoint of step {step}: it has "
             f"{', '.join(map(str, known))}. Choose one of these."
         )
-    step = known[-1] if step is None else step
-    with _open(directory) as manager:
-        meta = _meta(manager, step)
-        run = meta["config"]
-        model = _model_config(run)
-        graphdef, target = detclip.abstract(model)
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), target
-        )
-        check_shapes(manager, step, target, _root(directory) / str(step))
-        params = manager.restore(
-            step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target))
-        ).model
+    step = named if step is None else step
+    if step is None:
+        return checkpoint_files.fall_back(root, known, lambda s: _load_step(root, s))
+    try:
+        return _load_step(root, step)
+    except DamagedError as error:
+        raise checkpoint_files.refused(root, step, error) from None
+
+
+def _load_step(root: Any, step: int) -> LoadedModel:
+    """Load the model of one checkpoint; `DamagedError` with the reason if it must not be used."""
+    path = root / str(step)
+    is_checked = checkpoint_files.check(path)
+    meta = checkpoint_files.read_meta(path)
+    run = meta["config"]
+    model = _model_config(run)
+    graphdef, target = detclip.abstract(model)
+    with reading(path, is_checked), _open(root) as manager:
+        params = _restored(manager, step, target, path)
+    if name := first_not_finite(params):
+        raise DamagedError(f"{name} has values that are not finite")
     return LoadedModel(
         graphdef=graphdef,
         params=params,
@@ -162,8 +167,57 @@ def load_model(directory: str | os.PathLike, step: int | None = None) -> LoadedM
         template=run.get("data", {}).get("template", TEMPLATE),
         total_steps=meta.get("total_steps"),
         run=run,
-        threshold=threshold.stored(workdir(directory), step, meta),
+        threshold=threshold.stored(workdir(root), step, meta),
     )
+
+
+def _restored(manager: ocp.CheckpointManager, step: int, target: PyTree, path: Any) -> PyTree:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), target)
+    check_shapes(manager, step, target, path)
+    return manager.restore(
+        step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target))
+    ).model
+
+
+@contextlib.contextmanager
+def reading(path: Any, is_checked: bool) -> Iterator[None]:
+    """Turn an error that Orbax raises within the block into a `UserError`.
+
+    Args:
+      path: of the checkpoint.
+      is_checked: its files are known to be intact, so the cause is another one.
+
+    Raises:
+      DamagedError: the files were not checked, so they are the likely cause.
+      UserError: the files are intact, or the memory does not suffice.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # its type depends on what is damaged
+        is_damage = not isinstance(error, MemoryError | jax.errors.JaxRuntimeError)
+        if is_damage and not is_checked:
+            raise DamagedError(f"it cannot be read: {first_line(error)}") from error
+        raise UserError(
+            f"{path}: the checkpoint cannot be loaded ({first_line(error)}), although its files "
+            "were not found to be damaged. Check the free memory of the devices and of the host."
+        ) from error
+
+
+def first_not_finite(tree: PyTree) -> str:
+    """Return the path of the first array with a NaN or infinite value; "" if all are finite.
+
+    It reads this process's part of the arrays on the host: a program for the devices would take
+    seconds to compile.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            continue
+        if not all(np.isfinite(np.asarray(shard.data)).all() for shard in leaf.addressable_shards):
+            return jax.tree_util.keystr(path, simple=True, separator="/")
+    return ""
 
 
 def _model_config(run: Mapping[str, Any]) -> DetCLIPConfig:
@@ -184,15 +238,17 @@ def detect_config(section: Mapping[str, Any]) -> DetectConfig:
 def check_shapes(manager: ocp.CheckpointManager, step: int, target: PyTree, where: Any) -> None:
     """Raise `UserError` if a checkpoint's parameters have other names or shapes than `target`.
 
-    `where` names the checkpoint in the message.
+    `where` names the checkpoint in the message. `DamagedError`: it has no list of its parameters.
     """
-    found = _shapes(manager.item_metadata(step).model)
-    wanted = _shapes(target)
+    stored = manager.item_metadata(step).model
+    if not stored:
+        raise DamagedError("model/_METADATA is missing or damaged")
+    found, wanted = _shapes(stored), _shapes(target)
     for name in sorted(found.keys() | wanted.keys()):
-        stored, expected = (tree.get(name, "absent") for tree in (found, wanted))
-        if stored != expected:
+        present, expected = (tree.get(name, "absent") for tree in (found, wanted))
+        if present != expected:
             raise UserError(
-                f"the checkpoint {where} is of another model: {name} is {stored} in the "
+                f"the checkpoint {where} is of another model: {name} is {present} in the "
                 f"checkpoint, {expected} in this config. Use the config that made the checkpoint, "
                 "or another --workdir."
             )
@@ -218,26 +274,15 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-def _root(directory: str | os.PathLike) -> Path:
-    root = Path(directory).absolute()
-    return root / SUBDIRECTORY if (root / SUBDIRECTORY).is_dir() else root
-
-
-def workdir(directory: str | os.PathLike) -> Path:
-    """Return the workdir of a run, also if `directory` is its `checkpoints/`."""
-    root = _root(directory)
+def workdir(directory: str | os.PathLike) -> Any:
+    """Return the workdir of a run, also if `directory` is its `checkpoints/` or one of them."""
+    root, _ = located(directory)
     return root.parent if root.name == SUBDIRECTORY else root
 
 
-def _open(directory: str | os.PathLike) -> ocp.CheckpointManager:
+def _open(root: Any) -> ocp.CheckpointManager:
     """Return a read-only manager that does not wait for other processes."""
     index = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
     options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone)
-    return ocp.CheckpointManager(
-        _root(directory), item_handlers=item_handlers(alone), options=options
-    )
-
-
-def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    return ocp.CheckpointManager(root, item_handlers=item_handlers(alone), options=options)

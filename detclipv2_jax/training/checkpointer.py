@@ -22,19 +22,24 @@ from jaxtyping import PyTree
 from orbax.checkpoint import multihost
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
+from detclipv2_jax.common import digest_list
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.inference import checkpoint_files
 from detclipv2_jax.inference.checkpoint import (
-    SUBDIRECTORY,
     check_shapes,
     first_line,
+    first_not_finite,
     item_handlers,
-    stored_score,
+    reading,
 )
+from detclipv2_jax.inference.checkpoint_files import SUBDIRECTORY, DamagedError
 from detclipv2_jax.training.state import TrainState
 
 _MAX_FAILURES = 3  # checkpoints in a row that cannot be written before the run stops
 _THREAD_TIMEOUT = 60  # seconds to wait for the threads of a save that failed
 _MAKE_ROOM = "Make room on the disk, then run the same command again."
+# Orbax writes them after everything else.
+_WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 class Checkpointer:
@@ -46,6 +51,8 @@ class Checkpointer:
         Args:
             workdir: of the run; checkpoints are in its subdirectory `checkpoints`.
             keep: how many of the newest checkpoints to keep, besides the one with the best score.
+                At least two are kept: the newest is known to be good only when an update from
+                its state was finite, and it may become damaged.
 
         Raises:
             UserError: the directory cannot be created or read.
@@ -55,11 +62,13 @@ class Checkpointer:
         self._writing: int | None = None  # the step that is being written
         self._scores: dict[int, float] = {}  # by step
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy([LatestN(keep), _Best(self._scores)]),
+            preservation_policy=AnyPreservationPolicy([LatestN(max(keep, 2)), _Best(self._scores)]),
             cleanup_tmp_directories=True,
             # Asynchronous creation waits twenty minutes for a directory that cannot be created.
             async_options=ocp.AsyncOptions(
-                create_directories_asynchronously=False, barrier_sync_fn=_barrier_unless_failed
+                create_directories_asynchronously=False,
+                barrier_sync_fn=_barrier_unless_failed,
+                post_finalization_callback=self._write_digests,
             ),
         )
         root = Path(workdir).absolute() / SUBDIRECTORY
@@ -72,14 +81,13 @@ class Checkpointer:
                 f"{root}: cannot be created or read ({error.strerror}). Use a --workdir that you "
                 "may write to."
             ) from None
-        self._last_good = self.latest
-        for step in self._manager.all_steps():
-            with contextlib.suppress(Exception):  # a damaged one, which `restore` reports
-                self._note_score(step, stored_score(root, step))
+        self._last_good = self._manager.latest_step()
+        self._scores |= checkpoint_files.scores(root)
 
     @property
     def latest(self) -> int | None:
         """Return the step of the newest complete checkpoint; None if there is none."""
+        self.wait()
         return self._manager.latest_step()
 
     def save(self, state: TrainState, meta: dict[str, Any], score: float | None) -> None:
@@ -102,34 +110,52 @@ class Checkpointer:
             return
         self._remove_unfinished()
         self._note_score(step, score)
+        self._writing = step
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    model=ocp.args.StandardSave(state.ema),
-                    state=ocp.args.StandardSave(_without_ema(state)),
-                    meta=ocp.args.JsonSave(meta | {"score": score}),
-                ),
-            )
-            self._writing = step
+            self._manager.save(step, args=ocp.args.Composite(**self._items(state, meta, score)))
         except Exception as error:  # its type depends on the file system
+            self._writing = None
             self._save_failed(step, error)
+
+    @staticmethod
+    def _items(state: TrainState, meta: dict[str, Any], score: float | None) -> dict[str, Any]:
+        """Return the items of a checkpoint, as Orbax takes them."""
+        return {
+            "model": ocp.args.StandardSave(state.ema),
+            "state": ocp.args.StandardSave(_without_ema(state)),
+            "meta": ocp.args.JsonSave(meta | {"score": score, checkpoint_files.DIGESTS: True}),
+        }
 
     def _note_score(self, step: int, score: float | None) -> None:
         self._scores.pop(step, None)
         if score is not None:
             self._scores[step] = score
 
+    def _write_digests(self) -> None:
+        """Write the list of digests into the checkpoint that is being written.
+
+        Orbax calls it in the first process, in the thread that saves, when all files but
+        `_WRITTEN_LAST` are there and the checkpoint does not have its final name yet.
+        """
+        root, step = self._manager.directory, self._writing
+        unfinished = list(root.glob(f"{step}.orbax-checkpoint-tmp*"))  # none in a bucket
+        path = unfinished[0] if unfinished else root / str(step)
+        digest_list.write(path, leave_out=_WRITTEN_LAST)
+
     def wait(self) -> None:
         """Wait until everything saved is on disk; failures are handled as `save` does."""
-        step, self._writing = self._writing, None
-        if step is None:
+        if (step := self._writing) is None:
             return
         try:
             self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                with contextlib.suppress(OSError):  # the list is valid without `_WRITTEN_LAST`
+                    digest_list.complete(self._manager.directory / str(step))
             self._failures, self._last_good = 0, step
         except Exception as error:
             self._save_failed(step, error)
+        finally:
+            self._writing = None
 
     def _save_failed(self, step: int, error: Exception) -> None:
         """Report a checkpoint that could not be written, or end the run."""
@@ -175,9 +201,10 @@ class Checkpointer:
         return f"The last good checkpoint is that of step {self._last_good}."
 
     def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Restore the newest checkpoint that can be read.
+        """Restore the newest checkpoint that is intact.
 
-        One that cannot be read is reported and renamed to `STEP.damaged`.
+        One that is damaged, or whose state is not finite, is reported and renamed to
+        `DAMAGED-STEP`.
 
         Args:
             target: the abstract state (`abstract_state`): the shapes and shardings to restore to.
@@ -186,54 +213,64 @@ class Checkpointer:
             The state and the checkpoint's meta.
 
         Raises:
-            UserError: the checkpoint is of another model, or none can be read.
+            UserError: the checkpoint is of another model or cannot be loaded, or none is intact.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        passed: list[str] = []
+        known = sorted(self._manager.all_steps(), reverse=True)
+        for step in known:
             path = self._manager.directory / str(step)
             restored, reason = None, ""
             try:
-                restored = self._restore_step(step, target, path)
-            except UserError:
-                raise
-            except Exception as error:  # its type depends on what is damaged
-                reason = first_line(error)
-            is_readable = _in_all_processes(restored is not None)
-            if restored is not None and is_readable:
+                state, meta = self._restore_step(step, target, path)
+                reason = _doubt(state, meta, is_only=step == known[-1])
+                restored = None if reason else (state, meta)
+            except DamagedError as error:
+                reason = str(error)
+            if _in_all_processes(restored is not None) and restored is not None:
+                if passed:
+                    print(f"warning: {'; '.join(passed)}; resuming from step {step} instead")
                 return restored
-            print(f"warning: the checkpoint {path} cannot be read ({reason}); using the one before")
-            self._set_aside(step)
+            aside = self._set_aside(step)
+            passed.append(f"{path} must not be used ({reason}) and is renamed to {aside}")
         raise UserError(
-            f"{self._manager.directory}: no checkpoint can be read. They are renamed to *.damaged; "
-            "the same command now starts from the first step."
+            f"{'; '.join(passed)}. No checkpoint of the run is intact. Restore one from a copy, "
+            "or run the same command again to start from the first step."
         )
 
     def _restore_step(
         self, step: int, target: TrainState, path: Any
     ) -> tuple[TrainState, dict[str, Any]]:
-        stored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        check_shapes(self._manager, step, target.ema, path)
-        # A checkpoint from before the last kind of data was added has norms of fewer kinds.
-        kinds = self._manager.item_metadata(step).state["norms"]["seen"].shape[0]
-        wanted = dataclasses.replace(target, norms=_resized(target.norms, kinds))
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(target.ema),
-                state=ocp.args.StandardRestore(_without_ema(wanted)),
-            ),
-        )
+        is_checked = _checked_by_first_process(path)
+        meta = checkpoint_files.read_meta(path)
+        with reading(path, is_checked):
+            check_shapes(self._manager, step, target.ema, path)
+            # A checkpoint from before the last kind of data was added has norms of fewer kinds.
+            kinds = self._manager.item_metadata(step).state["norms"]["seen"].shape[0]
+            wanted = dataclasses.replace(target, norms=_resized(target.norms, kinds))
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardRestore(target.ema),
+                    state=ocp.args.StandardRestore(_without_ema(wanted)),
+                ),
+            )
         state = TrainState(ema=restored["model"], **restored["state"])
         norms = jax.tree.map(_padded, state.norms, target.norms)
-        return dataclasses.replace(state, norms=norms), stored["meta"]
+        return dataclasses.replace(state, norms=norms), meta
 
-    def _set_aside(self, step: int) -> None:
-        """Rename a damaged checkpoint, so that the run can write its step again."""
-        path = Path(self._manager.directory) / str(step)
+    def _set_aside(self, step: int) -> str:
+        """Rename a damaged checkpoint, so that the run can write its step again.
+
+        Returns:
+            Its new name.
+        """
+        path = self._manager.directory / str(step)
+        names = [f"DAMAGED-{step}", *(f"DAMAGED-{step}-{n}" for n in range(2, 1000))]
+        name = next(name for name in names if not (path.parent / name).exists())
+        _in_all_processes(True)  # all have chosen the name
         if jax.process_index() == 0:
-            aside = path.with_name(f"{step}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
             try:
-                path.rename(aside)
+                path.rename(path.parent / name)
             except OSError as error:
                 raise UserError(
                     f"{path}: a damaged checkpoint cannot be renamed ({error.strerror}). Move it "
@@ -241,6 +278,7 @@ class Checkpointer:
                 ) from None
         _in_all_processes(True)  # the other processes wait for the rename
         self._manager.reload()
+        return name
 
     def close(self) -> None:
         """Finish writing and release the directory.
@@ -314,6 +352,34 @@ def _stop_tensorstore_leaks() -> None:
 
     # The stub names the option; `to_json` passes on all of them.
     tensorstore.KvStore.Spec.to_json = to_json  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _checked_by_first_process(path: Any) -> bool:
+    """Return `checkpoint_files.check(path)`; only the first process reads the files.
+
+    Raises:
+        DamagedError: in all processes; the reason is known in the first one.
+    """
+    is_checked, reason = True, ""
+    if jax.process_index() == 0:
+        try:
+            is_checked = checkpoint_files.check(path)
+        except DamagedError as error:
+            reason = str(error)
+    if not _in_all_processes(not reason):
+        raise DamagedError(reason)
+    return _in_all_processes(is_checked)
+
+
+def _doubt(state: TrainState, meta: dict[str, Any], is_only: bool) -> str:
+    """Return why a run must not resume from a state whose files are intact; "" if it may."""
+    if name := first_not_finite(state):
+        return f"{name} has values that are not finite"
+    skipped, step = int(state.skipped_in_row), int(state.step)
+    is_last = step == meta.get("total_steps") or meta.get("auto_step", {}).get("is_over", False)
+    if skipped and not is_only and not is_last:
+        return f"the last {skipped} updates before it were skipped"
+    return ""
 
 
 def _in_all_processes(value: bool) -> bool:

@@ -47,7 +47,7 @@ def test_a_state_comes_back_bit_for_bit_on_another_mesh(tmp_path):
     shardings = sharding.state_shardings(four, old)
     new, meta = Checkpointer(tmp_path, 2).restore(abstract_state(old, shardings))
     jax.tree.map(np.testing.assert_array_equal, new, old)
-    assert meta == META | {"score": None}
+    assert meta == META | {"score": None, "digests": True}
     assert all(leaf.sharding.mesh.size == 4 for leaf in jax.tree.leaves(new))
 
 
@@ -85,7 +85,7 @@ def _small(step):
 
 
 def _save_scores(directory, scores):
-    saver = Checkpointer(directory, 1)
+    saver = Checkpointer(directory, 2)
     for step, score in scores.items():
         saver.save(_small(step), META, score)
     saver.close()
@@ -95,8 +95,8 @@ def _save_scores(directory, scores):
 def test_a_restart_knows_the_best_checkpoint(tmp_path):
     """Scores are read from disk at the start."""
     assert _save_scores(tmp_path, {1: 3.0}) == [1]
-    assert _save_scores(tmp_path, {2: 1.0, 3: None}) == [1, 3]
-    assert _save_scores(tmp_path, {4: 2.0, 5: 1.0, 6: None}) == [1, 6]
+    assert _save_scores(tmp_path, {2: 1.0, 3: None}) == [1, 2, 3]
+    assert _save_scores(tmp_path, {4: 2.0, 5: 1.0, 6: None}) == [1, 5, 6]
     assert checkpoint.best_step(tmp_path) == 1
     assert _save_scores(tmp_path, {7: 3.5, 8: 3.5, 9: 0.0}) == [8, 9]
 
@@ -105,13 +105,13 @@ def test_the_best_checkpoint_is_kept_when_the_newest_one_is_damaged(tmp_path, ca
     """The damaged one has a meta that cannot be read, and is renamed."""
     assert _save_scores(tmp_path, {1: 3.0, 2: 1.0}) == [1, 2]
     _cut(tmp_path / "checkpoints/2")
-    saver, small = Checkpointer(tmp_path, 1), _small(0)
+    saver, small = Checkpointer(tmp_path, 2), _small(0)
     one_device = sharding.replicated(sharding.make_mesh(1))
     saver.restore(abstract_state(small, jax.tree.map(lambda _: one_device, small)))
     for step, score in [(2, 1.0), (3, 2.0), (4, 1.0)]:
         saver.save(_small(step), META, score)
     saver.close()
-    assert checkpoint.steps(tmp_path) == [1, 4]
+    assert checkpoint.steps(tmp_path) == [1, 3, 4]
 
 
 def _cut(directory):
@@ -119,6 +119,18 @@ def _cut(directory):
     for file in directory.rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _without_digests(path):
+    """Make a checkpoint as an older version wrote it."""
+    (path / "digests.sha256").unlink()
+    meta = json.loads((path / "meta/metadata").read_text())
+    del meta["digests"]
+    (path / "meta/metadata").write_text(json.dumps(meta))
+
+
+def _target():
+    return abstract_state(_state(), sharding.state_shardings(sharding.make_mesh(1), _state()))
 
 
 def _saved(directory, *steps):
@@ -129,27 +141,77 @@ def _saved(directory, *steps):
     return directory / "checkpoints"
 
 
-@pytest.mark.parametrize("item", ["model", "state", "meta"])
+@pytest.mark.parametrize("item", ["model", "state", "meta", "old model", "old state", "old meta"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, item, capsys):
     root = _saved(tmp_path, 1, 2)
-    _cut(root / "2" / item)
-    target = abstract_state(_state(), sharding.state_shardings(sharding.make_mesh(1), _state()))
+    if item.startswith("old"):
+        _without_digests(root / "2")
+    _cut(root / "2" / item.removeprefix("old "))
     saver = Checkpointer(tmp_path, 3)
-    restored, _ = saver.restore(target)
+    restored, _ = saver.restore(_target())
     assert int(restored.step) == 1 and saver.latest == 1
-    assert "checkpoints/2 cannot be read" in capsys.readouterr().out
-    assert (root / "2.damaged").is_dir()
+    printed = capsys.readouterr().out
+    assert f"{root}/2 must not be used (" in printed
+    assert ") and is renamed to DAMAGED-2; resuming from step 1 instead\n" in printed
+    assert (root / "DAMAGED-2").is_dir()
     saver.save(_state(step=2), META, None)  # the run repeats that step
     saver.close()
     assert Checkpointer(tmp_path, 3).latest == 2
+    _cut(root / "2" / item.removeprefix("old "))
+    Checkpointer(tmp_path, 3).restore(_target())
+    assert sorted(path.name for path in root.iterdir()) == ["1", "DAMAGED-2", "DAMAGED-2-2"]
 
 
-def test_no_readable_checkpoint_is_an_error(tmp_path):
+def test_no_intact_checkpoint_is_an_error(tmp_path):
     root = _saved(tmp_path, 1)
     _cut(root / "1")
-    target = abstract_state(_state(), sharding.state_shardings(sharding.make_mesh(1), _state()))
-    with pytest.raises(UserError, match="no checkpoint can be read.*damaged"):
-        Checkpointer(tmp_path, 3).restore(target)
+    with pytest.raises(UserError, match="renamed to DAMAGED-1. No checkpoint of the run is intact"):
+        Checkpointer(tmp_path, 3).restore(_target())
+
+
+def test_a_checkpoint_without_room_to_load_it_is_not_set_aside(tmp_path, monkeypatch):
+    root, saver = _saved(tmp_path, 1, 2), Checkpointer(tmp_path, 3)
+
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(saver._manager, "restore", full)
+    with pytest.raises(UserError, match="2: the checkpoint cannot be loaded .*out of memory"):
+        saver.restore(_target())
+    assert checkpoint.steps(tmp_path) == [1, 2]
+    assert not list(root.glob("DAMAGED*"))
+
+
+def _save_unchecked(directory, step, **changes):
+    """Write a checkpoint with other values in its state, as older versions wrote all states."""
+    saver = Checkpointer(directory, 3)
+    state = dataclasses.replace(_state(step=step), **changes)
+    items = saver._items(state, META, None)
+    saver._writing = step
+    assert saver._manager.save(step, args=checkpointer.ocp.args.Composite(**items))
+    saver.close()
+
+
+@pytest.mark.parametrize("part", ["params", "ema", "moments"])
+def test_a_state_that_is_not_finite_is_not_resumed_from(tmp_path, part, capsys):
+    _saved(tmp_path, 1)
+    leaves, structure = jax.tree.flatten(getattr(_state(), part))
+    leaves[3] = leaves[3].at[(0,) * leaves[3].ndim].set(np.nan)
+    _save_unchecked(tmp_path, 2, **{part: jax.tree.unflatten(structure, leaves)})
+    restored, _ = Checkpointer(tmp_path, 3).restore(_target())
+    assert int(restored.step) == 1
+    printed = capsys.readouterr().out
+    assert f"2 must not be used ({part}/" in printed and "are not finite) and is" in printed
+
+
+def test_a_state_whose_updates_were_skipped_is_resumed_from_only_if_there_is_no_other(
+    tmp_path, capsys
+):
+    for step in (1, 2):
+        _save_unchecked(tmp_path, step, skipped_in_row=jnp.asarray(2, jnp.int32))
+    restored, _ = Checkpointer(tmp_path, 3).restore(_target())
+    assert int(restored.step) == 1
+    assert "(the last 2 updates before it were skipped)" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_a_warning_twice_and_then_ends_the_run(tmp_path, monkeypatch, capsys):
@@ -194,9 +256,8 @@ def test_a_run_survives_a_full_disk_and_saves_again_when_there_is_room(small_dis
     assert saver.latest == 4 and "could not" not in capsys.readouterr().out
     saver.save(_state(step=5), META, None)  # also removes what tensorstore wrote after the failure
     saver.close()
-    assert [p.name for p in (small_disk / "checkpoints").iterdir()] == ["5"]
-    target = abstract_state(_state(), sharding.state_shardings(sharding.make_mesh(1), _state()))
-    restored, _ = Checkpointer(small_disk, 1).restore(target)
+    assert sorted(p.name for p in (small_disk / "checkpoints").iterdir()) == ["4", "5"]
+    restored, _ = Checkpointer(small_disk, 1).restore(_target())
     jax.tree.map(np.testing.assert_array_equal, restored.params, _state().params)
 
 
