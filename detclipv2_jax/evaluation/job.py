@@ -30,7 +30,7 @@ from detclipv2_jax.evaluation import coco, datasets, measure
 from detclipv2_jax.evaluation.answers import AnswerStore, parameters_digest
 from detclipv2_jax.evaluation.datasets import EvaluationSet
 from detclipv2_jax.evaluation.report import draw_steps, results_table, steps_table
-from detclipv2_jax.inference import checkpoint, threshold
+from detclipv2_jax.inference import checkpoint, checkpoint_files, threshold
 from detclipv2_jax.inference.config import DecodeConfig
 from detclipv2_jax.inference.predictor import Predictor
 from detclipv2_jax.inference.prompts import Prompter
@@ -148,9 +148,11 @@ def _chosen_steps(args: argparse.Namespace) -> list[int]:
     """Return the steps that --step names."""
     if args.step == "best":
         return [checkpoint.best_step(args.checkpoint)]
+    if args.step == "newest":
+        return [checkpoint_files.newest_intact(args.checkpoint)]
     known = checkpoint.require_steps(args.checkpoint)
-    if args.step in ("newest", "all"):
-        return known if args.step == "all" else known[-1:]
+    if args.step == "all":
+        return known
     wanted = args.step if isinstance(args.step, list) else [args.step]
     if missing := [step for step in wanted if step not in known]:
         raise UserError(
@@ -163,9 +165,18 @@ def _chosen_steps(args: argparse.Namespace) -> list[int]:
 def _evaluate_checkpoint(
     args: argparse.Namespace, sets: Sequence[EvaluationSet], step: int, output: pathlib.Path
 ) -> dict[str, Any] | None:
-    """Evaluate a checkpoint on all datasets; None if training deleted it before it was read."""
+    """Evaluate a checkpoint on all datasets; None if it is skipped.
+
+    It is skipped if training deleted it before it was read, or if it is damaged and all are
+    evaluated.
+    """
     try:
         model = _Model(args, step)
+    except checkpoint_files.DamagedError as error:
+        if not args.follow and args.step != "all":
+            raise
+        print(f"warning: {error} It is not evaluated.", file=sys.stderr, flush=True)
+        return None
     except Exception:
         if jax.process_count() > 1 or step in checkpoint.steps(args.checkpoint):
             raise

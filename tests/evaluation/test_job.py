@@ -24,7 +24,7 @@ from detclipv2_jax import evaluate
 from detclipv2_jax.common.interruption import Interrupted
 from detclipv2_jax.evaluation import datasets, threshold
 from detclipv2_jax.evaluation import job as job_lib
-from detclipv2_jax.inference import checkpoint
+from detclipv2_jax.inference import checkpoint, checkpoint_files
 from detclipv2_jax.training import checkpointer, state
 from detclipv2_jax.training.optimizer import OptimizerConfig, create
 
@@ -41,6 +41,8 @@ def run(monkeypatch):
         return dataclasses.replace(tiny_model.loaded(), graphdef=graphdef, params=params)
 
     monkeypatch.setattr(checkpoint, "steps", lambda path: [7, 9])
+    monkeypatch.setattr(checkpoint, "require_steps", lambda path: [7, 9])
+    monkeypatch.setattr(checkpoint_files, "newest_intact", lambda path: 9)
     monkeypatch.setattr(checkpoint, "best_step", lambda path: 9)
     monkeypatch.setattr(checkpoint, "is_finished", lambda path: True)
     monkeypatch.setattr(checkpoint, "load_model", load)
@@ -335,7 +337,7 @@ def start(workdir, dataset, output, *flags, devices=1):
 def test_a_checkpoint_knows_whether_it_is_the_best_and_the_last(workdir):
     assert checkpoint.steps(workdir) == [7] and checkpoint.best_step(workdir) == 7
     assert checkpoint.is_finished(workdir) and checkpoint.load_model(workdir).total_steps == 7
-    for half in ("8.orbax-checkpoint-tmp-1", "9.damaged"):
+    for half in ("8.orbax-checkpoint-tmp-1", "DAMAGED-9"):
         (workdir / "checkpoints" / half).mkdir()
         assert checkpoint.steps(workdir) == [7]  # incomplete checkpoints are ignored
         (workdir / "checkpoints" / half).rmdir()

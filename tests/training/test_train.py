@@ -155,9 +155,9 @@ def test_a_run_stopped_by_sigterm_whose_checkpoint_is_damaged_ends_with_the_same
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     process = tiny_run.run(data, tmp_path)
     assert process.returncode == 0, process.stderr[-3000:]
-    assert f"checkpoints/{step} cannot be read" in process.stdout
+    assert f"checkpoints/{step} must not be used (model/" in process.stdout
     assert "resuming after step 4" in process.stdout or step > 8
-    assert (tmp_path / "checkpoints" / f"{step}.damaged").is_dir()
+    assert (tmp_path / "checkpoints" / f"DAMAGED-{step}").is_dir()
     assert _losses(tmp_path) == expected
 
 
