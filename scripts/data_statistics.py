@@ -154,7 +154,7 @@ def find_leaked(hashes: dict[str, np.ndarray], args: argparse.Namespace) -> dict
             raise UserError(
                 f"{evaluation}: images[{number}] has no file name. Give a COCO or LVIS file."
             ) from None
-        path = next((p for p in map(folder.find, candidates) if p is not None), None)
+        path = folder.find(*candidates).path
         if path is not None:
             names.append(candidates[0])
             paths.append(path)

@@ -15,6 +15,7 @@ _MISSING = object()
 _WHOLE = re.compile(r"[+-]?(?:0|[1-9][0-9]*)(?:\.0*)?")
 _DIGITS = re.compile(r"([+-]?[0-9]+)(?:\.0*)?")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_BYTES = re.compile("[\udc80-\udcff]")
 _FLAGS = {"": False, "0": False, "0.0": False, "false": False, "no": False}
 _FLAGS |= {"1": True, "1.0": True, "true": True, "yes": True}
 _EXACT = 2**53  # larger whole floats may have lost their last digits
@@ -231,6 +232,22 @@ def text(entry: Mapping[str, Any], field: str) -> str:
     if not _is_unicode(value):
         raise FieldError(field, f"is {shorten(value)}, not valid Unicode")
     return value
+
+
+def file_name(entry: Mapping[str, Any], field: str) -> str:
+    """Return a text that names a file, as it is.
+
+    Half surrogates that stand for bytes (PEP 383) are allowed: Python writes them for file names
+    that are not UTF-8.
+
+    Raises:
+      FieldError: as `text`.
+    """
+    value = _get(entry, field)
+    if isinstance(value, str) and not _is_unicode(value):
+        text({field: _BYTES.sub("x", value)}, field)
+        return value
+    return text(entry, field)
 
 
 def optional_text(entry: Mapping[str, Any], field: str) -> str | None:

@@ -89,10 +89,10 @@ def measure_tar(path: Path) -> None:
 
 def measure(reader: str, path: Path) -> None:
     """Read the COCO file in this process; print time and memory."""
-    from detclipv2_jax.data.prepare.examples import ImageFolder
+    from detclipv2_jax.common.find_file import Found, ImageFolder
     from detclipv2_jax.data.prepare.sources import coco
 
-    ImageFolder.find = lambda self, name: self.roots[0]  # do not look for images
+    ImageFolder.find = lambda self, *names: Found(self.roots[0])  # do not look for images
     before, begin = _peak(), time.process_time()
     if reader == "json.loads":
         kept = json.loads(path.read_bytes())

@@ -238,7 +238,7 @@ def _prepare_files(
         raise UserError(f"{origin}: no such directory. Check --from.")
     files = _located(files, origin)
     kind, reader_options = source.kind, dict(reader_options or {})
-    folder = ImageFolder(images) if images else registry.image_folder(origin, kind)
+    folder = ImageFolder(first=[images]) if images else registry.image_folder(origin, kind)
     inputs = registry.fingerprint(files, folder, target.options if kind == "image_text" else None)
     if kind == "classification":
         inputs["store_side"] = target.options.store_side

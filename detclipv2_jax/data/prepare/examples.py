@@ -5,13 +5,12 @@ both of them leave out.
 """
 
 import dataclasses
-import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.find_file import ImageFolder as ImageFolder
 from detclipv2_jax.text.checked import Meaning
 
 _MAX_EXPLANATIONS = 3  # explanations that are kept for each reason,
@@ -145,47 +144,3 @@ class Archive:
     names: tuple[str, ...] = ()  # detection: all categories in the file's order, used or not
     # Normalized name → definition and synset, where the file has one (LVIS, V3Det).
     meanings: Mapping[str, Meaning] = dataclasses.field(default_factory=dict)
-
-
-class ImageFolder:
-    """Finds the image files that annotations name, in folders that may be laid out differently."""
-
-    def __init__(self, *roots: str | Path):
-        """Search the folders `roots` in order; those that do not exist are ignored.
-
-        Raises:
-            UserError: none of them is a directory.
-        """
-        self.roots = [Path(root) for root in roots if Path(root).is_dir()]
-        if not self.roots:
-            tried = " or ".join(str(root) for root in roots)
-            raise UserError(
-                f"{tried}: no such directory. Give the folder of the images with --images=DIR."
-            )
-        # Each folder is looked up once, not once per image: on a network drive that takes hours.
-        self._places = functools.lru_cache(maxsize=4096)(self._existing)
-
-    def find(self, file_name: str) -> Path | None:
-        """Return the path of an image, or None if it does not exist.
-
-        Leading folders of `file_name` are removed one by one: Objects365's
-        "images/v1/patch8/a.jpg" is found as ROOT/images/v1/patch8/a.jpg, ROOT/v1/patch8/a.jpg,
-        ROOT/patch8/a.jpg or ROOT/a.jpg.
-        """
-        if not file_name or "\0" in file_name:
-            return None
-        *folders, name = Path(file_name).parts or ("",)
-        try:
-            paths = (place / name for place in self._places(tuple(folders)))
-            return next((path for path in paths if path.is_file()), None)
-        except OSError:  # the name is longer than the file system allows
-            return None
-
-    def _existing(self, folders: tuple[str, ...]) -> list[Path]:
-        """Return the existing folders that may have a file of `folders`, in search order."""
-        ends = (folders[first:] for first in range(len(folders) + 1))
-        places = (root.joinpath(*end) for end in ends for root in self.roots)
-        return [place for place in places if place.is_dir()]
-
-    def __str__(self) -> str:
-        return " or ".join(str(root) for root in self.roots)

@@ -107,7 +107,7 @@ def _rows(origin: Path, pictures: Iterable[Picture], missing: Iterable) -> Itera
             yield [os.path.relpath(one.path, origin), *one[1:]]
         last = one.path
     for names, searched in missing:
-        relative = tuple(os.path.relpath(folder, origin) for folder in searched.roots)
+        relative = tuple(os.path.relpath(folder, origin) for folder in searched.folders)
         if relative not in folders:
             folders[relative] = len(folders)
             yield {"folders": relative}
@@ -138,7 +138,7 @@ def changes(source: Source, origin: Path) -> Iterator[str]:
     """Yield what changed in the pictures since a source was made, in words; nothing if none did."""
     pictures, missing = read(source.directory, origin)
     lists = {
-        "were missing and exist now": [n[0] for n, folders in missing if _exists(n, folders)],
+        "were missing and exist now": _exist_now(pictures, missing, origin),
         "were left out and have changed": [
             one.path for one in pictures if not one.used and not one.is_unchanged
         ],
@@ -150,6 +150,21 @@ def changes(source: Source, origin: Path) -> Iterator[str]:
             yield f"pictures that {what}: {len(paths):,} ({shown})"
 
 
-def _exists(names: Sequence[str], folders: Sequence[str]) -> bool:
-    existing = [folder for folder in folders if os.path.isdir(folder)]
-    return bool(existing) and ImageFolder(*existing).find(*names) is not None
+def _exist_now(
+    pictures: Sequence[Picture], missing: Sequence[tuple[list[str], list[str]]], origin: Path
+) -> list[str]:
+    """Return the names of missing pictures that exist now."""
+    known = [(os.path.relpath(one.path, origin),) for one in pictures]
+    known += [tuple(names) for names, _ in missing]
+    searched: dict[tuple[str, ...], ImageFolder] = {}
+    found = []
+    for names, folders in missing:
+        existing = tuple(folder for folder in folders if os.path.isdir(folder))
+        if not existing:
+            continue
+        if existing not in searched:
+            searched[existing] = ImageFolder(*existing)
+            searched[existing].expect(lambda: known)
+        if searched[existing].find(*names).path is not None:
+            found.append(names[0])
+    return found

@@ -26,6 +26,7 @@ from detclipv2_jax.data.prepare.sources import (
     objects365,
     odinw,
 )
+from detclipv2_jax.data.prepare.sources.entries import ROBOFLOW_FILE
 
 #: Format -> (kind of data, reader).
 FORMATS: dict[str, tuple[str, Callable[[Path, ImageFolder], Archive]]] = {
@@ -36,7 +37,6 @@ FORMATS: dict[str, tuple[str, Callable[[Path, ImageFolder], Archive]]] = {
     "TSV": ("image_text", conceptual_captions.read_tsv),
     "img2dataset's shards": ("image_text", lambda path, images: img2dataset.read(path)),
 }
-_ROBOFLOW = "_annotations.coco.json"
 
 
 def discover(directory: Path) -> tuple[dict[str, list[Path]], dict[Path, str]]:
@@ -56,13 +56,13 @@ def discover(directory: Path) -> tuple[dict[str, list[Path]], dict[Path, str]]:
         raise UserError(f"{directory}: no such directory. Check --from.")
     found: dict[str, list[Path]] = {}
     skipped: dict[Path, str] = {}
-    places = ("*.*", "annotations/*.*", f"*/{_ROBOFLOW}")
+    places = ("*.*", "annotations/*.*", f"*/{ROBOFLOW_FILE}")
     files = {path for place in places for path in directory.glob(place)}
     # Of pictures that two files have, the first file's boxes stay: copies come last.
     for path in sorted(files, key=lambda path: (formats.is_copy(path), path)):
         if not formats.is_candidate(path) or not path.is_file():
             continue
-        name = path.parent.name if path.name == _ROBOFLOW else path.stem
+        name = path.parent.name if path.name == ROBOFLOW_FILE else path.stem
         if why := formats.why_ignored(path):
             skipped[path] = why
         elif word := formats.evaluation_word(name):
@@ -241,7 +241,8 @@ def fingerprint(
         images: folders of the images.
         options: None where no option changes the records.
     """
-    result: dict[str, Any] = {"images": [str(root.resolve()) for root in images.roots], "files": {}}
+    folders = [str(folder.resolve()) for folder in images.folders]
+    result: dict[str, Any] = {"images": folders, "files": {}}
     for path in files:
         result["files"][str(path.resolve())] = _digest(path)
     if options is not None:

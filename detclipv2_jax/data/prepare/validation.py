@@ -136,7 +136,7 @@ def image_folder(path: Path, origin: Path) -> ImageFolder:
     roots = [origin / "images" / "detection", origin / "images", origin]
     folders = [one for root in roots[1:] if root.is_dir() for one in sorted(root.iterdir())]
     named = [one for one in folders if one.is_dir() and _words(one.name) & _WORDS]
-    return ImageFolder(*dict.fromkeys([path.parent / "images", path.parent, *named, *roots]))
+    return ImageFolder(*roots, first=[path.parent / "images", path.parent, *named])
 
 
 def _words(name: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import shutil
 from pathlib import Path
 
 import miniature_archives as miniature
@@ -39,7 +40,7 @@ def test_objects365_v2(tmp_path):
 def test_objects365_v2_unpacked_otherwise(tmp_path, folder):
     path = miniature.objects365_v2(tmp_path)
     inner = "v1/patch8" if folder == "images" else "patch8"
-    (tmp_path / "train").rename(tmp_path / "gone")
+    shutil.rmtree(tmp_path / "train")
     miniature.write_file(tmp_path / folder / inner / "objects365_v1_00420917.jpg")
     found = list(objects365.read(path, ImageFolder(tmp_path)).examples)
     assert [example.image_id for example in found] == ["420917"]

@@ -177,13 +177,13 @@ def test_image_folder(folder, tmp_path):
     (folder / "images" / "v1" / "patch8").mkdir(parents=True)
     (folder / "images" / "v1" / "patch8" / "0.jpg").write_bytes(b"other")
     roots = ImageFolder(folder / "none", folder / "images", folder)
-    assert roots.find("0.jpg") == folder / "images" / "0.jpg"
-    assert roots.find("v1/patch8/0.jpg").read_bytes() == b"other"
-    assert roots.find("images/v1/patch8/0.jpg").read_bytes() == b"other"
-    assert roots.find("elsewhere/patch9/1.jpg") == folder / "images" / "1.jpg"
-    assert roots.find(str(folder / "images" / "2.jpg")) == folder / "images" / "2.jpg"
+    assert roots.find("0.jpg").path == folder / "images" / "0.jpg"
+    assert roots.find("v1/patch8/0.jpg").path.read_bytes() == b"other"
+    assert roots.find("images/v1/patch8/0.jpg").path.read_bytes() == b"other"
+    assert roots.find("elsewhere/patch9/1.jpg").path == folder / "images" / "1.jpg"
+    assert roots.find(str(folder / "images" / "2.jpg")).path == folder / "images" / "2.jpg"
     for name in ("", ".", "v1", "9.jpg", ".."):
-        assert roots.find(name) is None
+        assert roots.find(name).path is None
     with pytest.raises(UserError, match=r"none: no such directory\. .*--images"):
         ImageFolder(folder / "none")
 
@@ -303,7 +303,7 @@ def test_tsv(folder):
     path = folder / "cc.tsv"
     path.write_text(
         "a cat , on a mat\t0.jpg\r\nno image here\n\tx.jpg\n\t1.jpg\n"
-        "a bus\thttp://x.org/2.jpg?size=l\ntwo dogs\timages/2.jpg\textra\n"
+        "a bus\thttp://x.org/9.jpg?size=l\ntwo dogs\timages/2.jpg\textra\n"
     )
     archive = conceptual_captions.read_tsv(path, images(folder))
     examples = list(archive.examples)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from detclipv2_jax.common import json_fields
+from detclipv2_jax.common.file_names import base_name
 from detclipv2_jax.common.json_fields import shorten
 from detclipv2_jax.common.json_file import read_lists
 from detclipv2_jax.data.prepare.examples import Archive, Box, Drops, Example, ImageFolder
@@ -17,7 +18,6 @@ from detclipv2_jax.data.prepare.sources.entries import (
     BoxTable,
     ImageEntries,
     ImageEntry,
-    add_folders,
     annotation_label,
     explain,
     find_image,
@@ -36,8 +36,9 @@ def read(
     """Open an `instances` file: one detection example per image, also for images without boxes.
 
     The file is read twice, entry by entry, because boxes may come before their images. Images are
-    searched for in `images`, then next to the file. Crowd boxes (`iscrowd` 1) are dropped: they are
-    not single objects. The lists of federated annotation (LVIS) are kept.
+    searched for in `images` and next to the file (Roboflow: next to the file first). Crowd boxes
+    (`iscrowd` 1) are dropped: they are not single objects. The lists of federated annotation (LVIS)
+    are kept.
 
     A picture that several entries name is one example with the boxes of all of them; a box that
     occurs twice is taken once. categories.py says which categories are names.
@@ -67,7 +68,7 @@ def read(
         drops.drop(reason, f"{path}: {why}")
     kept = [names[category.id] for category in found if category.id not in no_names]
     categories_lib.note_doubtful(path, kept, drops)
-    images = add_folders(images, path.parent)
+    images = near(path, entries, images)
     boxes.move(_merge_entries(path, entries, images, drops))
     return Archive(
         path=path,
@@ -94,13 +95,13 @@ def _merge_entries(
     Only entries whose files have the same name are compared, because looking for files takes time.
     Entries of different sizes stay apart: at least one of them does not fit the file.
     """
-    base_names = Counter(os.path.basename(entry.file_names[0]) for entry in entries.values())
+    base_names = Counter(base_name(entry.file_names[0]) for entry in entries.values())
     if len(base_names) == len(entries):
         return {}
     first: dict[str, Any] = {}
     rows = {}
     for image_id, entry in list(entries.items()):
-        if base_names[os.path.basename(entry.file_names[0])] == 1:
+        if base_names[base_name(entry.file_names[0])] == 1:
             continue
         file = find_image(entry, str(path), images, Drops())
         if file is None:

@@ -4,22 +4,24 @@ An image with several captions gives several examples: the paper's image-text da
 The output of img2dataset is read by img2dataset.py.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from detclipv2_jax.common.json_fields import as_identifier, entry_object, identifier
+from detclipv2_jax.common.json_fields import as_identifier, entry_object, file_name, identifier
 from detclipv2_jax.common.json_file import parse_line, read_lists
+from detclipv2_jax.common.printable import valid_text
 from detclipv2_jax.common.text_file import open_bytes, read_lines
 from detclipv2_jax.data.prepare.examples import Archive, Drops, Example, ImageFile, ImageFolder
 from detclipv2_jax.data.prepare.sources.entries import (
     MALFORMED,
     ImageEntries,
-    add_folders,
     describe,
     explain,
-    explain_missing,
+    find_file,
     find_image,
+    near,
 )
 from detclipv2_jax.data.prepare.sources.img2dataset import check_caption
 
@@ -58,7 +60,7 @@ def read_coco_captions(path: str | Path, images: ImageFolder) -> Archive:
         path=path,
         kind="image_text",
         total=total,
-        examples=_from_annotations(path, entries, add_folders(images, path.parent), drops),
+        examples=_from_annotations(path, entries, near(path, entries, images), drops),
         drops=drops,
     )
 
@@ -66,7 +68,8 @@ def read_coco_captions(path: str | Path, images: ImageFolder) -> Archive:
 def _read_lines(
     path: Path, images: ImageFolder, parse: Callable[[str], tuple[str, list]]
 ) -> Archive:
-    drops = Drops()
+    drops, images = Drops(), images.also(path.parent)
+    images.expect(lambda: _file_names(path, parse))
     return Archive(
         path=path,
         kind="image_text",
@@ -99,14 +102,20 @@ def _from_lines(
         except MALFORMED as error:
             drops.drop("images: malformed line", f"{where}: {describe(error)}")
             continue
-        found = images.find(name)
-        if found is None:
-            drops.drop("images: missing", explain_missing(where, name, images))
-            drops.missing.append(((name,), images))
+        image = find_file((name,), where, images, drops)
+        if image is None:
             continue
         for i, caption in enumerate(captions):
-            image_id = name if len(captions) == 1 else f"{name}#{i}"
-            yield from _example(ImageFile(found), image_id, None, caption, where, drops)
+            image_id = valid_text(name if len(captions) == 1 else f"{name}#{i}")
+            yield from _example(image, image_id, None, caption, where, drops)
+
+
+def _file_names(path: Path, parse: Callable[[str], tuple[str, list]]) -> Iterator[tuple[str]]:
+    """Yield the file name of each line that has one."""
+    for _, line in read_lines(path):
+        if isinstance(line, str):
+            with contextlib.suppress(*MALFORMED):
+                yield (parse(line)[0],)
 
 
 def _from_annotations(
@@ -156,6 +165,7 @@ def _parse_json(line: str) -> tuple[str, list]:
         raise ValueError(f"no field {' or '.join(IMAGE_FIELDS)} that names a file")
     if captions is None:
         raise ValueError(f"no field {' or '.join(CAPTION_FIELDS)}")
+    image = file_name({"image": image}, "image")
     return image, captions if isinstance(captions, list) else [captions]
 
 

@@ -13,16 +13,17 @@ from detclipv2_jax.common.json_fields import (
     FieldError,
     Identifier,
     entry_object,
+    file_name,
     identifier,
     identifiers,
     locate,
     optional_text,
     shorten,
     size,
-    text,
 )
 from detclipv2_jax.data.prepare.examples import Box, Drops, ImageFile, ImageFolder
 
+ROBOFLOW_FILE = "_annotations.coco.json"
 # What a malformed entry may raise while it is read: a field is missing, of another type, too large,
 # or nested too deeply.
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
@@ -123,38 +124,45 @@ def file_names(entry: dict[str, Any]) -> tuple[str, ...]:
     COCO has `file_name` "000000391895.jpg" and a `coco_url` with the folder; LVIS has only
     `coco_url`.
     """
-    names, url = [], optional_text(entry, "coco_url")
-    if url is None or optional_text(entry, "file_name") is not None:
-        names.append(text(entry, "file_name"))
+    names, url = [], entry.get("coco_url") or None
+    if url is None or entry.get("file_name") not in (None, ""):
+        names.append(file_name(entry, "file_name"))
     if url is not None:
-        names.append("/".join(url.split("/")[-2:]))
+        names.append("/".join(file_name(entry, "coco_url").split("/")[-2:]))
     return tuple(dict.fromkeys(names))
 
 
-def add_folders(images: ImageFolder, *folders: str) -> ImageFolder:
-    """Return an ImageFolder that also searches these folders of each root, after the roots."""
-    return ImageFolder(*images.roots, *(root / name for root in images.roots for name in folders))
+def near(path: Path, entries: ImageEntries, images: ImageFolder) -> ImageFolder:
+    """Return where the images of an annotation file are: `images` and the file's own folder.
+
+    Roboflow puts the images next to the file, so these go before others of the same name.
+    """
+    own = images.before if path.name == ROBOFLOW_FILE else images.also
+    result = own(path.parent)
+    result.expect(lambda: (entry.file_names for entry in entries.values()))
+    return result
 
 
 def find_image(
     entry: ImageEntry, where: str, images: ImageFolder, drops: Drops
 ) -> ImageFile | None:
-    """Return the file of an image, or None (counted) if it does not exist."""
-    for name in entry.file_names:
-        path = images.find(name)
-        if path is not None:
-            return ImageFile(path)
-    drops.drop("images: missing", explain_missing(where, entry.file_names[0], images))
-    drops.missing.append((entry.file_names, images))
-    return None
+    """Return the file of an image, or None (counted) if there is none that is certain."""
+    return find_file(entry.file_names, where, images, drops)
 
 
-def explain_missing(where: str, name: str, images: ImageFolder) -> str:
-    """Return the explanation for an image that does not exist."""
-    if "://" in name:
-        return f"{where}: {name} is a URL, not a file; download it and give the file"
-    shown = shorten(name).strip('"')
-    return f"{where}: no file {shown} under {images}"
+def find_file(
+    names: tuple[str, ...], where: str, images: ImageFolder, drops: Drops
+) -> ImageFile | None:
+    """Return the file with one of these names, or None (counted) if there is none."""
+    found = images.find(*names)
+    if found.path is None:
+        reason = "ambiguous file name" if found.problem == "ambiguous" else found.problem
+        drops.drop(f"images: {reason}", f"{where}: {found.why}")
+        drops.missing.append((names, images))
+        return None
+    if found.spelled:
+        drops.change("images: file name spelled differently", f"{where}: {found.spelled}")
+    return ImageFile(found.path)
 
 
 class BoxTable:

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from detclipv2_jax.data.prepare.sources.entries import (
     MALFORMED,
     BoxTable,
     ImageEntries,
-    add_folders,
     annotation_label,
     describe,
     explain,
     find_image,
+    near,
 )
 from detclipv2_jax.text.phrases import spanned_phrase
 
@@ -217,15 +217,15 @@ def _read_boxes(path: Path, entries: ImageEntries, excluded: set, drops: Drops) 
 def _examples(
     path: Path, entries: ImageEntries, table: BoxTable, images: ImageFolder, drops: Drops
 ) -> Iterator[Example]:
-    folders = {
-        collection: [
-            root / name for root in images.roots for name in names if (root / name).is_dir()
-        ]
+    images = near(path, entries, images)
+    collections = {
+        collection: images.only(*folders)
         for collection, names in IMAGE_FOLDERS.items()
+        if (folders := [p for root in images.folders for n in names if (p := root / n).is_dir()])
     }
-    images = add_folders(images, path.parent)
     for image_id, entry, boxes in table.by_image(entries):
-        found = _first_file(folders.get(entry.collection, ()), entry.file_names[0])
+        own = collections.get(entry.collection)
+        found = own.find(*entry.file_names).path if own else None
         image = ImageFile(found) if found else find_image(entry, str(path), images, drops)
         if image is not None:
             yield Example(
@@ -235,10 +235,3 @@ def _examples(
                 boxes=boxes,
                 caption=entry.caption or "",
             )
-
-
-def _first_file(folders: Iterable[Path], name: str) -> Path | None:
-    try:
-        return next((folder / name for folder in folders if (folder / name).is_file()), None)
-    except OSError:  # the name is longer than the file system allows
-        return None

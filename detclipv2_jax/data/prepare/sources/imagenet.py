@@ -124,7 +124,7 @@ def _named_folders(path: Path, images: ImageFolder, drops: Drops) -> list[ClassF
 
 
 def _class_folders(images: ImageFolder) -> list[Path]:
-    for root in images.roots:
+    for root in images.folders:
         for place in PLACES:
             if (root / place).is_dir():
                 inner = (path for path in sorted((root / place).iterdir()) if path.is_dir())

@@ -15,7 +15,6 @@ import numpy as np
 
 from detclipv2_jax.data.prepare.examples import Archive, ImageFolder
 from detclipv2_jax.data.prepare.sources import coco
-from detclipv2_jax.data.prepare.sources.entries import add_folders
 
 TRAINING_FILES = (
     "zhiyuan_objv2_train.json",
@@ -71,7 +70,7 @@ def read(
         seed: of the subset.
     """
     choose = None if subset is None else functools.partial(choose_ids, count=subset, seed=seed)
-    return coco.read(path, add_folders(images, *IMAGE_FOLDERS), names=NAMES, choose=choose)
+    return coco.read(path, images.inside(*IMAGE_FOLDERS), names=NAMES, choose=choose)
 
 
 def choose_ids(ids: Iterable[Any], *, count: int, seed: int) -> set:

@@ -106,7 +106,7 @@ def training_files(root: Path) -> list[Path]:
 
 def read(path: str | Path, images: ImageFolder) -> Archive:
     """Open a file of a set: detection examples with the benchmark's names (see `coco.read`)."""
-    one, folder = set_of(path), ImageFolder(Path(path).parent, *images.roots)
+    one, folder = set_of(path), images.before(Path(path).parent)
     return coco.read(path, folder, names=one.names if one else None)
 
 
