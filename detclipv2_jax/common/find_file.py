@@ -166,7 +166,7 @@ class ImageFolder:
                 for path in self._similar(root, spelling.parts):
                     hits.setdefault(path, spelling._replace(is_literal=False))
         if hits and self._claimed(spellings[0].parts):
-            return _ambiguous(names[0], hits, "another entry has a name that differs as little")
+            return _not_taken(names[0], hits, "another entry has a name that differs as little")
         return _only(hits, names[0])
 
     def _without_folders(
@@ -202,9 +202,9 @@ class ImageFolder:
             if not hits:
                 continue
             if self._claimed(end):
-                return _ambiguous(names[0], hits, "other entries end in the same name")
+                return _not_taken(names[0], hits, "other entries end in the same name")
             if self._files_under(roots).is_shared(end):
-                return _ambiguous(names[0], hits, "several files end in the same name")
+                return _not_taken(names[0], hits, "several files end in the same name")
             return _only(hits, names[0])
         return None
 
@@ -318,18 +318,26 @@ def _only(hits: dict[Path, Spelling], name: str) -> Found | None:
     (path, spelling), *others = hits.items()
     for other, _ in others:
         if not _same(path, other):
-            return _ambiguous(name, hits, "its files differ")
+            why = (
+                f"{_shorten(name)} may be {_some(hits)}, which differ. Remove one of them, or give "
+                "the folder of the images with --images=DIR"
+            )
+            return Found(None, problem="ambiguous", why=why)
     spelled = "" if spelling.is_literal else f"{_shorten(name)} is taken for {printable(path)}"
     return Found(path, spelled)
 
 
-def _ambiguous(name: str, hits: Iterable[Path], reason: str) -> Found:
-    files = " or ".join(printable(path) for path in list(hits)[:3])
+def _not_taken(name: str, hits: Iterable[Path], reason: str) -> Found:
+    """Return that a name has no file at its place, and that those elsewhere may be another's."""
     why = (
-        f"{_shorten(name)} may be {files}, but {reason}. Put the image at its place, or give the "
-        "folder of the images with --images=DIR"
+        f"no file {_shorten(name)}; {_some(hits)} is not taken for it, because {reason}. Put the "
+        "image at its place, or give the folder of the images with --images=DIR"
     )
-    return Found(None, problem="ambiguous", why=why)
+    return Found(None, problem="missing", why=why)
+
+
+def _some(hits: Iterable[Path]) -> str:
+    return " or ".join(printable(path) for path in list(hits)[:3])
 
 
 def _is_regular(path: Path) -> bool:

@@ -21,6 +21,7 @@ from detclipv2_jax.data.prepare.sources.entries import (
     annotation_label,
     explain,
     find_image,
+    near,
 )
 from detclipv2_jax.text.checked import Meaning
 from detclipv2_jax.text.tokenizer import normalize
