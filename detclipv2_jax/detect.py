@@ -12,13 +12,15 @@ import argparse
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from detclipv2_jax.common.cli import refuse_renamed, start
+# Functions import the rest: --help answers at once, and Ctrl-C is handled from the start.
+from detclipv2_jax.common.cli import exit_status, refuse_renamed, start
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.inference import caption_command
 from detclipv2_jax.inference.config import DEFINITIONS
-from detclipv2_jax.inference.detect_command import run
-from detclipv2_jax.inference.detector import Detector as Detector
+
+if TYPE_CHECKING:
+    from detclipv2_jax.inference.detector import Detector as Detector
 
 _DESCRIPTION = """\
 Find named things in images, folders of images and videos.
@@ -44,8 +46,19 @@ examples:
   detclip detect --checkpoint=runs/quickstart --captions_file=captions.jsonl \\
       --output=found photos/
 
-`python -m detclipv2_jax.detect` is the same command. Exit status: 0, or 2 if an
-option is not valid or a file could not be read."""
+A file that the command did not write is never replaced. If the command is
+stopped, the JSON files have what was answered, with "complete": false.
+
+`python -m detclipv2_jax.detect` is the same command. Exit status: 0, 2 if an option
+is not valid or a file could not be read, 130 after Ctrl-C, 143 after SIGTERM."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Detector":
+        from detclipv2_jax.inference.detector import Detector
+
+        return Detector
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -155,26 +168,31 @@ def _add_selection(result: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 if an option is not valid or a file could not be read."""
+    """Run the command line; return the exit status."""
+    return exit_status(_run, arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Run the command line; return 2 if a file could not be read."""
     start()
     flags = parser()
     args = flags.parse_args(arguments)
-    try:
-        if args.caption is None and args.captions_file is None:
-            if args.phrases is not None:
-                raise UserError("--phrases are those of a caption. Give --caption too.")
-            return 2 if run(args) else 0
-        for name in ("definitions", "prompts", "score_threshold", "max_detections"):
-            if getattr(args, name) != flags.get_default(name):
-                raise UserError(
-                    f"--{name} does not go with a caption: its phrases are encoded bare, as in "
-                    "training, and the best region of each is kept. Leave it out."
-                )
-        captions = None if args.captions_file is None else _read_captions(args)
-        return 2 if caption_command.run(args, captions) else 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.caption is None and args.captions_file is None:
+        from detclipv2_jax.inference import detect_command
+
+        if args.phrases is not None:
+            raise UserError("--phrases are those of a caption. Give --caption too.")
+        return 2 if detect_command.run(args) else 0
+    from detclipv2_jax.inference import caption_command
+
+    for name in ("definitions", "prompts", "score_threshold", "max_detections"):
+        if getattr(args, name) != flags.get_default(name):
+            raise UserError(
+                f"--{name} does not go with a caption: its phrases are encoded bare, as in "
+                "training, and the best region of each is kept. Leave it out."
+            )
+    captions = None if args.captions_file is None else _read_captions(args)
+    return 2 if caption_command.run(args, captions) else 0
 
 
 def _read_captions(args: argparse.Namespace) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ Content goes to a temporary name in the same directory and is renamed when it is
 import contextlib
 import contextvars
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -13,9 +14,12 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+from detclipv2_jax.common import outputs
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.printable import valid_json
 
+_NAME_BYTES = 240  # of a temporary file; most file systems allow 255
+_unfinished: set[pathlib.Path] = set()  # temporary files and folders of this process
 _only_warn = contextvars.ContextVar("only_warn", default=False)
 
 
@@ -39,10 +43,15 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     The parent directories are created. If the block raises, `path` keeps its old content.
 
     Raises:
-      UserError: the directory cannot be created, or the file cannot be written.
+      UserError: the directory cannot be created, the file cannot be written, or it is the user's
+        in a guarded output folder (see outputs.py).
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = _temporary(path)
+    guard = outputs.guard_of(path)
+    if guard:
+        guard.check_path(path)
+    _unfinished.add(temporary)
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +59,8 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             if not _only_warn.get():  # else the block fails to write, and that is reported below
                 raise
         yield temporary
+        if guard:
+            guard.add(path, temporary)
         os.replace(temporary, path)
     except OSError as error:
         problem = f"{path}: cannot be written ({error.strerror})"
@@ -59,6 +70,29 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        _unfinished.discard(temporary)
+
+
+@contextlib.contextmanager
+def unfinished(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield the path of a temporary file, which is removed at the end of the block."""
+    _unfinished.add(path)
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        _unfinished.discard(path)
+
+
+def remove_unfinished() -> None:
+    """Remove the temporary files of this process, which ends without leaving their blocks."""
+    for temporary in tuple(_unfinished):
+        with contextlib.suppress(OSError):
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
+            else:
+                temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -73,10 +107,16 @@ def replacing_directory(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.partial")
+    guard = outputs.guard_of(path)
+    if guard:
+        guard.check_path(path)
     try:
+        _unfinished.add(temporary)
         shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
         temporary.mkdir(parents=True)
         yield temporary
+        if guard:
+            guard.add(path, temporary)
         replace_directory(temporary, path)
     except OSError as error:
         raise UserError(
@@ -84,6 +124,7 @@ def replacing_directory(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        _unfinished.discard(temporary)
 
 
 def replace_directory(new: pathlib.Path, old: pathlib.Path) -> None:
@@ -113,6 +154,15 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a UTF-8 text file atomically; `UserError` if it cannot be written."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+    """Return a hidden name next to `path`; a name that would be too long is cut."""
+    name = f".{path.name}.{os.getpid()}.partial"
+    if len(os.fsencode(name)) > _NAME_BYTES:
+        digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+        name = f".{digest}.{os.getpid()}.partial"
+    return path.with_name(name)
 
 
 def _remedy(error: OSError) -> str:

@@ -1,12 +1,16 @@
 """Shared by all commands: exit status and message of a `UserError`, and renamed options."""
 
 import argparse
+import contextlib
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from detclipv2_jax.common.cache import keep_compiled_programs
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.interruption import stops
 from detclipv2_jax.common.printable import print_any_text
 from detclipv2_jax.common.quiet import quiet_libraries
 
@@ -18,14 +22,34 @@ def start() -> None:
     keep_compiled_programs()
 
 
-def exit_status(run: Callable[..., Any], *args: Any) -> int:
-    """Call `run(*args)` and return the exit status: 0, or 2 after printing a `UserError`."""
+def exit_status(run: Callable[..., int | None], *args: Any, what_next: str = "") -> int:
+    """Call `run(*args)`, and return the exit status that it returns or that its end asks for.
+
+    2 after a `UserError`, which is printed. 128 + the number of the signal after Ctrl-C, SIGTERM or
+    SIGHUP, with one sentence. 128 + SIGPIPE, silently, if what reads the output ends (`| head`).
+
+    Args:
+      run: the command. It may raise `Stopped` again with a message of its own.
+      args: of `run`.
+      what_next: what to do after a stop, for example "Run the same command to resume."
+    """
+    print_any_text()
     try:
-        run(*args)
+        with stops(what_next):
+            status = run(*args)
+            sys.stdout.flush()
+            return status or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # for the flush at the end of the process
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt as stopped:
+        said = str(stopped) or "stopped by Ctrl-C"
+        print(f"\n{said}{'' if said.endswith('.') else '. '}{what_next}".rstrip(), file=sys.stderr)
+        return 128 + getattr(stopped, "signal", signal.SIGINT)
 
 
 def refuse_renamed(parser: Any, names: dict[str, str]) -> None:

@@ -8,19 +8,23 @@ In the output directory it writes
 
 import argparse
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
 
-from detclipv2_jax.common.atomic import write_json
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.outputs import OutputFolder, guarded
+from detclipv2_jax.common.printable import printable
 from detclipv2_jax.inference import drawing
 from detclipv2_jax.inference.detect_command import report_failure
+from detclipv2_jax.inference.detect_results import Results
 from detclipv2_jax.inference.detections import PhraseRegions
 from detclipv2_jax.inference.detector import Detector
 from detclipv2_jax.inference.images import read
-from detclipv2_jax.inference.input_files import input_files
+from detclipv2_jax.inference.input_files import InputFile, input_files
+from detclipv2_jax.inference.predictor import EncodedNames
 from detclipv2_jax.text import phrases as phrases_lib
 
 
@@ -35,9 +39,11 @@ def run(args: argparse.Namespace, captions: Sequence[tuple[str, str]] | None) ->
       UserError: no caption has a noun phrase, spaCy is missing, the checkpoint is not valid, or an
         image is a video.
     """
-    output = pathlib.Path(args.output)
+    output = OutputFolder(args.output)
     paths = args.images if captions is None else [path for path, _ in captions]
-    files = input_files(paths, output)
+    inputs = input_files(paths, each=captions is not None)
+    files = inputs.files
+    output.check(written := ["phrases.json", *(file.drawn for file in files)])
     if videos := [file.path for file in files if file.is_video]:
         raise UserError(f"{videos[0]}: is a video, and a caption is of an image. Give images.")
     texts = [args.caption] * len(files) if captions is None else [text for _, text in captions]
@@ -47,18 +53,42 @@ def run(args: argparse.Namespace, captions: Sequence[tuple[str, str]] | None) ->
     )
     encoded = detector.predictor.encode_each(phrases)
 
-    entries: dict[int, dict[str, Any]] = {}
-    failed = []
+    output.begin(written)
+    about = {
+        "made_by": "detclip detect",
+        "checkpoint": str(args.checkpoint),
+        "step": detector.step,
+        "canvas": list(detector.predictor.canvas),
+    }
+    results = Results(output.path / "phrases.json", about, inputs)
+    with guarded(output), results.kept():
+        for entry in results.failed:
+            tqdm.write(f"error: {entry['error']}", file=sys.stderr)
+        _show(detector, encoded, files, texts, output.path, results)
+    print(results.summary())
+    return results.problems()
+
+
+def _show(
+    detector: Detector,
+    encoded: Sequence[EncodedNames],
+    files: Sequence[InputFile],
+    texts: Sequence[str],
+    output: pathlib.Path,
+    results: Results,
+) -> None:
+    """Find and draw the phrases of each image, and add the entries to the results."""
     stream = detector.predictor.stream_phrases([file.path for file in files], encoded)
     for number, found in tqdm(stream, total=len(files), unit="image", disable=None):
         file, caption = files[number], texts[number]
         if isinstance(found, UserError):
-            failed.append(report_failure(file, found))
+            results.failed.append(report_failure(file, found))
             continue
         drawn = drawing.draw_caption(read(file.path), caption, found)
         drawing.save_png(drawn, output / file.drawn)
-        tqdm.write(f"{file.path}: {len(found.phrases)} phrases -> {output / file.drawn}")
-        entries[number] = {
+        drawn = printable(output / file.drawn)
+        tqdm.write(f"{printable(file.path)}: {len(found.phrases)} phrases -> {drawn}")
+        results.images[number] = {
             "image": file.path,
             "picture": file.drawn,
             "height": found.size[0],
@@ -66,17 +96,6 @@ def run(args: argparse.Namespace, captions: Sequence[tuple[str, str]] | None) ->
             "caption": caption,
             "phrases": _to_json(found),
         }
-    write_json(
-        output / "phrases.json",
-        {
-            "checkpoint": str(args.checkpoint),
-            "step": detector.step,
-            "canvas": list(detector.predictor.canvas),
-            "images": [entries[number] for number in sorted(entries)],
-            "failed": failed,
-        },
-    )
-    return len(failed)
 
 
 def _phrases(captions: Sequence[str], given: str | None) -> list[list[str]]:

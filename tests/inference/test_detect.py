@@ -4,6 +4,7 @@ import subprocess
 import sys
 import types
 
+import cv2
 import numpy as np
 import pytest
 import tiny_model
@@ -13,11 +14,20 @@ from detclipv2_jax import detect
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.inference import names as names_lib
 from detclipv2_jax.inference.detector import Detector
-from detclipv2_jax.inference.video import Video, video_writer
+from detclipv2_jax.inference.video import Video
 
 
 def random_image(height=64, width=64, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def write_mp4(path, frames, rate=10):
+    """Write an MP4 as other programs do."""
+    size = frames[0].shape[1::-1]
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
+    for frame in frames:
+        writer.write(np.ascontiguousarray(frame[..., ::-1]))
+    writer.release()
 
 
 @pytest.fixture(scope="module")
@@ -317,9 +327,7 @@ def test_command_with_videos(checkpoint, tmp_path, kind):
     frames = [random_image(40, 60, seed=n) for n in range(5)]
     path = tmp_path / f"moves.{kind}"
     if kind == "mp4":
-        with video_writer(path, 10) as add:
-            for frame in frames:
-                add(frame)
+        write_mp4(path, frames)
     else:
         first, *rest = map(Image.fromarray, frames)
         first.save(path, save_all=True, append_images=rest, duration=100)
@@ -333,12 +341,12 @@ def test_command_with_videos(checkpoint, tmp_path, kind):
     detector = Detector(tiny_model.loaded(), score_threshold=0.05)
     for entry, wanted in zip(video["frames"], detector(Video(path), ["cat", "dog"])):
         assert [detection["name"] for detection in entry["detections"]] == list(wanted.names)
-    drawn = list(Video(tmp_path / "out" / "moves.mp4"))
+    drawn = list(Video(tmp_path / "out" / "moves.webm"))
     assert len(drawn) == 5 and drawn[0].shape == (426, 640, 3)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == [
         "coco.json",
         "detections.json",
-        "moves.mp4",
+        "moves.webm",
     ]
 
 
@@ -352,26 +360,23 @@ def test_command_reports_unreadable_videos(checkpoint, tmp_path, capsys):
     assert [entry["video"] for entry in found["failed"]] == files[:3] and len(found["images"]) == 1
     assert "no frame can be decoded" in found["failed"][0]["error"]
     assert "no such file" in found["failed"][2]["error"]
-    assert not list((tmp_path / "o").glob("*.mp4"))
+    assert not list((tmp_path / "o").glob("*.webm"))
 
 
 def test_command_reports_videos_without_frames(checkpoint, tmp_path, monkeypatch):
-    with video_writer(tmp_path / "a.mp4", 10) as add:
-        add(random_image(40, 60))
-    monkeypatch.setattr(Video, "__iter__", lambda self: iter(()))
+    write_mp4(tmp_path / "a.mp4", [random_image(40, 60)])
+    monkeypatch.setattr(Video, "timed", lambda self: iter(()))
     flags = ["--checkpoint=run", "--names=cat", f"--output={tmp_path}/o", str(tmp_path / "a.mp4")]
     assert detect.main(flags) == 2
     (failed,) = json.loads((tmp_path / "o" / "detections.json").read_text())["failed"]
     assert "no frame can be decoded" in failed["error"]
-    assert not list((tmp_path / "o").glob("*.mp4"))
+    assert not list((tmp_path / "o").glob("*.webm"))
 
 
 def test_command_writes_coco_format(checkpoint, tmp_path):
     COCO = pytest.importorskip("pycocotools.coco").COCO
     Image.fromarray(random_image()).save(tmp_path / "a.png")
-    with video_writer(tmp_path / "b.mp4", 10) as add:
-        add(random_image(40, 60))
-        add(random_image(40, 60, seed=1))
+    write_mp4(tmp_path / "b.mp4", [random_image(40, 60), random_image(40, 60, seed=1)])
     flags = ["--checkpoint=run", "--names=cat,dog", f"--output={tmp_path}/o"]
     flags += ["--score_threshold=0.05", str(tmp_path / "a.png"), str(tmp_path / "b.mp4")]
     assert detect.main(flags) == 0

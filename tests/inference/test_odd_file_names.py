@@ -10,7 +10,8 @@ from PIL import Image
 from detclipv2_jax import detect
 from detclipv2_jax.inference import detect_command
 from detclipv2_jax.inference.detector import Detector
-from detclipv2_jax.inference.video import Video, video_writer
+from detclipv2_jax.inference.video import Video
+from detclipv2_jax.inference.video_writer import video_writer
 
 LATIN1 = os.fsdecode(b"caf\xe9")
 
