@@ -23,7 +23,11 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _TOKEN = 16  # the longest token: "-Infinity" has 9 characters, an escaped surrogate pair 12
 
 
-def read_lists(path: Path, fields: Collection[str]) -> Iterator[tuple[str, int, Any]]:
+def read_lists(
+    path: Path,
+    fields: Collection[str],
+    fix: str = "Give a file in the format that `detclip prepare --help` describes.",
+) -> Iterator[tuple[str, int, Any]]:
     """Yield (field, number, entry) for each entry of some top-level lists of a JSON object.
 
     Lists and entries come in the order of the file. The number counts the entries of a list from 0.
@@ -31,13 +35,14 @@ def read_lists(path: Path, fields: Collection[str]) -> Iterator[tuple[str, int, 
     Args:
       path: the file.
       fields: names of the lists to read.
+      fix: what to do if one of them is missing.
 
     Raises:
       UserError: the file cannot be read or is not a JSON object; or, after the last entry, one of
         `fields` is missing or is not a list.
     """
     with _open(path) as scanner:
-        yield from _lists(scanner, path, fields)
+        yield from _lists(scanner, path, fields, fix)
 
 
 def read_entries(path: Path) -> Iterator[Any]:
@@ -125,7 +130,7 @@ def _open(path: str | Path) -> "Iterator[_Scanner]":
 
 
 def _lists(
-    scanner: "_Scanner", path: Path, fields: Collection[str]
+    scanner: "_Scanner", path: Path, fields: Collection[str], fix: str
 ) -> Iterator[tuple[str, int, Any]]:
     is_list: dict[str, bool] = {}
     if scanner.peek() != "{":
@@ -148,10 +153,7 @@ def _lists(
     for field in fields:
         if is_list.get(field):
             continue
-        raise UserError(
-            f'{path}: its top level has no list "{field}". Give a file in the format that '
-            "`detclip prepare --help` describes."
-        )
+        raise UserError(f'{path}: its top level has no list "{field}". {fix}')
 
 
 class _Malformed(ValueError):

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Float, PyTree
 from tqdm import tqdm
 
 from detclipv2_jax.common import config_dict, pictures
@@ -234,6 +234,16 @@ def annotated_image(image: ImageInfo, path: pathlib.Path) -> AnnotatedImage:
     """Return the file of an image with its annotated size, which tells how boxes refer to it."""
     size = (image.height, image.width)
     return AnnotatedImage(path, size if min(size) > 0 else None)
+
+
+def annotated_scale(image: ImageInfo, size: tuple[int, int]) -> Float[np.ndarray, "4"]:
+    """Return the factors from boxes in pixels of a file of `size` to those of its annotations.
+
+    They are 1 if the annotations have no size.
+    """
+    if not image.height:
+        return np.ones(4)
+    return np.tile([image.width / size[1], image.height / size[0]], 2)
 
 
 def split_into_chunks(

@@ -5,49 +5,26 @@ The metrics equal those of pycocotools' COCOeval within rounding (tests/evaluati
 
 import dataclasses
 import functools
-import json
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.data.prepare.sources import categories as categories_lib
+from detclipv2_jax.common.json_fields import Identifier
 from detclipv2_jax.evaluation import matching
-from detclipv2_jax.text.checked import Meaning
+from detclipv2_jax.evaluation.instances import (
+    Category,
+    ImageInfo,
+    parse_instances,
+    read_annotations,
+)
 
 # In the order of COCOeval.summarize.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _MAX_DETECTIONS = 100  # per image and category
 _Ids = Int[np.ndarray, " n"] | Sequence[int] | int  # as in the annotation file
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageInfo:
-    """An image of a dataset as its annotation file describes it; height and width in pixels."""
-
-    id: int
-    height: int
-    width: int
-    file_name: str | None
-    coco_url: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Category:
-    """A category of a dataset; the name is spelled as in the file.
-
-    LVIS has a definition and a WordNet synset for each category ("def", "synset"), V3Det a
-    "definition". COCO has none.
-    """
-
-    id: int
-    name: str
-    definition: str | None = None
-    synset: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,6 +43,7 @@ class GroundTruth:
       crowd: not 0 for a region in which no detection counts as wrong.
       left_out: why categories of the file are not in `categories`, in words: the root that Roboflow
         adds, and placeholders. They have no boxes, so AP is the same with them.
+      notes: sentences on annotations that are probably not what somebody meant.
     """
 
     path: str
@@ -77,6 +55,7 @@ class GroundTruth:
     areas: Float[np.ndarray, " n"]
     crowd: Int[np.ndarray, " n"]
     left_out: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    notes: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
 
     @functools.cached_property
     def boxes(self) -> Float[np.ndarray, "n 4"]:
@@ -102,6 +81,23 @@ class GroundTruth:
         starts = np.searchsorted(ordered, ids, side="left")
         ends = np.searchsorted(ordered, ids, side="right")
         return {image: order[start:end] for image, start, end in zip(ids, starts, ends)}
+
+    @functools.cached_property
+    def has_text_ids(self) -> bool:
+        """Whether an id of the file is not an int64, so that its number here is one of ours."""
+        return any(one.text_id is not None for one in (*self.images, *self.categories))
+
+    @functools.cached_property
+    def image_places(self) -> Mapping[Identifier, int]:
+        """Image id as in the file -> its position in `sorted_image_ids`."""
+        places = self.image_indices([image.id for image in self.images]).tolist()
+        return {image.given_id: place for image, place in zip(self.images, places)}
+
+    @functools.cached_property
+    def category_places(self) -> Mapping[Identifier, int]:
+        """Category id as in the file -> its position in `sorted_category_ids`."""
+        places = self.category_indices([category.id for category in self.categories]).tolist()
+        return {category.given_id: place for category, place in zip(self.categories, places)}
 
     def image_indices(self, ids: _Ids) -> Int[np.ndarray, " n"]:
         """Return the positions of image ids in `sorted_image_ids`; -1 for unknown ids."""
@@ -134,39 +130,6 @@ def load_coco(path: str | pathlib.Path) -> GroundTruth:
     return from_content(path, read_annotations(path))
 
 
-def read_annotations(path: str | pathlib.Path) -> dict[str, Any]:
-    """Return the content of an annotation file: `images`, `annotations`, `categories` and the rest.
-
-    Raises:
-      UserError: the file is missing, is not JSON or lacks one of the three lists.
-    """
-    path = pathlib.Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such file. Give the annotation JSON of the dataset.") from None
-    except (ValueError, RecursionError) as error:  # not JSON, not text, nested too deeply
-        raise UserError(
-            f"{path}: not valid JSON ({error}). Give the annotation JSON of the dataset."
-        ) from None
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{path}: contains a JSON {type(content).__name__}, expected an object with 'images', "
-            "'annotations' and 'categories'. Give a file in COCO's or LVIS's format."
-        )
-    for field in ("images", "annotations", "categories"):
-        rows = content.get(field)
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(
-                f"{path}: '{field}' is missing or not a list of objects. Give a file in COCO's or "
-                "LVIS's format."
-            )
-    for field in ("images", "categories"):
-        if not content[field]:
-            raise UserError(f"{path}: '{field}' is empty, so there is nothing to evaluate.")
-    return content
-
-
 def from_content(path: str | pathlib.Path, content: dict[str, Any]) -> GroundTruth:
     """Return COCO ground truth from what `read_annotations` returned for `path`.
 
@@ -174,160 +137,6 @@ def from_content(path: str | pathlib.Path, content: dict[str, Any]) -> GroundTru
       UserError: an entry is invalid; names the file and the field.
     """
     return GroundTruth(**parse_instances(path, content))
-
-
-def parse_instances(path: str | pathlib.Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of `GroundTruth` by name, checked. A missing `area` is that of the box.
-
-    Raises:
-      UserError: an entry lacks a field or refers to an image or category that does not exist.
-    """
-    images = tuple(_image(path, number, row) for number, row in enumerate(content["images"]))
-    categories = tuple(
-        Category(
-            id=integer_field(path, f"categories[{number}]", row, "id"),
-            name=text_field(path, f"categories[{number}]", row, "name"),
-            **Meaning.of_category(row)._asdict(),
-        )
-        for number, row in enumerate(content["categories"])
-    )
-    image_ids = _unique_ids(path, "images", [image.id for image in images])
-    category_ids = _unique_ids(path, "categories", [category.id for category in categories])
-    boxes = [
-        _annotated_box(path, number, row, image_ids, category_ids)
-        for number, row in enumerate(content["annotations"])
-    ]
-    left_out = _left_out(content, categories, {box.category_id for box in boxes})
-    return {
-        "path": str(path),
-        "images": images,
-        "categories": tuple(one for one in categories if one.id not in left_out),
-        "left_out": tuple(left_out.values()),
-        "image_ids": np.asarray([box.image_id for box in boxes], np.int64),
-        "category_ids": np.asarray([box.category_id for box in boxes], np.int64),
-        "xywh": np.asarray([box.xywh for box in boxes], np.float64).reshape(-1, 4),
-        "areas": np.asarray([box.area for box in boxes], np.float64),
-        "crowd": np.asarray([box.crowd for box in boxes], np.int64),
-    }
-
-
-def _left_out(
-    content: dict[str, Any], categories: Sequence[Category], boxed: set[int]
-) -> dict[int, str]:
-    """Return the categories that preparation leaves out too: id -> why, in words."""
-    if "neg_category_ids" in content["images"][0]:
-        return {}  # the lists of a federated file may refer to any category
-    parents = [row.get("supercategory") for row in content["categories"]]
-    rows = [
-        categories_lib.Category(one.id, one.name.replace("_", " "), parent)
-        for one, parent in zip(categories, parents)
-    ]
-    return {key: why for key, (_, why) in categories_lib.left_out(rows, boxed).items()}
-
-
-def integer_field(path: str | pathlib.Path, place: str, row: dict[str, Any], field: str) -> int:
-    """Return `row[field]` as an int; `place` locates the row in error messages.
-
-    Raises:
-      UserError: the field is missing or not a whole number.
-    """
-    value = row.get(field)
-    if isinstance(value, str) and value.strip().isdigit():  # some published files have such heights
-        return int(value)
-    if not is_finite_number(value) or value != int(value) or abs(value) >= 1 << 63:
-        raise UserError(
-            f"{path}: {place}.{field} is {value!r}, expected a whole number. Fix the entry."
-        )
-    return int(value)
-
-
-def text_field(path: str | pathlib.Path, place: str, row: dict[str, Any], field: str) -> str:
-    """Return `row[field]` as a text that is not blank; `place` locates the row in error messages.
-
-    Raises:
-      UserError: the field is missing, blank or not a text.
-    """
-    value = row.get(field)
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(
-            f"{path}: {place}.{field} is {value!r}, expected a non-empty text. Fix the entry."
-        )
-    return value
-
-
-def is_finite_number(value: object) -> TypeGuard[float]:
-    """Return whether a value of a JSON file is a finite number; JSON's integers have any size."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) < 1e300 and math.isfinite(value)
-
-
-def _unique_ids(path: str | pathlib.Path, field: str, ids: Sequence[int]) -> set[int]:
-    """Return the ids as a set; `UserError` names the first id that occurs twice."""
-    known: set[int] = set()
-    for number, value in enumerate(ids):
-        if value in known:
-            raise UserError(
-                f"{path}: {field}[{number}].id {value} occurs twice. Ids must be unique."
-            )
-        known.add(value)
-    return known
-
-
-def _image(path: str | pathlib.Path, number: int, row: dict[str, Any]) -> ImageInfo:
-    place = f"images[{number}]"
-    file_name, coco_url = _file_text(row, "file_name"), _file_text(row, "coco_url")
-    if file_name is None and coco_url is None:
-        raise UserError(f"{path}: {place} has no 'file_name' and no 'coco_url'. Fix the entry.")
-    return ImageInfo(
-        id=integer_field(path, place, row, "id"),
-        height=integer_field(path, place, row, "height"),
-        width=integer_field(path, place, row, "width"),
-        file_name=file_name,
-        coco_url=coco_url,
-    )
-
-
-def _file_text(row: dict[str, Any], field: str) -> str | None:
-    value = row.get(field)
-    return value if isinstance(value, str) and value else None
-
-
-class _AnnotatedBox(NamedTuple):
-    image_id: int
-    category_id: int
-    xywh: tuple[float, ...]
-    area: float
-    crowd: int
-
-
-def _annotated_box(
-    path: str | pathlib.Path,
-    number: int,
-    row: dict[str, Any],
-    image_ids: set[int],
-    category_ids: set[int],
-) -> _AnnotatedBox:
-    place = f"annotations[{number}]"
-    image = integer_field(path, place, row, "image_id")
-    category = integer_field(path, place, row, "category_id")
-    if image not in image_ids:
-        raise UserError(f"{path}: {place}.image_id {image} is not in 'images'. Fix the entry.")
-    if category not in category_ids:
-        raise UserError(
-            f"{path}: {place}.category_id {category} is not in 'categories'. Fix the entry."
-        )
-    box = row.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_finite_number, box)):
-        raise UserError(
-            f"{path}: {place}.bbox is {box!r}, expected four finite numbers [x, y, width, height]. "
-            "Fix the entry."
-        )
-    xywh = tuple(map(float, box))
-    area = row.get("area", xywh[2] * xywh[3])
-    if not is_finite_number(area):
-        raise UserError(f"{path}: {place}.area is {area!r}, expected a number. Fix the entry.")
-    return _AnnotatedBox(image, category, xywh, float(area), int(bool(row.get("iscrowd", 0))))
 
 
 class DetectionEvaluator:

@@ -7,7 +7,9 @@ import dataclasses
 import mmap
 import pathlib
 import re
+import sys
 from collections.abc import Iterator
+from typing import TypeVar
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.prepare.sources import lvis as lvis_source
@@ -33,6 +35,7 @@ _GET_COCO = (
 _GET_ODINW = (
     "Get the datasets of ODinW as GLIP publishes them, https://github.com/microsoft/GLIP (odinw_35)"
 )
+_Truth = TypeVar("_Truth", bound=coco.GroundTruth)
 _MINIVAL_FILES = ("lvis_v1_minival.json", "lvis_v1_minival_inserted_image_name.json")
 
 
@@ -43,7 +46,7 @@ class EvaluationSet:
     Attributes:
       name: empty unless it is one of several.
       truth: its ground truth.
-      images: the directory of its images.
+      images: the directory of its images, which may not be there if nobody asked for it.
     """
 
     name: str
@@ -56,6 +59,8 @@ def load_sets(
     data_dir: str | pathlib.Path = "data",
     images: str | pathlib.Path | None = None,
     layout: str = "auto",
+    *,
+    find_images: bool = True,
 ) -> list[EvaluationSet]:
     """Load the datasets that `dataset` stands for.
 
@@ -64,6 +69,7 @@ def load_sets(
       data_dir: where the datasets known by name are.
       images: the directory of the images; None looks near the annotations.
       layout: the format of an annotation file: "lvis", "coco", or "auto" for either.
+      find_images: whether to look for the images; otherwise they need not exist.
 
     Raises:
       UserError: the dataset or its images are missing (says how to get them), or a file is
@@ -84,13 +90,15 @@ def load_sets(
         truth = _load_minival(_find_lvis(dataset, data_dir, files))
     else:
         path = pathlib.Path(dataset)
-        if not path.exists() and path.suffix != ".json":
+        if not path.exists() and not path.name.endswith((".json", ".json.gz")):
             raise UserError(
                 f"--dataset={dataset}: no such file or folder. The datasets known by name are "
                 f"{', '.join(NAMES)}."
             )
         truth = load_ground_truth(find_annotations(path) if path.is_dir() else path, layout)
-    return [EvaluationSet("", truth, pathlib.Path(images or guess_image_dir(truth)))]
+    if images is None:
+        images = guess_image_dir(truth) if find_images else pathlib.Path(truth.path).parent
+    return [EvaluationSet("", truth, pathlib.Path(images))]
 
 
 def load_ground_truth(path: str | pathlib.Path, layout: str = "auto") -> coco.GroundTruth:
@@ -105,7 +113,14 @@ def load_ground_truth(path: str | pathlib.Path, layout: str = "auto") -> coco.Gr
     """
     content = coco.read_annotations(path)
     federated = lvis.is_lvis(content) if layout == "auto" else layout == "lvis"
-    return (lvis if federated else coco).from_content(path, content)
+    return _told((lvis if federated else coco).from_content(path, content))
+
+
+def _told(truth: _Truth) -> _Truth:
+    """Print what is doubtful in a ground truth; return it."""
+    for note in truth.notes:
+        print(f"warning: {truth.path}: {note}.", file=sys.stderr)
+    return truth
 
 
 def find_annotations(folder: pathlib.Path) -> pathlib.Path:
@@ -207,8 +222,9 @@ def _load_minival(path: pathlib.Path) -> lvis.LvisGroundTruth:
     """Load LVIS minival from its own file or from LVIS val."""
     content = coco.read_annotations(path)
     if path.name in _MINIVAL_FILES:
-        return lvis.from_content(path, content)
-    return lvis.from_content(f"{path}, images of val2017", lvis_source.minival(path, content))
+        return _told(lvis.from_content(path, content))
+    truth = lvis.from_content(f"{path}, images of val2017", lvis_source.minival(path, content))
+    return _told(truth)
 
 
 def _load_odinw(data_dir: pathlib.Path) -> Iterator[EvaluationSet]:
@@ -230,4 +246,4 @@ def _load_odinw(data_dir: pathlib.Path) -> Iterator[EvaluationSet]:
             name = category.get("name")
             if isinstance(name, str):
                 category["name"] = one.names.get(name.lower(), name)
-        yield EvaluationSet(one.name, coco.from_content(path, content), path.parent)
+        yield EvaluationSet(one.name, _told(coco.from_content(path, content)), path.parent)

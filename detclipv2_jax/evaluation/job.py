@@ -68,7 +68,9 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 def _evaluate_results_file(args: argparse.Namespace) -> None:
     output = pathlib.Path(args.output)
-    sets = datasets.load_sets(args.dataset, args.data_dir, args.images, args.format)
+    sets = datasets.load_sets(
+        args.dataset, args.data_dir, args.images, args.format, find_images=False
+    )
     if len(sets) > 1:
         raise UserError(
             f"--dataset={args.dataset} is {len(sets)} datasets, but a results file belongs to one. "

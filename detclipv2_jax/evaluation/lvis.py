@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.evaluation import coco, matching
+from detclipv2_jax.common.json_fields import shorten
+from detclipv2_jax.evaluation import coco, instances, matching
 
 FREQUENCIES = ("r", "c", "f")  # rare, common, frequent
 # As in LVISEval, without its "@300", which does not apply to fixed AP.
@@ -121,55 +122,54 @@ def from_content(path: str | pathlib.Path, content: dict[str, Any]) -> LvisGroun
             f"{path}: annotations[{row}].iscrowd is set, but LVIS has no crowds. Evaluate the file "
             "in COCO's format (--format=coco)."
         )
-    known = {category.id for category in fields["categories"]}
     return LvisGroundTruth(
         **fields,
-        negatives=_category_sets(path, content, "neg_category_ids", known),
-        not_exhaustive=_category_sets(path, content, "not_exhaustive_category_ids", known),
-        frequencies=_frequencies(path, content),
-        groups=_groups(path, content),
+        negatives=_category_sets(path, content, fields, "neg_category_ids"),
+        not_exhaustive=_category_sets(path, content, fields, "not_exhaustive_category_ids"),
+        frequencies=_frequencies(path, content, fields),
+        groups=_groups(path, content, fields),
     )
 
 
 def _category_sets(
-    path: str | pathlib.Path, content: dict[str, Any], field: str, known: set[int]
+    path: str | pathlib.Path, content: dict[str, Any], fields: dict[str, Any], field: str
 ) -> dict[int, frozenset[int]]:
+    known = {category.given_id: category.id for category in fields["categories"]}
     sets = {}
-    for number, row in enumerate(content["images"]):
-        place = f"images[{number}].{field}"
-        members = row.get(field)
-        if not isinstance(members, list):
+    for number, (row, image) in enumerate(zip(content["images"], fields["images"])):
+        where = f"{path}: images[{number}]"
+        members = instances.category_ids(where, row, field, known)
+        if members is None:
             raise UserError(
-                f"{path}: {place} is missing or not a list. LVIS files have it; evaluate other "
+                f"{where}.{field} is missing or not a list. LVIS files have it; evaluate other "
                 "files in COCO's format (--format=coco)."
             )
-        unknown = [member for member in members if member not in known]
-        if unknown:
-            raise UserError(
-                f"{path}: {place} contains {unknown[0]!r}, which is not in 'categories'. Fix the "
-                "entry."
-            )
-        sets[int(row["id"])] = frozenset(members)
+        sets[image.id] = members
     return sets
 
 
-def _frequencies(path: str | pathlib.Path, content: dict[str, Any]) -> dict[int, str]:
+def _frequencies(
+    path: str | pathlib.Path, content: dict[str, Any], fields: dict[str, Any]
+) -> dict[int, str]:
     for number, row in enumerate(content["categories"]):
         if row.get("frequency") not in FREQUENCIES:
             raise UserError(
-                f"{path}: categories[{number}].frequency is {row.get('frequency')!r}, expected "
-                "'r', 'c' or 'f' as in LVIS. Evaluate other files in COCO's format "
+                f"{path}: categories[{number}].frequency is {shorten(row.get('frequency'))}, "
+                "expected 'r', 'c' or 'f' as in LVIS. Evaluate other files in COCO's format "
                 "(--format=coco)."
             )
-    return {int(row["id"]): row["frequency"] for row in content["categories"]}
+    rows = zip(fields["categories"], content["categories"])
+    return {category.id: row["frequency"] for category, row in rows}
 
 
-def _groups(path: str | pathlib.Path, content: dict[str, Any]) -> dict[str, frozenset[int]]:
+def _groups(
+    path: str | pathlib.Path, content: dict[str, Any], fields: dict[str, Any]
+) -> dict[str, frozenset[int]]:
     groups: dict[str, set[int]] = {}
     for number, row in enumerate(content["categories"]):
         if "group" in row:
-            name = coco.text_field(path, f"categories[{number}]", row, "group")
-            groups.setdefault(name, set()).add(int(row["id"]))
+            name = instances.text_field(f"{path}: categories[{number}]", row, "group")
+            groups.setdefault(name, set()).add(fields["categories"][number].id)
     return {name: frozenset(groups[name]) for name in sorted(groups)}
 
 

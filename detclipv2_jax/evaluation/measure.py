@@ -13,7 +13,7 @@ from tqdm import tqdm
 from detclipv2_jax.common.atomic import write_json
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation import coco, lvis, threshold
-from detclipv2_jax.evaluation.answers import Answer
+from detclipv2_jax.evaluation.answers import Answer, annotated_scale
 from detclipv2_jax.evaluation.datasets import find_image
 from detclipv2_jax.evaluation.report import PROTOCOLS, draw_comparison, readable_name
 from detclipv2_jax.evaluation.results_file import read_results, results_writer
@@ -135,6 +135,7 @@ def measure_answers(
     output = None if output is None else pathlib.Path(output)
     evaluator = _evaluator(truth)
     category_ids = np.asarray([category.id for category in truth.categories])
+    given_ids = np.asarray([category.given_id for category in truth.categories], object)
     problems = _ImageProblems(truth, image_dir, paths)
     drawn = _spread([n for n, path in enumerate(paths) if path], pictures if output else 0)
     samples: dict[int, ImageDetections] = {}
@@ -145,10 +146,9 @@ def measure_answers(
                 continue
             image = truth.images[number]
             # The boxes are in pixels of the file; the annotations may be for another size.
-            scale = np.tile([image.width / answer.size[1], image.height / answer.size[0]], 2)
-            row = (image.id, answer.boxes * scale, answer.scores, category_ids[answer.labels])
-            evaluator.add(*row)
-            write(*row)
+            boxes = answer.boxes * annotated_scale(image, answer.size)
+            evaluator.add(image.id, boxes, answer.scores, category_ids[answer.labels])
+            write(image.given_id, boxes, answer.scores, given_ids[answer.labels])
             if number in drawn:
                 samples[number] = answer
         problems.check_any_image()
@@ -279,10 +279,12 @@ class _ImageProblems:
         """Count what is wrong with the image of an answer, if anything."""
         image = self._truth.images[number]
         if answer is None:
-            self._add("images_missing", f"image {image.id} was not found in {self._image_dir}.")
+            self._add(
+                "images_missing", f"image {image.given_id} was not found in {self._image_dir}."
+            )
         elif isinstance(answer, UserError):
             self._add("images_unreadable", str(answer))
-        elif answer.size != (image.height, image.width):
+        elif image.height and answer.size != (image.height, image.width):
             self._add(
                 "images_other_size",
                 f"{self._paths[number]} has {answer.size[0]}×{answer.size[1]} pixels, but the "

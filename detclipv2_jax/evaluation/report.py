@@ -11,7 +11,7 @@ from PIL import Image
 
 from detclipv2_jax.common import plots
 from detclipv2_jax.evaluation import coco
-from detclipv2_jax.evaluation.answers import annotated_image
+from detclipv2_jax.evaluation.answers import annotated_image, annotated_scale
 from detclipv2_jax.inference import drawing, images
 from detclipv2_jax.inference.detections import ImageDetections
 from detclipv2_jax.ops.nms import nms
@@ -99,10 +99,10 @@ def draw_comparison(
             raise ValueError(f"image {number} has detections but no file")
         pixels = images.read(annotated_image(image, path))
         boxes = truth.boxes_of_image[image.id]
-        scale = np.tile([found.size[1] / image.width, found.size[0] / image.height], 2)
+        scale = 1 / annotated_scale(image, found.size)
         labels = [names[int(key)] for key in truth.category_ids[boxes]]
         pictures.append(drawing.draw_boxes(pixels, truth.boxes[boxes] * scale, labels, side=480))
-        titles.append(f"{image.file_name or image.id}: ground truth, {len(boxes)} boxes")
+        titles.append(f"{image.file_name or image.given_id}: ground truth, {len(boxes)} boxes")
         # As many as there are objects: readable for a bad model and for a good one.
         best = without_overlaps(found)[: max(len(boxes), 3)]
         answers = (found.boxes[best], [found.names[n] for n in best], found.scores[best])

@@ -12,14 +12,15 @@ import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from detclipv2_jax.common import json_file
+from detclipv2_jax.common import json_fields, json_file
 from detclipv2_jax.common.atomic import replacing
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.evaluation import coco, matching
+from detclipv2_jax.common.json_fields import Identifier
+from detclipv2_jax.evaluation import coco, detected_set, matching
 
 _ENTRIES_PER_CHECK = 1 << 16  # entries that are checked together
 _ROWS_PER_CHUNK = 1 << 20  # detections that an evaluator gets at a time
@@ -38,13 +39,13 @@ def results_writer(path: str | pathlib.Path) -> Iterator[Callable[..., None]]:
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         separator = "[\n"
 
-        def write(image_id: int, boxes, scores, category_ids) -> None:
+        def write(image_id: Identifier, boxes, scores, category_ids) -> None:
             nonlocal separator
             boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
             boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
             columns = (boxes, np.asarray(scores, np.float64), np.asarray(category_ids))
             for box, score, category in zip(*(column.tolist() for column in columns)):
-                entry = {"image_id": int(image_id), "category_id": category}
+                entry = {"image_id": image_id, "category_id": category}
                 entry |= {"bbox": box, "score": score}
                 file.write(separator + json.dumps(entry, allow_nan=False))
                 separator = ",\n"
@@ -60,11 +61,14 @@ class ResultsFile:
     Attributes:
       rows: an array of `matching.DETECTION_DTYPE`, in the order of the file.
       counts: "entries" of the file, and of these "unknown_images", "unknown_categories" (both are
-        not in `rows`) and "negative_sizes".
+        not in `rows`) and "negative_sizes"; "images_without_entries" of the dataset, or what
+        `detected_set.Matching` counts.
+      notes: sentences on how ids were matched.
     """
 
     rows: np.ndarray
     counts: dict[str, int]
+    notes: tuple[str, ...] = ()
 
     def warnings(self) -> list[str]:
         """Return a sentence for each count that users should know about."""
@@ -74,11 +78,17 @@ class ResultsFile:
             "out.",
             "negative_sizes": "have a box with a negative width or height; they match nothing.",
         }
-        return [
+        found = [
             f"{self.counts[key]} of {self.counts['entries']} entries {sentence}"
             for key, sentence in sentences.items()
             if self.counts[key]
         ]
+        if count := self.counts.get("images_without_entries"):
+            found.append(
+                f"{count} images of the dataset have no entry: they count as images "
+                "without detections."
+            )
+        return [f"{note}." for note in self.notes] + found
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Yield the rows in their order, in chunks that do not split an image.
@@ -96,55 +106,103 @@ class ResultsFile:
 
 
 def read_results(path: str | pathlib.Path, truth: coco.GroundTruth) -> ResultsFile:
-    """Read a results file, of this or of any other tool.
+    """Read a results file, of this or of any other tool, or the `coco.json` of `detclip detect`.
 
     Entries of images or categories that are not in the ground truth are left out and counted, so a
     file of all of LVIS val can be measured on minival.
 
     Raises:
-      UserError: the file is missing, is not a JSON list or has an invalid entry; or no entry
+      UserError: the file is missing, is of another format or has an invalid entry; or no entry
         belongs to the ground truth. Names the file and the entry.
     """
+    path, matching_ids = pathlib.Path(path), None
+    if json_file.first_character(path) == "{":
+        matching_ids = detected_set.match(path, truth)
+        entries = (entry for _, _, entry in json_file.read_lists(path, ("annotations",)))
+    else:
+        entries = json_file.read_entries(path)
+    columns = _ColumnReader(path, truth, matching_ids)
     chunks = [np.zeros(0, matching.DETECTION_DTYPE)]
-    counts: dict[str, int] = dict.fromkeys(
-        ("entries", "unknown_images", "unknown_categories", "negative_sizes"), 0
-    )
-    entries = json_file.read_entries(pathlib.Path(path))
     while some := list(itertools.islice(entries, _ENTRIES_PER_CHECK)):
-        columns = _columns(some)
-        if columns is None:
-            raise _first_problem(path, counts["entries"], some)
-        rows = np.empty(len(some), matching.DETECTION_DTYPE)
-        rows["image"] = truth.image_indices(columns.image_ids)
-        rows["category"] = truth.category_indices(columns.category_ids)
-        rows["box"], rows["score"] = columns.boxes, columns.scores
-        image_known, category_known = rows["image"] >= 0, rows["category"] >= 0
-        known = rows[image_known & category_known]
-        negative = (known["box"][:, 2:] < 0).any(axis=1)
-        counts["entries"] += len(some)
-        counts["unknown_images"] += int(np.count_nonzero(~image_known))
-        counts["unknown_categories"] += int(np.count_nonzero(image_known & ~category_known))
-        counts["negative_sizes"] += int(np.count_nonzero(negative))
-        chunks.append(known)
+        chunks.append(columns.known_rows(some))
+    counts = columns.counts
     if counts["entries"] and not any(map(len, chunks)):
         raise UserError(
             f"{path}: none of the {counts['entries']} entries has an image and a category of "
             f"{truth.path}. Give a results file of that dataset."
         )
-    return ResultsFile(np.concatenate(chunks), counts)
+    if matching_ids is None:
+        answered = len(np.unique(np.concatenate(chunks)["image"]))
+        counts["images_without_entries"] = len(truth.images) - answered
+        return ResultsFile(np.concatenate(chunks), counts)
+    return ResultsFile(
+        np.concatenate(chunks), counts | dict(matching_ids.counts), matching_ids.notes
+    )
 
 
-class _Columns(NamedTuple):
-    image_ids: np.ndarray
-    category_ids: np.ndarray
-    boxes: np.ndarray
-    scores: np.ndarray
+class _ColumnReader:
+    """Turns entries into rows of detections, and counts the unusable ones.
+
+    Attributes:
+      counts: as in `ResultsFile`.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        truth: coco.GroundTruth,
+        matching_ids: detected_set.Matching | None,
+    ):
+        self._path, self._truth = path, truth
+        self._list = "" if matching_ids is None else "annotations"  # where the entries are
+        self._images = matching_ids.images if matching_ids else truth.image_places
+        self._categories = matching_ids.categories if matching_ids else truth.category_places
+        self._has_own_ids = matching_ids is not None or truth.has_text_ids
+        keys = ("entries", "unknown_images", "unknown_categories", "negative_sizes")
+        self.counts: dict[str, int] = dict.fromkeys(keys, 0)
+
+    def known_rows(self, entries: Sequence[Any]) -> np.ndarray:
+        """Return the rows of the entries whose image and category are in the ground truth.
+
+        Raises:
+          UserError: an entry is invalid; names it.
+        """
+        rows = None if self._has_own_ids else _fast_rows(entries, self._truth)
+        if rows is None:
+            rows = np.empty(len(entries), matching.DETECTION_DTYPE)
+            for number, entry in enumerate(entries):
+                rows[number] = self._row(self.counts["entries"] + number, entry)
+        image_known, category_known = rows["image"] >= 0, rows["category"] >= 0
+        known = rows[image_known & category_known]
+        self.counts["entries"] += len(entries)
+        self.counts["unknown_images"] += int(np.count_nonzero(~image_known))
+        self.counts["unknown_categories"] += int(np.count_nonzero(image_known & ~category_known))
+        negative = (known["box"][:, 2:] < 0).any(axis=1)
+        self.counts["negative_sizes"] += int(np.count_nonzero(negative))
+        return known
+
+    def _row(self, number: int, entry: Any) -> np.ndarray:
+        """Return one entry as a row; the ids as positions, -1 if they are unknown."""
+        row = np.zeros((), matching.DETECTION_DTYPE)
+        try:
+            entry = json_fields.entry_object(entry)
+            image = json_fields.identifier(entry, "image_id")
+            category = json_fields.identifier(entry, "category_id")
+            row["box"] = json_fields.box(entry)
+            row["score"] = json_fields.number(entry, "score")
+        except ValueError as error:
+            where = f"{self._path}: {self._list}[{number}]"
+            raise UserError(f"{json_fields.locate(where, error)}. Fix the entry.") from error
+        row["image"], row["category"] = (
+            self._images.get(image, -1), self._categories.get(category, -1),
+        )  # fmt: skip
+        return row
 
 
-def _columns(entries: Sequence[Any]) -> _Columns | None:
-    """Return the fields of the entries as arrays, None if an entry is invalid.
+def _fast_rows(entries: Sequence[Any], truth: coco.GroundTruth) -> np.ndarray | None:
+    """Return the rows of entries whose fields are plain numbers, None if one is not.
 
-    This is fast for valid entries; `_first_problem` then finds what is wrong.
+    This is fast; `_ColumnReader` reads other entries one by one, and finds what is wrong.
     """
     try:
         lists = [[entry[key] for entry in entries] for key in ("image_id", "category_id", "score")]
@@ -163,39 +221,8 @@ def _columns(entries: Sequence[Any]) -> _Columns | None:
         return None
     if any(c.dtype.kind not in "if" or not np.isfinite(c).all() for c in (boxes, scores)):
         return None
-    return _Columns(image_ids, category_ids, boxes, scores)
-
-
-def _first_problem(path: str | pathlib.Path, start: int, entries: Sequence[Any]) -> UserError:
-    """Return the error of the first invalid entry; `start` is the number of the first entry."""
-    for number, entry in enumerate(entries, start):
-        if not isinstance(entry, dict):
-            return UserError(
-                f"{path}: entry [{number}] is {_shortened(entry)}, expected an object with "
-                "'image_id', 'category_id', 'bbox' and 'score'. Fix the entry."
-            )
-        for field in ("image_id", "category_id"):
-            value = entry.get(field)
-            if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 1 << 63:
-                return _invalid(path, number, field, value, "a whole number")
-        box = entry.get("bbox")
-        if not isinstance(box, list) or len(box) != 4 or not all(map(coco.is_finite_number, box)):
-            return _invalid(path, number, "bbox", box, "four finite numbers [x, y, width, height]")
-        if not coco.is_finite_number(entry.get("score")):
-            return _invalid(path, number, "score", entry.get("score"), "a finite number")
-    last = start + len(entries) - 1
-    return UserError(f"{path}: one of the entries [{start}] to [{last}] is not a detection.")
-
-
-def _invalid(
-    path: str | pathlib.Path, number: int, field: str, value: Any, expected: str
-) -> UserError:
-    problem = f"is {_shortened(value)}" if value is not None else "is missing"
-    return UserError(
-        f"{path}: entry [{number}]: '{field}' {problem}, expected {expected}. Fix the entry."
-    )
-
-
-def _shortened(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    rows = np.empty(count, matching.DETECTION_DTYPE)
+    rows["image"] = truth.image_indices(image_ids)
+    rows["category"] = truth.category_indices(category_ids)
+    rows["box"], rows["score"] = boxes, scores
+    return rows

@@ -326,7 +326,7 @@ def test_wrong_calls_are_refused(tmp_path):
     [
         (("images", 0, "neg_category_ids"), None, r"images\[0\]\.neg_category_ids"),
         (("images", 1, "not_exhaustive_category_ids"), [99], r"images\[1\]\.not_exhaustive.*99"),
-        (("images", 1, "id"), "x", r"images\[1\]\.id"),
+        (("images", 1, "id"), True, r"images\[1\]\.id"),
         (("categories", 2, "frequency"), "often", r"categories\[2\]\.frequency"),
         (("categories", 2, "name"), "", r"categories\[2\]\.name"),
         (("categories", 2, "group"), 3, r"categories\[2\]\.group"),

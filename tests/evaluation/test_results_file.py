@@ -103,19 +103,19 @@ def test_strange_entries_are_counted_with_a_warning(tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"score": "high"}, r"entry \[2\]: 'score' is \"high\", expected a finite number"),
-        ({"score": None}, r"entry \[2\]: 'score' is missing"),
-        ({"score": float("nan")}, r"entry \[2\]: 'score' is NaN"),
-        ({"score": True}, r"entry \[2\]: 'score' is true"),
-        ({"bbox": [1, 2, 3]}, r"entry \[2\]: 'bbox' is \[1, 2, 3\]"),
-        ({"bbox": [1, 2, 3, float("inf")]}, r"entry \[2\]: 'bbox' is \[1, 2, 3, Infinity\]"),
-        ({"bbox": [1, 2, 3, "4"]}, r"entry \[2\]: 'bbox'"),
-        ({"bbox": [1, 2, 3, 10**400]}, r"entry \[2\]: 'bbox'"),
-        ({"bbox": {"x": 1}}, r"entry \[2\]: 'bbox'"),
-        ({"image_id": "7"}, r"entry \[2\]: 'image_id' is \"7\", expected a whole number"),
-        ({"image_id": 1.5}, r"entry \[2\]: 'image_id' is 1.5"),
-        ({"image_id": 10**30}, r"entry \[2\]: 'image_id'"),
-        ({"category_id": [1]}, r"entry \[2\]: 'category_id'"),
+        ({"score": "high"}, r"score is \"high\", not a finite number"),
+        ({"score": None}, r"score is null, not a finite number"),
+        ({"score": float("nan")}, r"score is NaN, not a finite number"),
+        ({"score": "nan"}, r"score is \"nan\", not a finite number"),
+        ({"score": True}, r"score is true"),
+        ({"bbox": [1, 2, 3]}, r"bbox is \[1, 2, 3\]"),
+        ({"bbox": [1, 2, 3, float("inf")]}, r"bbox is \[1, 2, 3, Infinity\]"),
+        ({"bbox": [1, 2, 3, "4 px"]}, r"bbox is \[1, 2, 3, \"4 px\"\]"),
+        ({"bbox": [1, 2, 3, 10**400]}, r"bbox is"),
+        ({"bbox": {"x": 1}}, r"bbox is {\"x\": 1}, not four"),
+        ({"image_id": 1.5}, r"image_id is 1.5, not a whole number or a text"),
+        ({"image_id": float("nan")}, r"image_id is NaN"),
+        ({"category_id": [1]}, r"category_id is \[1\]"),
     ],
 )
 def test_broken_entries_are_named(tmp_path, monkeypatch, change, message):
@@ -123,18 +123,18 @@ def test_broken_entries_are_named(tmp_path, monkeypatch, change, message):
     path = save(tmp_path, [GOOD, GOOD, GOOD | change, GOOD])
     for batch in (1, 3, 100):
         monkeypatch.setattr(results_file, "_ENTRIES_PER_CHECK", batch)
-        with pytest.raises(UserError, match=rf"found\.json: {message}"):
+        with pytest.raises(UserError, match=rf"found\.json: \[2\]\.{message}"):
             results_file.read_results(path, truth)
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{}", "holds a JSON object, not a list"),
-        ("3", "holds a JSON int, not a list"),
-        ("", "not valid JSON"),
+        ("{}", 'no list "images". Give a results file'),
+        ("3", "holds a JSON number, not a list"),
+        ("", "empty"),
         ('[{"image_id": 0,', "not valid JSON"),
-        ("[1, 2]", r"entry \[0\] is 1, expected an object"),
+        ("[1, 2]", r"\[0\]: 1 is not an object"),
         (json.dumps([GOOD]) + " x", "Extra data"),
         ("\x00\x01", "JSON"),
     ],

@@ -64,6 +64,9 @@ def read(
     names = categories_lib.merge_spellings(path, found, drops)
     left_out = _leave_out(path, entries, choose, drops) if choose else frozenset()
     boxes, boxed = _read_boxes(path, names, entries, left_out, drops)
+    if boxes.seem_corners(entries):
+        why = "most boxes leave their images, all would fit as [x_min, y_min, x_max, y_max]"
+        drops.note("boxes: perhaps corners", f"{path}: {why}; bbox is [x, y, width, height]")
     no_names = categories_lib.left_out(found, boxed | _listed(entries))
     for reason, why in no_names.values():
         drops.drop(reason, f"{path}: {why}")

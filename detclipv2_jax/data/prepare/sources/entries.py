@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from detclipv2_jax.common.json_fields import (
     FieldError,
@@ -165,6 +166,22 @@ def find_file(
     return ImageFile(found.path)
 
 
+def seem_corners(xywh: Float[np.ndarray, "n 4"], sizes: Int[np.ndarray, "n 2"]) -> bool:
+    """Return whether boxes are probably [x_min, y_min, x_max, y_max] where width and height belong.
+
+    That is so if most of them leave their images, but all fit as corners.
+
+    Args:
+        xywh: the boxes as annotated, in pixels.
+        sizes: (height, width) of the image of each box; 0 where it is not known.
+    """
+    known = sizes.min(axis=1, initial=1) > 0
+    xywh, limits = xywh[known], sizes[known][:, ::-1] + 1  # a pixel of slack
+    leave = (xywh[:, :2] + xywh[:, 2:] > limits).any(axis=1)
+    fit = ((xywh[:, 2:] > xywh[:, :2]) & (xywh[:, 2:] <= limits)).all(axis=1)
+    return bool(len(xywh) and fit.all() and leave.mean() > 0.5)
+
+
 class BoxTable:
     """The boxes of many images, 48 bytes each. Objects365 has 25 million, of 700 bytes in JSON."""
 
@@ -193,6 +210,16 @@ class BoxTable:
         """Move the boxes of some image entries to others: row of an entry -> row of the other."""
         if rows:
             self._rows = array("i", [rows.get(row, row) for row in self._rows])
+
+    def seem_corners(self, entries: ImageEntries) -> bool:
+        """Return `seem_corners` of all boxes, with the annotated sizes of their images."""
+        sizes = np.zeros((1 + max((e.row for e in entries.values()), default=0), 2), np.int64)
+        for entry in entries.values():
+            sizes[entry.row] = np.minimum(entry.size or (0, 0), 1 << 40)
+        rows = np.frombuffer(self._rows, np.int32)
+        known = rows < len(sizes)  # the last entries may have been removed
+        xywh = np.frombuffer(self._xywh, np.float64).reshape(-1, 4)
+        return seem_corners(xywh[known], sizes[rows[known]])
 
     def by_image(self, entries: ImageEntries) -> Iterator[tuple[Any, ImageEntry, tuple[Box, ...]]]:
         """Yield (id, entry, boxes) of every image entry in the file's order, also without boxes."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from detclipv2_jax.common.atomic import write_text
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.json_fields import identifier
 from detclipv2_jax.common.json_file import read_json
 from detclipv2_jax.data.prepare.examples import Archive, ImageFolder
 from detclipv2_jax.data.prepare.sources import coco
@@ -57,8 +58,10 @@ def minival(val: str | Path, content: dict[str, Any]) -> dict[str, Any]:
     """Return LVIS minival as `write_minival` writes it, given the content of `val`."""
     try:
         images = [entry for entry in content["images"] if _is_minival(entry)]
-        ids = {entry["id"] for entry in images}
-        annotations = [entry for entry in content["annotations"] if entry["image_id"] in ids]
+        ids = {identifier(entry, "id") for entry in images}
+        annotations = [
+            entry for entry in content["annotations"] if identifier(entry, "image_id") in ids
+        ]
         content = content | {"images": images, "annotations": annotations}
     except MALFORMED as error:
         raise UserError(f"{val}: {describe(error)}. Give lvis_v1_val.json.") from error
