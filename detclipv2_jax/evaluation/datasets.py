@@ -7,9 +7,7 @@ import dataclasses
 import mmap
 import pathlib
 import re
-import sys
 from collections.abc import Iterator
-from typing import TypeVar
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.prepare.sources import lvis as lvis_source
@@ -35,7 +33,6 @@ _GET_COCO = (
 _GET_ODINW = (
     "Get the datasets of ODinW as GLIP publishes them, https://github.com/microsoft/GLIP (odinw_35)"
 )
-_Truth = TypeVar("_Truth", bound=coco.GroundTruth)
 _MINIVAL_FILES = ("lvis_v1_minival.json", "lvis_v1_minival_inserted_image_name.json")
 
 
@@ -113,14 +110,7 @@ def load_ground_truth(path: str | pathlib.Path, layout: str = "auto") -> coco.Gr
     """
     content = coco.read_annotations(path)
     federated = lvis.is_lvis(content) if layout == "auto" else layout == "lvis"
-    return _told((lvis if federated else coco).from_content(path, content))
-
-
-def _told(truth: _Truth) -> _Truth:
-    """Print what is doubtful in a ground truth; return it."""
-    for note in truth.notes:
-        print(f"warning: {truth.path}: {note}.", file=sys.stderr)
-    return truth
+    return (lvis if federated else coco).from_content(path, content)
 
 
 def find_annotations(folder: pathlib.Path) -> pathlib.Path:
@@ -222,9 +212,8 @@ def _load_minival(path: pathlib.Path) -> lvis.LvisGroundTruth:
     """Load LVIS minival from its own file or from LVIS val."""
     content = coco.read_annotations(path)
     if path.name in _MINIVAL_FILES:
-        return _told(lvis.from_content(path, content))
-    truth = lvis.from_content(f"{path}, images of val2017", lvis_source.minival(path, content))
-    return _told(truth)
+        return lvis.from_content(path, content)
+    return lvis.from_content(f"{path}, images of val2017", lvis_source.minival(path, content))
 
 
 def _load_odinw(data_dir: pathlib.Path) -> Iterator[EvaluationSet]:
@@ -246,4 +235,4 @@ def _load_odinw(data_dir: pathlib.Path) -> Iterator[EvaluationSet]:
             name = category.get("name")
             if isinstance(name, str):
                 category["name"] = one.names.get(name.lower(), name)
-        yield EvaluationSet(one.name, _told(coco.from_content(path, content)), path.parent)
+        yield EvaluationSet(one.name, coco.from_content(path, content), path.parent)

@@ -89,6 +89,9 @@ def _evaluate_checkpoints(args: argparse.Namespace) -> None:
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(_sigterm_raises())
         sets = datasets.load_sets(args.dataset, args.data_dir, args.images, args.format)
+        for one in sets:  # the table repeats them, but a model may take hours
+            for note in one.truth.notes:
+                print(f"note: {one.truth.path}: {note}.", flush=True)
         if args.store_threshold and len(sets) > 1:
             raise UserError(
                 f"--store_threshold: --dataset={args.dataset} is {len(sets)} datasets, and a "

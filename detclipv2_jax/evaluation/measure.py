@@ -127,7 +127,7 @@ def measure_answers(
       "settings"} or {"dataset", *about, "coco", "threshold", "settings"}. Metrics are fractions,
       None where there is no ground truth. "threshold" is the score threshold of the best F1
       (`threshold.fitted`), None if no detection is right. "settings" counts the images that are
-      missing, unreadable or of another size.
+      missing, unreadable or of another size. "notes" is there if the annotations are doubtful.
 
     Raises:
       UserError: no image was found or could be read.
@@ -159,6 +159,7 @@ def measure_answers(
         **metrics.values,
         "threshold": threshold.fitted(evaluator, truth),
         "settings": {**settings, **metrics.protocols, **problems.counts, **_left_out(truth)},
+        **_notes(truth),
     }
     if output is not None:
         _write_results(output, results, metrics)
@@ -208,6 +209,7 @@ def measure_results_file(
             **file.counts,
             **_left_out(truth),
         },
+        **_notes(truth),
     }
     if output is not None:
         _write_results(pathlib.Path(output), results, metrics)
@@ -216,6 +218,10 @@ def measure_results_file(
 
 def _left_out(truth: coco.GroundTruth) -> dict[str, list[str]]:
     return {"categories_left_out": list(truth.left_out)} if truth.left_out else {}
+
+
+def _notes(truth: coco.GroundTruth) -> dict[str, list[str]]:
+    return {"notes": list(truth.notes)} if truth.notes else {}
 
 
 def _evaluator(truth: coco.GroundTruth) -> coco.CocoEvaluator | lvis.LvisEvaluator:

@@ -55,6 +55,8 @@ def results_table(results: Mapping[str, Any]) -> str:
             f"precision {best['precision']:.3f}, recall {best['recall']:.3f} at IoU "
             f"{best['iou']:g})",
         ]
+    if "notes" in results:
+        lines += ["", *(f"note: {results['dataset']}: {note}." for note in results["notes"])]
     return "\n".join(lines)
 
 

@@ -121,7 +121,8 @@ def evaluated(tmp_path, capsys, content, results):
     status = evaluate.main([f"--predictions={found}", f"--dataset={truth}", f"--output={out}"])
     results = out / "results.json"
     ap = json.loads(results.read_text())["coco"]["AP"] if results.exists() else None
-    return status, ap, capsys.readouterr().err
+    printed = capsys.readouterr()
+    return status, ap, printed.out + printed.err
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "gzip"])
