@@ -100,7 +100,9 @@ def _add_names(result: argparse.ArgumentParser) -> None:
     group = result.add_argument_group("names (give one of the first four)")
     names = group.add_mutually_exclusive_group(required=True)
     names.add_argument(
-        "--names", help='what to look for, separated by commas: "cat, traffic light"'
+        "--names",
+        help='what to look for, separated by commas: "cat, traffic light"; a name with a '
+        "comma goes into --names_file, or between double quotes",
     )
     names.add_argument("--names_file", metavar="FILE", help="text file with one name per line")
     names.add_argument(

@@ -19,6 +19,7 @@ from detclipv2_jax.evaluation.report import PROTOCOLS, draw_comparison, readable
 from detclipv2_jax.evaluation.results_file import read_results, results_writer
 from detclipv2_jax.inference import drawing
 from detclipv2_jax.inference.detections import ImageDetections
+from detclipv2_jax.inference.names import cut_off_text
 from detclipv2_jax.inference.predictor import EncodedNames, Predictor
 from detclipv2_jax.inference.prompts import Prompter
 
@@ -72,12 +73,21 @@ def measure_model(
 
 
 def encode_names(predictor: Predictor, truth: coco.GroundTruth, prompter: Prompter) -> EncodedNames:
-    """Encode the names of a dataset's categories; two with the same name have a row each."""
-    return prompter.encode(
+    """Encode the names of a dataset's categories; two with the same name have a row each.
+
+    Names that do not fit into the model's tokens, and those that it cannot tell apart for that
+    reason, are reported.
+    """
+    encoded = prompter.encode(
         predictor,
         [readable_name(category.name) for category in truth.categories],
         [(category.definition, category.synset) for category in truth.categories],
     )
+    if sentence := cut_off_text(encoded):
+        same = sum(other != n and encoded.is_cut[n] for n, other in enumerate(encoded.same_as))
+        alike = f" {same} of them are the same to the model as another." * bool(same)
+        tqdm.write(f"warning: {truth.path}: {sentence}{alike}", file=sys.stderr)
+    return encoded
 
 
 def _answers(

@@ -1,6 +1,7 @@
 """`ServedModel`: what all detector formats export, as functions of arrays."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from detclipv2_jax.inference.config import DecodeConfig
+from detclipv2_jax.inference.names import cut_off_text
 from detclipv2_jax.inference.predict import clipped_boxes, predict, score_names
 from detclipv2_jax.models.detclip import DetCLIP, build
 from detclipv2_jax.text.tokenizer import CONTEXT, normalize
@@ -132,6 +134,8 @@ def served_model(
     if names is None:
         return dataclasses.replace(served, prompts=detector.prompter.dictionary_prompts())
     encoded = detector.encode(names)
+    if sentence := cut_off_text(encoded):
+        print(f"warning: {sentence}", file=sys.stderr)
     return dataclasses.replace(
         served,
         names=tuple(names),

@@ -31,7 +31,7 @@ from detclipv2_jax.inference.detections import ImageDetections, summary
 from detclipv2_jax.inference.detector import Detector
 from detclipv2_jax.inference.images import read
 from detclipv2_jax.inference.input_files import InputFile, input_files
-from detclipv2_jax.inference.names import names_from_flags
+from detclipv2_jax.inference.names import cut_off_text, names_from_flags
 from detclipv2_jax.inference.predictor import EncodedNames
 from detclipv2_jax.inference.video import Video
 from detclipv2_jax.inference.video_writer import video_writer
@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         cache=args.cache,
     )
     encoded = detector.encode(names)
+    if sentence := cut_off_text(encoded):
+        print(f"warning: {sentence}", file=sys.stderr)
     print(detector.threshold)
     settings = {
         **dataclasses.asdict(detector.predictor.config),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from detclipv2_jax.inference.config import Definitions
 from detclipv2_jax.inference.detections import ImageDetections
 from detclipv2_jax.inference.embedding_cache import EmbeddingCache
 from detclipv2_jax.inference.images import ImageSource
-from detclipv2_jax.inference.names import check_distinct, check_names
+from detclipv2_jax.inference.names import check_asked, check_distinct, check_names, cut_off_text
 from detclipv2_jax.inference.predictor import EncodedNames, Predictor
 from detclipv2_jax.inference.prompts import Prompter
 from detclipv2_jax.inference.threshold import threshold
@@ -129,6 +130,8 @@ class Detector:
             read.
         """
         encoded = self.encode(names)
+        if sentence := cut_off_text(encoded):
+            warnings.warn(sentence, stacklevel=2)
         images = [images] if isinstance(images, ImageSource) else list(images)
         config = self.predictor.config
         if score_threshold is not None:
@@ -151,11 +154,14 @@ class Detector:
         """Return the names with their text embeddings, for `predictor.stream`.
 
         Raises:
-          UserError: there are no names, or a name is empty or given twice.
+          UserError: there are no names, a name is empty or given twice, or the model reads two
+            names as the same tokens.
         """
         if isinstance(names, str):
             raise UserError(f"names is the string {names!r}. Give a list of names.")
         names = list(names)
         check_names(names)
         check_distinct(names)
-        return self.prompter.encode(self.predictor, names)
+        encoded = self.prompter.encode(self.predictor, names)
+        check_asked(encoded)
+        return encoded

@@ -1,43 +1,65 @@
 """The names that a user asks for: reading them from a command line, and checking them."""
 
-import pathlib
+import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from detclipv2_jax.common import text_file
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.text.tokenizer import normalize
+from detclipv2_jax.text.tokenizer import CONTEXT, normalize
+
+if TYPE_CHECKING:
+    from detclipv2_jax.inference.predictor import EncodedNames
+
+_LISTED = 3  # names that a warning quotes
+_LINE = re.compile(r"\r\n|\r|\n")  # str.splitlines also splits at characters inside names
 
 
 def names_from_flags(names: str | None, names_file: str | None) -> list[str]:
     """Return the names given with `--names` or `--names_file`.
 
     Args:
-      names: names separated by commas; not used if `names_file` is given.
-      names_file: path of a UTF-8 text file with one name per line.
+      names: as `names_from_text` reads them; not used if `names_file` is given.
+      names_file: path of a text file with one name per line, whatever is in the line.
 
     Raises:
       UserError: there is no name, or the file cannot be read.
     """
     if names_file is None:
-        found = _stripped((names or "").split(","))
+        found = names_from_text(names or "")
         if not found:
             raise UserError(
                 f"--names={names!r} contains no name. Give for example 'cat, traffic light'."
             )
         return found
-    try:
-        lines = pathlib.Path(names_file).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{names_file}: not valid UTF-8 (byte {error.start}). Save the file as UTF-8."
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{names_file}: cannot be read ({error.strerror}). Check the path of --names_file."
-        ) from None
-    found = _stripped(lines)
+    found = _stripped(_LINE.split(text_file.read_text(names_file)))
     if not found:
         raise UserError(f"{names_file}: contains no name. Write one name per line.")
     return found
+
+
+def names_from_text(text: str) -> list[str]:
+    """Return the names that a person typed. Empty ones are left out.
+
+    Where there is more than one line, a line is a name. In a single line names are separated by
+    commas; there a name that contains a comma stands between double quotes: '"bow, knot", hat'.
+    """
+    lines = _stripped(_LINE.split(text))
+    if len(lines) != 1:
+        return lines
+    parts = re.findall(r'\s*("[^"]*,[^"]*"(?=\s*(?:,|$))|[^,]*)(?:,|$)', lines[0])
+    return _stripped([part[1:-1] if _is_quoted(part) else part for part in map(str.strip, parts)])
+
+
+def text_from_names(names: Sequence[str]) -> str:
+    """Return a text of which `names_from_text` makes these names: one name per line."""
+    if len(names) == 1 and "," in names[0]:
+        return f'"{names[0]}"'
+    return "\n".join(names)
+
+
+def _is_quoted(part: str) -> bool:
+    return len(part) > 1 and part[0] == part[-1] == '"' and "," in part
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -63,5 +85,32 @@ def check_distinct(names: Sequence[str]) -> None:
             raise UserError(f"name {number}, {name!r}, is the same as name {other}. Remove one.")
 
 
+def check_asked(encoded: "EncodedNames") -> None:
+    """Raise `UserError` if the model reads two names as the same tokens."""
+    for number, other in enumerate(encoded.same_as):
+        if other != number:
+            raise UserError(
+                f"name {number + 1}, {encoded.names[number]!r}, is the same as name {other + 1} to "
+                f"the model, which reads {CONTEXT - 2} tokens: both are asked as "
+                f"{encoded.prompts[number]!r}. Shorten them so that they differ, or remove one."
+            )
+
+
+def cut_off_text(encoded: "EncodedNames") -> str | None:
+    """Return a sentence about the names that do not fit into the model's tokens; None: all fit."""
+    cut = [n for n, is_cut in enumerate(encoded.is_cut) if is_cut]
+    if not cut:
+        return None
+    some = [f"{encoded.names[n]!r} is asked as {encoded.prompts[n]!r}" for n in cut[:_LISTED]]
+    more = f", and {len(cut) - _LISTED} more" if len(cut) > _LISTED else ""
+    verb = "does" if len(cut) == 1 else "do"
+    return (
+        f"{len(cut)} of {len(encoded.names)} names {verb} not fit into the {CONTEXT - 2} tokens "
+        f"that the model reads: {'; '.join(some)}{more}. Shorten them."
+    )
+
+
 def _stripped(texts: Sequence[str]) -> list[str]:
-    return [text.strip() for text in texts if text.strip()]
+    # A byte order mark may be left in text that was pasted or joined.
+    stripped = [text.strip().strip("\ufeff").strip() for text in texts]
+    return [text for text in stripped if text]

@@ -28,7 +28,7 @@ from detclipv2_jax.inference.images import CanvasImage, ImageSource, fit_to_canv
 from detclipv2_jax.inference.names import check_names
 from detclipv2_jax.inference.predict import best_regions, predict
 from detclipv2_jax.models.detclip import DetCLIPConfig, build
-from detclipv2_jax.text.tokenizer import normalize, tokenize
+from detclipv2_jax.text.tokenizer import kept, normalize, tokenize
 
 _TEXTS_AT_ONCE = 256  # texts per call of the text tower
 _CACHE_FROM = 64  # texts; encoding fewer is faster than computing the text tower's digest
@@ -77,15 +77,20 @@ class EncodedNames:
 
     Attributes:
       names: as the user wrote them.
-      prompts: the text that was encoded for each name; several are joined by ' | '.
+      prompts: the text that was encoded for each name, as far as the model reads it; several are
+        joined by ' | '.
       embeddings: one row per name, then zeros.
       mask: True for the rows of names.
+      is_cut: whether a prompt of the name is longer than what the model reads.
+      same_as: index of the first name with the same tokens, mostly the name itself.
     """
 
     names: tuple[str, ...]
     prompts: tuple[str, ...]
     embeddings: Float[np.ndarray, "P D"]
     mask: Bool[np.ndarray, " P"]
+    is_cut: tuple[bool, ...] = ()
+    same_as: tuple[int, ...] = ()
 
 
 class Predictor:
@@ -190,11 +195,17 @@ class Predictor:
             [self._mean([self._embedding_of[text] for text in group]) for group in groups]
         )
         padding = padded_count(len(rows)) - len(rows)
+        asked = dict(zip(texts, kept(list(texts))))
+        tokens = dict(zip(texts, (row.tobytes() for row in tokenize(list(texts)))))
+        first: dict[tuple[bytes, ...], int] = {}
+        keys = [tuple(tokens[text] for text in group) for group in groups]
         return EncodedNames(
             names=tuple(names),
-            prompts=tuple(" | ".join(group) for group in groups),
+            prompts=tuple(" | ".join(asked[text] for text in group) for group in groups),
             embeddings=np.pad(rows, ((0, padding), (0, 0))),
             mask=np.arange(len(rows) + padding) < len(rows),
+            is_cut=tuple(any(asked[x] != normalize(x) for x in group) for group in groups),
+            same_as=tuple(first.setdefault(key, number) for number, key in enumerate(keys)),
         )
 
     def encode_each(self, phrases: Sequence[Sequence[str]]) -> list[EncodedNames]:

@@ -14,7 +14,7 @@ from detclipv2_jax.inference.names import check_names
 from detclipv2_jax.inference.predictor import EncodedNames, Predictor
 from detclipv2_jax.text.checked import Meaning
 from detclipv2_jax.text.definitions import Knowledge, define
-from detclipv2_jax.text.tokenizer import TEMPLATE, fitted, normalize
+from detclipv2_jax.text.tokenizer import CONTEXT, TEMPLATE, fitted, kept, normalize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +105,7 @@ class Prompter:
         check_names(names)
         if self.sentences:
             prompts = [[normalize(text.format(name)) for text in self.sentences] for name in names]
+            _check_room(self.sentences, prompts)
             return predictor.encode(names, prompts)
         if not self.with_definitions:
             return predictor.encode(names)
@@ -128,13 +129,26 @@ class Prompter:
 
     def settings(self, encoded: EncodedNames) -> dict[str, Any]:
         """Return what a results file records about the prompts of `encoded`."""
+        cut = {"names_cut": sum(encoded.is_cut)} if any(encoded.is_cut) else {}
         if self.sentences:
-            return {"definitions": False, "prompts": list(self.sentences)}
+            return {"definitions": False, "prompts": list(self.sentences), **cut}
         if not self.with_definitions:
-            return {"definitions": False}
+            return {"definitions": False, **cut}
         bare = zip(map(normalize, encoded.names), encoded.prompts)
-        defined = sum(name != prompt for name, prompt in bare)
-        return {"definitions": True, "template": self.template, "names_defined": defined}
+        defined = sum(not name.startswith(prompt) for name, prompt in bare)  # bare ones may be cut
+        return {"definitions": True, "template": self.template, "names_defined": defined, **cut}
+
+
+def _check_room(sentences: Sequence[str], prompts: Sequence[Sequence[str]]) -> None:
+    """Raise `UserError` if a sentence is so long that the model reads nothing of a name."""
+    for number, sentence in enumerate(sentences):
+        before = normalize(sentence.partition("{")[0])
+        for text in kept([row[number] for row in prompts]):
+            if len(text) <= len(before):
+                raise UserError(
+                    f"the prompt {sentence!r} has {CONTEXT - 2} or more tokens before the name, "
+                    "and the model reads no more. Shorten it."
+                )
 
 
 def _check_sentence(sentence: str) -> None:

@@ -129,10 +129,25 @@ def tokenize(texts: Sequence[str], context: int = CONTEXT) -> Int32[np.ndarray, 
     return rows
 
 
+def kept(texts: Sequence[str], context: int = CONTEXT) -> list[str]:
+    """Return each text, normalized, as far as `tokenize` keeps it; a cut letter is left out."""
+    found = [_valid(text) for text in texts]
+    for number, encoding in enumerate(_encode(texts)):
+        if len(encoding.ids) > context - 2:
+            # The fast encoding has no offsets.
+            offsets = tokenizer().encode(found[number]).offsets
+            end, next_start = offsets[context - 3][1], offsets[context - 2][0]
+            found[number] = found[number][: min(end, next_start)].rstrip()
+    return found
+
+
 def _encode(texts: Sequence[str]) -> list[Encoding]:
+    return tokenizer().encode_batch_fast([_valid(text) for text in texts])
+
+
+def _valid(text: str) -> str:
     # The tokenizer does not accept lone surrogates, which come from broken \u escapes in JSON.
-    clean = [normalize(text).encode("utf-8", "replace").decode("utf-8") for text in texts]
-    return tokenizer().encode_batch_fast(clean)
+    return normalize(text).encode("utf-8", "replace").decode("utf-8")
 
 
 def fitted(

@@ -1,12 +1,19 @@
+import dataclasses
+import html
+import http.client
 import json
 import pathlib
+import re
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import tiny_model
+import tiny_run
 from PIL import Image
 
 from detclipv2_jax import page as door
@@ -18,9 +25,7 @@ from detclipv2_jax.inference.detector import Detector
 
 @pytest.fixture(scope="module")
 def detector():
-    return Detector(
-        tiny_model.loaded(), score_threshold=page.MIN_SCORE, max_detections=page.MAX_BOXES, cache=""
-    )
+    return Detector(tiny_model.loaded(), max_detections=page.MAX_BOXES, cache="")
 
 
 @pytest.fixture
@@ -38,9 +43,13 @@ def some(scores):
 
 
 def test_parse_names():
-    text = "cat, traffic light\n dog ,,\n\nCat,a  b"
-    assert page.parse_names(text) == ["Cat", "traffic light", "dog", "a  b"]
-    for text in ("", " ,\n, "):
+    assert page.parse_names("cat, traffic light, dog ,, Cat,a  b") == [
+        *("Cat", "traffic light", "dog", "a  b")
+    ]
+    assert page.parse_names("bow, knot\nhat\n\n hat") == ["bow, knot", "hat"]
+    with pytest.raises(UserError, match="at most 5,000 names at once, and these are 5,001"):
+        page.parse_names("\n".join(map(str, range(5001))))
+    for text in ("", " ,\n "):
         with pytest.raises(UserError, match="Type at least one name"):
             page.parse_names(text)
 
@@ -64,6 +73,40 @@ def test_missing_image_missing_names_and_broken_image_are_errors(detector, photo
     assert page._without_folder(error.value, str(broken)).startswith("broken.jpg: cannot be read")
 
 
+def test_whatever_a_text_contains_it_is_shown_as_it_is():
+    assert page.plain("cat, 'a b' (1)") == "cat, 'a b' (1)"
+    for text in (
+        "<b>x</b>",
+        "![x](http://y/z.png)",
+        "`a`",
+        "_a_ *b*",
+        "# a",
+        "a|b",
+        "&lt;",
+        "<img src=x>",
+    ):
+        shown = page.plain(text)
+        assert html.unescape(shown) == text and not set("<>[]!`*_|\\#") & set(
+            re.sub(r"&#\d+;", "", shown)
+        )
+
+
+def test_names_that_are_cut_are_shown(detector):
+    assert page.cut_names(detector, "cat, dog") == ""
+    long = "word " * 15
+    assert "1 of 2 names does not fit" in page.cut_names(detector, f"cat\n{long}")
+    with pytest.raises(UserError, match="is the same as name 1"):
+        page.cut_names(detector, f"{long} left\n{long} right")
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", 1), ("localhost", 1), ("::1", 1), ("0.0.0.0", 0), ("10.1.2.3", 0), ("x", 0)],
+)
+def test_only_loopback_addresses_are_loopback(host, expected):
+    assert page.is_loopback(host) == bool(expected)
+
+
 def test_show_selects_by_score_and_number():
     pixels, found = np.zeros((40, 60, 3), np.uint8), some([0.9, 0.5, 0.3, 0.02])
     picture, rows, summary = page.show(pixels, found, 0.4, 50)
@@ -75,6 +118,10 @@ def test_show_selects_by_score_and_number():
     _, rows, summary = page.show(pixels, found, 0.95, 50)
     assert rows == [] and summary == "No box has a score above 0.95. The best is 0.90."
     assert page.show(pixels, some([]), 0.3, 5)[2] == "Nothing found: no box has a score above 0.01."
+    nothing = dataclasses.replace(some([]), best_score=0.0042, threshold=0.005)
+    assert page.show(pixels, nothing, 0.3, 5)[2] == (
+        "Nothing found: no box has a score above 0.005. The best is 0.0042."
+    )
 
 
 def test_example_inputs_are_validation_images_with_their_names(tmp_path, photo):
@@ -88,7 +135,16 @@ def test_example_inputs_are_validation_images_with_their_names(tmp_path, photo):
     content = {"images": images, "annotations": boxes, "categories": categories}
     (tmp_path / "val.json").write_text(json.dumps(content))
     config = {"data_dir": str(tmp_path), "eval": {"dataset": "val.json", "images": ""}}
-    assert page.example_inputs(config) == [[photo, "cat, traffic light"]] * 3
+    assert page.example_inputs(config) == [[photo, "cat\ntraffic light"]] * 3
+    content["categories"] = [{"id": 1, "name": "bow, knot"}, {"id": 2, "name": "hat"}]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    examples = page.example_inputs(config)
+    assert examples == [[photo, "bow, knot\nhat"]] * 3
+    assert page.parse_names(examples[0][1]) == ["bow, knot", "hat"]
+    content["annotations"] = [box for box in boxes if box["category_id"] == 1]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    examples = page.example_inputs(config)
+    assert page.parse_names(examples[0][1]) == ["bow, knot"]
     (tmp_path / "val.json").write_text("{")
     assert page.example_inputs(config) == []
     assert page.example_inputs({"eval": {"dataset": "", "images": ""}}) == []
@@ -124,14 +180,81 @@ def served(detector, photo):
 
 
 @pytest.mark.slow
-def test_the_page_listens_only_on_the_loopback(served):
+def test_the_page_listens_only_on_the_loopback(served, detector):
     address, port = served
     assert address.startswith(f"http://127.0.0.1:{port}")
     socket.create_connection(("127.0.0.1", port), timeout=5).close()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((other_address(), port), timeout=5)
     with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is not free"):
-        page.serve(page.build_page(None, "second", []), "127.0.0.1", port, wait=False)
+        page.serve(page.build_page(detector, "second", []), "127.0.0.1", port, wait=False)
+
+
+@pytest.mark.slow
+def test_a_request_for_another_host_is_refused(served):
+    """Another site's name may lead to this address (DNS rebinding)."""
+    _, port = served
+
+    def status(host):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.putrequest("GET", "/config", skip_host=True)
+        for one in [host] if isinstance(host, str) else host:
+            connection.putheader("Host", one)
+        connection.endheaders()
+        return connection.getresponse().status
+
+    for good in (f"127.0.0.1:{port}", "localhost", f"LOCALHOST:{port}", f"[::1]:{port}"):
+        assert status(good) == 200, good
+    evil = "evil.example"
+    for bad in (
+        evil,
+        f"{evil}:{port}",
+        "127.0.0.1.evil.example",
+        "localhost:1@evil",
+        "",
+        "10.0.0.1",
+    ):
+        assert status(bad) in (400, 403), bad
+    assert status((f"localhost:{port}", evil)) in (400, 403)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_uploads_are_deleted_when_the_page_is_stopped(tmp_path, number):
+    pytest.importorskip("gradio")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "tmp").mkdir()
+    environment = tiny_run.environment() | {"TMPDIR": str(tmp_path / "tmp")}
+    source = SERVED.format(port=port)
+    process = subprocess.Popen(
+        [sys.executable, "-c", source], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("Open http"):
+            break
+    content = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nA\r\n--x--'
+    )
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    connection.request("POST", "/gradio_api/upload", content, kind)
+    assert connection.getresponse().status == 200
+    assert [path.name for path in (tmp_path / "tmp").rglob("*.png")] == ["a.png"]
+    process.send_signal(number)
+    assert process.wait(60) == (0 if number == signal.SIGINT else 143)
+    assert not list((tmp_path / "tmp").rglob("*.png"))
+
+
+SERVED = """
+import argparse, tiny_model
+from detclipv2_jax import page
+from detclipv2_jax.inference import checkpoint
+checkpoint.load_model = lambda *_: tiny_model.loaded()
+page.main(["--checkpoint=run", "--port={port}"])
+raise SystemExit(0)
+"""
 
 
 @pytest.mark.slow
@@ -156,8 +279,8 @@ def test_a_browser_finds_boxes_and_contacts_no_other_server(served, tmp_path):
         tab.get_by_label("Names").and_(tab.locator("textarea")).wait_for()
         tab.locator("img[src*='photo']").first.wait_for()
         find.click()
-        tab.get_by_text("with a score above 0.30").or_(
-            tab.get_by_text("No box has a score above 0.30")
+        tab.get_by_text("with a score above 0.10").or_(
+            tab.get_by_text("No box has a score above 0.10")
         ).wait_for()
         tab.get_by_label("number input for Score threshold").fill("0.01")
         tab.get_by_label("number input for Score threshold").press("Enter")

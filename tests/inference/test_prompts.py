@@ -34,8 +34,9 @@ def loaded(definitions, **evaluation):
 
 def test_bare_names(predictor):
     texts = Prompter().encode(predictor, ["Anchor", LONG], [("a definition", None)] * 2)
-    assert texts.names == ("Anchor", LONG) and texts.prompts == ("anchor", LONG.strip())
-    assert Prompter().settings(texts) == {"definitions": False}
+    assert texts.names == ("Anchor", LONG) and texts.prompts == ("anchor", LONG[:69])
+    assert Prompter().settings(texts) == {"definitions": False, "names_cut": 1}
+    assert texts.is_cut == (False, True) and texts.same_as == (0, 1)
 
 
 def test_names_with_definitions(predictor):
@@ -47,7 +48,7 @@ def test_names_with_definitions(predictor):
     assert texts.prompts[0] == "anchor, what holds a ship"
     assert texts.prompts[1].startswith("sofa, an upholstered seat for more than one person")
     assert texts.prompts[2] == "bus, a long car"
-    assert texts.prompts[3] == LONG.strip()  # too long even without a definition
+    assert texts.prompts[3] == LONG[:69]  # too long even without a definition: 14 of its words
     assert texts.prompts[4].startswith("mouse, a hand-operated electronic device")
     rows = predictor.encode(list(texts.prompts)).embeddings
     np.testing.assert_array_equal(texts.embeddings, rows)
@@ -55,6 +56,7 @@ def test_names_with_definitions(predictor):
         "definitions": True,
         "template": TEMPLATE,
         "names_defined": 4,
+        "names_cut": 1,
     }
 
 
@@ -221,3 +223,11 @@ def test_given_definitions_and_synsets_are_preferred(predictor):
     assert texts.prompts[0] == "anchor, a hook for boats"
     definition = "an upholstered seat for more than one person"
     assert texts.prompts[1] == fitted(["sofa"], [definition])[0]
+
+
+@pytest.mark.parametrize("sentence", ["word " * 14 + "{}", "word " * 20 + "{} word"])
+def test_a_sentence_that_leaves_no_room_for_the_name_is_refused(predictor, sentence):
+    with pytest.raises(UserError, match="has 14 or more tokens before the name"):
+        Prompter(sentences=(sentence,)).encode(predictor, ["cat", "dog"])
+    short = Prompter(sentences=("word " * 13 + "{}",)).encode(predictor, ["cat", "red dog"])
+    assert short.is_cut == (False, True)  # of "red dog" one word is read
