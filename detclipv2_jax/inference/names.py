@@ -91,7 +91,7 @@ def check_asked(encoded: "EncodedNames") -> None:
         if other != number:
             raise UserError(
                 f"name {number + 1}, {encoded.names[number]!r}, is the same as name {other + 1} to "
-                f"the model, which reads {CONTEXT - 2} tokens: both are asked as "
+                f"the model, which reads {CONTEXT} tokens with start and end: both are asked as "
                 f"{encoded.prompts[number]!r}. Shorten them so that they differ, or remove one."
             )
 
@@ -105,8 +105,8 @@ def cut_off_text(encoded: "EncodedNames") -> str | None:
     more = f", and {len(cut) - _LISTED} more" if len(cut) > _LISTED else ""
     verb = "does" if len(cut) == 1 else "do"
     return (
-        f"{len(cut)} of {len(encoded.names)} names {verb} not fit into the {CONTEXT - 2} tokens "
-        f"that the model reads: {'; '.join(some)}{more}. Shorten them."
+        f"{len(cut)} of {len(encoded.names)} names {verb} not fit into the {CONTEXT} tokens, "
+        f"start and end included, that the model reads: {'; '.join(some)}{more}. Shorten them."
     )
 
 

@@ -2,6 +2,7 @@ import dataclasses
 import html
 import http.client
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -227,6 +228,7 @@ def test_uploads_are_deleted_when_the_page_is_stopped(tmp_path, number):
         port = free.getsockname()[1]
     (tmp_path / "tmp").mkdir()
     environment = tiny_run.environment() | {"TMPDIR": str(tmp_path / "tmp")}
+    environment["PYTHONPATH"] += os.pathsep + os.environ.get("PYTHONPATH", "")
     source = SERVED.format(port=port)
     process = subprocess.Popen(
         [sys.executable, "-c", source], env=environment, stdout=subprocess.PIPE, text=True

@@ -76,7 +76,8 @@ def test_what_is_kept_of_a_text():
 def test_the_case_of_two_names_cut_alike():
     detector = Detector(tiny_model.loaded(), cache="")
     expected = (
-        r"name 2, .*right side', is the same as name 1 to the model, which reads 14 tokens: both "
+        r"name 2, .*right side', is the same as name 1 to the model, which reads 16 tokens "
+        r"with start and end: both "
         r"are asked as 'a person .* a bicycle'. Shorten them"
     )
     with pytest.raises(UserError, match=expected):
@@ -91,7 +92,8 @@ def test_the_case_of_two_names_cut_alike():
 def test_a_name_that_is_cut_is_told():
     detector = Detector(tiny_model.loaded(), cache="")
     expected = (
-        r"1 of 2 names does not fit into the 14 tokens that the model reads: '.*' is asked as"
+        "1 of 2 names does not fit into the 16 tokens, start and end included, that the model "
+        "reads: '.*' is asked as"
     )
     with pytest.warns(UserWarning, match=expected):
         detector(IMAGE, [LEFT, "cat"])
