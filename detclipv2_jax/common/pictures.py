@@ -21,6 +21,7 @@ import io
 import os
 import struct
 import warnings
+import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -110,6 +111,8 @@ def read(
             head = file.read(512)
             with Image.open(file, formats=_formats()) as image:
                 _check_limits(image.size, _length(file))
+                if image.format == "PNG":
+                    _check_png(file)
                 return _decoded(image, annotated, at_least, turn)
     except PictureError:
         raise
@@ -215,6 +218,24 @@ def _check_limits(size: tuple[int, int], length: int) -> None:
             f"it has {shown} in a file of {length:,} bytes, as a picture that is made to fill the "
             "memory; save it with fewer pixels"
         )
+
+
+def _check_png(file: BinaryIO) -> None:
+    """Refuse a PNG whose compressed pixels have another checksum than the file says.
+
+    Pillow does not look; the pixels behind the damage would be black or noise.
+    """
+    place = file.tell()
+    file.seek(len(b"\x89PNG\r\n\x1a\n"))
+    while len(head := file.read(8)) == 8:
+        length, name = struct.unpack(">I4s", head)
+        if name == b"IDAT":
+            body, checksum = file.read(length), file.read(4)
+            if len(checksum) == 4 and zlib.crc32(name + body) != int.from_bytes(checksum):
+                raise PictureError("it is damaged: the checksum of its pixels is wrong")
+        else:
+            file.seek(length + 4, os.SEEK_CUR)
+    file.seek(place)
 
 
 # ---- Turning.

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from detclipv2_jax.common.atomic import write_json
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation import coco, lvis, threshold
-from detclipv2_jax.evaluation.answers import Answer, annotated_scale
+from detclipv2_jax.evaluation.answers import Answer, annotated_image, annotated_scale
 from detclipv2_jax.evaluation.datasets import find_image
 from detclipv2_jax.evaluation.report import PROTOCOLS, draw_comparison, readable_name
 from detclipv2_jax.evaluation.results_file import read_results, results_writer
@@ -64,7 +64,7 @@ def measure_model(
         ground_truth,
         image_dir,
         paths,
-        _answers(predictor, paths, names, progress),
+        _answers(predictor, ground_truth, paths, names, progress),
         {"step": step},
         {**settings, **prompter.settings(names)},
         output=output,
@@ -91,11 +91,19 @@ def encode_names(predictor: Predictor, truth: coco.GroundTruth, prompter: Prompt
 
 
 def _answers(
-    predictor: Predictor, paths: Sequence[pathlib.Path | None], names: EncodedNames, progress: bool
+    predictor: Predictor,
+    truth: coco.GroundTruth,
+    paths: Sequence[pathlib.Path | None],
+    names: EncodedNames,
+    progress: bool,
 ) -> Iterator[tuple[int, Answer]]:
     """Yield (index of the image, answer): first None for missing images, then the others."""
     yield from ((number, None) for number, path in enumerate(paths) if path is None)
-    files = {number: path for number, path in enumerate(paths) if path is not None}
+    files = {
+        number: annotated_image(truth.images[number], path)
+        for number, path in enumerate(paths)
+        if path is not None
+    }
     stream, numbers = predictor.stream(files.values(), names), list(files)
     bar = tqdm(stream, total=len(files), desc="evaluating", unit="image", disable=not progress)
     yield from ((numbers[index], answer) for index, answer in bar)

@@ -4,7 +4,7 @@
     python example.py IMAGE cat "traffic light"    if the names are an input
 
 Prints one line per detection, separated by tabs: name, score, and the box as
-"x_min y_min x_max y_max" in pixels of the image.
+"x_min y_min x_max y_max" in pixels of the image, turned as its EXIF orientation says.
 
 Needs NumPy, Pillow and the runtime of the export: jax, tensorflow or onnxruntime. With names as an
 input it also needs tokenizers. Use this file as a template for your own program.
@@ -18,17 +18,24 @@ import numpy as np
 
 FOLDER = pathlib.Path(__file__).parent
 MANIFEST = json.loads((FOLDER / "manifest.json").read_text(encoding="utf-8"))
+TURNS = {  # what makes a picture upright, by its EXIF orientation
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 
 
 def main(path, *names):
     """Detect in the image file `path` and print the detections."""
-    from PIL import Image
-
     if names and MANIFEST["names"]:
         sys.exit("The names of this export are fixed. Give only the image.")
     if not names and not MANIFEST["names"]:
         sys.exit("Give the names to look for after the image.")
-    image = Image.open(path)
+    image = read(path)
     pixels, size = scale_to_canvas(image)
     inputs = [pixels[None], np.array([size], np.int32)]
     if names:
@@ -45,13 +52,35 @@ def main(path, *names):
 # ---- Inputs: an image and names as arrays.
 
 
+def read(path):
+    """Return an image file as RGB: turned as its EXIF says, with transparent parts in white."""
+    from PIL import Image
+
+    try:
+        image = Image.open(path)
+        image.load()
+    except Exception as error:  # decoders raise anything
+        sys.exit(f"{path}: cannot be read as an image ({error}).")
+    try:
+        turn = TURNS.get(image.getexif().get(0x0112))
+    except Exception:  # broken EXIF
+        turn = None
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        sys.exit(f"{path}: which of its values is white is unknown. Save it with 8 bits.")
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if turn is None else image.transpose(Image.Transpose[turn])
+
+
 def scale_to_canvas(image):
     """Return the image in the top-left corner of the canvas, and its (height, width) there."""
     height, width = MANIFEST["canvas"]
     scale = min(height / image.height, width / image.width)
     size = [max(1, round(image.height * scale)), max(1, round(image.width * scale))]
     pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[: size[0], : size[1]] = np.asarray(image.convert("RGB").resize(size[::-1]))
+    pixels[: size[0], : size[1]] = np.asarray(image.resize(size[::-1]))
     return pixels, size
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from detclipv2_jax import evaluate
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation import datasets, measure, report
+from detclipv2_jax.inference import images
 from detclipv2_jax.inference.config import DecodeConfig
 from detclipv2_jax.inference.detections import ImageDetections
 
@@ -54,7 +55,8 @@ class Oracle:
         return types.SimpleNamespace(names=tuple(names))
 
     def stream(self, sources, texts):
-        for number, path in reversed(list(enumerate(sources))):
+        for number, source in reversed(list(enumerate(sources))):
+            path = source.path
             try:
                 with Image.open(path) as image:
                     width, height = image.size
@@ -73,6 +75,65 @@ class Oracle:
                     size=(height, width),
                 ),
             )
+
+
+class RedFinder:
+    """A predictor that finds the red rectangle of a picture, as a model sees it on its canvas."""
+
+    config, canvas, batch_size = DecodeConfig(), (64, 96), 2
+
+    def encode(self, names):
+        return types.SimpleNamespace(names=tuple(names))
+
+    def stream(self, sources, texts):
+        for number, source in enumerate(sources):
+            image = images.fit_to_canvas(source, self.canvas)
+            pixels = image.pixels.astype(int)
+            rows, columns = np.nonzero(pixels[..., 0] - pixels[..., 2] > 60)
+            corners = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            scale = np.array(image.original_size)[[1, 0, 1, 0]] / np.array(image.size)[[1, 0, 1, 0]]
+            box = np.float32([corners * scale])
+            label, score = np.zeros(1, np.int32), np.float32([0.5])
+            yield number, ImageDetections(box, score, label, texts.names, image.original_size)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_boxes_fit_pictures_that_exif_turns(tmp_path, suffix):
+    """All eight orientations, annotated as viewers show them; four of them also as stored."""
+    content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "red"}]}
+    for orientation in range(1, 9):
+        block = Image.Exif()
+        block[0x0112] = orientation
+        swaps = orientation > 4
+        for as_stored in {False, swaps}:
+            seen = np.full((64, 96, 3), 150, np.uint8)
+            seen[8:24, 10:40] = (220, 30, 30)  # in the pixels that the annotation is for
+            if not as_stored:  # the inverse turns, from the table of the EXIF specification
+                inverse = (
+                    0,
+                    lambda p: p,
+                    np.fliplr,
+                    lambda p: np.rot90(p, 2),
+                    np.flipud,
+                    lambda p: p.swapaxes(0, 1),
+                    np.rot90,
+                    lambda p: np.rot90(p, 2).swapaxes(0, 1),
+                    lambda p: np.rot90(p, -1),
+                )
+                stored = inverse[orientation](seen)
+            else:
+                stored = seen
+            name = f"{orientation}{as_stored}.{suffix}"
+            Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / name, exif=block)
+            number = len(content["images"])
+            content["images"] += [{"id": number, "height": 64, "width": 96, "file_name": name}]
+            box = {"bbox": [10, 8, 30, 16], "area": 480, "category_id": 1, "iscrowd": 0}
+            content["annotations"] += [{"id": number, "image_id": number, **box}]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    truth = datasets.load_ground_truth(tmp_path / "val.json")
+    found = measure.measure_model(RedFinder(), truth, tmp_path, step=1, progress=False)
+    assert len(truth.images) == 12 and found["settings"]["images_other_size"] == 0
+    assert found["coco"]["AP75"] == pytest.approx(1.0)
 
 
 def test_perfect_detections_score_one(tmp_path):

@@ -62,6 +62,17 @@ def test_detect_finds_what_the_detector_finds(detector, photo):
     assert np.array_equal(found.boxes, other.boxes) and found.names == other.names
 
 
+def test_uploads_are_turned_and_opaque(detector, tmp_path):
+    exif, path = Image.Exif(), tmp_path / "photo.png"
+    exif[0x0112] = 5
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 4), np.uint8)
+    pixels[:20, :, 3], pixels[20:, :, 3] = 0, 255
+    Image.fromarray(pixels).save(path, exif=exif)
+    shown, _ = page.detect(detector, str(path), "cat")
+    wanted = np.where(pixels[..., 3:] == 0, 255, pixels[..., :3]).swapaxes(0, 1)
+    np.testing.assert_array_equal(shown, wanted)
+
+
 def test_missing_image_missing_names_and_broken_image_are_errors(detector, photo, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff not a picture")

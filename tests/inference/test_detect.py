@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -50,6 +51,38 @@ def test_paths_arrays_and_pil_images_give_equal_results(detector, tmp_path):
         assert result.size == (64, 64) and set(result.names) <= {"cat", "dog"}
         assert [["cat", "dog"][label] for label in result.labels] == list(result.names)
         assert (np.diff(result.scores) <= 0).all() and (result.scores > 0.05).all()
+
+
+def test_files_in_any_form_are_turned_as_exif_says(detector, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8  # to be shown turned to the left
+    Image.fromarray(random_image(64, 96)).save(tmp_path / "a.png", exif=exif)
+    (wanted,) = detector(np.ascontiguousarray(np.rot90(random_image(64, 96))), ["cat"])
+    data = (tmp_path / "a.png").read_bytes()
+    with open(tmp_path / "a.png", "rb") as file:
+        for source in (tmp_path / "a.png", data, io.BytesIO(data), file):
+            (found,) = detector(source, ["cat"])
+            np.testing.assert_array_equal(found.boxes, wanted.boxes)
+            assert found.size == wanted.size == (96, 64)
+
+
+def test_pictures_that_cannot_be_decoded_do_not_stop_the_others(detector, tmp_path):
+    """Decoders raise whatever they like: here AVIF's a RuntimeError."""
+    files = [tmp_path / name for name in ("a.png", "b.avif", "c.png", "d.jpg", "e.png")]
+    for file in files:
+        Image.fromarray(random_image(32, 48)).save(file)
+    head, tail = files[1].read_bytes().split(b"mdat")
+    files[1].write_bytes(head + b"mdat" + b"\xff" * 20 + tail[20:])
+    files[3].write_bytes(files[3].read_bytes()[:-50])
+    damaged = bytearray(files[4].read_bytes())
+    damaged[200] ^= 1
+    files[4].write_bytes(damaged)
+    found = dict(detector.predictor.stream(files, detector.encode(["cat"])))
+    for number, file in enumerate(files):
+        if number in (0, 2):
+            assert found[number].size == (32, 48)
+        else:
+            assert str(found[number]).startswith(f"{file}: cannot be read as an image (")
 
 
 def test_results_are_in_the_order_of_the_images(detector):

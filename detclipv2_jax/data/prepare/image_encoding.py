@@ -74,7 +74,7 @@ def encode_image(
             f"have at most {_LONGEST_SIDE:,} a side; scale it down or cut it"
         )
         return StoredImage(problem=problem, reason="images: too wide or high")
-    kept = picture.is_plain_jpeg and picture.turned == 1 and _is_whole(data)
+    kept = picture.is_plain_jpeg and picture.turned == 1 and _has_end(data)
     shrunk = size != picture.size
     if kept and not shrunk:
         jpeg = data if picture.orientation == 1 else _without_exif(data)
@@ -116,9 +116,12 @@ def _to_jpeg(picture: pictures.Picture, size: tuple[int, int]) -> bytes:
 # ---- The bytes of a JPEG.
 
 
-def _is_whole(jpeg: bytes) -> bool:
-    """Return whether a JPEG that was decoded also has its end marker, which TensorFlow demands."""
-    return b"\xff\xd9" in jpeg[-64:]
+def _has_end(jpeg: bytes) -> bool:
+    """Return whether a JPEG that Pillow decodes has an end marker; other decoders may ask for it.
+
+    Phones put more behind it: a second picture, a video.
+    """
+    return b"\xff\xd9" in jpeg
 
 
 def _without_exif(jpeg: bytes) -> bytes:
