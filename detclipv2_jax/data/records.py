@@ -40,7 +40,7 @@ class Record:
     """
 
     image: bytes  # JPEG
-    height: int  # of the stored image, in pixels; EXIF orientation is ignored throughout
+    height: int  # of the stored image, in pixels; EXIF in it is ignored (older sources have some)
     width: int
     image_id: str
     boxes: Float32[np.ndarray, "n 4"]  # (x_min, y_min, x_max, y_max), pixels of the stored image

@@ -112,9 +112,10 @@ class Detector:
         """Find the named things in one or more images.
 
         Args:
-          images: one image or an iterable of images of any sizes. An image is a path, a uint8 RGB
-            array (height, width, 3) or a PIL image. Files are rotated as their EXIF orientation
-            says, so that boxes fit what viewers show; arrays and PIL images are taken as they are.
+          images: one image or an iterable of images of any sizes. An image is a path, a binary
+            file, the bytes of one, a uint8 RGB array (height, width, 3) or a PIL image. Files are
+            turned as their EXIF orientation says, so that boxes fit what viewers show; arrays and
+            PIL images are taken as they are. Transparent parts are white.
           names: what to look for. Names that differ only in case or spacing are the same name.
           score_threshold: replaces the detector's for this call, without a new compilation.
           max_detections: replaces the detector's for this call. More than the detector's compiles
