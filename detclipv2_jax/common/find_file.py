@@ -113,7 +113,7 @@ class ImageFolder:
         self._expected.append(names)
         self._claims = None
 
-    def find(self, *names: str) -> Found:
+    def find(self, *names: str, exactly: bool = False) -> Found:
         """Return the file of an entry.
 
         The search, in this order; in each step `first` before `roots`:
@@ -129,11 +129,13 @@ class ImageFolder:
 
         Args:
           names: of one entry, the best one first.
+          exactly: whether to stop after 1.
         """
         spellings = [s for name in names for s in readings(name)]
         if not spellings:
             return Found(None, problem="missing", why="its file name is empty or no file name")
-        for search in (self._as_named, self._as_spelled, self._without_folders):
+        searches = (self._as_named, self._as_spelled, self._without_folders)
+        for search in searches[:1] if exactly else searches:
             for spelling_set in _by_reading(spellings):
                 for roots in ([root] for root in self.first):
                     if found := search(spelling_set, roots, names):

@@ -7,9 +7,11 @@ import dataclasses
 import mmap
 import pathlib
 import re
+import sys
 from collections.abc import Iterator
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.find_file import ImageFolder
 from detclipv2_jax.data.prepare.sources import lvis as lvis_source
 from detclipv2_jax.data.prepare.sources import odinw
 from detclipv2_jax.data.prepare.sources.formats import EVALUATION_WORDS, format_of
@@ -33,6 +35,7 @@ _GET_COCO = (
 _GET_ODINW = (
     "Get the datasets of ODinW as GLIP publishes them, https://github.com/microsoft/GLIP (odinw_35)"
 )
+_SAMPLED = 100  # images that are looked for to guess their directory
 _MINIVAL_FILES = ("lvis_v1_minival.json", "lvis_v1_minival_inserted_image_name.json")
 
 
@@ -151,38 +154,82 @@ def _has_boxes(path: pathlib.Path) -> bool:
     return federated or format_of(path) == "COCO instances"
 
 
-def find_image(image: coco.ImageInfo, image_dir: str | pathlib.Path) -> pathlib.Path | None:
-    """Return the file of an image, None if it is missing.
+def find_image(image: coco.ImageInfo, folder: ImageFolder) -> pathlib.Path | None:
+    """Return the file of an image, None if there is none that is certain.
 
-    The name is the image's `file_name` or the end of its `coco_url` (LVIS has only that), with or
-    without its folder.
+    The name is the image's `file_name` or the end of its `coco_url` (LVIS has only that).
     """
+    return folder.find(*_names(image)).path
+
+
+def find_images(
+    truth: coco.GroundTruth, image_dir: str | pathlib.Path
+) -> list[pathlib.Path | None]:
+    """Return the file of each image, None if there is none; say what is not as its name says.
+
+    Raises:
+      UserError: `image_dir` is not a directory.
+    """
+    folder, found = image_folder(truth, image_dir), []
+    told: dict[str, list[str]] = {}
+    for image in truth.images:
+        one = folder.find(*_names(image))
+        found.append(one.path)
+        if one.spelled:
+            told.setdefault("are named differently in their folder", []).append(one.spelled)
+        elif one.path is None:
+            told.setdefault("are not evaluated", []).append(one.why)
+    for what, sentences in told.items():
+        print(
+            f"{truth.path}: {len(sentences):,} of {len(found):,} images {what}, for example "
+            f"{sentences[0]}",
+            file=sys.stderr,
+        )
+    return found
+
+
+def image_folder(truth: coco.GroundTruth, image_dir: str | pathlib.Path) -> ImageFolder:
+    """Return the search for the images of a dataset; `UserError` if there is no directory."""
+    folder = ImageFolder(image_dir)
+    folder.expect(lambda: map(_names, truth.images))
+    return folder
+
+
+def _names(image: coco.ImageInfo) -> tuple[str, ...]:
     names = [image.file_name] if image.file_name else []
     if image.coco_url:
         names.append("/".join(image.coco_url.split("/")[-2:]))
-    names += [pathlib.PurePosixPath(name).name for name in names]
-    for name in names:
-        path = pathlib.Path(image_dir) / name
-        if path.is_file():
-            return path
-    return None
+    return tuple(dict.fromkeys(names))
 
 
 def guess_image_dir(ground_truth: coco.GroundTruth) -> pathlib.Path:
-    """Return the directory of a dataset's images, from the usual places near the annotations.
+    """Return the directory of a dataset's images: of the usual places that with the most images.
 
     Raises:
       UserError: the images are in none of these places.
     """
     home = pathlib.Path(ground_truth.path).absolute().parent
     places = [home, home / "images", home.parent / "images", home.parent]
-    for place in places:
-        if any(find_image(image, place) for image in ground_truth.images[:20]):
-            return place
+    folders = {place: image_folder(ground_truth, place) for place in places if place.is_dir()}
+    images = ground_truth.images
+    sample = images[:: max(1, len(images) // _SAMPLED)]
+    for exactly in (True, False):  # a name with other folders is looked for last: it takes longest
+        for some in (sample, images):
+            counts = {
+                place: sum(_is_there(image, folder, exactly) for image in some)
+                for place, folder in folders.items()
+            }
+            best = max(counts, key=lambda place: counts[place])
+            if counts[best]:
+                return best
     raise UserError(
         f"{ground_truth.path}: its images are not in {', '.join(map(str, places))}. Give their "
         "directory with --images=DIR."
     )
+
+
+def _is_there(image: coco.ImageInfo, folder: ImageFolder, exactly: bool) -> bool:
+    return folder.find(*_names(image), exactly=exactly).path is not None
 
 
 def _find_lvis(dataset: str, data_dir: pathlib.Path, files: tuple[str, ...]) -> pathlib.Path:

@@ -269,7 +269,7 @@ def _evaluate_set(
 ) -> dict[str, Any]:
     """Answer this process's share of the missing chunks; the first process measures all answers."""
     names = measure.encode_names(model.predictors[0], one.truth, model.prompter)
-    paths = [datasets.find_image(image, one.images) for image in one.truth.images]
+    paths = datasets.find_images(one.truth, one.images)
     settings = {**model.settings, **model.prompter.settings(names)}
     store = AnswerStore(output / "predictions", one.truth.images, paths, model.predictors[0], names)
     identity = store.identity({**model.identity, "settings": settings})

@@ -14,7 +14,7 @@ from detclipv2_jax.common.atomic import write_json
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation import coco, lvis, threshold
 from detclipv2_jax.evaluation.answers import Answer, annotated_image, annotated_scale
-from detclipv2_jax.evaluation.datasets import find_image
+from detclipv2_jax.evaluation.datasets import find_images
 from detclipv2_jax.evaluation.report import PROTOCOLS, draw_comparison, readable_name
 from detclipv2_jax.evaluation.results_file import read_results, results_writer
 from detclipv2_jax.inference import drawing
@@ -58,7 +58,7 @@ def measure_model(
       UserError: no image was found or could be read.
     """
     names = encode_names(predictor, ground_truth, prompter)
-    paths = [find_image(image, image_dir) for image in ground_truth.images]
+    paths = find_images(ground_truth, image_dir)
     settings = {**dataclasses.asdict(predictor.config), "canvas": list(predictor.canvas)}
     return measure_answers(
         ground_truth,

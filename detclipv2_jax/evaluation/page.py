@@ -140,11 +140,12 @@ def example_inputs(config: Mapping[str, Any]) -> list[list[str]]:
         if not path.is_file() or path.stat().st_size > _MAX_ANNOTATION_BYTES:
             return []
         truth = datasets.load_ground_truth(path)
+        folder = datasets.image_folder(truth, root / section["images"])
     except (UserError, OSError):
         return []
     examples = []
     for image in truth.images[:200]:
-        file = datasets.find_image(image, root / section["images"])
+        file = datasets.find_image(image, folder)
         names = _names_in(truth, image.id)
         if file and names and names_from_text(text := text_from_names(names)) == names:
             examples.append([str(file.absolute()), text])

@@ -51,7 +51,7 @@ def test_lvis_val_and_minival_from_it(tmp_path, folder):
     assert isinstance(minival.truth, LvisGroundTruth) and "val2017" in minival.truth.path
     assert len(minival.truth.image_ids) == len(val.truth.image_ids) // 2
     for one in (val, minival):
-        assert all(datasets.find_image(image, one.images) for image in one.truth.images)
+        assert all(datasets.find_images(one.truth, one.images))
 
 
 def test_an_existing_minival_is_used(tmp_path):
@@ -81,7 +81,7 @@ def test_odinw_has_the_names_and_splits_of_the_benchmark(tmp_path):
     names = [category.name for category in sets["NorthAmericaMushrooms"].truth.categories]
     assert names == ["flat mushroom", "yellow mushroom"]
     assert "mini_val" in sets["EgoHands"].truth.path
-    assert all(datasets.find_image(s.truth.images[0], s.images) for s in sets.values())
+    assert all(datasets.find_images(s.truth, s.images)[0] for s in sets.values())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from PIL import Image
 
 from detclipv2_jax import evaluate
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.find_file import ImageFolder
 from detclipv2_jax.evaluation import datasets, measure, report
 from detclipv2_jax.inference import images
 from detclipv2_jax.inference.config import DecodeConfig
@@ -223,13 +224,32 @@ def test_images_are_found_by_name_or_url(tmp_path):
     (tmp_path / "val2017" / "1.jpg").write_text("")
     (tmp_path / "2.jpg").write_text("")
     find = lambda **names: datasets.find_image(
-        types.SimpleNamespace(**({"file_name": None, "coco_url": None} | names)), tmp_path
+        types.SimpleNamespace(**({"file_name": None, "coco_url": None} | names)),
+        ImageFolder(tmp_path),
     )
     assert find(coco_url="http://x.org/val2017/1.jpg") == tmp_path / "val2017" / "1.jpg"
     assert find(coco_url="http://x.org/val2017/2.jpg") == tmp_path / "2.jpg"
     assert find(file_name="val2017/1.jpg") == tmp_path / "val2017" / "1.jpg"
     assert find(file_name="train2014/2.jpg") == tmp_path / "2.jpg"
     assert find(file_name="3.jpg") is None
+
+
+def test_images_of_an_evaluation_are_found_as_those_of_preparation_are(tmp_path, capsys):
+    home = tmp_path / "data"
+    for file in ("images/cam1/1.jpg", "images/1.jpg", "images/b.JPG", "images/a 1.jpg"):
+        (home / file).parent.mkdir(parents=True, exist_ok=True)
+        (home / file).write_text(file)
+    (tmp_path / "secret.jpg").write_text("secret")
+    names = ["cam1/1.jpg", "cam2/1.jpg", "b.jpg", "..\\x\\a%201.jpg", str(tmp_path / "secret.jpg")]
+    images = [types.SimpleNamespace(file_name=name, coco_url=None) for name in names]
+    truth = types.SimpleNamespace(path=str(home / "val.json"), images=images)
+    assert datasets.guess_image_dir(truth) == home / "images"
+    found = datasets.find_images(truth, home / "images")
+    files = ["cam1/1.jpg", None, "b.JPG", "a 1.jpg", None]
+    assert found == [file and home / "images" / file for file in files]
+    told = capsys.readouterr().err
+    assert "2 of 5 images are not evaluated, for example no file cam2/1.jpg; " in told
+    assert "2 of 5 images are named differently in their folder" in told
 
 
 def test_guess_image_dir(tmp_path):
