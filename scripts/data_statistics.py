@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     found = {name: describe(source, args.sample, args.jobs) for name, source in sources.items()}
     results: dict[str, Any] = {"sources": {name: values for name, (values, _) in found.items()}}
     for name, source in sources.items():
-        print(table(name, source.kind, results["sources"][name]))
+        print(table(source, results["sources"][name], f"{args.output}/statistics.json"))
     if args.duplicates:
         results |= find_duplicates(sources, args)
     output = Path(args.output)
@@ -171,14 +171,16 @@ def find_leaked(hashes: dict[str, np.ndarray], args: argparse.Namespace) -> dict
     return counts
 
 
-def table(name: str, kind: str, values: dict[str, Any]) -> str:
-    """Return the statistics of one source as a table."""
+def table(source, values: dict[str, Any], file: str) -> str:
+    """Return the statistics of one source as a table; `file` will have all of them."""
+    from detclipv2_jax.data.prepare.report import class_lines
     from detclipv2_jax.data.prepare.statistics import QUANTILES
 
     heads = ["min", *(f"{q:.0%}" for q in QUANTILES[1:-1]), "max"]
     lines = [
-        f"{name} ({kind}): {values['records']:,} records, {values['concepts']:,} concepts "
-        f"({values['captions']:,} captions, {values['unused']:,} that no record has)",
+        f"{source.name} ({source.kind}): {values['records']:,} records, "
+        f"{values['concepts']:,} concepts ({values['captions']:,} captions, "
+        f"{values['unused']:,} that no record has)",
         f"  {'':<26}" + "".join(f"{head:>9}" for head in heads),
     ]
     boxes = values.get("boxes", {})
@@ -201,8 +203,13 @@ def table(name: str, kind: str, values: dict[str, Any]) -> str:
             f"  boxes: {boxes['small']:.1%} small, {boxes['medium']:.1%} medium, "
             f"{boxes['large']:.1%} large; {boxes['without_boxes']:.1%} of the records have none"
         )
+    if values["all_boxes"] is not None:
+        counted = f"  all boxes: {values['all_boxes']:,}"
+        if "images_without_boxes" in values:
+            counted += f"; images without boxes: {values['images_without_boxes']:,}"
+        lines += [counted, *class_lines(source, file)]
     frequent = ", ".join(f"{n} {c:,}" for n, c in itertools.islice(values["frequent"].items(), 10))
-    return "\n".join([*lines, f"  most frequent: {frequent}"])
+    return "\n".join([*lines, f"  most records: {frequent}"])
 
 
 def draw(sources, sides: dict[str, np.ndarray], path: Path) -> None:

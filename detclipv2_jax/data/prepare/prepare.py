@@ -255,9 +255,12 @@ def _refuse_unusable(archives: Sequence[Archive], kind: str, totals: _Totals) ->
     drops = totals.drops
     if not totals.records:
         example = f", for example {drops.first()}" if drops.first() else ""
+        remedy = "Check the file"
+        if drops.dropped["images: missing"]:
+            remedy += ", and give the folder of its images with --images=DIR"
         raise UserError(
             f"{files}: contains nothing usable: {drops.dropped.total()} entries were dropped"
-            f"{example}. Check the file, and give the folder of its images with --images=DIR."
+            f"{example}. {remedy}."
         )
     lost = [reason for reason in drops.dropped if reason.startswith("boxes")]
     if kind == "detection" and lost and not totals.boxes:

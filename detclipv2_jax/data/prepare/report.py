@@ -33,7 +33,7 @@ def format_report(source: Source) -> str:
     rows += [("images re-encoded as JPEG", images.get("reencoded", 0))]
     rows += [("images stored smaller", images.get("shrunk", 0))]
     lines += [f"  {label:<36}{count:>10,}" for label, count in rows if count or label == "records"]
-    lines += _class_lines(source)
+    lines += class_lines(source)
     for title, field in (("dropped", "dropped"), ("changed", "mended"), ("note", "noted")):
         for reason, count in sorted(info.get(field, {}).items()):
             lines.append(f"  {title + ' ' + reason:<36}{count:>10,}")
@@ -57,8 +57,13 @@ def boxes_per_name(source: Source) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda pair: -pair[1]))
 
 
-def _class_lines(source: Source) -> list[str]:
-    """Return the boxes of the most and least frequent names of a detection source."""
+def class_lines(source: Source, whole_table: str | None = None) -> list[str]:
+    """Return the boxes of the most and least frequent names of a detection source, in lines.
+
+    Args:
+        source: of any kind; others than detection have no lines.
+        whole_table: the file with the boxes of every name; None: the source's concepts.jsonl.
+    """
     if source.kind != "detection" or not len(source.keys):
         return []
     counts = boxes_per_name(source)
@@ -77,7 +82,8 @@ def _class_lines(source: Source) -> list[str]:
         shown = ", ".join(unboxed[:_SHOWN_CLASSES]) + ", …" * (len(unboxed) > _SHOWN_CLASSES)
         lines.append(("names without boxes", f"{len(unboxed):,} ({shown})"))
     if len(boxed) > 2 * _SHOWN_CLASSES:
-        lines.append(("boxes of every name", str(source.directory / "concepts.jsonl")))
+        table = whole_table or str(source.directory / "concepts.jsonl")
+        lines.append(("boxes of every name", table))
     return [f"  {label + ':':<28} {text}" for label, text in lines if text]
 
 

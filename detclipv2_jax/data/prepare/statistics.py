@@ -16,6 +16,7 @@ from array_record.python import array_record_module
 from jaxtyping import Float, Int, UInt64
 
 from detclipv2_jax.data.index import Source
+from detclipv2_jax.data.prepare import report
 from detclipv2_jax.text.tokenizer import CONTEXT, END
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -32,7 +33,8 @@ def index_statistics(source: Source) -> dict[str, Any]:
         "records", "concepts", "captions": counts. "unused": concepts that no record has.
         "height", "width" (pixels), "aspect" (width / height), "concepts_a_record", "tokens":
         `quantiles`. "tokens_at_limit": share of the concepts that fill all tokens. "frequent": the
-        most frequent names and the number of records that have them.
+        most frequent names and the number of records that have them. "all_boxes": their number.
+        Of detection also "images_without_boxes" and "boxes_per_name", the most frequent first.
     """
     counts = np.diff(source.positives_offsets)
     uses = np.bincount(source.positives, minlength=len(source.keys))
@@ -40,7 +42,16 @@ def index_statistics(source: Source) -> dict[str, Any]:
     frequent = names[np.argsort(-uses[names], kind="stable")[:20]]
     lengths = 1 + (np.asarray(source.tokens) == END).argmax(axis=1)
     height, width = source.height.astype(np.float64), source.width.astype(np.float64)
+    boxes: dict[str, Any] = {"all_boxes": source.info.get("boxes")}
+    if source.kind == "detection":
+        per_name = report.boxes_per_name(source)
+        boxes = {
+            "all_boxes": sum(per_name.values()),
+            "images_without_boxes": report.images_without_boxes(source),
+            "boxes_per_name": per_name,
+        }
     return {
+        **boxes,
         "records": len(source),
         "height": quantiles(height),
         "width": quantiles(width),
