@@ -10,9 +10,9 @@ training fit together, and no more (docs/results/photos/README.md; measured with
 first step on). swin_t needs a GPU and the pretrained towers in `weights/` (docs/weights.md); not
 measured yet. To start from a trained model, use finetune_coco_format.py.
 
-Kinds of data that the folder lacks are skipped. To evaluate, name a validation file and its images,
-as absolute paths or relative to the data_dir: `--config.eval.dataset=$PWD/my_photos/val.json
---config.eval.images=$PWD/my_photos/images`. All values are ours.
+Kinds of data that the folder lacks are skipped. Each epoch is measured on the validation set that
+`prepare` found in the folder, or held out with --val_share=0.1; docs/own_data.md says more. All
+values are ours.
 """
 
 from ml_collections import ConfigDict
@@ -71,5 +71,7 @@ def get_config(size: str = "nano") -> ConfigDict:
         config.model.anchors.scale = 2.0
     config.train.epochs = 12.0
     config.train.log_every = 1
+    config.train.eval_every = -1  # each epoch
+    config.eval.dataset = "auto"
     config.eval.canvas = (192, 256) if nano else (800, 1344)
     return config

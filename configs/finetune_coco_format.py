@@ -2,8 +2,7 @@
 
     detclip prepare custom --from=my_photos --to=data/target
     detclip train --config=configs/finetune_coco_format.py:swin_t \
-        --config.init.model=runs/swin_t --workdir=runs/my_photos \
-        --config.eval.dataset=$PWD/my_photos/val.json --config.eval.images=$PWD/my_photos/images
+        --config.init.model=runs/swin_t --workdir=runs/tuned
 
 `init.model` is the workdir of a run or an exported safetensors file. swin_t (the default) and
 swin_l need GPUs and have not been measured yet. nano runs on two CPU cores from runs/quickstart: on
@@ -12,7 +11,7 @@ AP on all 236 names from 0.28 to 0.30 (docs/results/finetune/README.md).
 
 Between steps on the target, a share of the pre-training data is rehearsed [ours]. Kinds that are
 not prepared under `data/` are skipped, and so are phrases and captions that the folder lacks. AP on
-the validation set and on a zero-shot set (LVIS minival; '' for none) is measured before and after
+the validation set and on a zero-shot set (LVIS minival, if it exists) is measured before and after
 (docs/finetune.md).
 
 [paper] marks values that the paper uses on ODinW13, whose own recipe is finetune_odinw.py. The
@@ -37,6 +36,8 @@ def get_config(size: str = "swin_t") -> ConfigDict:
     config.init.backbone = config.init.text = ""  # both are in init.model
     data = config.data
     data.skip_missing = True
+    if data.dictionary:
+        data.dictionary = f"auto:{data.dictionary}"
     data.prepare = "detclip prepare custom --from=YOUR_FOLDER --to=DATA_DIR/target"
     for kind in ("detection", "grounding", "image_text"):
         data[kind].rehearsal = data[kind].sources
@@ -51,11 +52,11 @@ def get_config(size: str = "swin_t") -> ConfigDict:
     config.optimizer.warmup_steps = 50
     config.train.epochs = 12.0
     config.train.log_every = 1
-    config.train.eval_every = 0
+    config.train.eval_every = -1  # each epoch
     config.train.eval_first = True
-    config.eval.zero_shot = config.eval.dataset
+    config.eval.zero_shot = f"auto:{config.eval.dataset}"
     config.eval.zero_shot_images = config.eval.images
-    config.eval.dataset = ""
+    config.eval.dataset = "auto"
     config.eval.images = ""
     if nano:
         config.init.model = "runs/quickstart"

@@ -8,6 +8,8 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import KINDS, TEXT_KINDS, Kind
 from detclipv2_jax.text.tokenizer import TEMPLATE, check_template
 
+AUTO = "auto"  # as "auto:FILE" in some fields: that file or directory, if it exists
+
 
 @dataclasses.dataclass(frozen=True)
 class KindConfig:
@@ -77,7 +79,9 @@ class DataConfig:
 
     prepare: str = ""  # the command that prepares the data, shown where the data is missing
     skip_missing: bool = False  # train without the kinds whose sources are missing
-    dictionary: str = ""  # directory of the prepared dictionary, relative to data_dir; "" = none
+    # Directory of the prepared dictionary, relative to data_dir; "" = none; "auto:DIR": that one if
+    # it exists, else names are trained without definitions.
+    dictionary: str = ""
     # Table of your own definitions, relative to data_dir, used before the dictionary's: name,
     # synset, definition, separated by tabs, with this header; "" = none.
     definitions_file: str = ""

@@ -10,10 +10,12 @@ class EvalConfig(DetectConfig):
     """The validation data and how the detector is queried. Checkpoints store it for later jobs.
 
     Attributes:
-      dataset: LVIS or COCO JSON, relative to `data_dir`. Empty: no evaluation.
-      images: directory of its images, relative to `data_dir`.
+      dataset: LVIS or COCO JSON, relative to `data_dir`. Empty: no evaluation. "auto": the
+        validation set that `detclip prepare custom` wrote next to the first source of boxes, if
+        there is one.
+      images: directory of its images, relative to `data_dir`. Empty: near the annotations.
       zero_shot: a second dataset, of categories that are not trained on, to see whether they are
-        forgotten. Empty: none.
+        forgotten. Empty: none. "auto:FILE": that file, if it exists.
       zero_shot_images: directory of its images, relative to `data_dir`.
       pictures: how many validation images each evaluation draws, and how many images of the run's
         image-text data, each phrase of the caption with its best region.

@@ -58,7 +58,7 @@ _RANGES = {
     "train.epochs": "> 0",
     "train.log_every": ">= 0",
     "train.checkpoint_every": ">= 0",
-    "train.eval_every": ">= 0",
+    "train.eval_every": ">= -1",
     "train.keep_checkpoints": ">= 1",
     "train.max_skipped": ">= 1",
     "eval.batch_size": ">= 1",

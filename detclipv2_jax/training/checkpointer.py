@@ -126,6 +126,10 @@ class Checkpointer:
             "meta": ocp.args.JsonSave(meta | {"score": score, checkpoint_files.DIGESTS: True}),
         }
 
+    def is_best(self, score: float | None) -> bool:
+        """Return whether a score is at least as good as that of every checkpoint kept so far."""
+        return score is not None and score >= max(self._scores.values(), default=score)
+
     def _note_score(self, step: int, score: float | None) -> None:
         self._scores.pop(step, None)
         if score is not None:

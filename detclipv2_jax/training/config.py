@@ -18,6 +18,8 @@ from detclipv2_jax.training.initialize import InitConfig
 from detclipv2_jax.training.objective import LossConfig
 from detclipv2_jax.training.optimizer import OptimizerConfig
 
+EACH_EPOCH = -1  # of `TrainConfig.eval_every`
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -28,7 +30,9 @@ class TrainConfig:
     epochs: float = 12.0  # passes over every source (paper §4.1)
     log_every: int = 50  # steps between lines of metrics.jsonl
     checkpoint_every: int = 1000  # steps between checkpoints
-    eval_every: int = 0  # steps between evaluations; 0: only after the last step
+    # Steps between evaluations; -1: one epoch; 0: only after the last step. A checkpoint is saved
+    # where the score is the best so far.
+    eval_every: int = 0
     eval_first: bool = False  # evaluate before the first step too: where fine-tuning starts from
     keep_checkpoints: int = 3  # the newest checkpoints are kept, and the best one
     max_skipped: int = 20  # skipped steps in a row (not finite, or spikes) that stop the run

@@ -11,7 +11,7 @@ import numpy as np
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import fill, rungs
 from detclipv2_jax.data.batch import Batch
-from detclipv2_jax.data.config import DataConfig, KindConfig
+from detclipv2_jax.data.config import AUTO, DataConfig, KindConfig
 from detclipv2_jax.data.dictionary import Dictionary
 from detclipv2_jax.data.index import TEXT_KINDS, Kind, Source
 from detclipv2_jax.data.plan import Plan
@@ -67,9 +67,12 @@ def open_data(config: RunConfig) -> TrainingData:
     root = Path(config.data_dir)
     kinds = _available_kinds(root, config.data)
     sources = _open_sources(root, kinds, config.data.prepare)
+    dictionary = _open_dictionary(root, config.data.dictionary)
+    if dictionary is None:
+        kinds = {k: dataclasses.replace(data, definitions=False) for k, data in kinds.items()}
     vocabulary = Vocabulary(
         sources,
-        Dictionary.open(root / config.data.dictionary) if config.data.dictionary else None,
+        dictionary,
         defined=[kind for kind, data in kinds.items() if data.definitions],
         corrections=read_table(root / file) if (file := config.data.definitions_file) else {},
         template=config.data.template,
@@ -123,8 +126,23 @@ def _open_sources(root: Path, kinds: Mapping[Kind, KindConfig], prepare: str) ->
         names = [name for data in kinds.values() for name in data.all_sources]
         return {name: Source.open(root / name) for name in names}
     except UserError as error:
+        prepare = prepare.replace("DATA_DIR", str(root))
         hint = f" The command for this config's data: {prepare}" if prepare else ""
         raise UserError(f"{str(error).rstrip('.')}.{hint}") from None
+
+
+def _open_dictionary(root: Path, name: str) -> Dictionary | None:
+    """Open the dictionary that `DataConfig.dictionary` names; None if there is none."""
+    first, auto, optional = name.partition(f"{AUTO}:")
+    if auto and not first:
+        if not (root / optional).is_dir():
+            print(
+                f"{root / optional} does not exist, so names are trained without definitions. Make "
+                f"it with `detclip prepare concepts --from={root} --to={root / optional}`"
+            )
+            return None
+        name = optional
+    return Dictionary.open(root / name) if name else None
 
 
 def abstract_batch(kind: Kind, shape: tuple[int, int], config: KindConfig) -> Batch:

@@ -153,9 +153,8 @@ _WRITTEN = (
     "checkpoints/*",
 )
 HOW_TO_MEASURE = (
-    "Nothing was measured, because config.eval.dataset names no validation set. Measure this run "
-    "with\n  detclip evaluate --checkpoint={workdir} --dataset=VAL.json --images=DIR "
-    "--output={workdir}/evaluation"
+    "nothing was measured, because the run has no validation set. Measure it on a file with boxes:"
+    "\n  detclip evaluate --checkpoint={workdir} --dataset=VAL.json --output={workdir}/evaluation"
 )
 
 

@@ -18,7 +18,7 @@ from detclipv2_jax.models import detclip
 from detclipv2_jax.training import check, optimizer, sharding
 from detclipv2_jax.training.checkpointer import Checkpointer
 from detclipv2_jax.training.clock import Clock
-from detclipv2_jax.training.config import RunConfig
+from detclipv2_jax.training.config import EACH_EPOCH, RunConfig
 from detclipv2_jax.training.inputs import open_data, with_classes
 from detclipv2_jax.training.metrics import MetricsLog, Progress
 from detclipv2_jax.training.prefetch import prefetch
@@ -27,7 +27,7 @@ from detclipv2_jax.training.programs import compile_programs, step_function
 from detclipv2_jax.training.recorder import Recorder, is_due, report
 from detclipv2_jax.training.resume import new_or_resumed
 from detclipv2_jax.training.utilization import Utilization
-from detclipv2_jax.training.validation import BEFORE, Validator, headline
+from detclipv2_jax.training.validation import BEFORE, Validator, headline, with_validation_sets
 
 
 # Longer than a screen on purpose: it is the story of a run, and each section uses what the sections
@@ -58,7 +58,7 @@ def train(
 
     # ---- Data. From here on, what a step sees is a function of (seed, step).
     data = open_data(config)
-    config = with_classes(config, data.names)
+    config = with_validation_sets(with_classes(config, data.names))
     total_steps = max(1, round(config.train.epochs * data.plan.steps_per_epoch))
     steps_to_profile = parse_steps(profile, total_steps)
     definitions = data.plan.vocabulary.definitions("detection")
@@ -144,7 +144,8 @@ def train(
             profiler.step_dispatched(step, values)
             is_last, is_stopping, score = step == total_steps, stop.is_due(step), None
 
-            eval_every = data.plan.steps_per_epoch if auto_step else config.train.eval_every
+            is_each_epoch = auto_step or config.train.eval_every == EACH_EPOCH
+            eval_every = data.plan.steps_per_epoch if is_each_epoch else config.train.eval_every
             is_eval_due = is_due(step, eval_every) and not is_stopping
             if validator and (is_last or is_eval_due):
                 recorder.flush()
@@ -160,7 +161,8 @@ def train(
                     meta |= {"auto_step": dataclasses.asdict(auto_step)}
                     is_last |= auto_step.is_over
 
-            if is_last or is_stopping or is_due(step, config.train.checkpoint_every):
+            is_save_due = is_due(step, config.train.checkpoint_every)
+            if is_last or is_stopping or is_save_due or checkpointer.is_best(score):
                 recorder.flush()
                 with clock("checkpoint"):
                     checkpointer.save(state, meta | {"seconds": clock.totals()}, score)

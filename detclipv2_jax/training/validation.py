@@ -1,13 +1,18 @@
 """Evaluation of a run on its validation sets while it trains."""
 
+import contextlib
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.data.config import AUTO
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.evaluation import datasets, measure
+from detclipv2_jax.evaluation.coco import GroundTruth
 from detclipv2_jax.inference.predictor import Predictor
 from detclipv2_jax.inference.prompts import Prompter
 from detclipv2_jax.training import sharding
@@ -16,8 +21,37 @@ from detclipv2_jax.training.config import RunConfig
 from detclipv2_jax.training.state import TrainState
 
 BEFORE = "before.json"  # in the workdir: results before the first step (`train.eval_first`)
+NOT_MEASURED = (
+    "this run is not measured. Prepare the data with a validation file or with --val_share=0.1, or "
+    "name a set with --config.eval.dataset=FILE (absolute, or relative to data_dir)"
+)
 PHRASES = "detections/phrases"  # folder of the pictures of captions
 ZERO_SHOT = "zero_shot"  # key and folder of the results on the second validation set
+
+
+def with_validation_sets(config: RunConfig) -> RunConfig:
+    """Return the config with the validation sets that "auto" stands for; "" where there is none.
+
+    It prints which sets the run is measured on.
+    """
+    root, evaluation = Path(config.data_dir), config.eval
+    if evaluation.dataset == AUTO:
+        source = next(iter(config.data.detection.all_sources), "")
+        folder = Path(source).parent / "validation"
+        dataset, images = str(folder / "annotations.json"), str(folder / "images")
+        if not (root / dataset).is_file():
+            print(f"{root / dataset} does not exist, so {NOT_MEASURED}")
+            dataset = images = ""
+        evaluation = dataclasses.replace(evaluation, dataset=dataset, images=images)
+    first, auto, zero_shot = evaluation.zero_shot.partition(f"{AUTO}:")
+    if auto and not first:
+        if not (root / zero_shot).is_file():
+            print(f"{root / zero_shot} does not exist, so zero-shot AP is not measured")
+            zero_shot = ""
+        evaluation = dataclasses.replace(evaluation, zero_shot=zero_shot)
+    if evaluation.dataset:
+        print(f"measured on {root / evaluation.dataset}")
+    return dataclasses.replace(config, eval=evaluation)
 
 
 class Validator:
@@ -52,8 +86,7 @@ class Validator:
         if config.eval.zero_shot:
             sets[ZERO_SHOT] = (config.eval.zero_shot, config.eval.zero_shot_images)
         self._sets = {
-            name: (datasets.load_ground_truth(root / dataset), root / images)
-            for name, (dataset, images) in sets.items()
+            name: _opened(root, dataset, images) for name, (dataset, images) in sets.items()
         }
         self._prompter = Prompter.for_model(config.eval, definitions, config.data.template)
         self._predictor: Predictor | None = None
@@ -95,6 +128,15 @@ class Validator:
         name = f"step_{int(state.step):08d}.png"
         self._captions(graphdef, state.ema, self._workdir / PHRASES / name if is_first else None)
         return results.pop("") | results
+
+
+def _opened(root: Path, dataset: str, images: str) -> tuple[GroundTruth, Path]:
+    """Return a validation set and the directory of its images; "" looks near the annotations."""
+    truth = datasets.load_ground_truth(root / dataset)
+    if not images:
+        with contextlib.suppress(UserError):  # else they are relative to data_dir
+            return truth, datasets.guess_image_dir(truth)
+    return truth, root / images
 
 
 def headline(results: dict[str, Any]) -> float:
