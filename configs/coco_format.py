@@ -52,6 +52,8 @@ def get_config(size: str = "nano") -> ConfigDict:
         if not nano:  # short sides 480 to 800, as in pretrain.py
             kind.rungs = (0.72, 0.84, 1.0)
             kind.scales = (0.834, 1.0)
+    # Of few names, a model learns what they mean only next to other names.
+    data.detection.general_negatives = 50
     data.grounding.labels_per_box = 3
     data.image_text.batch_size = 32
     data.image_text.shapes = ((128, 128),) if nano else ((320, 320),)

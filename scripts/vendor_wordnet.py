@@ -6,6 +6,8 @@ Debian's package `wordnet-base` has them. Written to detclipv2_jax/text/assets/w
 
     nouns.txt.gz       one line per synset: "lemma sense lemma sense …", a tab, its field, marks and
                        number of hyponyms, a tab, the definition
+    hypernyms.txt.gz   one line per synset, in the order of nouns.txt: the rows, from 0, of the
+                       synsets that it is a kind or an instance of
     exceptions.txt.gz  one line per irregular plural: the plural, then its singulars
     LICENSE            Princeton's license, copied from the files
 
@@ -84,6 +86,17 @@ def synset_line(
     return f"{' '.join(pairs)}\t{about}\t{definition(gloss)}"
 
 
+def hypernym_lines(data: Sequence[str]) -> list[str]:
+    """Return the lines of hypernyms.txt for the lines of data.noun."""
+    rows = {line.split()[0]: row for row, line in enumerate(data)}
+    found = []
+    for line in data:
+        fields = line.partition(" | ")[0].split()
+        pairs = zip(fields, fields[1:])
+        found.append(" ".join(str(rows[to]) for symbol, to in pairs if symbol in ("@", "@i")))
+    return found
+
+
 def marks(word: str, rest: Sequence[str]) -> str:
     """Return the marks of a synset, given its first word and the rest of its line."""
     pointers = set(zip(rest, rest[1:]))
@@ -131,12 +144,14 @@ def main() -> int:
 
 
 def write_assets(origin: Path) -> None:
-    """Read the database files in `origin` and write the three assets."""
+    """Read the database files in `origin` and write the assets."""
     numbers = senses(read_lines(origin, "index.noun"))
     data = read_lines(origin, "data.noun")
     counts = tag_counts(read_lines(origin, "cntlist.rev"))
-    synsets = [synset_line(line, numbers, counts) for line in data if not line.startswith("  ")]
+    nouns = [line for line in data if not line.startswith("  ")]
+    synsets = [synset_line(line, numbers, counts) for line in nouns]
     write_gzip(_TO / "nouns.txt.gz", synsets)
+    write_gzip(_TO / "hypernyms.txt.gz", hypernym_lines(nouns))
     write_gzip(_TO / "exceptions.txt.gz", read_lines(origin, "noun.exc"))
     write_text(_TO / "LICENSE", license(data))
     print(f"{_TO}: {len(numbers):,} lemmas, {len(synsets):,} synsets")

@@ -31,6 +31,9 @@ class KindConfig:
     # Concepts an image is scored on, its own included, the rest drawn at random (paper §4.1:
     # detection 150, grounding 100); 0 draws none.
     concepts_per_image: int = 150
+    # Detection: an image that draws fewer negatives from the names of its source, because there are
+    # few, draws names of WordNet for the rest [ours] (general_names.py); 0 draws none.
+    general_negatives: int = 0
     # Concepts that an image is scored on as negatives, of those in the step's table: all of them
     # (paper §3.1), the names of its own source, or only its own concepts and the negatives that
     # were drawn for it.
@@ -122,6 +125,7 @@ _LEAST = {
     "batch_size": 1,
     "table_size": 1,
     "concepts_per_image": 0,
+    "general_negatives": 0,
     "max_boxes": 0,
     "labels_per_box": 1,
     "texts_per_image": 0,
@@ -174,6 +178,8 @@ def _check_scoring(kind: Kind, config: KindConfig, check: Callable[[str, bool, s
     """Check which concepts an image is scored on; `check` raises with the field's name."""
     if kind != "detection":
         # Only a list of names that somebody looked for says what is absent.
+        none = config.general_negatives == 0
+        check("general_negatives", none, "0: only detection data has lists of names")
         check("federated", not config.federated, "False: only detection data has lists of names")
         is_open = config.scored_on != "source"
         check("scored_on", is_open, '"table" or "own": only detection data has lists of names')
@@ -181,6 +187,10 @@ def _check_scoring(kind: Kind, config: KindConfig, check: Callable[[str, bool, s
         rule = "the default: texts are compared with all images of the batch"
         check("scored_on", config.scored_on == "table", rule)
         check("ignore_alike", not config.ignore_alike, rule)
+    if config.general_negatives:
+        rule = 'above 0 with scored_on "source" or "own" only'
+        check("general_negatives", config.scored_on != "table", rule)
+        check("concepts_per_image", config.concepts_per_image > 0, "above 0 to draw negatives")
     if config.federated:
         check(
             "scored_on", config.scored_on != "table", '"source" or "own" where `federated` is set'

@@ -93,6 +93,8 @@ class Scorer:
     ) -> Draws:
         """Draw negatives until each slot has `concepts_per_image` concepts, its own included.
 
+        Where its source has few names, a slot also draws general names.
+
         None is a positive, or a synonym of a positive, of an image that may be scored on it. With
         label spaces each slot draws from that of its own image; of a federated source, from the
         names that are listed as absent from that image.
@@ -119,13 +121,23 @@ class Scorer:
             absent = self._lists(source, "absent")
             if absent is None:
                 ids = self._drawn(generator, self._spaces[source], excluded, missing[slots])
-                drawn.append((slots, ids))
+                drawn += [(slots, ids), (slots, self._general(generator, ids))]
                 continue
             for slot in slots:
                 pool = np.unique(self._to_global[source][absent.of(images.records[slot])])
                 ids = self._drawn(generator, pool, excluded, missing[slot : slot + 1])
                 drawn.append((slot[None], ids))
         return _joined(drawn)
+
+    def _general(
+        self, generator: np.random.Generator, drawn: list[Int[np.ndarray, " k"]]
+    ) -> list[Int[np.ndarray, " g"]]:
+        """Draw general names for slots that drew fewer negatives than `general_negatives`."""
+        if not self._config.general_negatives:  # the generator must not be touched
+            return []
+        lacking = np.array([self._config.general_negatives - len(ids) for ids in drawn])
+        none = np.zeros(0, np.int32)
+        return self._drawn(generator, self._vocabulary.general, none, np.maximum(lacking, 0))
 
     def scored(
         self, table: Table, images: Images, positives: Positives, draws: Draws
@@ -160,6 +172,9 @@ class Scorer:
         if policy == "source":
             present, numbers = np.unique(images.sources, return_inverse=True)
             spaces = [np.isin(table.concepts, self._spaces[source]) for source in present]
+            if self._config.general_negatives:
+                is_general = np.isin(table.concepts, self._vocabulary.general)
+                spaces = [space | is_general for space in spaces]
             return np.array(spaces).reshape(-1, len(used))[numbers] & used
         if policy == "own":
             drawn = np.zeros((self._config.batch_size, len(used)), bool)
@@ -216,7 +231,7 @@ def _joined(parts: Sequence[tuple[Int[np.ndarray, " b"], list[np.ndarray]]]) -> 
     drawn = [ids for _, group in parts for ids in group]
     if not drawn:
         return Draws.none()
-    slots = np.concatenate([slots for slots, _ in parts])
+    slots = np.concatenate([slots for slots, group in parts if group])
     return Draws(np.concatenate(drawn), np.repeat(slots, [len(ids) for ids in drawn]))
 
 

@@ -11,11 +11,14 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32
 
 from detclipv2_jax.data.dictionary import Dictionary
+from detclipv2_jax.data.general_names import GeneralNames
 from detclipv2_jax.data.index import TEXT_KINDS, Source
 from detclipv2_jax.text.checked import Meaning
 from detclipv2_jax.text.definitions import Knowledge, define
 from detclipv2_jax.text.tokenizer import CONTEXT, TEMPLATE, fitted, keys, tokenize
 from detclipv2_jax.text.wordnet import wordnet
+
+_Table = Source | Dictionary | GeneralNames  # what concepts are read from
 
 
 class Vocabulary:
@@ -29,6 +32,7 @@ class Vocabulary:
         sources: the sources by name.
         keys: the key of each concept, ascending.
         local_to_global: for each source its concepts' global ids, by local id.
+        general: ids of the general names, ascending.
         meanings: synonyms and definitions of the concepts; None without a dictionary.
     """
 
@@ -40,6 +44,7 @@ class Vocabulary:
         defined: Collection[str] = (),
         corrections: Mapping[str, Meaning] = MappingProxyType({}),
         template: str = TEMPLATE,
+        general: GeneralNames | None = None,
     ):
         """Merge the concepts of all sources and of the dictionary.
 
@@ -49,10 +54,12 @@ class Vocabulary:
             defined: kinds whose names are encoded with their definitions; needs a dictionary.
             corrections: a user's meanings of names, used before those of the dictionary.
             template: how a name and its definition are joined.
+            general: names that are negatives where a source has few of its own.
         """
         self.sources = dict(sources)
         self._dictionary = dictionary
-        tables = [*self.sources.values(), *([] if dictionary is None else [dictionary])]
+        tables: list[_Table] = [*self.sources.values()]
+        tables += [one for one in (dictionary, general) if one is not None]
         everything = np.concatenate([s.keys for s in tables] or [np.zeros(0, np.uint64)])
         self.keys, first, inverse = np.unique(everything, return_index=True, return_inverse=True)
         starts = np.cumsum([0] + [len(s.keys) for s in tables])
@@ -64,6 +71,8 @@ class Vocabulary:
         self._tables = tables
         self._table_of = (np.searchsorted(starts, first, side="right") - 1).astype(np.int32)
         self._local_of = (first - starts[self._table_of]).astype(np.int64)
+        names = [] if general is None else general.names
+        self.general: Int32[np.ndarray, " g"] = np.unique(self.lookup(names))
         self.meanings = None
         if dictionary is not None:
             self.meanings = meanings_of(self, dictionary, defined, corrections, template)
@@ -187,7 +196,7 @@ class Vocabulary:
 class _Located(NamedTuple):
     """Some of m concepts, found in one table: a source or the dictionary."""
 
-    table: Source | Dictionary
+    table: _Table
     local: Int[np.ndarray, " k"]  # their local ids there
     mask: Bool[np.ndarray, " m"]  # which of the m they are
 

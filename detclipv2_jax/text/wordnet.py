@@ -7,7 +7,7 @@ it takes about half a second, on first use.
 import functools
 import gzip
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,6 +96,10 @@ class WordNet:
     def __len__(self) -> int:
         return len(self._lines)
 
+    def first_lemmas(self) -> Iterator[str]:
+        """Yield the usual word of each synset, each word once."""
+        yield from dict.fromkeys(line[: line.index(" ")] for line in self._lines)
+
     def synsets(self, lemma: str) -> list[str]:
         """Return the synsets of a lemma, the most frequent sense first."""
         senses = self._senses.get(lemma.lower().replace(" ", "_"), {})
@@ -113,6 +117,45 @@ class WordNet:
             return None
         about, _, hyponyms = self._lines[row].split("\t")[1].partition(":")
         return About(FIELDS[int(about[:2])], about[2:], int(hyponyms or 0))
+
+    def hypernyms(self, synset: str) -> list[str]:
+        """Return what a synset is a kind of, directly or not: a dog is a canine, an animal, …"""
+        row = self._row(synset)
+        return [] if row is None else [self._name(one) for one in sorted(self._ancestors(row))]
+
+    def related(self, synsets: Iterable[str]) -> set[str]:
+        """Return some synsets with all of their hypernyms and hyponyms, direct or not."""
+        rows = {row for row in map(self._row, synsets) if row is not None}
+        above = set(rows).union(*(self._ancestors(row) for row in rows))
+        below, waiting = set(rows), list(rows)
+        while waiting:
+            new = set(self._hyponyms.get(waiting.pop(), ())) - below
+            below |= new
+            waiting += new
+        return {self._name(row) for row in above | below}
+
+    def _ancestors(self, row: int) -> set[int]:
+        found: set[int] = set()
+        waiting = [row]
+        while waiting:
+            new = set(self._hypernyms[waiting.pop()]) - found
+            found |= new
+            waiting += new
+        return found
+
+    @functools.cached_property
+    def _hypernyms(self) -> list[tuple[int, ...]]:
+        """The rows of the direct hypernyms of each row."""
+        return [tuple(map(int, line.split())) for line in _read("hypernyms.txt.gz")]
+
+    @functools.cached_property
+    def _hyponyms(self) -> dict[int, list[int]]:
+        """The rows of the direct hyponyms of rows that have any."""
+        found: dict[int, list[int]] = {}
+        for row, above in enumerate(self._hypernyms):
+            for one in above:
+                found.setdefault(one, []).append(row)
+        return found
 
     def count(self, lemma: str, synset: str) -> int:
         """Return how often a lemma has this sense in the texts that WordNet's authors tagged."""

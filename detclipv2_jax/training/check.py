@@ -197,7 +197,11 @@ def _check_closed_set(config: "RunConfig") -> None:
                 f"config.data.closed_set is True, but config.data.{kind} has sources. Train on "
                 "detection data alone, or set closed_set to False."
             )
-    for path, expected in (("data.detection.definitions", False), ("model.similarity", "dot")):
+    for path, expected in (
+        ("data.detection.definitions", False),
+        ("data.detection.general_negatives", 0),
+        ("model.similarity", "dot"),
+    ):
         if (value := operator.attrgetter(path)(config)) != expected:
             raise UserError(
                 f"config.data.closed_set is True, but config.{path} is {value!r}. Set it to "

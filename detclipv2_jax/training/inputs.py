@@ -13,6 +13,7 @@ from detclipv2_jax.data import fill, rungs
 from detclipv2_jax.data.batch import Batch
 from detclipv2_jax.data.config import AUTO, DataConfig, KindConfig
 from detclipv2_jax.data.dictionary import Dictionary
+from detclipv2_jax.data.general_names import GeneralNames
 from detclipv2_jax.data.index import TEXT_KINDS, Kind, Source
 from detclipv2_jax.data.plan import Plan
 from detclipv2_jax.data.vocabulary import Vocabulary
@@ -37,12 +38,33 @@ class TrainingData(NamedTuple):
         if definitions := plan.vocabulary.definitions("detection"):
             known = sum(bool(definitions.get(name)) for name in self.names)
             text += f"\n{known} of {len(self.names)} detection names have a definition"
-        return "\n".join([text, *(self._fill(kind) for kind in plan.kinds)])
+        return "\n".join([text, *(self._fill(kind) for kind in plan.kinds), *self._few_names()])
 
     def sources_of(self, kind: Kind) -> dict[str, Source]:
         """Return the sources of a kind by name; none if the run does not train on it."""
         config = self.plan.kinds.get(kind)
         return {name: self.sources[name] for name in config.all_sources} if config else {}
+
+    def _few_names(self) -> list[str]:
+        """Return a line for each source of boxes with images that no negative is drawn for."""
+        config = self.plan.kinds.get("detection")
+        if config is None or not config.concepts_per_image:
+            return []
+        lines = []
+        for name, source in self.sources_of("detection").items():
+            names = np.count_nonzero(source.vocabulary)
+            without = np.count_nonzero(np.diff(source.positives_offsets) >= names)
+            if not without:
+                continue
+            if config.general_negatives:
+                lines.append(f"{name}: {names} name(s); the negatives are names of WordNet")
+                continue
+            lines.append(
+                f"warning: {name}: {without} of {len(source)} images have every name of the source "
+                f"({names}), so they have no negatives and teach nothing of what the names mean. "
+                "Set --config.data.detection.general_negatives=50"
+            )
+        return lines
 
     def _fill(self, kind: Kind) -> str:
         """Return a line with the canvases of a kind and how full they will be in each phase."""
@@ -76,6 +98,7 @@ def open_data(config: RunConfig) -> TrainingData:
         defined=[kind for kind, data in kinds.items() if data.definitions],
         corrections=read_table(root / file) if (file := config.data.definitions_file) else {},
         template=config.data.template,
+        general=_general_names(kinds, sources),
     )
     plan = Plan(sources, vocabulary, kinds, config.seed)
     return TrainingData(plan, sources, vocabulary.names(vocabulary.pool("detection")))
@@ -129,6 +152,16 @@ def _open_sources(root: Path, kinds: Mapping[Kind, KindConfig], prepare: str) ->
         prepare = prepare.replace("DATA_DIR", str(root))
         hint = f" The command for this config's data: {prepare}" if prepare else ""
         raise UserError(f"{str(error).rstrip('.')}.{hint}") from None
+
+
+def _general_names(
+    kinds: Mapping[Kind, KindConfig], sources: Mapping[str, Source]
+) -> GeneralNames | None:
+    """Return the names that are negatives where a source of boxes has few; None if none are."""
+    if "detection" not in kinds or not kinds["detection"].general_negatives:
+        return None
+    used = [sources[name] for name in kinds["detection"].all_sources]
+    return GeneralNames(row["name"] for one in used for row in one.read_concepts(one.vocabulary))
 
 
 def _open_dictionary(root: Path, name: str) -> Dictionary | None:
