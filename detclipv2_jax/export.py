@@ -95,9 +95,10 @@ def _add_detector(result: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--score_threshold",
         type=float,
-        default=0.05,
         metavar="X",
-        help="only return boxes with a score above this, 0 to 1 (default: %(default)s)",
+        help="only return boxes with a score above this, 0 to 1 (default: 0.05, or the "
+        "checkpoint's own threshold if that is lower; example.py then prints what is above the "
+        "checkpoint's own)",
     )
     group.add_argument(
         "--max_detections",

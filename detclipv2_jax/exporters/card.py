@@ -71,9 +71,25 @@ def _training(loaded: "LoadedModel") -> dict[str, Any]:
         "names": loaded.names,
         "definitions": loaded.definitions,
         "initial": ", ".join(f"`{pathlib.Path(p).name}` ({part})" for part, p in files.items()),
-        "sources": {
-            kind: section["sources"]
-            for kind, section in config.get("data", {}).items()
-            if isinstance(section, Mapping) and section.get("sources")
-        },
+        "sources": _sources(loaded),
+    }
+
+
+def _sources(loaded: "LoadedModel") -> dict[str, list[str]] | None:
+    """Return kind of data -> its sources and their records; None if that is not known.
+
+    An old checkpoint knows only its config, which may name sources that did not exist.
+    """
+    if loaded.sources is not None:
+        return {
+            kind: [f"{name} ({count:,} records)" for name, count in sources.items()]
+            for kind, sources in loaded.sources.items()
+        }
+    data = loaded.run.get("data", {})
+    if data.get("skip_missing"):
+        return None
+    return {
+        kind: [pathlib.PurePath(name).name for name in section["sources"]]
+        for kind, section in data.items()
+        if isinstance(section, Mapping) and section.get("sources")
     }

@@ -44,7 +44,15 @@ def main(path, *names):
     found = {key: np.asarray(value)[0] for key, value in detections.items()}
     names = names or MANIFEST["names"]
     scale = np.tile([image.width / size[1], image.height / size[0]], 2)  # canvas to image
-    for number in np.flatnonzero(found["mask"]):
+    # The detector returns more than this, so that you can choose another threshold.
+    limit = MANIFEST["threshold"]["score_threshold"]
+    kept = found["mask"] & (found["scores"] > limit)
+    about = f"score threshold {limit:g} ({MANIFEST['threshold']['score_threshold_from']})"
+    if not kept.any():
+        best = found["scores"][found["mask"]].max(initial=0)
+        about = f"nothing found: the best score is {best:.4f}; {about}"
+    print(about, file=sys.stderr)
+    for number in np.flatnonzero(kept):
         box = " ".join(f"{x:.1f}" for x in found["boxes"][number] * scale)
         print(f"{names[found['labels'][number]]}\t{found['scores'][number]:.4f}\t{box}")
 

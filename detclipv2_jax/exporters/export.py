@@ -1,22 +1,33 @@
 """What `detclip export` does: writes a model, its manifest and its model card."""
 
 import argparse
+import contextlib
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from detclipv2_jax.common import config_dict
-from detclipv2_jax.common.atomic import write_json, write_text
+from detclipv2_jax.common import config_dict, digests
+from detclipv2_jax.common.atomic import (
+    replacing,
+    replacing_directory,
+    unfinished,
+    write_json,
+    write_text,
+)
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.exporters import card, manifest, onnx, safetensors, saved_model, stablehlo
 from detclipv2_jax.exporters.served import served_model
 from detclipv2_jax.inference.names import names_from_flags
+from detclipv2_jax.inference.threshold import threshold
 
 if TYPE_CHECKING:
     from detclipv2_jax.inference.checkpoint import LoadedModel
 
+_STAGE = ".export.partial"  # in the output directory, while files are written
+_LOWEST = 0.05
 DETECTORS = ("stablehlo", "savedmodel", "onnx")
 
 
@@ -38,6 +49,54 @@ def run(args: argparse.Namespace) -> None:
         )
     loaded = load_model(args.checkpoint, args.step)
     output = pathlib.Path(args.output)
+    with _staged(output) as stage:
+        files = _write(args, loaded, names, canvas, stage)
+    for file in dict.fromkeys(files.values()):
+        size = sum(f.stat().st_size for f in (output / file, *(output / file).rglob("*")))
+        print(f"{output / file}: step {loaded.step}, {size / 1e6:.1f} MB")
+
+
+@contextlib.contextmanager
+def _staged(output: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a directory whose files are moved to `output` if the block ends without an error.
+
+    So an export that is killed, or finds the disk full, leaves what was there before: never a
+    model of one checkpoint with the manifest of another. The manifest is moved last.
+
+    Raises:
+      UserError: a file cannot be written.
+    """
+    stage, is_new = output / _STAGE, not output.exists()
+    with unfinished(stage):
+        try:
+            shutil.rmtree(stage, ignore_errors=True)  # left by a process that was killed
+            yield stage
+            for path in sorted(stage.iterdir(), key=lambda path: path.name == "manifest.json"):
+                if path.is_dir():
+                    with replacing_directory(output / path.name) as temporary:
+                        temporary.rmdir()
+                        path.rename(temporary)
+                else:
+                    with replacing(output / path.name) as temporary:
+                        path.rename(temporary)
+        except UserError as error:
+            raise UserError(str(error).replace(str(stage), str(output))) from error
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+            if is_new:
+                with contextlib.suppress(OSError):
+                    output.rmdir()  # if it is empty
+
+
+def _write(
+    args: argparse.Namespace,
+    loaded: "LoadedModel",
+    names: list[str] | None,
+    canvas: tuple[int, int] | None,
+    output: pathlib.Path,
+) -> dict[str, str]:
+    """Write all files of the export; return role -> file name."""
+    chosen = threshold(args.score_threshold, loaded.threshold)
     if args.format == "safetensors":
         files = safetensors.write(loaded, output)
         description = {
@@ -51,15 +110,16 @@ def run(args: argparse.Namespace) -> None:
     about = {
         "step": loaded.step,
         **description,
+        "threshold": chosen.to_json(),
         "files": files,
         "versions": manifest.versions(args.format),
     }
-    write_json(output / "manifest.json", about)
     text = card.render(loaded, about, _results(args.checkpoint), args.license)
     write_text(output / "README.md", text)
-    for file in dict.fromkeys(files.values()):
-        size = sum(f.stat().st_size for f in (output / file, *(output / file).rglob("*")))
-        print(f"{output / file}: step {loaded.step}, {size / 1e6:.1f} MB")
+    written = sorted(path for path in output.rglob("*") if path.is_file())
+    about["sha256"] = {str(p.relative_to(output).as_posix()): digests.of_file(p) for p in written}
+    write_json(output / "manifest.json", about)
+    return files
 
 
 def _write_detector(
@@ -78,7 +138,7 @@ def _write_detector(
         loaded,
         names,
         canvas=canvas,
-        score_threshold=args.score_threshold,
+        score_threshold=_built_in_threshold(args.score_threshold, loaded),
         max_detections=args.max_detections,
         definitions=args.definitions,
     )
@@ -95,6 +155,12 @@ def _write_detector(
     if names is None:
         manifest.write_tokenizer(output / "tokenizer.json")
     return files, manifest.describe(served, args.format, rows)
+
+
+def _built_in_threshold(given: float | None, loaded: "LoadedModel") -> float:
+    """Return the threshold inside the file: low, so that users of the file can raise it."""
+    own = threshold(given, loaded.threshold).score_threshold
+    return own if given is not None else min(_LOWEST, own)
 
 
 def _names(args: argparse.Namespace) -> list[str] | None:

@@ -10,6 +10,7 @@ import numpy as np
 from detclipv2_jax.common import config_dict
 from detclipv2_jax.common.atomic import replacing
 from detclipv2_jax.models.parameters import parameter_paths
+from detclipv2_jax.weights import safetensors_file
 
 if TYPE_CHECKING:
     from detclipv2_jax.inference.checkpoint import LoadedModel
@@ -19,7 +20,8 @@ def write(loaded: "LoadedModel", output: pathlib.Path) -> dict[str, str]:
     """Write the averaged parameters in float32, with all settings needed to use them.
 
     The settings are JSON in the file's metadata: the model's config (`model`), the fields of
-    `DetectConfig` (`eval`), and the names and definitions of the detection data.
+    `DetectConfig` (`eval`), the names and definitions of the detection data, and the fitted score
+    threshold or null (`threshold`).
 
     Returns:
       {'parameters': file name}.
@@ -31,6 +33,7 @@ def write(loaded: "LoadedModel", output: pathlib.Path) -> dict[str, str]:
         "eval": json.dumps(config_dict.to_dict(loaded.detect)),
         "names": json.dumps(loaded.names),
         "definitions": json.dumps(loaded.definitions),
+        "threshold": json.dumps(loaded.threshold),
     }
     write_tensors(output / "model.safetensors", loaded.params, metadata)
     return {"parameters": "model.safetensors"}
@@ -40,11 +43,9 @@ def write_tensors(
     path: pathlib.Path, params: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> None:
     """Write nested dicts of parameters as one file, atomically. Names are paths joined by dots."""
-    from safetensors.numpy import save_file
-
     tensors = {
         name.replace("/", "."): np.array(value, order="C")  # unlike asarray, keeps scalars scalar
         for name, value in parameter_paths(params).items()
     }
     with replacing(path) as temporary:
-        save_file(tensors, temporary, dict(metadata))
+        safetensors_file.write(temporary, tensors, metadata)

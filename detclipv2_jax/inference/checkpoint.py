@@ -51,6 +51,8 @@ class LoadedModel:
       run: the config of the run as stored.
       threshold: the score threshold fitted on a dataset (inference/threshold.py); None if the
         checkpoint has none.
+      sources: kind of data -> source -> number of its records, of what the model trained on; None
+        for an old checkpoint, which does not store it.
     """
 
     graphdef: Any
@@ -64,6 +66,7 @@ class LoadedModel:
     total_steps: int | None = None
     run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     threshold: Mapping[str, Any] | None = None
+    sources: Mapping[str, Mapping[str, int]] | None = None
 
 
 # In all functions `directory` is what checkpoint_files.py says.
@@ -168,6 +171,7 @@ def _load_step(root: Any, step: int) -> LoadedModel:
         total_steps=meta.get("total_steps"),
         run=run,
         threshold=threshold.stored(workdir(root), step, meta),
+        sources=meta.get("sources"),
     )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -65,6 +65,15 @@ class TrainingData(NamedTuple):
                 "Set --config.data.detection.general_negatives=50"
             )
         return lines
+
+    def trained_on(self) -> dict[str, dict[str, int]]:
+        """Return the number of records of every source by name, by kind, as a checkpoint has it."""
+        return {
+            kind: {
+                PurePath(name).name: len(self.sources[name].height) for name in config.all_sources
+            }
+            for kind, config in self.plan.kinds.items()
+        }
 
     def _fill(self, kind: Kind) -> str:
         """Return a line with the canvases of a kind and how full they will be in each phase."""

@@ -116,6 +116,7 @@ def train(
         "config": config_dict.to_dict(config),
         "names": data.names,
         "definitions": definitions,
+        "sources": data.trained_on(),
         "seconds": {},
         "total_steps": total_steps,
     }

@@ -1,7 +1,8 @@
-"""Read safetensors files, each tensor on access.
+"""Write safetensors files, and read them, each tensor on access.
 
 The package `safetensors` returns no 8-bit floats as NumPy arrays and does not see a name that
-occurs twice. The format: eight bytes with the header's length, the header (JSON: name -> dtype,
+occurs twice. What it writes only its owner may read, and a full disk is not an `OSError`. The
+format: eight bytes with the header's length, the header (JSON: name -> dtype,
 shape and position of each tensor), then the tensors without gaps.
 """
 
@@ -107,6 +108,30 @@ class SafetensorsFile(Mapping):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file: tensors by name, of types that the format has.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+    # Large items first, so that every tensor is aligned to its item size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name in order:
+        array = tensors[name]
+        entry = {"dtype": names[array.dtype], "shape": list(array.shape)}
+        header[name] = entry | {"data_offsets": [at, at + array.nbytes]}
+        at += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(np.ascontiguousarray(tensors[name]).tobytes())
 
 
 # What the header says of a tensor: type, shape, first byte and end after the header.

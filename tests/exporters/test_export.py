@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ from detclipv2_jax.exporters.served import served_model
 from detclipv2_jax.inference.checkpoint import LoadedModel
 from detclipv2_jax.inference.config import DetectConfig
 from detclipv2_jax.inference.detector import Detector
+from detclipv2_jax.inference.threshold import FALLBACK
 from detclipv2_jax.models import detclip, sizes
 from detclipv2_jax.ops.nms import class_nms
 from detclipv2_jax.text.tokenizer import tokenize
@@ -182,10 +185,12 @@ def test_a_format_gives_the_detections_of_the_model(
     assert len(set(wanted["labels"][0].tolist())) == 3 and not wanted["mask"][2].any()
     assert_same(found, wanted, 1)
     assert_same(found, wanted, 3)
-    lines = printed.splitlines()
-    assert len(lines) == 20 and {line.split("\t")[0] for line in lines} == set(NAMES)
-
     about = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    # The example prints what is above the threshold, of what the file returns.
+    limit = about["threshold"]["score_threshold"]
+    lines = printed.splitlines()
+    assert limit == FALLBACK and len(lines) == np.sum(wanted["scores"][0] > limit) > 0
+    assert {line.split("\t")[0] for line in lines} <= set(NAMES)
     assert about["names"] == (NAMES if vocabulary == "fixed" else None)
     assert about["prompts"]["cat"] == "cat, a small animal with whiskers"
     for output in about["outputs"]:
@@ -380,6 +385,106 @@ def test_the_card(loaded, tmp_path):
     assert "data: 1\n(definitions: 3). Initial weights: `swin.pth` (backbone)." in card
     assert card.endswith("## License\n\napache-2.0\n")
     assert "/somewhere" not in card
+    assert "starts from 0.1 (a fallback" in card.replace("\n", " ")
+
+
+def card_of(loaded, output):
+    assert write(loaded, output, "safetensors") == 0
+    return (output / "README.md").read_text()
+
+
+def test_the_card_lists_the_data_that_really_was(loaded, tmp_path):
+    data = {
+        "skip_missing": True,
+        "detection": {"sources": ["/home/ann/photos/detection"]},
+        "image_text": {"sources": ["never_prepared"]},
+    }
+    skipping = dataclasses.replace(loaded, run=loaded.run | {"data": data})
+    card = card_of(skipping, tmp_path / "old")
+    assert "does not say which of the sources in its config existed" in card
+    assert "never_prepared" not in card and "ann" not in card.split("## Metrics")[0].split("---")[2]
+    known = dataclasses.replace(skipping, sources={"detection": {"detection": 1234}})
+    card = card_of(known, tmp_path / "new")
+    assert "| detection | detection (1,234 records) |" in card and "never_prepared" not in card
+    card = card_of(
+        dataclasses.replace(loaded, run=loaded.run | {"data": data | {"skip_missing": False}}),
+        tmp_path / "all",
+    )
+    assert "| detection | detection |" in card and "/home" not in card
+
+
+def test_files_have_the_umask_of_the_user_and_digests(loaded, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert write(loaded, tmp_path / "out", "safetensors") == 0
+    finally:
+        os.umask(before)
+    files = {path.name: path for path in (tmp_path / "out").iterdir()}
+    assert set(files) == {"model.safetensors", "README.md", "manifest.json"}
+    assert {path.stat().st_mode & 0o777 for path in files.values()} == {0o640}
+    about = json.loads(files["manifest.json"].read_text())
+    assert about["sha256"] == {
+        name: hashlib.sha256(files[name].read_bytes()).hexdigest()
+        for name in ("README.md", "model.safetensors")
+    }
+    assert about["threshold"]["score_threshold"] == FALLBACK
+
+
+@pytest.mark.parametrize("after", [0, 100_000])
+def test_a_full_disk_leaves_the_earlier_export(loaded, tmp_path, capsys, after):
+    output = tmp_path / "out"
+    assert write(loaded, output, "safetensors") == 0
+    earlier = {path.name: path.read_bytes() for path in output.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    newer = dataclasses.replace(loaded, step=8)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (after, limits[1]))
+    try:
+        status = write(newer, output, "safetensors")
+        fresh = write(newer, tmp_path / "fresh", "safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == fresh == 2
+    error = capsys.readouterr().err
+    assert (
+        error.count("\n") == 2 and "model.safetensors: cannot be written (File too large" in error
+    )
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == earlier
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_a_stop_between_two_files_leaves_the_earlier_export(loaded, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    assert write(loaded, output, "safetensors") == 0
+    earlier = {path.name: path.read_bytes() for path in output.iterdir()}
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export.card, "render", stop)  # the model is written by then
+    with pytest.raises(KeyboardInterrupt), checkpoint(dataclasses.replace(loaded, step=8)):
+        export.run(door.parser().parse_args(["--checkpoint=run", f"--output={output}"]))
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == earlier
+    monkeypatch.undo()
+    (output / ".export.partial").mkdir()  # of an export that was killed
+    (output / ".export.partial" / "model.safetensors").write_bytes(b"half")
+    assert write(dataclasses.replace(loaded, step=8), output, "safetensors") == 0
+    assert json.loads((output / "manifest.json").read_text())["step"] == 8
+    assert sorted(path.name for path in output.iterdir()) == sorted(earlier)
+
+
+def test_the_threshold_of_the_checkpoint_goes_into_the_export(loaded, tmp_path):
+    fit = {"score_threshold": 0.02, "f1": 0.5, "iou": 0.5, "dataset": "val.json", "step": 7}
+    fitted = dataclasses.replace(loaded, threshold=fit)
+    args = lambda *more: door.parser().parse_args(["--checkpoint=r", "--output=o", *more])
+    assert export._built_in_threshold(args().score_threshold, fitted) == 0.02
+    assert export._built_in_threshold(args().score_threshold, loaded) == 0.05
+    assert export._built_in_threshold(args("--score_threshold=0.4").score_threshold, fitted) == 0.4
+    assert write(fitted, tmp_path, "safetensors") == 0
+    about = json.loads((tmp_path / "manifest.json").read_text())
+    assert about["threshold"] == {
+        "score_threshold": 0.02,
+        "score_threshold_from": "fitted on val.json at step 7: F1 0.50 at IoU 0.5",
+    }
 
 
 @pytest.mark.parametrize(
@@ -387,7 +492,7 @@ def test_the_card(loaded, tmp_path):
     [
         (["--names=cat,Cat"], "name 2, 'Cat', is the same as name 1"),
         (["--names= ,"], "contains no name"),
-        (["--names_file=/nowhere.txt"], "/nowhere.txt: cannot be read (No such file"),
+        (["--names_file=/nowhere.txt"], "/nowhere.txt: no such file"),
         (["--canvas=800"], "--canvas=800 is not valid. Give height x width"),
         (["--canvas=8x8"], "from 32 to 8192"),
         (["--score_threshold=2"], "score_threshold is 2.0"),

@@ -443,12 +443,12 @@ def test_names_file_and_prompts(checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     "content, reason",
-    [(None, "cannot be read"), (b"\n \n", "contains no name"), (b"caf\xe9", "not valid UTF-8")],
+    [(None, "no such file"), (b"\n \n", "contains no name"), (b"caf\xe9", "UTF-8")],
 )
 def test_invalid_names_files_are_refused(tmp_path, content, reason):
     if content is not None:
         (tmp_path / "names.txt").write_bytes(content)
-    with pytest.raises(UserError, match=rf"names\.txt: .*{reason}"):
+    with pytest.raises(UserError, match=rf"names\.txt.*{reason}"):
         names_lib.names_from_flags(None, str(tmp_path / "names.txt"))
 
 
