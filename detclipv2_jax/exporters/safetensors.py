@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from detclipv2_jax.common import config_dict
+from detclipv2_jax.common import config_dict, safetensors_file
 from detclipv2_jax.common.atomic import replacing
 from detclipv2_jax.models.parameters import parameter_paths
-from detclipv2_jax.weights import safetensors_file
 
 if TYPE_CHECKING:
     from detclipv2_jax.inference.checkpoint import LoadedModel

@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.safetensors_file import SafetensorsFile
 from detclipv2_jax.weights import archives, torchscript
-from detclipv2_jax.weights.safetensors_file import SafetensorsFile
 
 _REMEDY = "Download it again, or convert it to safetensors."
 # Keys under which training code stores the model, next to optimizer state and other entries.
