@@ -6,6 +6,7 @@
 `--config=RECIPE --help` lists the fields. The same command resumes a run that was stopped.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -58,7 +59,20 @@ def _exit_at_once(number: int, _: Any) -> None:
         f"\nstopped by {name}. Run the same command to resume from the last checkpoint.\n"
     )
     sys.stderr.flush()
+    lock = sys.modules.get("detclipv2_jax.common.lock")  # None before it is imported
+    getattr(lock, "release_all", lambda: None)()
     os._exit(128 + number)
+
+
+def _end_without_lock() -> None:
+    """End the process, because another one trains in its workdir."""
+    print(
+        f"error: {_WORKDIR.value}: another process took over, because this one gave no sign of "
+        "life for a minute.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
 
 
 def _run(argv: list[str]) -> None:
@@ -90,7 +104,7 @@ def _train() -> None:
     """Read the config, join the other processes, and train."""
     import jax
 
-    from detclipv2_jax.common import cache, config_dict, distributed
+    from detclipv2_jax.common import cache, config_dict, distributed, lock
     from detclipv2_jax.common.errors import UserError
     from detclipv2_jax.training import config, startup, train
 
@@ -111,7 +125,12 @@ def _train() -> None:
     else:
         startup.use_all_cpu_cores(parsed)
         cache.keep_compiled_programs()
-    train.train(parsed, workdir, began=_BEGAN, profile=_PROFILE.value)
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:  # for all processes of the run
+            stack.enter_context(
+                lock.held(workdir, "trains here", "give another --workdir", _end_without_lock)
+            )
+        train.train(parsed, workdir, began=_BEGAN, profile=_PROFILE.value)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     except OSError as error:
         problem = f"{path}: cannot be written ({error.strerror})"
         if not _only_warn.get():
-            raise UserError(f"{problem}. {_remedy(error)}") from error
+            raise UserError(f"{problem}. {remedy(error)}") from error
         print(f"warning: {problem}; continuing without it", flush=True)
     finally:
         with contextlib.suppress(OSError):
@@ -120,7 +120,7 @@ def replacing_directory(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         replace_directory(temporary, path)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}). {_remedy(error)}"
+            f"{path}: cannot be written ({error.strerror or error}). {remedy(error)}"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -165,7 +165,8 @@ def _temporary(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(name)
 
 
-def _remedy(error: OSError) -> str:
+def remedy(error: OSError) -> str:
+    """Return how to fix what kept a file from being written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "Free disk space, then run the same command again."
     return "Check the path and its permissions."

@@ -38,6 +38,7 @@ from detclipv2_jax.training.state import TrainState
 _MAX_FAILURES = 3  # checkpoints in a row that cannot be written before the run stops
 _THREAD_TIMEOUT = 60  # seconds to wait for the threads of a save that failed
 _MAKE_ROOM = "Make room on the disk, then run the same command again."
+_LOWER_RATE = "Resume with a lower config.optimizer.learning_rate."
 # Orbax writes them after everything else.
 _WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
@@ -59,6 +60,7 @@ class Checkpointer:
         """
         _stop_tensorstore_leaks()
         self._failures = 0  # checkpoints in a row that could not be written
+        self._remedy = ""  # of the last failure
         self._writing: int | None = None  # the step that is being written
         self._scores: dict[int, float] = {}  # by step
         options = ocp.CheckpointManagerOptions(
@@ -85,20 +87,38 @@ class Checkpointer:
         self._scores |= checkpoint_files.scores(root)
 
     @property
+    def workdir(self) -> Any:
+        """Return the workdir of the run."""
+        return self._manager.directory.parent
+
+    @property
     def latest(self) -> int | None:
         """Return the step of the newest complete checkpoint; None if there is none."""
         self.wait()
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, meta: dict[str, Any], score: float | None) -> None:
+    def save(
+        self,
+        state: TrainState,
+        meta: dict[str, Any],
+        score: float | None,
+        *,
+        is_last: bool = False,
+    ) -> bool:
         """Start to write a checkpoint of `state.step`; return once the state has left the devices.
 
-        A checkpoint that cannot be written is reported, and the run continues without it.
+        A checkpoint that cannot be written, or whose state is not finite, is reported, and the run
+        continues without it.
 
         Args:
             state: of the run.
             meta: what a checkpoint stores as JSON; `score` is added to it.
             score: of the last evaluation, if one belongs to this step.
+            is_last: whether the run ends with this state.
+
+        Returns:
+            False if nothing is saved now because the update of this step was skipped: save the
+            state after the next update. The last state is saved nevertheless, if it is finite.
 
         Raises:
             UserError: `_MAX_FAILURES` checkpoints in a row could not be written, or one of a run of
@@ -107,7 +127,15 @@ class Checkpointer:
         self.wait()
         step = int(state.step)
         if step in self._manager.all_steps():
-            return
+            return True
+        if (skipped := int(state.skipped_in_row)) and not is_last:
+            return False
+        name = not_finite(state)
+        if not _in_all_processes(not name):
+            self._refuse_not_finite(step, name)
+            return True
+        if skipped:
+            print(f"warning: the last {skipped} updates of the run were skipped")
         self._remove_unfinished()
         self._note_score(step, score)
         self._writing = step
@@ -116,6 +144,7 @@ class Checkpointer:
         except Exception as error:  # its type depends on the file system
             self._writing = None
             self._save_failed(step, error)
+        return True
 
     @staticmethod
     def _items(state: TrainState, meta: dict[str, Any], score: float | None) -> dict[str, Any]:
@@ -161,9 +190,43 @@ class Checkpointer:
         finally:
             self._writing = None
 
+    def _refuse_not_finite(self, step: int, name: str) -> None:
+        """Report a state that is not saved, or end the run."""
+        self._failures, self._remedy = self._failures + 1, _LOWER_RATE
+        problem = (
+            f"{self._manager.directory}: the state of step {step} is not saved, because {name} has "
+            "values that are not finite"
+        )
+        if self._failures >= _MAX_FAILURES:
+            raise UserError(
+                f"{problem}; {self._failures} in a row have failed. {self._last_good_text()} "
+                f"{self._remedy}"
+            )
+        print(f"warning: {problem}. {self._last_good_text()}", flush=True)
+
+    def fall_back_before(self, first_skipped: int) -> str:
+        """Set aside the state that all updates since were skipped from; return what is left.
+
+        No update from that state was finite, so it may be the cause, although it is finite itself.
+        It stays if it is the only one.
+
+        Args:
+            first_skipped: the first step of those whose updates were skipped.
+
+        Returns:
+            A sentence that names the last good checkpoint.
+        """
+        self.wait()
+        known = self._manager.all_steps()
+        doubtful = [step for step in known if step >= first_skipped - 1]
+        aside = [self._set_aside(step) for step in doubtful if len(doubtful) < len(known)]
+        self._last_good = self._manager.latest_step()
+        renamed = f" No update from {', '.join(aside)} was applied." if aside else ""
+        return self._last_good_text() + renamed
+
     def _save_failed(self, step: int, error: Exception) -> None:
         """Report a checkpoint that could not be written, or end the run."""
-        self._failures += 1
+        self._failures, self._remedy = self._failures + 1, _MAKE_ROOM
         # Other processes may have written their part, and would wait for this one.
         is_alone = jax.process_count() == 1
         if is_alone:
@@ -295,7 +358,7 @@ class Checkpointer:
         if self._failures:
             raise UserError(
                 f"{self._manager.directory}: the last checkpoint could not be written. "
-                f"{self._last_good_text()} {_MAKE_ROOM}"
+                f"{self._last_good_text()} {self._remedy}"
             )
 
 
@@ -356,6 +419,20 @@ def _stop_tensorstore_leaks() -> None:
 
     # The stub names the option; `to_json` passes on all of them.
     tensorstore.KvStore.Spec.to_json = to_json  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def not_finite(state: TrainState) -> str:
+    """Return what part of a state has a value that is not finite; "" if all are finite."""
+    if jax.default_backend() == "cpu":  # its arrays are on the host; the program takes 5 s to build
+        return first_not_finite(state)
+    leaves = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return "" if bool(all_finite(leaves)) else "a parameter, its average or a moment"
+
+
+@jax.jit
+def all_finite(leaves: list[jax.Array]) -> jax.Array:
+    """Return whether all values are finite: one pass over the state, on the devices."""
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
 
 
 def _checked_by_first_process(path: Any) -> bool:

@@ -34,7 +34,7 @@ class TrainConfig:
     # where the score is the best so far.
     eval_every: int = 0
     eval_first: bool = False  # evaluate before the first step too: where fine-tuning starts from
-    keep_checkpoints: int = 3  # the newest checkpoints are kept, and the best one
+    keep_checkpoints: int = 3  # the newest checkpoints are kept (at least two), and the best one
     max_skipped: int = 20  # skipped steps in a row (not finite, or spikes) that stop the run
 
 

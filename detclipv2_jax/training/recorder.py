@@ -49,7 +49,8 @@ class Recorder:
     clock: Clock
     utilization: Utilization
     counters: Callable[[], Mapping[str, int]]  # counts of the input pipeline so far
-    latest_checkpoint: Callable[[], int | None]  # its step
+    # Given the first of the steps whose updates were skipped: `Checkpointer.fall_back_before`.
+    fall_back_before: Callable[[int], str]
     _pending: _Step | None = None
 
     def add(self, planned: StepPlan, values: Scalars, seconds: Future[float]) -> None:
@@ -86,12 +87,13 @@ class Recorder:
             line |= concepts(planned) | values | speed
             self.log.write(step.number, line, self.clock.figures(), self.counters())
         if values["skipped_in_row"] >= self.config.max_skipped:
+            first = step.number - int(values["skipped_in_row"]) + 1
             records = planned.records[planned.records >= 0][:4].tolist()
             raise UserError(
                 f"the last {self.config.max_skipped} updates, up to step {step.number} "
-                f"({planned.kind}, records {records} …), were skipped because {_WHY_SKIPPED}. The "
-                f"last good checkpoint is that of step {self.latest_checkpoint()}: resume with a "
-                "lower config.optimizer.learning_rate, or look at these records."
+                f"({planned.kind}, records {records} …), were skipped because "
+                f"{_WHY_SKIPPED}. {self.fall_back_before(first)} Resume with a lower "
+                "config.optimizer.learning_rate, or look at these records."
             )
 
 

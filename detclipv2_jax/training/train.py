@@ -78,7 +78,7 @@ def train(
     # ---- State: that of the newest checkpoint, or a new one.
     checkpointer = Checkpointer(workdir, config.train.keep_checkpoints)
     state, shardings, earlier_seconds, auto_step = new_or_resumed(
-        config, params, rule, mesh, checkpointer
+        config, params, rule, mesh, checkpointer, total_steps
     )
     start = int(state.step)
     if auto_step and auto_step.is_over:
@@ -109,7 +109,13 @@ def train(
     log = MetricsLog(workdir if is_first else None, resumed_at=start or -1)
     progress = Progress(total_steps, start, shown=is_first)
     recorder = Recorder(
-        config.train, log, progress, clock, utilization, feed.counters, lambda: checkpointer.latest
+        config.train,
+        log,
+        progress,
+        clock,
+        utilization,
+        feed.counters,
+        checkpointer.fall_back_before,
     )
     clock.resume(earlier_seconds, log.seconds)
     meta = {  # of every checkpoint: all that is needed to use the model without the run
@@ -132,6 +138,7 @@ def train(
 
     # ---- The loop. The metrics of a step are read while the next step runs: see Recorder.
     batches, stop, values = prefetch(feed, mesh), StopRequest(), None
+    is_save_due = False  # a checkpoint waits while updates are skipped
     clock.enter("other")
     with Profiler(steps_to_profile, workdir, start) as profiler:
         for step in range(start + 1, total_steps + 1):  # numbered as in metrics.jsonl
@@ -162,11 +169,14 @@ def train(
                     meta |= {"auto_step": dataclasses.asdict(auto_step)}
                     is_last |= auto_step.is_over
 
-            is_save_due = is_due(step, config.train.checkpoint_every)
-            if is_last or is_stopping or is_save_due or checkpointer.is_best(score):
+            is_save_due |= is_due(step, config.train.checkpoint_every)
+            is_save_due |= checkpointer.is_best(score)
+            if is_last or is_stopping or is_save_due:
                 recorder.flush()
                 with clock("checkpoint"):
-                    checkpointer.save(state, meta | {"seconds": clock.totals()}, score)
+                    is_save_due = not checkpointer.save(
+                        state, meta | {"seconds": clock.totals()}, score, is_last=is_last
+                    )
             if is_stopping and not is_last:
                 raise _interrupted(step, stop, checkpointer)
             if is_last:
@@ -190,5 +200,5 @@ def _interrupted(step: int, stop: StopRequest, checkpointer: Checkpointer) -> In
     """Wait for the checkpoint of `step` and return the exception that ends the run."""
     checkpointer.wait()
     latest = checkpointer.latest
-    saved = "which is saved" if latest == step else f"which is not saved (the latest is {latest})"
+    saved = "which is saved" if latest == step else f"which is not saved (the newest is {latest})"
     return Interrupted(f"stopped by {stop.signal.name} after step {step}, {saved}", stop.signal)

@@ -195,9 +195,7 @@ def _save_unchecked(directory, step, **changes):
 @pytest.mark.parametrize("part", ["params", "ema", "moments"])
 def test_a_state_that_is_not_finite_is_not_resumed_from(tmp_path, part, capsys):
     _saved(tmp_path, 1)
-    leaves, structure = jax.tree.flatten(getattr(_state(), part))
-    leaves[3] = leaves[3].at[(0,) * leaves[3].ndim].set(np.nan)
-    _save_unchecked(tmp_path, 2, **{part: jax.tree.unflatten(structure, leaves)})
+    _save_unchecked(tmp_path, 2, **{part: getattr(_with_nan(_state(), part), part)})
     restored, _ = Checkpointer(tmp_path, 3).restore(_target())
     assert int(restored.step) == 1
     printed = capsys.readouterr().out
@@ -212,6 +210,62 @@ def test_a_state_whose_updates_were_skipped_is_resumed_from_only_if_there_is_no_
     restored, _ = Checkpointer(tmp_path, 3).restore(_target())
     assert int(restored.step) == 1
     assert "(the last 2 updates before it were skipped)" in capsys.readouterr().out
+
+
+def _with_nan(state, part):
+    leaves, structure = jax.tree.flatten(getattr(state, part))
+    leaves[3] = leaves[3].at[(0,) * leaves[3].ndim].set(np.nan)
+    return dataclasses.replace(state, **{part: jax.tree.unflatten(structure, leaves)})
+
+
+def test_a_state_that_is_not_finite_is_not_saved_and_ends_the_run_at_the_third(tmp_path, capsys):
+    saver = Checkpointer(tmp_path, 3)
+    saver.save(_state(step=1), META, None)
+    for step, part in [(2, "params"), (3, "moments")]:
+        saver.save(_with_nan(_state(step=step), part), META, None)
+        printed = capsys.readouterr().out
+        assert f"the state of step {step} is not saved, because {part}/" in printed
+        assert "values that are not finite" in printed and LAST_GOOD in printed
+    with pytest.raises(UserError, match="3 in a row have failed.*step 1. Resume with a lower"):
+        saver.save(_with_nan(_state(step=4), "ema"), META, None)
+    with pytest.raises(UserError, match="last checkpoint could not .*step 1. Resume with a lower"):
+        saver.close()
+    assert checkpoint.steps(tmp_path) == [1]
+
+
+def test_the_check_on_the_devices_agrees():
+    for part in ("params", "ema", "moments"):
+        assert not checkpointer.all_finite(jax.tree.leaves(_with_nan(_state(), part)))
+    assert checkpointer.all_finite(jax.tree.leaves(_state()))
+    assert checkpointer.not_finite(_state()) == ""
+
+
+def test_nothing_is_saved_while_updates_are_skipped_but_the_last_state(tmp_path, capsys):
+    saver, skipped = Checkpointer(tmp_path, 3), {"skipped_in_row": jnp.asarray(2, jnp.int32)}
+    assert saver.save(_state(step=1), META, None)
+    assert not saver.save(dataclasses.replace(_state(step=2), **skipped), META, None)
+    assert saver.latest == 1
+    last = dataclasses.replace(_state(step=3), **skipped)
+    assert saver.save(last, META | {"total_steps": 3}, None, is_last=True)
+    saver.close()
+    assert "the last 2 updates of the run were skipped" in capsys.readouterr().out
+    restored, _ = Checkpointer(tmp_path, 3).restore(_target())
+    assert int(restored.step) == 3  # of a finished run
+
+
+def test_a_run_falls_back_behind_a_state_from_which_every_update_was_skipped(tmp_path):
+    saver = Checkpointer(tmp_path, 1)
+    for step in (2, 4):
+        saver.save(_small(step), META, None)
+    found = saver.fall_back_before(6)  # an update of step 5 was applied: 4 is good
+    assert found == "The last good checkpoint is that of step 4."
+    found = saver.fall_back_before(5)
+    assert found == (
+        "The last good checkpoint is that of step 2. No update from DAMAGED-4 was applied."
+    )
+    assert checkpoint.steps(tmp_path) == [2]
+    assert saver.fall_back_before(3) == "The last good checkpoint is that of step 2."
+    assert checkpoint.steps(tmp_path) == [2]  # the only one
 
 
 def test_a_full_disk_is_a_warning_twice_and_then_ends_the_run(tmp_path, monkeypatch, capsys):

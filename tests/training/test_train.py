@@ -1,6 +1,7 @@
 import contextlib
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -15,6 +16,7 @@ import tiny_run
 from PIL import Image
 
 from detclipv2_jax import export
+from detclipv2_jax.common import lock
 from detclipv2_jax.inference import checkpoint, detector
 from detclipv2_jax.text import tokenizer
 from detclipv2_jax.training import config as config_lib
@@ -415,7 +417,8 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(data, tmp_path)
     process = _run_poisoned(data, tmp_path, set(range(5, 99)), **{"train.max_skipped": 3})
     assert process.returncode == 2
     assert re.search(
-        r"error: the last 3 updates, up to step 8 \(\w+, records .*last good checkpoint .* step 4:",
+        r"error: the last 3 updates, up to step 8 \(\w+, records .*last good checkpoint is that of "
+        r"step 4\. Resume",
         process.stderr,
     )
 
@@ -482,7 +485,26 @@ def test_a_finished_run_that_is_started_again_only_reports(data, finished, tmp_p
     process = tiny_run.run(data, workdir)
     assert process.returncode == 0, process.stderr[-3000:]
     assert "resuming after step" in process.stdout and "compiled " not in process.stdout
+    assert ": the run is finished, and nothing is left to train" in process.stdout
     assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_a_start_that_is_refused_changes_nothing(data, finished, tmp_path):
+    """Another process trains in the workdir; the run is finished and the settings are new."""
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    files = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    with lock.held(workdir, "trains here", "wait"):
+        process = tiny_run.run(data, workdir)
+        assert process.returncode == 2
+        assert re.search(
+            rf"error: {workdir}: process {os.getpid()} on host \S+ trains here since .*\. Wait for "
+            r"it, or give another --workdir\.$",
+            process.stderr.strip(),
+        )
+    process = tiny_run.run(data, workdir, **{"optimizer.learning_rate": 0.5})
+    assert process.returncode == 2
+    assert "would train nothing: config.optimizer.learning_rate is 0.5, was" in process.stderr
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == files
 
 
 @pytest.mark.slow
