@@ -181,7 +181,7 @@ def _restored(manager: ocp.CheckpointManager, step: int, target: PyTree, path: A
     check_shapes(manager, step, target, path)
     return manager.restore(
         step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target))
-    ).model
+    )["model"]
 
 
 @contextlib.contextmanager
