@@ -95,7 +95,7 @@ class Lock:
         self._ended.set()
         self._thread.join(timeout=2.0)  # it may be writing
         _held.discard(self)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # a bucket has errors of its own
             found = self._read()
             if found is not None and found.token == self._mine.token:
                 self._path.unlink()
@@ -211,7 +211,7 @@ class Lock:
         while not self._ended.wait(HEARTBEAT):
             self._mine = dataclasses.replace(self._mine, beat=time.time())
             # A full disk or a file system that is away for a while is no reason to give up.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):
                 found = self._read()
                 if found is not None and found.token != self._mine.token:
                     self._on_loss()

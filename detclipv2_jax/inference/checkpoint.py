@@ -179,9 +179,9 @@ def _restored(manager: ocp.CheckpointManager, step: int, target: PyTree, path: A
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), target)
     check_shapes(manager, step, target, path)
-    return manager.restore(
-        step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target))
-    )["model"]
+    return manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target)))[
+        "model"
+    ]
 
 
 @contextlib.contextmanager

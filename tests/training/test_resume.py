@@ -33,7 +33,6 @@ def changed(path, value, config=CONFIG):
         ("model.head.groups", 4),
         ("model.anchors.scale", 4.0),
         ("model.anchors.offset", 0.0),
-        ("model.anchors.strides", (4, 8, 16, 32, 64)),
         ("model.similarity", "dot"),
         ("model.mask_padding", not CONFIG.model.mask_padding),
         ("model.swin.window", 5),
@@ -46,8 +45,6 @@ def test_a_field_that_changes_what_the_model_computes_is_refused(field, value):
     assert was != value
     with pytest.raises(UserError) as error:
         resume.check_same_model(stored(), changed(field, value), "runs/a")
-    value = list(value) if isinstance(value, tuple) else value
-    was = list(was) if isinstance(was, tuple) else was
     assert f"config.{field} is {value!r}, was {was!r}. Set the old values, or" in str(error.value)
     assert str(error.value).startswith("runs/a: ")
 
