@@ -104,7 +104,7 @@ def _train() -> None:
     """Read the config, join the other processes, and train."""
     import jax
 
-    from detclipv2_jax.common import cache, config_dict, distributed, lock
+    from detclipv2_jax.common import atomic, cache, config_dict, distributed, lock
     from detclipv2_jax.common.errors import UserError
     from detclipv2_jax.training import config, startup, train
 
@@ -130,6 +130,7 @@ def _train() -> None:
             stack.enter_context(
                 lock.held(workdir, "trains here", "give another --workdir", _end_without_lock)
             )
+            atomic.remove_leftovers(workdir)
         train.train(parsed, workdir, began=_BEGAN, profile=_PROFILE.value)
 
 

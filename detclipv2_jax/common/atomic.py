@@ -140,6 +140,14 @@ def replace_directory(new: pathlib.Path, old: pathlib.Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
+def remove_leftovers(directory: str | os.PathLike) -> None:
+    """Remove unfinished files that killed processes left. For the directory's only writer."""
+    for path in pathlib.Path(directory).glob(".*.partial"):
+        if path.is_file():
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON, atomically. Texts are stored as `printable.valid_text`.
 

@@ -39,6 +39,7 @@ _MAX_FAILURES = 3  # checkpoints in a row that cannot be written before the run 
 _THREAD_TIMEOUT = 60  # seconds to wait for the threads of a save that failed
 _MAKE_ROOM = "Make room on the disk, then run the same command again."
 _LOWER_RATE = "Resume with a lower config.optimizer.learning_rate."
+_ELSEWHERE = "another process of the run found that"
 # Orbax writes them after everything else.
 _WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
@@ -298,7 +299,9 @@ class Checkpointer:
                     print(f"warning: {'; '.join(passed)}; resuming from step {step} instead")
                 return restored
             aside = self._set_aside(step)
-            passed.append(f"{path} must not be used ({reason}) and is renamed to {aside}")
+            passed.append(
+                f"{path} must not be used ({reason or _ELSEWHERE}) and is renamed to {aside}"
+            )
         raise UserError(
             f"{'; '.join(passed)}. No checkpoint of the run is intact. Restore one from a copy, "
             "or run the same command again to start from the first step."

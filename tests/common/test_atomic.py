@@ -74,3 +74,12 @@ def test_a_directory_that_cannot_be_written_is_a_user_error(tmp_path):
     failure = pytest.raises(UserError, match="file/model: cannot be written")
     with failure, atomic.replacing_directory(tmp_path / "file" / "model"):
         pass
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    with atomic.replacing(tmp_path / "a.json") as partial:
+        partial.write_text("whole")
+    left = tmp_path / ".b.json.123.partial"
+    left.write_text("half")
+    atomic.remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
