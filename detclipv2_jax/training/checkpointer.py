@@ -348,6 +348,7 @@ class Checkpointer:
                 ) from None
         _in_all_processes(True)  # the other processes wait for the rename
         self._manager.reload()
+        self._scores.pop(step, None)
         return name
 
     def close(self) -> None:
