@@ -8,13 +8,11 @@ a killed job can resume. Runs without TensorFlow.
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 
+# Functions import the rest: Ctrl-C is handled from the start.
 from detclipv2_jax.common.cli import exit_status, start
-from detclipv2_jax.common.interruption import Interrupted
-from detclipv2_jax.evaluation import datasets, job
 from detclipv2_jax.inference.config import DEFINITIONS
 
 _DESCRIPTION = """\
@@ -96,6 +94,8 @@ def _step_option(text: str) -> str | int | list[int]:
 
 
 def _add_dataset(result: argparse.ArgumentParser) -> None:
+    from detclipv2_jax.evaluation import datasets
+
     add = result.add_argument_group("dataset").add_argument
     add(
         "--dataset",
@@ -168,16 +168,15 @@ def _add_processes(result: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
+    return exit_status(_run, arguments, what_next="Run the same command to resume.")
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     start()
     args = parser().parse_args(arguments)
-    try:
-        return exit_status(job.run, args)
-    except Interrupted as interrupted:
-        print(f"{interrupted}. Run the same command to resume.", file=sys.stderr)
-        return 128 + signal.SIGTERM
-    except KeyboardInterrupt:
-        print("stopped. Run the same command to resume.", file=sys.stderr)
-        return 128 + signal.SIGINT
+    from detclipv2_jax.evaluation import job
+
+    job.run(args)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Sequence
 
 from detclipv2_jax.common.cli import exit_status, refuse_renamed, start
-from detclipv2_jax.exporters.export import DETECTORS, run
 from detclipv2_jax.inference.config import DEFINITIONS
+
+_DETECTORS = ("stablehlo", "savedmodel", "onnx")
 
 _DESCRIPTION = """\
 Write a checkpoint's model as files for other programs.
@@ -63,7 +64,7 @@ def _add_files(result: argparse.ArgumentParser) -> None:
     )
     add(
         "--format",
-        choices=("safetensors", *DETECTORS),
+        choices=("safetensors", *_DETECTORS),
         default="safetensors",
         help="what to write, see above (default: %(default)s)",
     )
@@ -118,8 +119,15 @@ def _add_detector(result: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 after printing an error that the user can fix."""
+    return exit_status(_run, arguments, what_next="Run the same command to start over.")
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     start()
-    return exit_status(run, parser().parse_args(arguments))
+    args = parser().parse_args(arguments)
+    from detclipv2_jax.exporters.export import run
+
+    run(args)
 
 
 if __name__ == "__main__":

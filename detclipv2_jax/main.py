@@ -9,16 +9,15 @@
 import contextlib
 import json
 import os
-import signal
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
+from detclipv2_jax.common.interruption import end_at_once
 from detclipv2_jax.common.printable import print_any_text
 from detclipv2_jax.common.quiet import quiet_libraries
 from detclipv2_jax.training import flags as flags_lib
@@ -47,21 +46,9 @@ def main() -> None:
     """Run the command line and end the process with its exit status."""
     print_any_text()
     quiet_libraries()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _exit_at_once)  # until the training loop handles them
-    flags_lib.run_with_config(_run)
-
-
-def _exit_at_once(number: int, _: Any) -> None:
-    """End the process without waiting for its threads; files on disk are always complete."""
-    name = signal.Signals(number).name
-    sys.stderr.write(
-        f"\nstopped by {name}. Run the same command to resume from the last checkpoint.\n"
-    )
-    sys.stderr.flush()
-    lock = sys.modules.get("detclipv2_jax.common.lock")  # None before it is imported
-    getattr(lock, "release_all", lambda: None)()
-    os._exit(128 + number)
+    # Until the training loop handles signals.
+    end_at_once("Run the same command to resume from the last checkpoint.")
+    flags_lib.run_with_config(_run, handles_signals=False)
 
 
 def _end_without_lock() -> None:

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 
 from detclipv2_jax.common.cli import exit_status, start
-from detclipv2_jax.evaluation.page import run
 
 _DESCRIPTION = """\
 Open a local web page to try a checkpoint: drop an image, type names, see boxes.
@@ -59,8 +58,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, or 2 after a `UserError`."""
+    return exit_status(_run, arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     start()
-    return exit_status(run, parser().parse_args(arguments))
+    args = parser().parse_args(arguments)
+    from detclipv2_jax.evaluation.page import run
+
+    run(args)
 
 
 if __name__ == "__main__":

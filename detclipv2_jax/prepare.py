@@ -32,9 +32,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Functions import the rest: --help answers at once, and worker processes, which import the main
 # module again, start faster.
-from detclipv2_jax.common.cli import refuse_renamed
+from detclipv2_jax.common.cli import exit_status, refuse_renamed
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.common.printable import print_any_text
 
 EXAMPLES = {
     "objects365": "--from=objects365 --to=data/objects365 --subset=660000",
@@ -62,22 +61,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 if everything is prepared, 2 after a message about what the user can fix, 130 after
-        Ctrl-C.
+        Ctrl-C, 143 after SIGTERM.
     """
-    print_any_text()
+    return exit_status(_run, arguments, what_next="Run the same command again to resume.")
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     args = build_parser().parse_args(arguments)
     try:
         args.run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except BrokenPipeError:  # of the output, not of a file
+        raise
     except OSError as error:
-        print(f"error: {error.filename or args.to}: {error.strerror or error}.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted. Run the same command again to resume.", file=sys.stderr)
-        return 130
-    return 0
+        raise UserError(f"{error.filename or args.to}: {error.strerror or error}.") from error
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -62,6 +62,8 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         if guard:
             guard.add(path, temporary)
         os.replace(temporary, path)
+    except BrokenPipeError:  # of the command's output, not of the file
+        raise
     except OSError as error:
         problem = f"{path}: cannot be written ({error.strerror})"
         if not _only_warn.get():

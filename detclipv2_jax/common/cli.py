@@ -22,7 +22,9 @@ def start() -> None:
     keep_compiled_programs()
 
 
-def exit_status(run: Callable[..., int | None], *args: Any, what_next: str = "") -> int:
+def exit_status(
+    run: Callable[..., Any], *args: Any, what_next: str = "", handles_signals: bool = True
+) -> int:
     """Call `run(*args)`, and return the exit status that it returns or that its end asks for.
 
     2 after a `UserError`, which is printed. 128 + the number of the signal after Ctrl-C, SIGTERM or
@@ -32,13 +34,14 @@ def exit_status(run: Callable[..., int | None], *args: Any, what_next: str = "")
       run: the command. It may raise `Stopped` again with a message of its own.
       args: of `run`.
       what_next: what to do after a stop, for example "Run the same command to resume."
+      handles_signals: False: the program has handlers of its own.
     """
     print_any_text()
     try:
-        with stops(what_next):
+        with stops(what_next) if handles_signals else contextlib.nullcontext():
             status = run(*args)
             sys.stdout.flush()
-            return status or 0
+            return status if isinstance(status, int) else 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -47,8 +50,8 @@ def exit_status(run: Callable[..., int | None], *args: Any, what_next: str = "")
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt as stopped:
-        said = str(stopped) or "stopped by Ctrl-C"
-        print(f"\n{said}{'' if said.endswith('.') else '. '}{what_next}".rstrip(), file=sys.stderr)
+        said = (str(stopped) or "stopped by Ctrl-C").removesuffix(".")
+        print(f"\n{said}. {what_next}".rstrip(), file=sys.stderr)
         return 128 + getattr(stopped, "signal", signal.SIGINT)
 
 

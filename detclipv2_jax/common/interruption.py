@@ -97,15 +97,28 @@ def at_stop(finish: Callable[[Stopped], str | None]) -> Iterator[None]:
         watch.finish = before
 
 
+def end_at_once(what_next: str) -> None:
+    """Let the first signal end the process at once, also outside Python, until a `StopRequest`.
+
+    For a program whose files on disk are always complete.
+    """
+    watch = _Watch(what_next, at_once=True)
+    _watches.append(watch)
+    for number in _SIGNALS:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            signal.signal(number, watch.handle)
+
+
 _watches: list["_Watch"] = []
 
 
 class _Watch:
     """A thread that learns of signals at once, also while the main thread is outside Python."""
 
-    def __init__(self, what_next: str):
+    def __init__(self, what_next: str, at_once: bool = False):
         self.finish: Callable[[Stopped], str | None] | None = None
-        self._what_next = what_next
+        self._what_next, self._at_once = what_next, at_once
+        self._is_disabled = False
         self._is_raised = threading.Event()
         self._is_closed = threading.Event()
         self._reader, self._writer = os.pipe()
@@ -116,9 +129,15 @@ class _Watch:
 
     def handle(self, number: int, _: Any) -> None:
         """Raise `Stopped` in the main thread, once: the thread handles a second signal."""
+        if self._at_once:
+            end_process(number, f"{Stopped(number)}. {self._what_next}")
         if not self._is_raised.is_set():
             self._is_raised.set()
             raise Stopped(number)
+
+    def disable(self) -> None:
+        """Leave signals to the handlers that are installed after this call."""
+        self._is_disabled = True
 
     def close(self) -> None:
         """End the thread."""
@@ -142,7 +161,7 @@ class _Watch:
         while byte := os.read(self._reader, 1):
             if self._is_closed.is_set():
                 return None
-            if byte[0] in _SIGNALS:
+            if byte[0] in _SIGNALS and not self._is_disabled:
                 return byte[0]
         return None
 
@@ -161,6 +180,8 @@ class _Watch:
 def end_process(number: int, message: str) -> None:
     """Print a message and end the process at once; files on disk are always complete."""
     atomic.remove_unfinished()
+    lock = sys.modules.get("detclipv2_jax.common.lock")  # None if it is not used
+    getattr(lock, "release_all", lambda: None)()
     if message:
         sys.stderr.write(f"\n{message}\n")
         sys.stderr.flush()
@@ -168,7 +189,7 @@ def end_process(number: int, message: str) -> None:
 
 
 class StopRequest:
-    """Remembers SIGTERM or Ctrl-C until the training loop checks for it after a step.
+    """Remembers SIGTERM, SIGHUP or Ctrl-C until the training loop checks for it after a step.
 
     With several processes, JAX handles SIGTERM: its coordinator picks a step that no process has
     reached yet, and all processes stop after that step.
@@ -181,9 +202,13 @@ class StopRequest:
         self.signal = signal.SIGTERM  # the first that arrived; SIGTERM if JAX handles it
         self._requested = False
         self._count = jax.process_count()
+        for watch in _watches:
+            watch.disable()
         if self._count == 1 and threading.current_thread() is threading.main_thread():
             self._default_handler = signal.signal(signal.SIGINT, self._handle)
             signal.signal(signal.SIGTERM, self._handle)
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                signal.signal(signal.SIGHUP, self._handle)
 
     def _handle(self, number: int, _: Any) -> None:
         if not self._requested:

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,8 @@ import numpy as np
 from detclipv2_jax.common import config_dict, distributed
 from detclipv2_jax.common.atomic import write_json
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.common.interruption import Interrupted
+from detclipv2_jax.common.interruption import stops
+from detclipv2_jax.common.outputs import OutputFolder, guarded
 from detclipv2_jax.evaluation import coco, datasets, measure
 from detclipv2_jax.evaluation.answers import AnswerStore, parameters_digest
 from detclipv2_jax.evaluation.datasets import EvaluationSet
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
       UserError: for anything the user can fix; the same command then resumes.
-      Interrupted: SIGTERM; the same command resumes.
+      Stopped: by a signal; the same command resumes.
     """
     _check_flags(args)
     if args.predictions:
@@ -66,8 +66,19 @@ def _check_flags(args: argparse.Namespace) -> None:
         )
 
 
+def _output_folder(args: argparse.Namespace) -> OutputFolder:
+    """Return the output folder; `UserError` if results would replace a file of the user's.
+
+    The answers in predictions/ have their own check (answers.py).
+    """
+    folder = OutputFolder(args.output, free=("predictions",))
+    folder.check(["results.json", "categories.json", "predictions.json", "summary.json"])
+    return folder
+
+
 def _evaluate_results_file(args: argparse.Namespace) -> None:
-    output = pathlib.Path(args.output)
+    output_folder = _output_folder(args)
+    output = output_folder.path
     sets = datasets.load_sets(
         args.dataset, args.data_dir, args.images, args.format, find_images=False
     )
@@ -76,18 +87,22 @@ def _evaluate_results_file(args: argparse.Namespace) -> None:
             f"--dataset={args.dataset} is {len(sets)} datasets, but a results file belongs to one. "
             "Give the annotation file of that dataset."
         )
-    results = measure.measure_results_file(args.predictions, sets[0].truth, output=output)
+    with guarded(output_folder):
+        results = measure.measure_results_file(args.predictions, sets[0].truth, output=output)
     print(f"{results_table(results)}\n\nwritten to {output}: results.json")
 
 
 def _evaluate_checkpoints(args: argparse.Namespace) -> None:
-    output = pathlib.Path(args.output)
+    folder = _output_folder(args)
+    output = folder.path
     distributed.start(args.coordinator_address, args.num_processes, args.process_id)
     with contextlib.ExitStack() as stack:
         if jax.process_index():  # only the first process prints; all report errors on stderr
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
-        stack.enter_context(_sigterm_raises())
+        # Again: JAX's start of several processes takes SIGTERM for itself.
+        stack.enter_context(stops("Run the same command to resume."))
+        stack.enter_context(guarded(folder))
         sets = datasets.load_sets(args.dataset, args.data_dir, args.images, args.format)
         for one in sets:  # the table repeats them, but a model may take hours
             for note in one.truth.notes:
@@ -103,23 +118,6 @@ def _evaluate_checkpoints(args: argparse.Namespace) -> None:
             results = _evaluate_checkpoint(args, sets, step, folder)
             if results and several and jax.process_index() == 0:
                 _summarize(output, results)
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Within the block, SIGTERM raises `Interrupted`, as Ctrl-C raises `KeyboardInterrupt`.
-
-    A file that is being written is not left half-written.
-    """
-
-    def end(*_: Any) -> None:
-        raise Interrupted("stopped by SIGTERM", signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _steps(args: argparse.Namespace, output: pathlib.Path) -> Iterator[int]:

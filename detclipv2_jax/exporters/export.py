@@ -18,6 +18,7 @@ from detclipv2_jax.common.atomic import (
     write_text,
 )
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.outputs import OutputFolder, guarded
 from detclipv2_jax.exporters import card, manifest, onnx, safetensors, saved_model, stablehlo
 from detclipv2_jax.exporters.served import served_model
 from detclipv2_jax.inference.names import names_from_flags
@@ -28,7 +29,11 @@ if TYPE_CHECKING:
 
 _STAGE = ".export.partial"  # in the output directory, while files are written
 _LOWEST = 0.05
-DETECTORS = ("stablehlo", "savedmodel", "onnx")
+#: What an export may write into its output folder.
+_FILES = (
+    "model.safetensors", "detector.stablehlo", "detector.onnx", "saved_model", "text_encoder.onnx",
+    "text_encoder.stablehlo", "tokenizer.json", "example.py", "manifest.json", "README.md",
+)  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,9 +52,11 @@ def run(args: argparse.Namespace) -> None:
             "--format=safetensors writes parameters, not a detector. Leave --names, --names_file "
             "and --canvas out, or choose another --format."
         )
+    folder = OutputFolder(args.output)
+    folder.check(_FILES)
     loaded = load_model(args.checkpoint, args.step)
-    output = pathlib.Path(args.output)
-    with _staged(output) as stage:
+    output = folder.path
+    with guarded(folder), _staged(output) as stage:
         files = _write(args, loaded, names, canvas, stage)
     for file in dict.fromkeys(files.values()):
         size = sum(f.stat().st_size for f in (output / file, *(output / file).rglob("*")))

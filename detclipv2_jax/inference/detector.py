@@ -1,17 +1,21 @@
 """`Detector`: images and names in; boxes, names and scores out. Start here to use a checkpoint."""
 
 import dataclasses
+import numbers
 import os
+import reprlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from detclipv2_jax.common import cache as user_cache
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.inference.config import Definitions
 from detclipv2_jax.inference.detections import ImageDetections
 from detclipv2_jax.inference.embedding_cache import EmbeddingCache
-from detclipv2_jax.inference.images import ImageSource
+from detclipv2_jax.inference.images import ImageSource, check_source
 from detclipv2_jax.inference.names import check_asked, check_distinct, check_names, cut_off_text
 from detclipv2_jax.inference.predictor import EncodedNames, Predictor
 from detclipv2_jax.inference.prompts import Prompter
@@ -76,11 +80,19 @@ class Detector:
         Raises:
           UserError: there is no such checkpoint, or an argument is not valid.
         """
+        _check_options(step, score_threshold, max_detections, batch_size, prompts, cache)
         if isinstance(checkpoint, str | os.PathLike):
             # Imported here: a `LoadedModel` from elsewhere does not need orbax.
             from detclipv2_jax.inference.checkpoint import load_model
 
             checkpoint = load_model(checkpoint, step)
+        elif isinstance(checkpoint, bytes | int | float | bool | None) or not all(
+            hasattr(checkpoint, field) for field in ("graphdef", "params", "detect")
+        ):
+            raise UserError(
+                f"checkpoint is {reprlib.repr(checkpoint)} ({type(checkpoint).__name__}). Give the "
+                "workdir of a training run, or a LoadedModel."
+            )
         self.step = checkpoint.step
         self.threshold = threshold(score_threshold, checkpoint.threshold)
         config = dataclasses.replace(
@@ -133,8 +145,9 @@ class Detector:
         encoded = self.encode(names)
         if sentence := cut_off_text(encoded):
             warnings.warn(sentence, stacklevel=2)
-        images = [images] if isinstance(images, ImageSource) else list(images)
+        images = _as_images(images)
         config = self.predictor.config
+        _check_options(None, score_threshold, max_detections)
         if score_threshold is not None:
             config = dataclasses.replace(config, score_threshold=score_threshold)
         if max_detections is not None:
@@ -158,11 +171,60 @@ class Detector:
           UserError: there are no names, a name is empty or given twice, or the model reads two
             names as the same tokens.
         """
-        if isinstance(names, str):
+        if isinstance(names, str | bytes):
             raise UserError(f"names is the string {names!r}. Give a list of names.")
-        names = list(names)
+        if isinstance(names, Mapping) or not isinstance(names, Iterable):
+            kind = type(names).__name__
+            raise UserError(f"names is {reprlib.repr(names)} ({kind}). Give a list of names.")
+        names = [str(name) if isinstance(name, np.str_) else name for name in names]
         check_names(names)
         check_distinct(names)
         encoded = self.prompter.encode(self.predictor, names)
         check_asked(encoded)
         return encoded
+
+
+def _as_images(images: Any) -> list[ImageSource]:
+    """Return the images of a call as a list.
+
+    Raises:
+      UserError: it is not an image, or one of several is not.
+    """
+    if isinstance(images, ImageSource):
+        is_batch = isinstance(images, np.ndarray) and images.ndim == 4
+        images = list(images) if is_batch else [images]
+    elif isinstance(images, Mapping) or not isinstance(images, Iterable) or _is_tensor(images):
+        check_source(images, "images")  # raises
+    images = list(images)
+    for number, image in enumerate(images, start=1):
+        check_source(image, "the image" if len(images) == 1 else f"image {number} of {len(images)}")
+    return images
+
+
+def _is_tensor(value: Any) -> bool:
+    """Return whether a value is an array of another library, which iterates over its rows."""
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _check_options(
+    step: Any,
+    score_threshold: Any = None,
+    max_detections: Any = None,
+    batch_size: Any = None,
+    prompts: Any = None,
+    cache: Any = None,
+) -> None:
+    """Raise `UserError` for an option of a wrong type; their values are checked elsewhere."""
+    counts = {"step": step, "max_detections": max_detections, "batch_size": batch_size}
+    for name, value in counts.items():
+        is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if value is not None and not is_whole:
+            raise UserError(f"{name} is {value!r}, expected a whole number.")
+    if score_threshold is not None and (
+        isinstance(score_threshold, bool) or not isinstance(score_threshold, numbers.Real)
+    ):
+        raise UserError(f"score_threshold is {score_threshold!r}, expected a number from 0 to 1.")
+    if isinstance(prompts, str):
+        raise UserError(f"prompts is the string {prompts!r}. Give a list of sentences.")
+    if cache is not None and not isinstance(cache, str | os.PathLike):
+        raise UserError(f"cache is {cache!r}. Give a directory, or '' for no cache.")

@@ -115,14 +115,46 @@ def _read(source: ImageSource, at_least: Any) -> pictures.Picture:
         raise UserError(f"{name}: cannot be read as an image ({error}).") from None
 
 
-def _array_to_rgb(array: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
+def check_source(source: Any, what: str) -> None:
+    """Raise `UserError` if a value is not an `ImageSource`; files are not opened.
+
+    Args:
+      source: the value.
+      what: how to call it, for example "image 2 of 5".
+    """
+    if isinstance(source, np.ndarray):
+        _check_array(source, what)
+    elif not isinstance(source, ImageSource):
+        kind = f"{type(source).__module__}.{type(source).__name__}".removeprefix("builtins.")
+        shape = f" of shape {tuple(source.shape)}" if hasattr(source, "shape") else ""
+        array = " Convert it with numpy.asarray." if shape else ""
+        raise UserError(
+            f"{what} is a {kind}{shape}, expected a path, a PIL image or a uint8 array (height, "
+            f"width, 3), RGB from 0 to 255.{array}"
+        )
+
+
+def _check_array(array: np.ndarray, what: str) -> None:
     is_gray = array.ndim == 2
     has_channels = array.ndim == 3 and array.shape[2] in (1, 3, 4)
-    if array.dtype != np.uint8 or not (is_gray or has_channels) or 0 in array.shape:
-        raise UserError(
-            f"an image array has shape {array.shape} and type {array.dtype}, expected uint8 "
-            "(height, width, 3), RGB from 0 to 255."
+    if array.dtype == np.uint8 and (is_gray or has_channels) and 0 not in array.shape:
+        return
+    hint = ""
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and not has_channels:
+        hint = " Its channels come first: use array.transpose(1, 2, 0)."
+    if array.dtype.kind == "f":
+        hint += (
+            " Whether its values end at 1 or at 255 is not known: scale them to 0 to 255, round "
+            "them and use array.astype('uint8')."
         )
+    raise UserError(
+        f"{what} is an array of shape {array.shape} and type {array.dtype}, expected uint8 "
+        f"(height, width, 3), RGB from 0 to 255.{hint}"
+    )
+
+
+def _array_to_rgb(array: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
+    _check_array(array, "an image")
     if array.ndim == 3 and array.shape[2] == 3:
         return array
     image = Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)

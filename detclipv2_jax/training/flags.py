@@ -16,7 +16,7 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.training import recipes
 
 
-def run_with_config(main: Callable[[list[str]], None]) -> None:
+def run_with_config(main: Callable[[list[str]], None], *, handles_signals: bool = True) -> None:
     """Run an absl program that has a `--config` flag, and end with its exit status.
 
     A `UserError` becomes one line on stderr and exit status 2.
@@ -25,7 +25,8 @@ def run_with_config(main: Callable[[list[str]], None]) -> None:
 
     if {"-h", "-help", "--help"} & set(sys.argv[1:]):
         sys.exit(exit_status(_print_help, sys.modules[main.__module__], sys.argv))
-    sys.exit(exit_status(lambda: app.run(main, flags_parser=parse_flags)))
+    run = lambda: app.run(main, flags_parser=parse_flags)
+    sys.exit(exit_status(run, handles_signals=handles_signals))
 
 
 def _print_help(module: ModuleType, argv: list[str]) -> None:

@@ -142,4 +142,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from detclipv2_jax.common.cli import exit_status
+
+    raise SystemExit(exit_status(main))

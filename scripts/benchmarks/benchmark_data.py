@@ -446,4 +446,6 @@ def _cpu_seconds() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    from detclipv2_jax.common.cli import exit_status
+
+    raise SystemExit(exit_status(main))

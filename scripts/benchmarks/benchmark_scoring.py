@@ -101,4 +101,6 @@ def _timed(run) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    from detclipv2_jax.common.cli import exit_status
+
+    raise SystemExit(exit_status(main))

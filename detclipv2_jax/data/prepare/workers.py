@@ -71,10 +71,14 @@ def run(
 
 
 def _start_worker(done, stopped) -> None:
-    """Leave Ctrl-C to the parent, and exit when the parent is gone, even after SIGKILL."""
+    """Leave signals to the parent, and exit when the parent is gone, even after SIGKILL.
+
+    A terminal sends Ctrl-C, and a cluster SIGTERM, to all processes of a command.
+    """
     global _done, _stopped
     _done, _stopped = done, stopped
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
     def exit_with_parent():
         multiprocessing.parent_process().join()

@@ -161,7 +161,9 @@ def test_interrupted(archive, undisturbed, tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert error.strip().splitlines()[-1] == "interrupted. Run the same command again to resume."
+    assert (
+        error.strip().splitlines()[-1] == "stopped by Ctrl-C. Run the same command again to resume."
+    )
     assert "Traceback" not in error
     finish(start(archive, tmp_path / "out", 2))
     assert content(tmp_path / "out") == content(undisturbed)
