@@ -7,7 +7,6 @@ import os
 import pathlib
 import re
 import signal
-import sys
 import tempfile
 import threading
 import warnings
@@ -292,16 +291,20 @@ def serve(page: "gradio.Blocks", host: str, port: int, *, wait: bool = True) -> 
         ) from None
     print(f"Open {address} in a browser. Press Ctrl-C to stop.", flush=True)
     if wait:
-        _wait_for_signal()
-        page.close()
+        try:
+            _wait_for_signal()
+        finally:
+            page.close()
     return address
 
 
 def _wait_for_signal() -> None:
-    """Return on Ctrl-C. On SIGTERM raise `SystemExit`, so that uploads are deleted too."""
+    """Return on Ctrl-C, which is how a page is ended; SIGTERM is raised as `Stopped`."""
     try:
         threading.Event().wait()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if getattr(stop, "signal", signal.SIGINT) != signal.SIGINT:
+            raise
         print("stopped", flush=True)
 
 
@@ -363,7 +366,6 @@ def run(args: argparse.Namespace) -> None:
     detector = Detector(loaded, max_detections=MAX_BOXES)
     detector(np.zeros((*detector.predictor.canvas, 3), np.uint8), ["cat"])  # compiles
     title = f"DetCLIPv2 · {pathlib.Path(args.checkpoint).name} · step {loaded.step}"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(
         prefix="detclipv2_page_", ignore_cleanup_errors=True
     ) as uploads:

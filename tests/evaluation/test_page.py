@@ -265,8 +265,7 @@ import argparse, tiny_model
 from detclipv2_jax import page
 from detclipv2_jax.inference import checkpoint
 checkpoint.load_model = lambda *_: tiny_model.loaded()
-page.main(["--checkpoint=run", "--port={port}"])
-raise SystemExit(0)
+raise SystemExit(page.main(["--checkpoint=run", "--port={port}"]))
 """
 
 
