@@ -8,7 +8,7 @@ it. `null` is "not given". NaN and infinity are never values, also where a field
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 _MISSING = object()
@@ -114,6 +114,18 @@ def identifiers(entry: Mapping[str, Any], field: str) -> tuple[Identifier, ...] 
     if None in found:
         raise _invalid(field, value, "a list of ids")
     return found
+
+
+def similar_identifier(wanted: Identifier, known: Container[Identifier]) -> str:
+    """Return a hint at a known id that differs from an unknown one in leading zeros only, or ""."""
+    number = int(wanted) if re.fullmatch(r"-?[0-9]{1,30}", str(wanted)) else None
+    if number is None:
+        return ""
+    others = [number, *(f"{number:0{digits}d}" for digits in range(2, 31))]
+    found = next((one for one in others if one != wanted and one in known), None)
+    if found is None:
+        return ""
+    return f" ({shorten(found)} is; a text with leading zeros is another id than the number)"
 
 
 def integer(entry: Mapping[str, Any], field: str) -> int:

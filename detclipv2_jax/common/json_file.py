@@ -18,6 +18,8 @@ from detclipv2_jax.common.text_file import TextDecoder, open_bytes
 
 _CHUNK = 1 << 22  # bytes per read; more where one value is longer
 _SPACE = re.compile(r"[ \t\n\r]*")
+_COMMA = re.compile(r"[ \t\n\r]*,[ \t\n\r]*")
+_SPACES = ("", " ", "\t", "\n", "\r")
 # If the end of the window cuts a value, the scanner fails within this many characters of the end,
 # or at the start of an unterminated string.
 _TOKEN = 16  # the longest token: "-Infinity" has 9 characters, an escaped surrogate pair 12
@@ -188,7 +190,8 @@ class _Scanner:
 
     def value(self) -> Any:
         """Parse and return the next value."""
-        self.peek()
+        if self._text[self._at : self._at + 1] in _SPACES:  # also at the end of the window
+            self.peek()
         while True:
             try:
                 value, end = self._scan(self._text, self._at)
@@ -204,7 +207,10 @@ class _Scanner:
                 # A number at the end of the window may continue after it: 1|2, 1.|5, 1e|5.
                 if len(self._text) - end < _TOKEN and self._more():
                     continue
-                self._check_keys(value, end)
+                if not isinstance(value, dict) or self._text.count('":', self._at, end) != len(
+                    value
+                ):
+                    self._check_keys(value, end)
                 self._at = end
                 return value
             cut = problem.startswith("Unterminated") or position >= len(self._text) - _TOKEN
@@ -218,10 +224,8 @@ class _Scanner:
         reads only values of which the number of keys differs from the number of colons.
         """
         if isinstance(value, dict):
-            colons = self._text.count('":', self._at, end)
-            if colons == len(value):
-                return
-            if colons == len(value) + sum(len(v) for v in value.values() if isinstance(v, dict)):
+            keys = len(value) + sum(len(v) for v in value.values() if isinstance(v, dict))
+            if keys == self._text.count('":', self._at, end):
                 return
         elif not isinstance(value, list) or self._text.find(":", self._at, end) < 0:
             return
@@ -259,6 +263,10 @@ class _Scanner:
         """Yield the entries of the next list."""
         for _ in self._items("[", "]"):
             yield self.value()
+            # Faster than `_items`, which a large file would enter millions of times.
+            while (comma := _COMMA.match(self._text, self._at)) and comma.end() < len(self._text):
+                self._at = comma.end()
+                yield self.value()
 
     def end(self) -> None:
         """Check that nothing follows."""

@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from detclipv2_jax.common.errors import UserError
 
+_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _GZIP = b"\x1f\x8b"
 # First bytes of files that hold other files -> what they are.
 _ARCHIVES = {
@@ -124,8 +125,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str | ValueError]]:
         start = file.read(4)
         file.seek(0)
         # Damaged UTF-8 may begin with zeros, as UTF-16 does: only a byte order mark decides.
-        is_marked = start.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        encoding = json.detect_encoding(start) if is_marked else "utf-8"
+        encoding = json.detect_encoding(start) if start.startswith(_MARKS) else "utf-8"
         if encoding.startswith("utf-8"):
             lines = (_decoded(line, encoding if n == 0 else "utf-8") for n, line in enumerate(file))
         else:
@@ -143,3 +143,16 @@ def _decoded(line: bytes, encoding: str) -> str | ValueError:
         return line.decode(encoding)
     except UnicodeDecodeError as error:
         return ValueError(f"byte {error.start} of the line: {not_text(error)}")
+
+
+def decode_text(data: bytes) -> str:
+    """Return the text of bytes: UTF-8, or what a byte order mark says.
+
+    Raises:
+      ValueError: it is not text; says which byte.
+    """
+    encoding = json.detect_encoding(data[:4]) if data.startswith(_MARKS) else "utf-8"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start}: {not_text(error)}") from error

@@ -4,7 +4,6 @@ Datasets are looked for where docs/data.md unpacks the archives.
 """
 
 import dataclasses
-import mmap
 import pathlib
 import re
 import sys
@@ -14,7 +13,7 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.find_file import ImageFolder
 from detclipv2_jax.data.prepare.sources import lvis as lvis_source
 from detclipv2_jax.data.prepare.sources import odinw
-from detclipv2_jax.data.prepare.sources.formats import EVALUATION_WORDS, format_of
+from detclipv2_jax.data.prepare.sources.formats import EVALUATION_WORDS, judge
 from detclipv2_jax.evaluation import coco, lvis
 
 #: The datasets known by name: name -> description.
@@ -124,7 +123,9 @@ def find_annotations(folder: pathlib.Path) -> pathlib.Path:
     Raises:
       UserError: there is no such file, or there are several; names them.
     """
-    patterns = ("*.json", "annotations/*.json", "*/_annotations.coco.json")
+    places = ("", "annotations/")
+    patterns = [f"{place}*.json{end}" for place in places for end in ("", ".gz")]
+    patterns.append("*/_annotations.coco.json")
     found = {path for pattern in patterns for path in folder.glob(pattern) if _has_boxes(path)}
     files = sorted(found)
     words = lambda path: set(re.split(r"[\W_\d]+", str(path.relative_to(folder)).lower()))
@@ -147,11 +148,11 @@ def find_annotations(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _has_boxes(path: pathlib.Path) -> bool:
-    if not path.stat().st_size:
+    try:
+        judgment = judge(path)
+    except UserError:  # a damaged or unreadable file is not the one to evaluate on
         return False
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        federated = content.find(b'"neg_category_ids"') >= 0
-    return federated or format_of(path) == "COCO instances"
+    return judgment.format == "COCO instances" or judgment.is_lvis
 
 
 def find_image(image: coco.ImageInfo, folder: ImageFolder) -> pathlib.Path | None:

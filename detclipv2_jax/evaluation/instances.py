@@ -263,8 +263,9 @@ def _annotated_box(
     except ValueError as error:
         raise UserError(f"{locate(where, error)}. Fix the entry.") from error
     if image not in image_ids:
+        hint = json_fields.similar_identifier(image, image_ids)
         raise UserError(
-            f"{where}.image_id {shorten(row['image_id'])} is not in 'images'. Fix the entry."
+            f"{where}.image_id {shorten(row['image_id'])} is not in 'images'{hint}. Fix the entry."
         )
     if category not in category_ids:
         raise UserError(
@@ -284,7 +285,7 @@ def _notes(fields: dict[str, Any], no_area: int) -> list[str]:
         _note(flat, "have a box of width or height 0; no detection can match them"),
     ]
     sizes = {image.id: (image.height, image.width) for image in fields["images"]}
-    of_boxes = np.asarray([sizes[image] for image in fields["image_ids"].tolist()])
+    of_boxes = np.asarray([sizes[image] for image in fields["image_ids"].tolist()], np.float64)
     if seem_corners(xywh, of_boxes.reshape(-1, 2)):
         found.append(
             "most boxes leave their images, and all of them would fit as [x_min, y_min, x_max, "

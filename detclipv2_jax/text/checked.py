@@ -7,11 +7,13 @@ package's own; assets/senses.md says how it was made.
 """
 
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.text_file import read_text
 from detclipv2_jax.text.tokenizer import normalize
 from detclipv2_jax.text.wordnet import wordnet
 
@@ -50,13 +52,7 @@ def read_table(path: str | Path) -> dict[str, Meaning]:
     Raises:
         UserError: the file cannot be read, or a line is not valid; names the line.
     """
-    path = Path(path)
-    try:
-        head, *lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Give a table of definitions.") from None
-    except ValueError:
-        head, lines = "", []
+    head, *lines = re.split(r"\r\n|\r|\n", read_text(path))
     if tuple(head.lower().split("\t")[:3]) != COLUMNS:
         raise UserError(
             f"{path}, line 1: expected the columns {', '.join(COLUMNS)}, separated by tabs. Add "

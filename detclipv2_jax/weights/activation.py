@@ -4,12 +4,12 @@ Towers with the exact GELU and with QuickGELU have the same tensors. The wrong a
 wrong features without any error.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.json_file import read_json
 from detclipv2_jax.ops.kernels.mlp import Activation
 from detclipv2_jax.weights import torchscript
 
@@ -71,8 +71,8 @@ def check(configured: Activation, path: str | Path) -> Stated:
 
 def _json(path: Path) -> Mapping[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(path)
+    except UserError:
         content = None
     return content if isinstance(content, Mapping) else {}
 

@@ -5,7 +5,6 @@ archives, which PyTorch can only open by loading their code, so `torchscript.py`
 itself.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.json_file import read_json
 from detclipv2_jax.common.safetensors_file import SafetensorsFile
 from detclipv2_jax.weights import archives, torchscript
 
@@ -140,10 +140,10 @@ def _check_not_scaled(path: Path, small: Iterable[str], names: Iterable[str]) ->
 def _read_parts(path: Path) -> Mapping[str, Any]:
     """Return the tensors of all files that a Hugging Face index names."""
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = read_json(path)["weight_map"]
         parts = sorted(set(names.values()))
         is_valid = all(isinstance(part, str) and Path(part).name == part for part in parts)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         is_valid, names, parts = False, {}, []
     if not is_valid or any(part.endswith(".index.json") for part in parts):
         raise UserError(

@@ -49,6 +49,13 @@ def test_missing_fields_are_named():
     refused(json_fields.box, ..., "is missing; expected four numbers [x, y, width, height]")
 
 
+def test_ids_that_differ_in_leading_zeros():
+    assert "(123 is; a text with" in json_fields.similar_identifier("000123", {123})
+    assert '("000123" is; a text' in json_fields.similar_identifier(123, {"000123", 1})
+    for wanted, known in ((7, {123}), ("a", {123}), (7, {7}), ("x7", {7})):
+        assert json_fields.similar_identifier(wanted, known) == ""
+
+
 def test_lists_of_identifiers():
     assert json_fields.identifiers({"f": [1, "2", 3.0, "a"]}, "f") == (1, 2, 3, "a")
     assert json_fields.identifiers({"f": None}, "f") is json_fields.identifiers({}, "f") is None

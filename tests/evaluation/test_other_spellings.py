@@ -14,7 +14,7 @@ import worlds
 from detclipv2_jax import evaluate
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation import coco, datasets, measure
-from detclipv2_jax.inference import detect_command
+from detclipv2_jax.inference import detect_results
 
 SPELLINGS = {
     "texts": str,
@@ -188,7 +188,7 @@ def detected(names, *entries):
         }
         for file, found in entries
     ]
-    return detect_command.to_coco(names, images, [])
+    return detect_results.to_coco(names, images, [])
 
 
 def test_the_coco_json_of_detect_is_matched_by_names(tmp_path, capsys):

@@ -11,6 +11,7 @@ from typing import Any
 from detclipv2_jax.common import digests
 from detclipv2_jax.common.atomic import replacing
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.json_file import read_json
 from detclipv2_jax.data.dictionary import FILE, FORMAT, Dictionary, letters
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.text import tokenizer as tokenizer_lib
@@ -144,10 +145,7 @@ def lvis_synsets(path: str | Path) -> dict[str, str]:
     Raises:
         UserError: the file cannot be read or has no categories with synsets.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}). Give LVIS's file.") from None
+    content = read_json(path)
     rows = content.get("categories") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and isinstance(row.get("synset"), str) for row in rows

@@ -108,7 +108,7 @@ def test_images_of_a_class_that_the_file_lacks_are_counted(tmp_path):
     [
         (b"n01440764 tench\nn01440764 fish\n", r"line 2: the class 'n01440764' is given twice"),
         (b"n01440764 tench\n\nn02012849\n", r"line 3: the class 'n02012849' has no name"),
-        (b"n01440764 tench\xff\n", "cannot be read"),
+        (b"n01440764 tench\xff\n", "line 1, byte 15 of the line: 0xff is not UTF-8 text"),
         (json.dumps({"0": ["n01440764", "tench"]}).encode(), "has no name for"),
     ],
 )

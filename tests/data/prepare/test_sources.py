@@ -1,5 +1,7 @@
 """Each reader on a small archive of its format, whole and broken."""
 
+import copy
+import gzip
 import json
 
 import numpy as np
@@ -359,3 +361,57 @@ def test_nothing_but_plain_data_is_read(folder):
     document["annotations"][0]["bbox"] = [float("nan"), 1, 2, 3]
     _, examples = read_coco(folder, document)
     assert np.isnan(examples[0].boxes[0].xywh[0])
+
+
+def test_boxes_that_are_probably_corners_are_noted(folder):
+    document = coco(["0.jpg", "1.jpg", "2.jpg"])
+    for annotation in document["annotations"]:
+        annotation |= {"bbox": [35, 25, 55, 38], "iscrowd": "0.0"}  # of 60 x 40 pixels
+    archive, examples = read_coco(folder, document)
+    (sentence,) = archive.drops.explained["boxes: perhaps corners"]
+    assert "all would fit as [x_min, y_min, x_max, y_max]" in sentence
+    assert any(len(example.boxes) for example in examples)
+    document["annotations"][0]["bbox"] = [35, 25, 70, 38]
+    archive, _ = read_coco(folder, document)
+    assert "boxes: perhaps corners" not in archive.drops.noted
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "gzip"])
+@pytest.mark.parametrize("form", ["coco", "lines", "tsv"])
+def test_encodings_of_annotation_files(folder, form, encoding):
+    names = ["0.jpg", "1.jpg"]
+    text, suffix, read = {
+        "coco": (json.dumps(coco(names)), ".json", coco_source.read),
+        "lines": (
+            "".join(json.dumps({"image": n, "caption": "ein Käfer"}) + "\n" for n in names),
+            ".jsonl",
+            conceptual_captions.read_json_lines,
+        ),
+        "tsv": (
+            "".join(f"ein Käfer\t{n}\r\n" for n in names),
+            ".tsv",
+            conceptual_captions.read_tsv,
+        ),
+    }[form]
+    data = gzip.compress(text.encode()) if encoding == "gzip" else text.encode(encoding)
+    path = folder / f"file{suffix}{'.gz' * (encoding == 'gzip')}"
+    path.write_bytes(data)
+    archive = read(path, images(folder))
+    examples = list(archive.examples)
+    assert len(examples) == 2 and archive.total == 2
+    assert form == "coco" or {example.caption for example in examples} == {"ein Käfer"}
+
+
+def test_ids_written_another_way_are_the_same_ids(folder):
+    document = coco(["0.jpg", "1.jpg", "2.jpg"])
+    wanted = [(e.image_id, e.boxes, e.size) for e in read_coco(folder, document)[1]]
+    for spell in (str, float, lambda value: f"{value}.0"):
+        other = copy.deepcopy(document)
+        for row in other["annotations"]:
+            row |= {"image_id": spell(row["image_id"]), "category_id": spell(row["category_id"])}
+            row["iscrowd"] = spell(row.get("iscrowd", 0))
+        for row in other["categories"]:
+            row["id"] = spell(row["id"])
+        archive, examples = read_coco(folder, other)
+        assert [(e.image_id, e.boxes, e.size) for e in examples] == wanted
+        assert archive.drops.dropped == {"boxes: crowd": 1}

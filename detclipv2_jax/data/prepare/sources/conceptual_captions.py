@@ -82,7 +82,7 @@ def _read_lines(
 def _estimate_captions(path: Path, parse: Callable[[str], tuple[str, list]]) -> int:
     """Estimate the number of captions in a file: assume as many per line as in the first line."""
     with open_bytes(path) as file:
-        lines = sum(1 for line in file if line.strip())
+        lines = sum(1 for line in file if line.strip(b" \t\r\n\0"))
     try:
         _, first = next(iter(read_lines(path)), (0, ""))
         return lines * len(parse(first)[1]) if isinstance(first, str) else lines

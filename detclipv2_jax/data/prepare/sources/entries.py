@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from detclipv2_jax.common.json_fields import (
     FieldError,
@@ -20,11 +20,13 @@ from detclipv2_jax.common.json_fields import (
     locate,
     optional_text,
     shorten,
+    similar_identifier,
     size,
 )
 from detclipv2_jax.data.prepare.examples import Box, Drops, ImageFile, ImageFolder
 
 ROBOFLOW_FILE = "_annotations.coco.json"
+_BOXES_PER_CHECK = 1 << 16  # in `seem_corners`
 # What a malformed entry may raise while it is read: a field is missing, of another type, too large,
 # or nested too deeply.
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
@@ -100,7 +102,8 @@ class ImageEntries(dict[Identifier, ImageEntry]):
         if image_id in self.ambiguous:
             why = f'"image_id" {shorten(image_id)} is the id of two files'
             return "image id of two files", why
-        return "unknown image", f'"image_id" {shorten(image_id)} is not among "images"'
+        hint = similar_identifier(image_id, self)
+        return "unknown image", f'"image_id" {shorten(image_id)} is not among "images"{hint}'
 
 
 def _same_picture(first: ImageEntry, second: ImageEntry) -> bool:
@@ -166,7 +169,7 @@ def find_file(
     return ImageFile(found.path)
 
 
-def seem_corners(xywh: Float[np.ndarray, "n 4"], sizes: Int[np.ndarray, "n 2"]) -> bool:
+def seem_corners(xywh: Float[np.ndarray, "n 4"], sizes: Float[np.ndarray, "n 2"]) -> bool:
     """Return whether boxes are probably [x_min, y_min, x_max, y_max] where width and height belong.
 
     That is so if most of them leave their images, but all fit as corners.
@@ -175,11 +178,16 @@ def seem_corners(xywh: Float[np.ndarray, "n 4"], sizes: Int[np.ndarray, "n 2"]) 
         xywh: the boxes as annotated, in pixels.
         sizes: (height, width) of the image of each box; 0 where it is not known.
     """
-    known = sizes.min(axis=1, initial=1) > 0
-    xywh, limits = xywh[known], sizes[known][:, ::-1] + 1  # a pixel of slack
-    leave = (xywh[:, :2] + xywh[:, 2:] > limits).any(axis=1)
-    fit = ((xywh[:, 2:] > xywh[:, :2]) & (xywh[:, 2:] <= limits)).all(axis=1)
-    return bool(len(xywh) and fit.all() and leave.mean() > 0.5)
+    count = leaving = 0
+    for start in range(0, len(xywh), _BOXES_PER_CHECK):  # most files end at the first
+        part = slice(start, start + _BOXES_PER_CHECK)
+        known = sizes[part].min(axis=1) > 0
+        boxes, limits = xywh[part][known], sizes[part][known][:, ::-1] + 1  # a pixel of slack
+        if not ((boxes[:, 2:] > boxes[:, :2]) & (boxes[:, 2:] <= limits)).all():
+            return False
+        count += len(boxes)
+        leaving += int((boxes[:, :2] + boxes[:, 2:] > limits).any(axis=1).sum())
+    return leaving > count / 2
 
 
 class BoxTable:
@@ -212,14 +220,14 @@ class BoxTable:
             self._rows = array("i", [rows.get(row, row) for row in self._rows])
 
     def seem_corners(self, entries: ImageEntries) -> bool:
-        """Return `seem_corners` of all boxes, with the annotated sizes of their images."""
-        sizes = np.zeros((1 + max((e.row for e in entries.values()), default=0), 2), np.int64)
-        for entry in entries.values():
-            sizes[entry.row] = np.minimum(entry.size or (0, 0), 1 << 40)
-        rows = np.frombuffer(self._rows, np.int32)
-        known = rows < len(sizes)  # the last entries may have been removed
-        xywh = np.frombuffer(self._xywh, np.float64).reshape(-1, 4)
-        return seem_corners(xywh[known], sizes[rows[known]])
+        """Return `seem_corners` of the first boxes, with the annotated sizes of their images."""
+        sizes = {entry.row: entry.size for entry in entries.values()}
+        rows = self._rows[:_BOXES_PER_CHECK]
+        of_boxes = [sizes.get(row) or (0, 0) for row in rows]
+        if not of_boxes:
+            return False
+        xywh = np.asarray(self._xywh[: 4 * len(rows)], np.float64).reshape(-1, 4)
+        return seem_corners(xywh, np.asarray(of_boxes, np.float64))
 
     def by_image(self, entries: ImageEntries) -> Iterator[tuple[Any, ImageEntry, tuple[Box, ...]]]:
         """Yield (id, entry, boxes) of every image entry in the file's order, also without boxes."""
@@ -241,6 +249,8 @@ class BoxTable:
 
 def annotation_label(number: Any, place: int) -> str:
     """Return what messages call an annotation: its "id" or, without one, its place in the list."""
+    if type(number) is int:  # of most boxes
+        return f"annotation {number}"
     return f"annotation number {place}" if number is None else f"annotation {shorten(number)}"
 
 

@@ -39,6 +39,7 @@ class Judgment(NamedTuple):
     format: str | None  # a key of `registry.FORMATS`; None: none of them
     why: str = ""  # why it is none
     is_other: bool = False  # it is a known format that cannot be read, not a damaged file
+    is_lvis: bool = False
 
 
 def format_of(path: Path) -> str | None:
@@ -68,7 +69,8 @@ def judge(path: Path) -> Judgment:
         return _judge_list(path) if first == "[" else Judgment(None, "it is not JSON")
     found = next((_FORMATS[name] for name in _search(path, _FORMATS)), None)
     if found in _OTHER:
-        return Judgment(None, _OTHER[found], is_other=found != "LVIS")
+        is_lvis = found == "LVIS"
+        return Judgment(None, _OTHER[found], is_other=not is_lvis, is_lvis=is_lvis)
     return Judgment(found) if found else _judge_without_boxes(path)
 
 

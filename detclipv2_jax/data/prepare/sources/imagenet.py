@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.text_file import read_lines
 from detclipv2_jax.data.prepare.examples import Archive, Drops, Example, ImageFile, ImageFolder
 from detclipv2_jax.text.tokenizer import normalize
 
@@ -145,13 +146,9 @@ def read_words(path: Path) -> dict[str, list[str]]:
         UserError: the file cannot be read, or a line has not this form.
     """
     words: dict[str, list[str]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). {_REMEDY}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path):
+        if isinstance(line, ValueError):
+            raise UserError(f"{path}, line {number}, {line}.")
         key, _, rest = line.strip().replace("\t", " ", 1).partition(" ")
         found = [word.strip() for word in rest.split(",") if word.strip()]
         if not found or key in words:

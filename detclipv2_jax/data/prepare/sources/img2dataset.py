@@ -25,6 +25,7 @@ import numpy as np
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.json_fields import shorten, text
+from detclipv2_jax.common.text_file import decode_text
 from detclipv2_jax.data.prepare.examples import Archive, Drops, Example, ImageFile
 from detclipv2_jax.data.prepare.sources.entries import MALFORMED, describe
 
@@ -192,7 +193,7 @@ def _read_metadata(entry: _Entry, where: str, drops: Drops) -> Mapping[str, Any]
     if entry.row is not None or entry.metadata is None:
         return entry.row or {}
     try:
-        metadata = json.loads(entry.metadata.decode())
+        metadata = json.loads(decode_text(entry.metadata))
         if not isinstance(metadata, dict):
             raise ValueError("not a JSON object")
         return metadata
@@ -202,9 +203,9 @@ def _read_metadata(entry: _Entry, where: str, drops: Drops) -> Mapping[str, Any]
 
 
 def _read_caption(entry: _Entry, metadata: Mapping[str, Any]) -> str:
-    """Return the caption of an entry; see `check_caption` and `bytes.decode` for errors."""
+    """Return the caption of an entry; see `check_caption` and `decode_text` for errors."""
     return check_caption(
-        metadata.get("caption") if entry.caption is None else entry.caption.decode()
+        metadata.get("caption") if entry.caption is None else decode_text(entry.caption)
     )
 
 
