@@ -104,6 +104,9 @@ def prepare_folder(
             )
         else:
             print(f"{kind}: no annotation file in {origin}")
+    both = [target.to / kind for kind in ("detection", "grounding")]
+    if all(path.name in files for path in both) and (count := inputs_lib.in_common(both, origin)):
+        print(f"detection and grounding have {count:,} pictures in common; each has its own boxes")
 
 
 def _prepare_validation(

@@ -134,6 +134,12 @@ def read(directory: Path, origin: Path) -> tuple[list[Picture], list[tuple[list[
     return pictures, missing
 
 
+def in_common(directories: Sequence[Path], origin: Path) -> int:
+    """Return how many pictures all of some sources of one archive have, by their files."""
+    paths = [{one.path for one in read(path, origin)[0] if one.used} for path in directories]
+    return len(set.intersection(*paths)) if paths else 0
+
+
 def changes(source: Source, origin: Path) -> Iterator[str]:
     """Yield what changed in the pictures since a source was made, in words; nothing if none did."""
     pictures, missing = read(source.directory, origin)

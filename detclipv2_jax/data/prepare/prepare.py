@@ -80,6 +80,7 @@ def prepare(
         count = _build_shards(builder, distinct, size, total, options.jobs, name)
         totals = _sum_up(builder, archives, count)
         distinct.note_differences(totals.drops)
+        _note_twins(_pictures(builder, count), totals.drops)
         try:
             _refuse_unusable(archives, kind, totals)
         except UserError:
@@ -247,6 +248,17 @@ def _pictures(builder: ShardBuilder, count: int) -> Iterator[inputs_lib.Picture]
     for number in range(count):
         for fields in builder.summary(number).pictures:
             yield inputs_lib.Picture(*fields)
+
+
+def _note_twins(pictures: Iterable[inputs_lib.Picture], drops: Drops) -> None:
+    """Count the pictures that have the same bytes as one of another name; both are kept."""
+    first: dict[str, str] = {}
+    for picture in pictures:
+        if picture.used:
+            other = first.setdefault(picture.digest, picture.path)
+            if other != picture.path:
+                why = f"{picture.path} is {other} under another name; each keeps its boxes"
+                drops.note("images: the same bytes as another", why)
 
 
 def _refuse_unusable(archives: Sequence[Archive], kind: str, totals: _Totals) -> None:

@@ -14,8 +14,9 @@ from detclipv2_jax import prepare as door
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data import records
 from detclipv2_jax.data.index import Source
-from detclipv2_jax.data.prepare import inputs, registry
+from detclipv2_jax.data.prepare import inputs, registry, shards
 from detclipv2_jax.data.prepare.examples import ImageFolder
+from detclipv2_jax.data.prepare.options import PrepareOptions
 from detclipv2_jax.data.prepare.repeats import Distinct
 from detclipv2_jax.data.prepare.sources import formats
 
@@ -242,3 +243,51 @@ def test_a_new_annotation_file_and_an_edited_one_are_noticed(folder, capsys):
         folder / "a.json", annotations([image(1, "0.jpg")], [box(1), box(1, xywh=(1, 1, 5, 5))])
     )
     assert run(folder)[0] == 2
+
+
+def test_a_picture_that_changes_before_an_interrupted_preparation_goes_on(folder, tmp_path):
+    two(folder)
+    (archive,) = registry.open_archives(
+        [folder / "a.json"], ImageFolder(folder / "images"), "detection"
+    )
+    examples = list(archive.examples)
+    (tmp_path / "shards").mkdir()
+    builder = shards.ShardBuilder(tmp_path / "shards", "detection", PrepareOptions())
+    builder.build(0, examples)
+    assert builder.finished(0, examples)
+    (folder / "images" / "0.jpg").write_bytes(jpeg(seed=9))
+    assert not builder.finished(0, examples)
+
+
+def test_equal_bytes_in_one_file_are_kept_and_noted(folder):
+    shutil.copy(folder / "images" / "0.jpg", folder / "images" / "twin.jpg")
+    both = [image(1, "0.jpg"), image(2, "twin.jpg")]
+    write_json(folder / "a.json", annotations(both, [box(1), box(2)]))
+    code, to = run(folder)
+    assert code == 0 and len(contents(to)) == 2
+    assert Source.open(to).info["noted"] == {"images: the same bytes as another": 1}
+
+
+def test_pictures_of_detection_that_grounding_has_too_are_told(folder, capsys):
+    write_json(folder / "a.json", annotations([image(1, "0.jpg"), image(2, "1.jpg")], [box(1)]))
+    write_json(folder / "b.json", mdetr(["0.jpg", "2.jpg"]))
+    assert run(folder)[0] == 0
+    assert "detection and grounding have 1 pictures in common" in capsys.readouterr().out
+
+
+def test_cocos_folder_of_annotations(folder, capsys):
+    """Keypoints and stuff have the pictures of instances: instances' boxes are taken."""
+    files = {
+        "instances_train2017": ([box(1), box(2)], ["person"]),
+        "person_keypoints_train2017": ([box(1, keypoints=[1, 2, 2])], ["person"]),
+        "stuff_train2017": ([box(1, segmentation=[])], ["sky"]),
+    }
+    for name, (notes, names) in files.items():
+        content = annotations([image(1, "0.jpg"), image(2, "1.jpg")], notes, names)
+        write_json(folder / "annotations" / f"{name}.json", content)
+    code, to = run(folder)
+    assert code == 0 and len(contents(to)) == 2
+    source = Source.open(to)
+    assert [row["name"] for row in source.concepts] == ["person"]
+    assert source.info["dropped"] == {"images: the same picture came before": 4}
+    assert [file["images"] for file in source.info["annotation_files"]] == [2, 0, 0]
