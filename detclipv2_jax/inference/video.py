@@ -24,6 +24,7 @@ VIDEO_SUFFIXES = (
 )  # fmt: skip
 ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng")
 _HIGHEST_RATE = 240.0  # frames per second; files whose times have a step of 1 ms claim 1,000
+_FAILURES = 30  # frames in a row that cannot be decoded: no more is tried
 _LOOKED_AT = 300  # frames at the start whose times decide the rate of the drawn video
 # What browsers and FFmpeg do with a frame of a GIF that is shown for 0.01 s or less.
 _SHORTEST, _IN_ITS_PLACE = 0.02, 0.1
@@ -70,7 +71,7 @@ class Video:
         self.grid_rate = self._grid_rate()
 
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-        """Yield the frames in RGB, rotated as the file says, until one cannot be decoded."""
+        """Yield the frames in RGB, rotated as the file says; damaged ones are passed over."""
         for frame, _ in self.timed():
             yield frame
 
@@ -82,12 +83,14 @@ class Video:
         if self.path.suffix.lower() in ANIMATION_SUFFIXES:
             yield from self._timed_animation()
             return
-        count, last = 0, -1.0
+        count, failures, last = 0, 0, -1.0
         with self._open() as capture:
-            while True:
+            while failures < _FAILURES:
                 is_decoded, frame = _call(capture.read) or (False, None)
                 if not is_decoded or frame is None:
-                    break
+                    failures += 1  # the end, or a damaged frame
+                    continue
+                failures = 0
                 seconds = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
                 is_known = np.isfinite(seconds) and seconds > last
                 last = seconds if is_known else last
@@ -110,7 +113,11 @@ class Video:
         os.environ[name] = "ignore_editlist;1"
         try:
             with self._open() as capture:
-                return sum(1 for _ in iter(lambda: bool(_call(capture.grab)), False))
+                count, failures = 0, 0
+                while failures < _FAILURES:
+                    is_grabbed = bool(_call(capture.grab))
+                    count, failures = count + is_grabbed, 0 if is_grabbed else failures + 1
+                return count
         finally:
             if before is None:
                 del os.environ[name]

@@ -108,3 +108,37 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
 
 def test_a_stop_is_no_error_that_code_handles():
     assert not issubclass(Stopped, Exception) and issubclass(Stopped, KeyboardInterrupt)
+
+
+TRAINING = """
+    import sys, time
+    from detclipv2_jax.common import interruption
+
+    interruption.end_at_once("Run the same command to resume.")
+    if sys.argv[1] == "early":
+        print("ready", flush=True)
+        time.sleep(60)
+    stop = interruption.StopRequest()
+    print("ready", flush=True)
+    end = time.monotonic() + 3  # a step, longer than the grace for code outside Python
+    while time.monotonic() < end:
+        time.sleep(0.1)
+    sys.exit(0 if not stop.is_due(1) else 128 + stop.signal)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("when", ["early", "in a step"])
+def test_training_ends_at_once_before_its_loop_and_after_a_step_in_it(when, number):
+    line = [sys.executable, "-c", textwrap.dedent(TRAINING), when]
+    with subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        began = time.monotonic()
+        process.send_signal(number)
+        _, error = process.communicate(timeout=20)
+        took = time.monotonic() - began
+    assert process.returncode == 128 + number
+    assert (took > 2.5) == (when == "in a step")
+    assert ("Run the same command to resume." in error) == (when == "early")
