@@ -15,6 +15,7 @@ Every command gets its pixels from `read`, so all agree on these rules:
 * **Damage.** Decoders raise everything; here it all becomes `PictureError` with the reason.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -166,12 +167,12 @@ def turned_size(size: Size, orientation: int) -> Size:
 
 def orientation_of(image: Image.Image) -> int:
     """Return the orientation that an open image asks for, 1 if it has none that is valid."""
-    try:
-        # Read by hand first: Pillow gives up at the first tag that is broken.
-        value = _orientation_in(image.info["exif"]) if "exif" in image.info else None
-        value = image.getexif().get(_ORIENTATION) if value is None else value
-    except Exception:  # whatever broken EXIF makes Pillow raise
-        return 1
+    value = None
+    with contextlib.suppress(Exception):  # read by hand: Pillow gives up at the first broken tag
+        value = _orientation_in(image.info["exif"])
+    if value is None:
+        with contextlib.suppress(Exception):  # whatever broken EXIF makes Pillow raise
+            value = image.getexif().get(_ORIENTATION)  # also of XMP, and of old PNGs
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
@@ -243,7 +244,9 @@ def _check_png(file: BinaryIO) -> None:
 
 def _orientation_in(exif: bytes) -> int | None:
     """Return the orientation of an EXIF block, None without one; raises on broken blocks."""
-    tiff = exif[6:] if exif[:6] == b"Exif\0\0" else exif
+    tiff = exif
+    while tiff.startswith(b"Exif\0\0"):  # some programs write it twice
+        tiff = tiff[6:]
     order = {b"II": "<", b"MM": ">"}[tiff[:2]]
     (start,) = struct.unpack_from(f"{order}I", tiff, 4)
     (count,) = struct.unpack_from(f"{order}H", tiff, start)

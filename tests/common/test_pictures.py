@@ -5,7 +5,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from detclipv2_jax.common import pictures
 
@@ -148,6 +148,7 @@ def test_what_is_no_orientation_turns_nothing(block):
         raw_exif((0x0112, 3, 1, b"\x06\0\0\0"), (0x8769, 4, 1, b"\xff\xff\xff\xff")),
         raw_exif((0x0112, 3, 1, b"\x06\0\0\0"), (0x8825, 7, 1, b"\x01\0\0\0")),
         raw_exif((0x0112, 3, 1, b"\x06\0\0\0"))[:-4],  # cut off behind the tag
+        b"Exif\0\0" + raw_exif((0x0112, 3, 1, b"\x06\0\0\0")),  # headed twice
     ],
 )
 def test_an_orientation_beside_broken_exif_is_obeyed(block):
@@ -162,6 +163,22 @@ def test_a_resolution_of_minus_one_by_zero():
     block = raw_exif((0x0112, 3, 1, b"\x06\0\0\0"), (0x011A, 10, 1, struct.pack("<I", 38)))
     found = pictures.read(encoded(scene(), "JPEG", exif=block + rational))
     assert found.turned == 6 and found.size == (40, 24)
+
+
+def test_orientations_outside_of_exif():
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/>\xa8</x>'
+    assert pictures.read(encoded(scene(), "JPEG", xmp=xmp)).turned == 6
+    assert pictures.read(encoded(scene(), "WEBP", xmp=xmp)).turned == 6
+    both = encoded(scene(), "JPEG", xmp=xmp, exif=exif(3))
+    assert pictures.read(both).turned == 3
+    text = PngImagePlugin.PngInfo()  # ImageMagick wrote EXIF into PNGs so
+    block = exif(8).tobytes()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(block):8}\n{block.hex()}\n")
+    assert pictures.read(encoded(scene(), pnginfo=text)).turned == 8
+    # The second directory of EXIF is about the thumbnail.
+    first = raw_exif((0x0110, 3, 1, bytes(4)))[:-4] + struct.pack("<I", 26)
+    second = raw_exif((0x0112, 3, 1, b"\x06\0\0\0"))[14:]
+    assert pictures.read(encoded(scene(), "JPEG", exif=first + second)).turned == 1
 
 
 def test_exif_behind_the_pixels_of_a_png():
