@@ -141,6 +141,7 @@ class ArchiveSource:
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory. Check --from.")
         if not (found := self.find(directory)):
+            img2dataset.refuse_compressed(directory)
             raise UserError(
                 f"{directory}: no {self.kind} file for training here or in annotations/. Give one "
                 "with --annotations=FILE."

@@ -10,6 +10,7 @@ found by 8 bytes of a hash: of the hash that img2dataset recorded for the downlo
 stored bytes. They are common, because sites answer dead URLs with one placeholder image.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -25,16 +26,23 @@ import numpy as np
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.json_fields import shorten, text
+from detclipv2_jax.common.printable import printable
 from detclipv2_jax.common.text_file import decode_text
 from detclipv2_jax.data.prepare.examples import Archive, Drops, Example, ImageFile
 from detclipv2_jax.data.prepare.sources.entries import MALFORMED, describe
+from detclipv2_jax.data.prepare.sources.shard_members import Entry, join_fields, put, split_name
 
 LONGEST_CAPTION = 10_000  # characters; longer alt texts are whole pages
-_FIELDS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image")
-_FIELDS |= {"txt": "caption", "json": "metadata"}  # suffix of a file -> field of _Entry
 _COLUMNS = ("key", "url", "caption", "status", "error_message", "sha256", "md5")
 _LARGEST_TEXT = 1 << 20  # bytes of a .txt or .json
 _BLOCK = tarfile.BLOCKSIZE
+_COMPRESSED = {  # first bytes of a file -> program
+    b"\x1f\x8b": "gunzip",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ": "unxz",
+}
+_COMPRESSED_NAME = re.compile(r"\.(tar\.(gz|zst|bz2|xz)|tgz|tbz2?|txz|tzst)$")
 _FAILED = {
     "failed_to_download": "images: failed to download",
     "failed_to_resize": "images: failed to resize",
@@ -55,16 +63,6 @@ class ParquetImage:
 
     def __str__(self) -> str:
         return f"{self.path}, row group {self.group}, row {self.row}"
-
-
-@dataclasses.dataclass
-class _Entry:
-    """What a shard has for one key."""
-
-    image: ImageFile | ParquetImage | None = None
-    caption: bytes | None = None  # .txt
-    metadata: bytes | None = None  # .json
-    row: Mapping[str, Any] | None = None  # of the shard's parquet file
 
 
 class SeenHashes:
@@ -96,7 +94,7 @@ def shards(directory: Path) -> list[Path]:
     }
     folders = (path for path in directory.glob("*") if re.fullmatch(r"\d{5,}", path.name))
     found |= {path for path in folders if path.is_dir()}
-    return sorted(found)
+    return sorted(path for path in found if not path.name.startswith("."))
 
 
 def read(directory: str | Path) -> Archive:
@@ -109,7 +107,10 @@ def read(directory: str | Path) -> Archive:
     """
     directory, drops = Path(directory), Drops()
     found = shards(directory)
+    for path in compressed_shards(directory):
+        drops.drop("shards: compressed", f"{path}: {compression(path) or 'it is compressed'}")
     if not found:
+        refuse_compressed(directory)
         raise UserError(
             f"{directory}: no shard (00000.tar, 00000.parquet) in it. Check the folder."
         )
@@ -120,6 +121,16 @@ def read(directory: str | Path) -> Archive:
         examples=_examples(directory, found, drops),
         drops=drops,
     )
+
+
+def refuse_compressed(directory: Path) -> None:
+    """Raise `UserError` if a folder has compressed tars."""
+    if paths := compressed_shards(directory):
+        why = compression(paths[0]) or "it is compressed"
+        raise UserError(
+            f"{paths[0]}: {why}. Pictures are read where they lie in a tar, which compression "
+            "prevents."
+        )
 
 
 def _estimate_entries(found: list[Path]) -> int:
@@ -140,7 +151,7 @@ def _examples(directory: Path, found: Iterable[Path], drops: Drops) -> Iterator[
                     yield example
 
 
-def _read_shard(shard: Path, drops: Drops) -> Iterator[dict[str, _Entry]]:
+def _read_shard(shard: Path, drops: Drops) -> Iterator[dict[str, Entry]]:
     """Yield the entries of a shard by key: all at once, or one row group at a time for parquet."""
     tar, parquet = shard.with_name(shard.name + ".tar"), shard.with_name(shard.name + ".parquet")
     if tar.is_file():
@@ -151,16 +162,17 @@ def _read_shard(shard: Path, drops: Drops) -> Iterator[dict[str, _Entry]]:
         yield from _read_parquet(parquet, drops)
 
 
-def _add_rows(entries: dict[str, _Entry], parquet: Path, drops: Drops) -> dict[str, _Entry]:
+def _add_rows(entries: dict[str, Entry], parquet: Path, drops: Drops) -> dict[str, Entry]:
     """Add the rows of the shard's parquet file; rows without another entry come last."""
     if parquet.is_file():
         for rows in _read_rows(parquet, drops):
             for _, _, row in rows:
-                entries.setdefault(str(row["key"]), _Entry()).row = row
+                entries.setdefault(str(row["key"]), Entry()).row = row
+    join_fields(entries, drops)
     return entries
 
 
-def _example(name: str, entry: _Entry, seen: SeenHashes, drops: Drops) -> Example | None:
+def _example(name: str, entry: Entry, seen: SeenHashes, drops: Drops) -> Example | None:
     """Return the example of an entry, or None (counted) if it is not usable."""
     where = f"{name}" if entry.image is None else f"{entry.image} ({name})"
     metadata = _read_metadata(entry, where, drops)
@@ -170,7 +182,8 @@ def _example(name: str, entry: _Entry, seen: SeenHashes, drops: Drops) -> Exampl
         drops.drop(reason, f"{where}: {shorten(metadata.get('error_message') or status)}")
         return None
     if entry.image is None:
-        drops.drop("images: missing", f"{where}: it has a caption or a row, but no image")
+        why = entry.lost or "it has a caption or a row, but no image"
+        drops.drop("images: missing", f"{where}: {why}")
         return None
     try:
         caption = _read_caption(entry, metadata)
@@ -188,7 +201,7 @@ def _example(name: str, entry: _Entry, seen: SeenHashes, drops: Drops) -> Exampl
     return Example(image=entry.image, image_id=name, size=None, caption=caption)
 
 
-def _read_metadata(entry: _Entry, where: str, drops: Drops) -> Mapping[str, Any]:
+def _read_metadata(entry: Entry, where: str, drops: Drops) -> Mapping[str, Any]:
     """Return what img2dataset recorded of an entry: its parquet row, else its .json, else {}."""
     if entry.row is not None or entry.metadata is None:
         return entry.row or {}
@@ -202,7 +215,7 @@ def _read_metadata(entry: _Entry, where: str, drops: Drops) -> Mapping[str, Any]
         return {}
 
 
-def _read_caption(entry: _Entry, metadata: Mapping[str, Any]) -> str:
+def _read_caption(entry: Entry, metadata: Mapping[str, Any]) -> str:
     """Return the caption of an entry; see `check_caption` and `decode_text` for errors."""
     return check_caption(
         metadata.get("caption") if entry.caption is None else decode_text(entry.caption)
@@ -224,30 +237,15 @@ def _hash(image: ImageFile | ParquetImage, metadata: Mapping[str, Any]) -> int:
     return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "little")
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    """Return the key of a file in a shard, up to the first dot, and its field of _Entry or ""."""
-    folder, slash, base = name.rpartition("/")
-    key, _, suffix = base.partition(".")
-    return folder + slash + key, _FIELDS.get(suffix.lower(), "") if key else ""
-
-
-def _put(entries: dict[str, _Entry], key: str, field: str, value: Any, drops: Drops) -> None:
-    entry = entries.setdefault(key, _Entry())
-    if getattr(entry, field) is None:
-        setattr(entry, field, value)
-    elif field == "image":
-        drops.drop("images: key given twice", f"{value}: a second {shorten(key)}")
-
-
-def _read_folder(folder: Path, drops: Drops) -> dict[str, _Entry]:
+def _read_folder(folder: Path, drops: Drops) -> dict[str, Entry]:
     """Return the entries of a folder. A text file that cannot be read counts as empty."""
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, Entry] = {}
     for name in sorted(os.listdir(folder)):
-        key, field = _split_name(name)
+        key, field = split_name(name)
         if field == "image":
-            _put(entries, key, field, ImageFile(folder / name), drops)
+            put(entries, key, field, ImageFile(folder / name), drops)
         elif field:
-            _put(entries, key, field, _read_text(folder / name), drops)
+            put(entries, key, field, _read_text(folder / name), drops)
     return entries
 
 
@@ -258,38 +256,73 @@ def _read_text(path: Path) -> bytes:
         return b""
 
 
-def _read_tar(path: Path, drops: Drops) -> dict[str, _Entry]:
+def _read_tar(path: Path, drops: Drops) -> dict[str, Entry]:
     """Return the entries of a tar up to its end or its first damage; images as byte ranges."""
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, Entry] = {}
+    places: dict[str, tuple[int, int]] = {}  # name of a file -> its first byte, and size in bytes
     try:
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
             for member in _members(file):
                 if member.offset_data + member.size > length:
                     raise tarfile.ReadError("unexpected end of data")
-                key, field = _split_name(member.name)
-                value: Any = ImageFile(path, member.offset_data, member.size)
-                if field and field != "image":
-                    file.seek(member.offset_data)
-                    value = file.read(min(member.size, _LARGEST_TEXT))
-                if field:
-                    _put(entries, key, field, value, drops)
+                key, field = split_name(member.name)
+                if not field:
+                    continue
+                if (place := _place(member, places)) is None:
+                    if field == "image":
+                        lost = f"{printable(member.name)} is a link or no plain file"
+                        entries.setdefault(key, Entry()).lost = lost
+                    continue
+                value: Any = ImageFile(path, *place)
+                if field != "image":
+                    file.seek(place[0])
+                    value = file.read(min(place[1], _LARGEST_TEXT))
+                put(entries, key, field, value, drops)
     except Exception as error:  # tarfile raises many types of errors for damaged headers
-        explanation = f"{path}: {shorten(str(error))} behind {len(entries)} images"
-        drops.drop("shards: damaged", explanation)
+        why = compression(path) or f"{shorten(str(error))} behind {len(entries)} images"
+        drops.drop("shards: damaged", f"{path}: {why}")
     return entries
 
 
+def _place(member: tarfile.TarInfo, places: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
+    """Return the first byte and the size of a file in a tar, None if it has no bytes of its own.
+
+    A hard link stands for an earlier file of the tar. Other links may lead out of it.
+    """
+    if member.islnk():
+        return places.get(member.linkname)
+    if not member.isreg() or member.issparse():
+        return None
+    places[member.name] = member.offset_data, member.size
+    return places[member.name]
+
+
+def compression(path: Path) -> str:
+    """Return that a file is compressed and what to do, "" if it is not."""
+    with contextlib.suppress(OSError):
+        start = ImageFile(path, size=8).read()
+        for magic, program in _COMPRESSED.items():
+            if start.startswith(magic):
+                return f"it is compressed; decompress it with {program}"
+    return ""
+
+
+def compressed_shards(directory: Path) -> list[Path]:
+    """Return the compressed tars in a folder and its folders, which cannot be read."""
+    found = (path for place in ("*.t*z*", "*/*.t*z*") for path in directory.glob(place))
+    return sorted(path for path in found if _COMPRESSED_NAME.search(path.name.lower()))
+
+
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield the files of a tar in order; raise at damage, which tarfile would take for the end."""
+    """Yield the members of a tar in order; raise at damage, which tarfile takes for the end."""
     previous = -1  # offset of the last header
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
             if not previous < member.offset < member.offset_data or member.size < 0:
                 raise tarfile.ReadError("a header that points backwards")
             previous, tar.members = member.offset, []  # the list would grow without bound
-            if member.isreg() and not member.issparse():
-                yield member
+            yield member
         file.seek(tar.offset)
         if file.read(_BLOCK) != bytes(_BLOCK):
             raise tarfile.ReadError("no valid header")
@@ -318,12 +351,12 @@ def _read_rows(
         drops.drop("shards: damaged", f"{path}: {shorten(str(error))}")
 
 
-def _read_parquet(path: Path, drops: Drops) -> Iterator[dict[str, _Entry]]:
+def _read_parquet(path: Path, drops: Drops) -> Iterator[dict[str, Entry]]:
     """Yield the entries of img2dataset's parquet format, one row group at a time."""
     for rows in _read_rows(path, drops, "jpg"):
-        entries: dict[str, _Entry] = {}
+        entries: dict[str, Entry] = {}
         for group, number, row in rows:
-            entry = _Entry(ParquetImage(path, group, number), row=row)
+            entry = Entry(ParquetImage(path, group, number), row=row)
             if str(row["key"]) in entries:
                 drops.drop("images: key given twice", f"{entry.image}: a second {row['key']}")
             else:
