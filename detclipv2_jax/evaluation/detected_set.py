@@ -95,7 +95,7 @@ class _Files:
     def __init__(self, truth: coco.GroundTruth):
         self._by_base: dict[str, list[tuple[tuple[str, ...], int]]] = {}
         for image, place in zip(truth.images, truth.image_places.values()):
-            for name in {image.file_name, image.coco_url} - {None}:
+            for name in filter(None, {image.file_name, image.coco_url}):
                 parts = _parts(name)
                 self._by_base.setdefault(parts[-1], []).append((parts, place))
 

@@ -210,9 +210,11 @@ def _numbered(
                 f"{path}: {field}[{number}].id {shorten(row['id'])} occurs twice. Ids must be "
                 'unique (1, 1.0 and "1" are the same id).'
             )
-        is_number = isinstance(given, int) and abs(given) < 1 << 62
-        found[given] = given if is_number else 0
-        others += [] if is_number else [given]
+        if isinstance(given, int) and abs(given) < 1 << 62:
+            found[given] = given
+        else:
+            found[given] = 0  # until all numbers that the file has are known
+            others.append(given)
     first = max((number for number in found.values()), default=0) + 1
     order = sorted(others, key=lambda one: (isinstance(one, str), one))
     return found | {given: number for number, given in enumerate(order, first)}
