@@ -166,6 +166,21 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_new_text(path: str | os.PathLike, text: str, option: str) -> None:
+    """Like `write_text`, of a file that `option` names, which may exist only with this content.
+
+    Raises:
+      UserError: the file exists with other content, or cannot be written.
+    """
+    path = pathlib.Path(path)
+    if os.path.lexists(path):
+        with contextlib.suppress(OSError):
+            if path.read_bytes() == text.encode("utf-8"):
+                return
+        raise UserError(f"{path}: exists. Move it away, or choose another {option}.")
+    write_text(path, text)
+
+
 def _temporary(path: pathlib.Path) -> pathlib.Path:
     """Return a hidden name next to `path`; a name that would be too long is cut."""
     name = f".{path.name}.{os.getpid()}.partial"

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from detclipv2_jax.common.atomic import replacing_directory, write_text
+from detclipv2_jax.common.atomic import replacing_directory, write_new_text, write_text
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.outputs import RECORD, OutputFolder, guarded
 
@@ -111,3 +111,11 @@ def test_long_names(tmp_path):
     name = "x" * (os.pathconf(tmp_path, "PC_NAME_MAX") - 4) + ".png"
     write(tmp_path, name, "drawn")
     assert (tmp_path / name).read_text() == "drawn"
+
+
+def test_a_file_that_an_option_names_is_not_replaced_by_other_content(tmp_path):
+    for _ in range(2):  # the same command again
+        write_new_text(tmp_path / "a.json", "one", "--to")
+    with pytest.raises(UserError, match=r"a\.json: exists.*another --to"):
+        write_new_text(tmp_path / "a.json", "two", "--to")
+    assert (tmp_path / "a.json").read_text() == "one"

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from detclipv2_jax.common.atomic import write_text
+from detclipv2_jax.common.atomic import write_new_text
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.json_fields import identifier
 from detclipv2_jax.common.json_file import read_json
@@ -50,7 +50,7 @@ def write_minival(val: str | Path, to: str | Path) -> int:
         UserError: val is not an LVIS file or has no image of val2017.
     """
     content = minival(val, read_json(Path(val)))
-    write_text(to, json.dumps(content, separators=(",", ":")) + "\n")
+    write_new_text(to, json.dumps(content, separators=(",", ":")) + "\n", "--to")
     return len(content["images"])
 
 
