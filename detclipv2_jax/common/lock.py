@@ -37,6 +37,7 @@ class _Holder:
     token: str  # of this lock, not of the process
     host: str
     machine: str  # where process numbers have one meaning: a boot of a machine, and a container
+    place: str  # the directory on that machine, to recognize a copy of it
     pid: int
     started: str  # when the process started, as its machine counts; "" if unknown
     since: str  # when it took the lock, for people
@@ -68,17 +69,18 @@ class Lock:
         self._on_loss = on_loss
         self._directory, self._path = directory, digest_list.as_path(directory) / NAME
         self._in_bucket = "://" in os.fspath(self._path)
-        self._mine = _Holder(
-            token=uuid.uuid4().hex,
-            host=socket.gethostname(),
-            machine=_machine(),
-            pid=os.getpid(),
-            started=_start_of(os.getpid()),
-            since=time.strftime("%Y-%m-%d %H:%M:%S"),
-            beat=time.time(),
-        )
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._mine = _Holder(
+                token=uuid.uuid4().hex,
+                host=socket.gethostname(),
+                machine=_machine(),
+                place="" if self._in_bucket else _place(self._path.parent),
+                pid=os.getpid(),
+                started=_start_of(os.getpid()),
+                since=time.strftime("%Y-%m-%d %H:%M:%S"),
+                beat=time.time(),
+            )
             self._take(does, advice)
         except OSError as error:
             raise UserError(
@@ -132,7 +134,7 @@ class Lock:
             values = json.loads(text)
             return _Holder(**{f.name: values[f.name] for f in dataclasses.fields(_Holder)})
         except (ValueError, TypeError, KeyError):
-            return _Holder("", "", "", 0, "", "", 0.0)
+            return _Holder("", "", "", "", 0, "", "", 0.0)
 
     def _text(self) -> str:
         return json.dumps(dataclasses.asdict(self._mine), indent=1) + "\n"
@@ -183,7 +185,8 @@ class Lock:
         if not holder.token:
             return False
         if holder.machine == self._mine.machine:
-            return _is_running(holder.pid, holder.started)
+            is_copy = holder.place != self._mine.place
+            return not is_copy and _is_running(holder.pid, holder.started)
         return self._beats(holder)
 
     def _beats(self, holder: _Holder) -> bool:
@@ -259,6 +262,12 @@ def _machine() -> str:
         parts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
+
+
+def _place(directory: pathlib.Path) -> str:
+    """Return what identifies a directory on this machine, whatever path leads to it."""
+    status = directory.stat()
+    return f"{status.st_dev}:{status.st_ino}"
 
 
 def _start_of(pid: int) -> str:

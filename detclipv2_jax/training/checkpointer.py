@@ -297,6 +297,7 @@ class Checkpointer:
             if _in_all_processes(restored is not None) and restored is not None:
                 if passed:
                     print(f"warning: {'; '.join(passed)}; resuming from step {step} instead")
+                self._last_good = step
                 return restored
             aside = self._set_aside(step)
             passed.append(

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -62,6 +63,16 @@ def test_a_process_number_that_was_used_again_is_not_the_holder(tmp_path):
     with hold(tmp_path):
         rewrite(tmp_path, started="1")
         with hold(tmp_path):
+            pass
+
+
+def test_the_copy_of_a_directory_in_use_is_free_and_a_link_to_it_is_not(tmp_path):
+    with hold(tmp_path / "run"):
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        with hold(tmp_path / "copy"):
+            pass
+        (tmp_path / "link").symlink_to(tmp_path / "run")
+        with pytest.raises(UserError, match="trains here since"), hold(tmp_path / "link"):
             pass
 
 
