@@ -27,6 +27,7 @@ from detclipv2_jax.data.index import FORMAT, Source
 from detclipv2_jax.data.prepare import index_writer
 from detclipv2_jax.data.prepare import inputs as inputs_lib
 from detclipv2_jax.data.prepare.examples import Archive, Drops, Example
+from detclipv2_jax.data.prepare.moved import same_inputs
 from detclipv2_jax.data.prepare.options import PrepareOptions
 from detclipv2_jax.data.prepare.repeats import Distinct
 from detclipv2_jax.data.prepare.shards import ShardBuilder
@@ -120,7 +121,7 @@ def joined_meanings(archives: Sequence[Archive]) -> dict[str, Meaning]:
 def remove_leftovers(to: Path, inputs: Mapping[str, Any]) -> None:
     """Remove `TO.partial` of a run that was killed just after it finished the source `to`."""
     partial = _partial(to)
-    if _read_stamp(partial).get("inputs") == json.loads(json.dumps(inputs)):
+    if same_inputs(_read_stamp(partial).get("inputs"), inputs):
         # The lock fails if another process is preparing the source.
         with contextlib.suppress(UserError), _locked(partial):
             shutil.rmtree(partial)
@@ -132,7 +133,7 @@ def _workspace(to: Path, stamp: Mapping[str, Any]) -> Iterator[Path]:
     partial = _partial(to)
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
-        if stamp["inputs"] is None or _read_stamp(partial) != json.loads(json.dumps(stamp)):
+        if stamp["inputs"] is None or not _same_stamp(_read_stamp(partial), stamp):
             _clear(partial)
             write_json(partial / "stamp.json", stamp)
         (partial / "shards").mkdir(exist_ok=True)
@@ -164,6 +165,11 @@ def _locked(partial: Path) -> Iterator[None]:
 
 def _partial(to: Path) -> Path:
     return to.with_name(to.name + ".partial")
+
+
+def _same_stamp(stored: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    plain = [json.loads(json.dumps({**one, "inputs": None})) for one in (stored, given)]
+    return plain[0] == plain[1] and same_inputs(stored.get("inputs"), given["inputs"])
 
 
 def _read_stamp(partial: Path) -> dict[str, Any]:

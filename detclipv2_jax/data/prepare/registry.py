@@ -14,6 +14,7 @@ from typing import Any
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.prepare.examples import Archive, ImageFolder
+from detclipv2_jax.data.prepare.moved import same_inputs
 from detclipv2_jax.data.prepare.options import PrepareOptions
 from detclipv2_jax.data.prepare.sources import (
     coco,
@@ -283,7 +284,7 @@ def prepared_before(to: Path, inputs: Mapping[str, Any], *, overwrite: bool) -> 
     if overwrite:
         return None
     source = Source.open(to)
-    if source.info.get("created_from") == json.loads(json.dumps(inputs)):
+    if same_inputs(source.info.get("created_from"), inputs):
         return source
     raise UserError(
         f"{to}: holds a source made from other files or options. Add --overwrite to replace it, or "
