@@ -15,7 +15,8 @@ from detclipv2_jax.data import records, transforms
 from detclipv2_jax.data.prepare import image_encoding, registry
 from detclipv2_jax.data.prepare.examples import ImageFile, ImageFolder
 from detclipv2_jax.data.prepare.options import PrepareOptions
-from detclipv2_jax.data.prepare.prepare import format_report, prepare
+from detclipv2_jax.data.prepare.prepare import prepare
+from detclipv2_jax.data.prepare.report import format_report
 from detclipv2_jax.inference import images
 
 BOX = [10, 8, 30, 16]  # x, y, width, height of the red rectangle in the upright picture
