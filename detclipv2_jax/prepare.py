@@ -32,7 +32,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Functions import the rest: --help answers at once, and worker processes, which import the main
 # module again, start faster.
-from detclipv2_jax.common.cli import exit_status, refuse_renamed
+from detclipv2_jax.common.cli import exit_status, local_path, refuse_renamed
 from detclipv2_jax.common.errors import UserError
 
 EXAMPLES = {
@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
             "--annotations",
             metavar="FILE",
             action="append",
-            type=Path,
+            type=local_path,
             help=f"{source.kind} annotations; may be repeated (default: those found in --from)",
         )
         for option, keywords in source.options.items():
@@ -138,7 +138,7 @@ def _add_custom(subparsers) -> None:
             f"--{kind}",
             metavar="FILE",
             action="append",
-            type=Path,
+            type=local_path,
             help=f"{kind} annotations; may be repeated (default: all files found in --from, unless "
             "one of any kind is named)",
         )
@@ -208,20 +208,20 @@ def _add_concepts(subparsers) -> None:
     parser.add_argument(
         "--lvis",
         metavar="FILE",
-        type=Path,
+        type=local_path,
         help="LVIS v1 annotations, or its list of categories: use the synsets of its names",
     )
     parser.add_argument(
         "--definitions_file",
         metavar="FILE",
-        type=Path,
+        type=local_path,
         help="table of your own: name, synset, definition, separated by tabs, with this header; "
         "used before all but a dataset's own definitions",
     )
     parser.add_argument(
         "--text",
         metavar="FILE",
-        type=Path,
+        type=local_path,
         help="CLIP weights: choose a name's sense, and define a name that WordNet lacks by the "
         "nearest concept (default: by its head noun)",
     )
@@ -250,7 +250,9 @@ def _add_minival(subparsers) -> None:
 
 
 def _add_path(parser, flag: str, dest: str, metavar: str, help_text: str) -> None:
-    parser.add_argument(flag, dest=dest, metavar=metavar, type=Path, required=True, help=help_text)
+    parser.add_argument(
+        flag, dest=dest, metavar=metavar, type=local_path, required=True, help=help_text
+    )
 
 
 def _add_folders(parser: argparse.ArgumentParser) -> None:
@@ -258,7 +260,7 @@ def _add_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images",
         metavar="DIR",
-        type=Path,
+        type=local_path,
         help="folder of the images (default: FROM/images, then FROM)",
     )
     _add_target(parser)

@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import os
+import pathlib
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -53,6 +55,21 @@ def exit_status(
         said = (str(stopped) or "stopped by Ctrl-C").removesuffix(".")
         print(f"\n{said}. {what_next}".rstrip(), file=sys.stderr)
         return 128 + getattr(stopped, "signal", signal.SIGINT)
+
+
+def local_path(text: str) -> pathlib.Path:
+    """Return the path of an option, with ~ for the home directory (shells leave `--from=~/a`).
+
+    Raises:
+      argparse.ArgumentTypeError: it is a path of Windows, on another system.
+    """
+    path = pathlib.Path(text).expanduser()
+    if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]|\\\\[^\\]", text) and not path.exists():
+        raise argparse.ArgumentTypeError(
+            f"{text}: is a Windows path, and this system has none. Give the path where the folder "
+            "is mounted, such as /mnt/c/photos in WSL."
+        )
+    return path
 
 
 def refuse_renamed(parser: Any, names: dict[str, str]) -> None:
