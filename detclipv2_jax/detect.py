@@ -91,7 +91,8 @@ def _add_files(result: argparse.ArgumentParser) -> None:
         "--step",
         type=int,
         metavar="N",
-        help="training step of the checkpoint (default: the newest)",
+        help="training step of the checkpoint (default: the newest or, where training measured it, "
+        "the best)",
     )
     files.add_argument("--output", required=True, metavar="DIR", help="directory for the results")
 

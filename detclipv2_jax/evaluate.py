@@ -67,10 +67,11 @@ def _add_model(result: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--step",
         type=_step_option,
-        default="newest",
+        default="auto",
         metavar="STEP",
-        help="which checkpoints: newest, best (by the evaluations in training), all, a step, or "
-        "several steps as in 1000,2000 (default: %(default)s)",
+        help="which checkpoints: auto (as detect: the newest or, where training measured it, the "
+        "best), newest, best (by the evaluations in training), all, a step, or several steps as in "
+        "1000,2000 (default: %(default)s)",
     )
     group.add_argument(
         "--follow",
@@ -81,14 +82,14 @@ def _add_model(result: argparse.ArgumentParser) -> None:
 
 
 def _step_option(text: str) -> str | int | list[int]:
-    """Return "newest", "best", "all", a step, or a list of steps."""
-    if text in ("newest", "best", "all"):
+    """Return "auto", "newest", "best", "all", a step, or a list of steps."""
+    if text in ("auto", "newest", "best", "all"):
         return text
     try:
         steps = [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not newest, best, all, a step, or steps separated by commas"
+            f"{text!r} is not auto, newest, best, all, a step, or steps separated by commas"
         ) from None
     return steps if "," in text else steps[0]
 

@@ -60,7 +60,8 @@ def _add_files(result: argparse.ArgumentParser) -> None:
         "--step",
         type=int,
         metavar="N",
-        help="training step of the checkpoint (default: the newest)",
+        help="training step of the checkpoint (default: the newest or, where training measured it, "
+        "the best)",
     )
     add(
         "--format",

@@ -41,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
         "--step",
         type=int,
         metavar="N",
-        help="training step of the checkpoint (default: the newest)",
+        help="training step of the checkpoint (default: the newest or, where training measured it, "
+        "the best)",
     )
     address = result.add_argument_group("address")
     address.add_argument(

@@ -53,12 +53,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    if args.follow and args.step != "newest":
+    if args.follow and args.step != "auto":
         raise UserError("--follow evaluates every checkpoint of the run. Leave --step out.")
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch_size={args.batch_size}: must be at least 1.")
     if args.predictions and (
-        args.follow or args.step != "newest" or args.results_json or args.store_threshold
+        args.follow or args.step != "auto" or args.results_json or args.store_threshold
     ):
         raise UserError(
             "--predictions measures a results file, without a checkpoint. Leave --step, --follow, "
@@ -151,6 +151,8 @@ def _chosen_steps(args: argparse.Namespace) -> list[int]:
     """Return the steps that --step names."""
     if args.step == "best":
         return [checkpoint.best_step(args.checkpoint)]
+    if args.step == "auto":
+        return [checkpoint_files.chosen_intact(args.checkpoint)]
     if args.step == "newest":
         return [checkpoint_files.newest_intact(args.checkpoint)]
     known = checkpoint.require_steps(args.checkpoint)

@@ -125,7 +125,8 @@ def load_model(directory: str | os.PathLike, step: int | None = None) -> LoadedM
 
     Args:
       directory: the workdir of a run, its `checkpoints/`, or one checkpoint.
-      step: which checkpoint. None: the newest that is intact; a warning names damaged ones.
+      step: which checkpoint. None: the preferred one (`checkpoint_files.by_preference`) that is
+        intact; a warning names damaged ones.
 
     Raises:
       UserError: there is no such checkpoint, or its parameters do not fit its config.
@@ -140,7 +141,10 @@ def load_model(directory: str | os.PathLike, step: int | None = None) -> LoadedM
         )
     step = named if step is None else step
     if step is None:
-        return checkpoint_files.fall_back(root, known, lambda s: _load_step(root, s))
+        order = checkpoint_files.by_preference(directory)
+        loaded = checkpoint_files.fall_back(root, order, lambda s: _load_step(root, s))
+        checkpoint_files.note_choice(directory, loaded.step)
+        return loaded
     try:
         return _load_step(root, step)
     except DamagedError as error:

@@ -146,15 +146,50 @@ def fall_back(root: Any, known: Sequence[int], load: Callable[[int], T]) -> T:
     )
 
 
+def by_preference(directory: str | os.PathLike) -> list[int]:
+    """Return the steps of a run, the one that commands use without --step last.
+
+    That is the newest checkpoint; or the best one, if training measured the newest and others on
+    its validation set. (An old measurement says nothing about a run that has gone on since.)
+    """
+    known, measured = require_steps(directory), scores(directory)
+    if known[-1] not in measured:
+        return known
+    ranked = sorted(measured, key=lambda step: (measured[step], step))
+    return [step for step in known if step not in measured] + ranked
+
+
+def note_choice(directory: str | os.PathLike, step: int) -> None:
+    """Print which checkpoint is used where it is not the newest."""
+    if step != (newest := steps(directory)[-1]):
+        print(
+            f"using the checkpoint of step {step}, the best on the validation set of the run's "
+            f"training (the newest is that of step {newest})",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def chosen_intact(directory: str | os.PathLike) -> int:
+    """Return the intact step that `by_preference` prefers, and note it."""
+    step = _first_intact(directory, by_preference(directory))
+    note_choice(directory, step)
+    return step
+
+
 def newest_intact(directory: str | os.PathLike) -> int:
     """Return the newest step whose files are intact; a warning names what is passed over."""
+    return _first_intact(directory, require_steps(directory))
+
+
+def _first_intact(directory: str | os.PathLike, order: Sequence[int]) -> int:
     root, _ = located(directory)
 
     def checked(step: int) -> int:
         check(root / str(step))
         return step
 
-    return fall_back(root, require_steps(directory), checked)
+    return fall_back(root, order, checked)
 
 
 def refused(root: Any, step: int, reason: Any) -> DamagedError:

@@ -63,7 +63,8 @@ class Detector:
 
         Args:
           checkpoint: the workdir of a training run, or a `LoadedModel`.
-          step: which of the run's checkpoints to load. None: the newest.
+          step: which of the run's checkpoints to load. None: the newest or, where training
+            measured it, the best.
           score_threshold: only detections with a higher score are returned, 0 <= threshold < 1.
             None: the checkpoint's own, fitted on its validation set, or 0.1 if it has none.
           max_detections: at most this many boxes per image, the best of all names together.

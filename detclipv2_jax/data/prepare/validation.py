@@ -25,6 +25,7 @@ from detclipv2_jax.common.atomic import replace_directory, write_json
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.prepare.examples import Archive, Drops, Example, ImageFile, ImageFolder
 from detclipv2_jax.data.prepare.options import PrepareOptions
+from detclipv2_jax.data.prepare.repeats import Distinct
 from detclipv2_jax.data.prepare.shards import make_records
 from detclipv2_jax.data.prepare.sources import formats
 from detclipv2_jax.text.tokenizer import normalize
@@ -197,15 +198,11 @@ def _content(
     archives: Sequence[Archive], held_out: frozenset[str] | None, images: Path, drops: Drops
 ) -> dict[str, Any]:
     """Write the pictures and return the annotations in COCO's format."""
-    names = list(dict.fromkeys(name for archive in archives for name in archive.names))
     ids: dict[str, int] = {}
-    for name in names:
-        ids.setdefault(normalize(name), len(ids) + 1)
-    spelled = {ids[normalize(name)]: name for name in reversed(names)}
+    distinct = Distinct(archives)
     examples = (
         example
-        for archive in archives
-        for example in archive.examples
+        for example in distinct
         if held_out is None or picture_key(example.image) in held_out
     )
     result: dict[str, Any] = {"images": [], "annotations": []}
@@ -238,6 +235,9 @@ def _content(
                     "iscrowd": 0,
                 }
             )
+    spelled: dict[int, str] = {}  # as the files spell the names
+    for name in distinct.names():
+        spelled.setdefault(ids.setdefault(normalize(name), len(ids) + 1), name)
     result["categories"] = [
         {"id": number, "name": spelled.get(number, name)} for name, number in ids.items()
     ]
