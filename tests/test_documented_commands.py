@@ -139,6 +139,7 @@ def go(page, pattern, parse_config):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/own_data.md"])
 def test_the_road_of_own_photos(page, tmp_path, monkeypatch, parse_config, capsys):
     """`detect` finds something in the pictures, at the threshold that belongs to the run."""
@@ -153,6 +154,7 @@ def test_the_road_of_own_photos(page, tmp_path, monkeypatch, parse_config, capsy
     assert "nothing found" not in printed.out + printed.err
 
 
+@pytest.mark.slow
 def test_the_road_of_fine_tuning(tmp_path, monkeypatch, parse_config, capsys):
     monkeypatch.chdir(tmp_path)
     make_photos(tmp_path / "my_photos", names=("raccoon",))
