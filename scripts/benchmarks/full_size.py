@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from detclipv2_jax.common.atomic import write_json
 from detclipv2_jax.data import index
 from detclipv2_jax.data.prepare import index_writer
 from detclipv2_jax.data.transforms import seeds
