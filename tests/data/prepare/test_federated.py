@@ -117,8 +117,13 @@ def write(directory, lists):
 
 @pytest.mark.parametrize("file", ["absent", "absent_offsets", "partial", "partial_offsets"])
 @pytest.mark.parametrize("damage", ["missing", "too large", "too many"])
-def test_damaged_lists_are_named(tmp_path, file, damage):
+@pytest.mark.parametrize("digests", [True, False])
+def test_damaged_lists_are_named(tmp_path, file, damage, digests):
     write(tmp_path / "s", [(["kite"], ["cat"]), ((), ())])
+    if not digests:  # prepared by an older version
+        info = json.loads((tmp_path / "s/info.json").read_text())
+        kept = {field: value for field, value in info.items() if not field.startswith("digest")}
+        (tmp_path / "s/info.json").write_text(json.dumps(kept))
     path = tmp_path / "s" / "index" / f"{file}.npy"
     array = np.load(path)
     if damage == "missing":
@@ -127,5 +132,5 @@ def test_damaged_lists_are_named(tmp_path, file, damage):
         np.save(path, array + 9)
     else:
         np.save(path, np.append(array, array[-1:] + (file.endswith("offsets"))))
-    with pytest.raises(UserError, match="index/.*(missing or damaged)"):
+    with pytest.raises(UserError, match="index/.*(missing or damaged|damaged or replaced)"):
         Source.open(tmp_path / "s")
