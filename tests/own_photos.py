@@ -10,7 +10,12 @@ from detclipv2_jax import prepare as prepare_door
 from detclipv2_jax.training import config as config_lib
 from detclipv2_jax.training import recipes
 
-COLORS = {"raccoon": (200, 30, 30), "apple": (200, 30, 30), "leaf": (30, 160, 60), "sky": (40, 80, 220)}
+COLORS = {
+    "raccoon": (200, 30, 30),
+    "apple": (200, 30, 30),
+    "leaf": (30, 160, 60),
+    "sky": (40, 80, 220),
+}
 
 
 def make_photos(folder, count=24, names=("apple",)):

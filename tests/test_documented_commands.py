@@ -151,7 +151,7 @@ def test_the_road_of_own_photos(page, tmp_path, monkeypatch, parse_config, capsy
     assert "images for validation with" in printed.out and "runs/my_photos/" in printed.out
     assert (tmp_path / "runs/my_photos/results.json").is_file()
     assert (tmp_path / "found/detections.json").is_file()
-    assert "nothing found" not in printed.out + printed.err
+    assert " raccoon -> found/" in printed.out
 
 
 @pytest.mark.slow
