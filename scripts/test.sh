@@ -2,6 +2,10 @@
 # Sets up a virtual environment, then lints, checks types and runs all tests, two at a time: 22
 # minutes on two cores.
 # Arguments go to pytest: ./scripts/test.sh -m slow
+case " $* " in *" --help "* | *" -h "*) # before anything is installed
+  sed -n '2,4s/^# //p' "$0"
+  exit ;;
+esac
 source "$(dirname "$0")/setup.sh" test
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 ruff check .

@@ -96,3 +96,14 @@ def test_every_dependency_is_pinned():
     for dependency in PROJECT["dependencies"]:
         name = re.match(r"[A-Za-z0-9_.-]+", dependency)[0].lower().replace("_", "-")
         assert re.search(rf"^{re.escape(name)}(\[.*\])?==", pins, re.M), name
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+def test_help_of_a_script_installs_nothing(script, tmp_path):
+    environment = os.environ | {"VENV": str(tmp_path / "venv")}
+    done = subprocess.run(
+        ["bash", str(tiny_run.ROOT / "scripts" / script), "--help"],
+        env=environment, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 0 and not done.stderr
+    assert f"./scripts/{script}" in done.stdout and not (tmp_path / "venv").exists()
