@@ -41,7 +41,10 @@ _STEPS = flags.DEFINE_integer("steps", 100, "Planned steps per kind.", lower_bou
 def main(argv: list[str]) -> None:
     """Print a table per kind."""
     if (_CONFIG.value is None) == (_DATA.value is None):
-        raise UserError("Pass either --config=FILE or --data=DIR.")
+        raise UserError(
+            "Give either --config=RECIPE, such as --config=coco_format.py, or --data=DIR with "
+            "--area=HEIGHTxWIDTH."
+        )
     counts = (_COUNT.value,) if _COUNT.value else range(1, 6)
     if _DATA.value is not None:
         if _AREA.value is None:
@@ -165,4 +168,4 @@ def parse_area(text: str) -> int:
 
 
 if __name__ == "__main__":
-    run_with_config(main)
+    run_with_config(main, needs_config=False)

@@ -31,7 +31,7 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 #: An encoded picture: a path, bytes or a binary file; or an image that Pillow has opened.
-Source = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Image.Image
+Source = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | io.IOBase | Image.Image
 
 Size = tuple[int, int]  # (height, width) in pixels
 

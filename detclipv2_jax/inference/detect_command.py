@@ -155,7 +155,7 @@ def _detect_video(
                 drawn = drawing.draw_boxes(pixels, found.boxes, found.names, found.scores)
                 add_frame(np.asarray(drawn), seconds)
                 counts.update(found.names)
-                if best is None or found.best_score > best.best_score:
+                if best is None or (found.best_score or 0.0) > (best.best_score or 0.0):
                     best = found
                 entry |= {"height": found.size[0], "width": found.size[1]}
                 time = {} if seconds is None else {"seconds": round(seconds, 3)}

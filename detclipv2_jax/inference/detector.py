@@ -191,9 +191,10 @@ def _as_images(images: Any) -> list[ImageSource]:
     Raises:
       UserError: it is not an image, or one of several is not.
     """
-    if isinstance(images, ImageSource):
-        is_batch = isinstance(images, np.ndarray) and images.ndim == 4
-        images = list(images) if is_batch else [images]
+    if isinstance(images, np.ndarray):
+        images = list(images) if images.ndim == 4 else [images]
+    elif isinstance(images, ImageSource):
+        images = [images]
     elif isinstance(images, Mapping) or not isinstance(images, Iterable) or _is_tensor(images):
         check_source(images, "images")  # raises
     images = list(images)

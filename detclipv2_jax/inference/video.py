@@ -152,7 +152,7 @@ class Video:
 
     def _look_at_animation(self) -> tuple[int, float | None, float]:
         """Return the number of frames, the mean rate, and a rate that fits all times."""
-        steps = []
+        count, steps = 0, []
         with contextlib.suppress(*_IMAGE_ERRORS), Image.open(self.path) as image:
             count = getattr(image, "n_frames", 1)
             for number in range(count):

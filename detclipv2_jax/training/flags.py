@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import re
 import sys
 import textwrap
@@ -16,16 +17,23 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.training import recipes
 
 
-def run_with_config(main: Callable[[list[str]], None], *, handles_signals: bool = True) -> None:
+def run_with_config(
+    main: Callable[[list[str]], None],
+    *,
+    handles_signals: bool = True,
+    needs_config: bool = True,
+) -> None:
     """Run an absl program that has a `--config` flag, and end with its exit status.
 
-    A `UserError` becomes one line on stderr and exit status 2.
+    A `UserError` becomes one line on stderr and exit status 2. With `needs_config` False the
+    program has another way than `--config`, and tells itself where it misses one.
     """
     from absl import app
 
     if {"-h", "-help", "--help"} & set(sys.argv[1:]):
         sys.exit(exit_status(_print_help, sys.modules[main.__module__], sys.argv))
-    run = lambda: app.run(main, flags_parser=parse_flags)
+    parse = functools.partial(parse_flags, needs_config=needs_config)
+    run = lambda: app.run(main, flags_parser=parse)
     sys.exit(exit_status(run, handles_signals=handles_signals))
 
 
@@ -90,7 +98,7 @@ def _fields() -> dict[str, list[str]]:
     return found
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str], *, needs_config: bool = True) -> list[str]:
     """Parse flags with absl, for absl.app.run; return the program's name.
 
     Raises:
@@ -105,7 +113,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         recipes.read(argument)  # ml_collections would hide why it fails
         _check_fields(rest)
         argv = [argv[0], f"--config={argument}", *rest]
-    elif flags.FLAGS["config"].default is None:
+    elif needs_config and flags.FLAGS["config"].default is None:
         raise UserError(
             "--config is missing. Give a recipe, such as --config=coco_format.py; `--help` lists "
             "them."

@@ -96,7 +96,7 @@ def open_data(config: RunConfig) -> TrainingData:
         UserError: a source or the dictionary is missing, damaged or of another kind.
     """
     root = Path(config.data_dir)
-    kinds = _available_kinds(root, config.data)
+    kinds: dict[Kind, KindConfig] = _available_kinds(root, config.data)
     sources = _open_sources(root, kinds, config.data.prepare)
     dictionary = _open_dictionary(root, config.data.dictionary)
     if dictionary is None:

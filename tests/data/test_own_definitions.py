@@ -18,6 +18,7 @@ from detclipv2_jax.data.vocabulary import Vocabulary
 from detclipv2_jax.evaluation import datasets
 from detclipv2_jax.evaluation.measure import encode_names
 from detclipv2_jax.inference.config import DetectConfig
+from detclipv2_jax.inference.predictor import EncodedNames
 from detclipv2_jax.inference.prompts import Prompter
 from detclipv2_jax.text.checked import Meaning, read_table
 from detclipv2_jax.text.definitions import Knowledge
@@ -47,9 +48,10 @@ class Encoder:
     """Stands for a model that only shows the prompts it is given."""
 
     def encode(self, names, prompts=None):
-        self.prompts = list(prompts if prompts is not None else names)
-        vectors = np.random.default_rng(0).normal(size=(len(self.prompts), 8))
-        return type("Encoded", (), {"prompts": self.prompts, "embeddings": vectors})
+        prompts = tuple(prompts if prompts is not None else names)
+        vectors = np.random.default_rng(0).normal(size=(len(prompts), 8)).astype(np.float32)
+        is_cut = (False,) * len(names)
+        return EncodedNames(names, vectors, prompts, tuple(range(len(names))), is_cut)
 
 
 def test_every_name_of_lvis_is_trained_and_tested_with_the_same_text(tmp_path, dictionary):
