@@ -50,8 +50,9 @@ class Encoder:
     def encode(self, names, prompts=None):
         prompts = tuple(prompts if prompts is not None else names)
         vectors = np.random.default_rng(0).normal(size=(len(prompts), 8)).astype(np.float32)
-        is_cut = (False,) * len(names)
-        return EncodedNames(names, vectors, prompts, tuple(range(len(names))), is_cut)
+        mask = np.ones(len(prompts), bool)
+        same_as, is_cut = tuple(range(len(names))), (False,) * len(names)
+        return EncodedNames(tuple(names), prompts, vectors, mask, is_cut, same_as)
 
 
 def test_every_name_of_lvis_is_trained_and_tested_with_the_same_text(tmp_path, dictionary):
