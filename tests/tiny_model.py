@@ -25,6 +25,15 @@ def parts(seed=0):
     return create(CONFIG, seed)
 
 
+def be_checkpoint(monkeypatch, loaded):
+    """Let every command find what `loaded()` returns as the only checkpoint, that of step 7."""
+    from detclipv2_jax.inference import checkpoint, checkpoint_files
+
+    monkeypatch.setattr(checkpoint, "steps", lambda path: [7])
+    monkeypatch.setattr(checkpoint_files, "chosen_intact", lambda path: 7)
+    monkeypatch.setattr(checkpoint, "load_model", lambda path, step=None: loaded())
+
+
 def loaded(**evaluation):
     """Return what `load_model` returns for it; `evaluation` sets fields of its `DetectConfig`."""
     graphdef, params = parts()

@@ -7,6 +7,7 @@ import pytest
 from concept_sources import source
 from PIL import Image
 from shared_data import lvis_categories
+from stand_ins import encoded_names
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import Source
@@ -18,7 +19,6 @@ from detclipv2_jax.data.vocabulary import Vocabulary
 from detclipv2_jax.evaluation import datasets
 from detclipv2_jax.evaluation.measure import encode_names
 from detclipv2_jax.inference.config import DetectConfig
-from detclipv2_jax.inference.predictor import EncodedNames
 from detclipv2_jax.inference.prompts import Prompter
 from detclipv2_jax.text.checked import Meaning, read_table
 from detclipv2_jax.text.definitions import Knowledge
@@ -48,11 +48,7 @@ class Encoder:
     """Stands for a model that only shows the prompts it is given."""
 
     def encode(self, names, prompts=None):
-        prompts = tuple(prompts if prompts is not None else names)
-        vectors = np.random.default_rng(0).normal(size=(len(prompts), 8)).astype(np.float32)
-        mask = np.ones(len(prompts), bool)
-        same_as, is_cut = tuple(range(len(names))), (False,) * len(names)
-        return EncodedNames(tuple(names), prompts, vectors, mask, is_cut, same_as)
+        return encoded_names(names, prompts)
 
 
 def test_every_name_of_lvis_is_trained_and_tested_with_the_same_text(tmp_path, dictionary):

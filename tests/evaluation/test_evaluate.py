@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tiny_model
 from PIL import Image
+from stand_ins import encoded_names
 
 from detclipv2_jax import evaluate
 from detclipv2_jax.common.errors import UserError
@@ -53,7 +54,7 @@ class Oracle:
 
     def encode(self, names):
         self.names = list(names)
-        return types.SimpleNamespace(names=tuple(names))
+        return encoded_names(names)
 
     def stream(self, sources, texts):
         for number, source in reversed(list(enumerate(sources))):
@@ -84,7 +85,7 @@ class RedFinder:
     config, canvas, batch_size = DecodeConfig(), (64, 96), 2
 
     def encode(self, names):
-        return types.SimpleNamespace(names=tuple(names))
+        return encoded_names(names)
 
     def stream(self, sources, texts):
         for number, source in enumerate(sources):
@@ -288,10 +289,7 @@ def test_table_keeps_the_protocols_apart():
 
 @pytest.fixture
 def checkpoint(monkeypatch):
-    from detclipv2_jax.inference import checkpoint
-
-    monkeypatch.setattr(checkpoint, "steps", lambda path: [7])
-    monkeypatch.setattr(checkpoint, "load_model", lambda path, step=None: tiny_model.loaded())
+    tiny_model.be_checkpoint(monkeypatch, tiny_model.loaded)
 
 
 @pytest.mark.parametrize("federated", [True, False])

@@ -171,23 +171,21 @@ def test_a_detector_uses_definitions_if_its_model_trained_with_them():
 
 @pytest.fixture
 def checkpoint(monkeypatch):
-    from detclipv2_jax.inference import checkpoint
-
-    monkeypatch.setattr(checkpoint, "steps", lambda path: [7])
-    monkeypatch.setattr(checkpoint, "load_model", lambda path, step=None: loaded(DICTIONARY))
+    tiny_model.be_checkpoint(monkeypatch, lambda: loaded(DICTIONARY))
 
 
 def test_detect_command_has_a_flag_for_definitions(checkpoint, tmp_path):
     from PIL import Image
 
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    flags = ["--checkpoint=run", "--names=anchor", f"--output={tmp_path}", f"{tmp_path}/a.png"]
+    output = tmp_path / "out"
+    flags = ["--checkpoint=run", "--names=anchor", f"--output={output}", f"{tmp_path}/a.png"]
     for extra, prompts in (
         ([], ["anchor, what holds a ship"]),
         (["--definitions=off"], ["anchor"]),
     ):
         assert detect.main([*extra, *flags]) == 0
-        found = json.loads((tmp_path / "detections.json").read_text())
+        found = json.loads((output / "detections.json").read_text())
         assert (found["names"], found["prompts"]) == (["anchor"], prompts)
         assert found["settings"]["definitions"] == (not extra)
 
