@@ -22,6 +22,7 @@ from detclipv2_jax.ops.boxes import level_sizes
 from detclipv2_jax.text.tokenizer import CONTEXT, VOCABULARY_SIZE
 from detclipv2_jax.training.initialize import SCRATCH
 from detclipv2_jax.training.objective import regions_per_image
+from detclipv2_jax.training.workdir import refuse_foreign
 from detclipv2_jax.weights import activation, published
 
 if TYPE_CHECKING:
@@ -129,18 +130,20 @@ def check_devices(config: "RunConfig", devices: int) -> None:
 
 
 def check_start(config: "RunConfig", workdir: Path) -> None:
-    """Check where a new run starts from.
+    """Check where a run writes, and where a new one starts from.
 
     Args:
         config: of the run.
         workdir: of the run; if it contains a checkpoint, the run has its own parameters.
 
     Raises:
-        UserError: a tower has neither a file nor "scratch", its file does not exist or is of a
-            tower with another activation, or it is random and has a reduced learning rate.
+        UserError: the workdir has files of somebody else; a tower has neither a file nor
+            "scratch", its file does not exist or is of a tower with another activation, or it is
+            random and has a reduced learning rate.
     """
     from detclipv2_jax.inference.checkpoint import steps  # imports orbax
 
+    refuse_foreign(workdir)
     if steps(workdir):
         return
     init = config.init

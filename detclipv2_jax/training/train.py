@@ -28,6 +28,7 @@ from detclipv2_jax.training.recorder import Recorder, is_due, report
 from detclipv2_jax.training.resume import new_or_resumed
 from detclipv2_jax.training.utilization import Utilization
 from detclipv2_jax.training.validation import BEFORE, Validator, headline, with_validation_sets
+from detclipv2_jax.training.workdir import CONFIG
 
 
 # Longer than a screen on purpose: it is the story of a run, and each section uses what the sections
@@ -84,7 +85,7 @@ def train(
     if auto_step and auto_step.is_over:
         total_steps = start
     if is_first:
-        write_json(workdir / "config.json", config_dict.to_dict(config))
+        write_json(workdir / CONFIG, config_dict.to_dict(config))
 
     # ---- Programs: one per (kind, canvas), compiled before the first step. The input pipeline
     # starts before them and fills meanwhile.

@@ -1,6 +1,7 @@
 """A checkpoint of an earlier commit gives the same detections, and its run resumes as then."""
 
 import json
+import shutil
 import subprocess
 import tarfile
 
@@ -10,6 +11,7 @@ import tiny_run
 
 from detclipv2_jax.inference.checkpoint import load_model
 from detclipv2_jax.inference.detector import Detector
+from detclipv2_jax.training.workdir import refuse_foreign
 
 FIXTURE = tiny_run.ROOT / "tests/fixtures/run_of_1da9f15"
 MODEL = {"model.text.width": 4, "model.text.heads": 1}
@@ -27,6 +29,13 @@ def test_it_loads_with_its_config_and_names(workdir):
     loaded = load_model(workdir)
     assert loaded.step == 16 and len(loaded.names) == 191
     assert loaded.definitions == {}
+
+
+def test_its_folder_is_that_of_a_run(workdir):
+    assert (workdir / "config.json").exists()
+    refuse_foreign(workdir)
+    shutil.copy(workdir / "config.json", workdir.parent)  # its config alone tells, too
+    refuse_foreign(workdir.parent)
 
 
 def test_its_detections_have_not_changed(workdir):
