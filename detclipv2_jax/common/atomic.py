@@ -134,7 +134,7 @@ def replace_directory(new: pathlib.Path, old: pathlib.Path) -> None:
 
     A reader sees the old directory, the new one, or for a moment neither.
     """
-    retired = old.with_name(old.name + ".old")
+    retired = old.with_name(f".{old.name}.old")
     shutil.rmtree(retired, ignore_errors=True)
     if old.exists():
         os.replace(old, retired)

@@ -206,6 +206,17 @@ def _remedy_again(directory: Path) -> str:
     return _remedy(directory, " --overwrite")
 
 
+def is_source(directory: Path) -> bool:
+    """Return whether a directory holds a prepared source, also a damaged one or an old one."""
+    try:
+        info = json.loads((directory / "info.json").read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    except (ValueError, RecursionError):  # damaged
+        return any((directory / path).is_file() for path in ARRAYS.values())
+    return isinstance(info, dict) and type(info.get("format")) is int and "kind" in info
+
+
 def _read_info(directory: Path) -> dict[str, Any]:
     path = directory / "info.json"
     if not path.is_file():

@@ -19,7 +19,6 @@ from jaxtyping import Bool, Int32, Int64, UInt16, UInt64
 
 from detclipv2_jax.common import digests
 from detclipv2_jax.common.atomic import replace_directory, replacing, write_json
-from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import (
     ARRAYS,
     CONCEPTS,
@@ -371,19 +370,6 @@ def write_tfds_metadata(directory: Path, name: str, shards: Mapping[str, int]) -
         check_data=False,  # the check would import TensorFlow to read one record
         description=f"{name}, prepared for detclipv2_jax",
     )
-
-
-def refuse_foreign(directory: Path) -> None:
-    """Refuse to replace a directory that holds something other than a source.
-
-    Raises:
-        UserError: `directory` is not empty and has no info.json.
-    """
-    occupied = directory.is_dir() and any(directory.iterdir())
-    if occupied and not (directory / "info.json").is_file():
-        raise UserError(
-            f"{directory}: not empty and not a prepared source. Choose another directory."
-        )
 
 
 def put_in_place(new: Path, old: Path) -> Source:

@@ -24,7 +24,7 @@ from detclipv2_jax.common import pictures
 from detclipv2_jax.common.atomic import write_json
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import FORMAT, Source
-from detclipv2_jax.data.prepare import index_writer
+from detclipv2_jax.data.prepare import index_writer, own_folders
 from detclipv2_jax.data.prepare import inputs as inputs_lib
 from detclipv2_jax.data.prepare.examples import Archive, Drops, Example
 from detclipv2_jax.data.prepare.moved import same_inputs
@@ -67,7 +67,7 @@ def prepare(
         UserError: nothing usable is left, or another process is preparing the same source.
     """
     (kind,) = {archive.kind for archive in archives}
-    index_writer.refuse_foreign(to)
+    own_folders.refuse_foreign(to)
     if kind == "image_text":
         phrases_lib.load(options.phrase_model)  # a missing model is reported at once
     size = sum(archive.total for archive in archives) // _MIN_SHARDS
@@ -120,8 +120,8 @@ def joined_meanings(archives: Sequence[Archive]) -> dict[str, Meaning]:
 
 def remove_leftovers(to: Path, inputs: Mapping[str, Any]) -> None:
     """Remove `TO.partial` of a run that was killed just after it finished the source `to`."""
-    partial = _partial(to)
-    if same_inputs(_read_stamp(partial).get("inputs"), inputs):
+    partial = own_folders.partial_of(to)
+    if same_inputs(own_folders.read_stamp(partial).get("inputs"), inputs):
         # The lock fails if another process is preparing the source.
         with contextlib.suppress(UserError), _locked(partial):
             shutil.rmtree(partial)
@@ -130,12 +130,11 @@ def remove_leftovers(to: Path, inputs: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def _workspace(to: Path, stamp: Mapping[str, Any]) -> Iterator[Path]:
     """Lock `TO.partial` and yield it, with the finished shards of an earlier run of this stamp."""
-    partial = _partial(to)
-    partial.mkdir(parents=True, exist_ok=True)
+    partial = own_folders.make_partial(to)
     with _locked(partial):
-        if stamp["inputs"] is None or not _same_stamp(_read_stamp(partial), stamp):
+        if stamp["inputs"] is None or not _same_stamp(own_folders.read_stamp(partial), stamp):
             _clear(partial)
-            write_json(partial / "stamp.json", stamp)
+            own_folders.stamp(partial, dict(stamp))
         (partial / "shards").mkdir(exist_ok=True)
         _undo_merge(partial)
         for path in (partial / "shards").iterdir():
@@ -152,7 +151,7 @@ def _workspace(to: Path, stamp: Mapping[str, Any]) -> Iterator[Path]:
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     """Lock a directory against other processes; `UserError` if one of them has the lock."""
-    with open(partial / "lock", "w") as lock:
+    with open(partial / own_folders.LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -163,29 +162,17 @@ def _locked(partial: Path) -> Iterator[None]:
         yield
 
 
-def _partial(to: Path) -> Path:
-    return to.with_name(to.name + ".partial")
-
-
 def _same_stamp(stored: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
     plain = [json.loads(json.dumps({**one, "inputs": None})) for one in (stored, given)]
     return plain[0] == plain[1] and same_inputs(stored.get("inputs"), given["inputs"])
 
 
-def _read_stamp(partial: Path) -> dict[str, Any]:
-    """Return what the shards in `TO.partial` were made from; {} if that is unknown."""
-    try:
-        stamp = json.loads((partial / "stamp.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return stamp if isinstance(stamp, dict) else {}
-
-
 def _clear(partial: Path) -> None:
+    """Remove everything but the lock and the stamp, which tells whose folder it is."""
     for path in partial.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != "lock":
+        elif path.name not in (own_folders.LOCK, own_folders.STAMP):
             path.unlink()
 
 

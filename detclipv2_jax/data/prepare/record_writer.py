@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from detclipv2_jax.data.index import KINDS, Source
-from detclipv2_jax.data.prepare import index_writer
+from detclipv2_jax.data.prepare import index_writer, own_folders
 from detclipv2_jax.data.records import Record, ShardWriter
 from detclipv2_jax.text.checked import Meaning
 
@@ -43,15 +43,14 @@ class RecordWriter:
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
         self.directory = Path(directory)
-        index_writer.refuse_foreign(self.directory)
-        self._partial = self.directory.with_name(self.directory.name + ".partial")
+        own_folders.refuse_foreign(self.directory)
+        self._partial = own_folders.empty_partial(self.directory, {"inputs": None})
         self._meanings = dict(meanings)
         self._name, self._kind, self._shard_records = name, kind, shard_records
         self._indexer = index_writer.Indexer(kind, names)
         self._files: list[tuple[Path, int]] = []  # (path, records) of each shard
         self._shard = contextlib.ExitStack()
-        shutil.rmtree(self._partial, ignore_errors=True)
-        (self._partial / "merged").mkdir(parents=True)
+        (self._partial / "merged").mkdir()
 
     def __enter__(self) -> "RecordWriter":
         return self

@@ -13,6 +13,7 @@ from typing import Any
 
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.data.index import Source
+from detclipv2_jax.data.prepare import own_folders
 from detclipv2_jax.data.prepare.examples import Archive, ImageFolder
 from detclipv2_jax.data.prepare.moved import same_inputs
 from detclipv2_jax.data.prepare.options import PrepareOptions
@@ -275,12 +276,9 @@ def prepared_before(to: Path, inputs: Mapping[str, Any], *, overwrite: bool) -> 
         UserError: `to` has a source of other inputs (without `overwrite`), or files that are not a
             source.
     """
+    own_folders.refuse_foreign(to)
     if not to.exists() or not any(to.iterdir()):
         return None
-    if not (to / "info.json").is_file():
-        raise UserError(
-            f"{to}: not empty and not a prepared source. Choose another directory with --to."
-        )
     if overwrite:
         return None
     source = Source.open(to)

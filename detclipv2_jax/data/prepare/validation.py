@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from detclipv2_jax.common.atomic import replace_directory, write_json
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.data.prepare import own_folders
 from detclipv2_jax.data.prepare.examples import Archive, Drops, Example, ImageFile, ImageFolder
 from detclipv2_jax.data.prepare.options import PrepareOptions
 from detclipv2_jax.data.prepare.repeats import Distinct
@@ -167,16 +168,21 @@ def write(
     created_from = json.loads(json.dumps(created_from))
     if (found := _read_info(to)) is not None and found["created_from"] == created_from:
         return f"{to}: already prepared, {found['images']:,} images for validation"
-    if to.exists() and not overwrite:
+    if found is None and to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(
+            f"{to}: is in the way, and is not a validation set that was prepared here. Move it "
+            "away, or choose another directory with --to."
+        )
+    if found is not None and not overwrite:
         raise UserError(
             f"{to}: holds a validation set made from other files or options. Add --overwrite to "
             "replace it, or choose another directory with --to."
         )
-    partial = to.with_name(to.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / IMAGES).mkdir(parents=True)
+    partial = own_folders.empty_partial(to, {"inputs": created_from})
+    new = partial / "merged"
+    (new / IMAGES).mkdir(parents=True)
     drops = Drops()
-    content = _content(archives, held_out, partial / IMAGES, drops)
+    content = _content(archives, held_out, new / IMAGES, drops)
     for archive in archives:
         drops.add(archive.drops)
     if not content["annotations"]:
@@ -187,10 +193,11 @@ def write(
             f"{example}. Fix the file, name another with --validation=FILE, or go without with "
             "--validation=none."
         )
-    write_json(partial / ANNOTATIONS, content)
+    write_json(new / ANNOTATIONS, content)
     counts = {"images": len(content["images"]), "boxes": len(content["annotations"])}
-    write_json(partial / _INFO, counts | {"created_from": created_from} | drops.to_json())
-    replace_directory(partial, to)
+    write_json(new / _INFO, counts | {"created_from": created_from} | drops.to_json())
+    replace_directory(new, to)
+    shutil.rmtree(partial)
     return _report(to, content, drops)
 
 
