@@ -28,6 +28,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in valid_text(str(text)))
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun, in the plural unless it is 1: "1 name", "1,200 names"."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def valid_json(text: str) -> str:
     """Return ASCII JSON text whose strings are `valid_text`; strict parsers refuse half a pair."""
     return _JSON_ESCAPE.sub(_escape_half, text) if "\\ud" in text else text

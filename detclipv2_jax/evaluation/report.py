@@ -10,6 +10,7 @@ from jaxtyping import Int
 from PIL import Image
 
 from detclipv2_jax.common import plots
+from detclipv2_jax.common.printable import counted
 from detclipv2_jax.evaluation import coco
 from detclipv2_jax.evaluation.answers import annotated_image, annotated_scale
 from detclipv2_jax.inference import drawing, images
@@ -39,7 +40,7 @@ def results_table(results: Mapping[str, Any]) -> str:
     source = results.get("predictions") or f"step {results['step']}"
     if "checkpoint" in results:
         source = f"{results['checkpoint']}, {source}"
-    lines = [f"{results['dataset']}, {source}: {settings['images']} images"]
+    lines = [f"{results['dataset']}, {source}: {counted(settings['images'], 'image')}"]
     for problem in ("missing", "unreadable", "other_size"):
         if count := settings.get(f"images_{problem}"):
             lines[0] += f", {count} {_PROBLEMS[problem]}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from detclipv2_jax.common.atomic import write_json
 from detclipv2_jax.common.interruption import Stopped, at_stop
-from detclipv2_jax.common.printable import printable
+from detclipv2_jax.common.printable import counted, printable
 from detclipv2_jax.inference.input_files import Inputs
 
 #: What the JSON file says of one image, one video or one file that failed.
@@ -89,7 +89,8 @@ class Results:
         failed += f", {cut} not to their end" if cut else ""
         lines = [self._inputs.left_out_line()] if self._inputs.left_out else []
         lines.append(
-            f"{self._answered()} of {self._total} files answered{failed}: {printable(self._path)}"
+            f"{self._answered()} of {counted(self._total, 'file')} answered{failed}: "
+            f"{printable(self._path)}"
         )
         return "\n".join(map(str, lines))
 

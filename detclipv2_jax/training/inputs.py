@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.printable import counted
 from detclipv2_jax.data import fill, rungs
 from detclipv2_jax.data.batch import Batch
 from detclipv2_jax.data.config import AUTO, DataConfig, KindConfig
@@ -57,7 +58,9 @@ class TrainingData(NamedTuple):
             if not without:
                 continue
             if config.general_negatives:
-                lines.append(f"{name}: {names} name(s); the negatives are names of WordNet")
+                lines.append(
+                    f"{name}: {counted(names, 'name')}; the negatives are names of WordNet"
+                )
                 continue
             lines.append(
                 f"warning: {name}: {without} of {len(source)} images have every name of the source "

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from detclipv2_jax.common.printable import counted
 from detclipv2_jax.data.batch import Batch
 from detclipv2_jax.data.index import Kind
 from detclipv2_jax.training import accumulate, optimizer, sharding
@@ -87,7 +88,8 @@ def compile_programs(
     if programs:
         cache = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
         print(
-            f"compiling {len(programs)} programs; the first time this takes minutes"
+            f"compiling {counted(len(programs), 'program')}; the first time this takes minutes "
+            "(XLA may call it very slow)"
             f"{f', later runs find them in {cache}' if cache else ''}",
             flush=True,
         )

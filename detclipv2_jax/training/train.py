@@ -13,6 +13,7 @@ import jax
 from detclipv2_jax.common import config_dict, distributed
 from detclipv2_jax.common.atomic import write_errors_are_warnings, write_json
 from detclipv2_jax.common.interruption import Interrupted, StopRequest
+from detclipv2_jax.common.printable import counted
 from detclipv2_jax.data import pipeline
 from detclipv2_jax.models import detclip
 from detclipv2_jax.training import check, optimizer, sharding
@@ -72,7 +73,8 @@ def train(
     )
     graphdef, params = detclip.create(config.model, config.seed)
     millions = sum(p.size for p in jax.tree.leaves(params)) / 1e6
-    print(f"{millions:.2f} M parameters on {mesh.size} device(s) ({jax.devices()[0].device_kind})")
+    devices = counted(mesh.size, "device")
+    print(f"{millions:.2f} M parameters on {devices} ({jax.devices()[0].device_kind})")
     rule = optimizer.create(config.optimizer, params, total_steps)
     step_fn = step_function(config, graphdef, rule, mesh)
 
@@ -179,6 +181,7 @@ def train(
                         state, meta | {"seconds": clock.totals()}, score, is_last=is_last
                     )
             if is_stopping and not is_last:
+                progress.close()  # what is said of the stop gets a line of its own
                 raise _interrupted(step, stop, checkpointer)
             if is_last:
                 break

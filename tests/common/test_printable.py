@@ -8,7 +8,13 @@ import sys
 import pytest
 
 from detclipv2_jax.common import atomic
-from detclipv2_jax.common.printable import print_any_text, printable, valid_json, valid_text
+from detclipv2_jax.common.printable import (
+    counted,
+    print_any_text,
+    printable,
+    valid_json,
+    valid_text,
+)
 
 LATIN1 = os.fsdecode(b"caf\xe9.jpg")  # as Python lists such a file
 
@@ -48,3 +54,9 @@ def test_commands_print_any_name_on_any_terminal(monkeypatch, encoding, shown):
     print(f"{LATIN1} → 音")
     stream.flush()
     assert stream.buffer.getvalue().decode(encoding) == shown
+
+
+def test_one_of_a_thing_is_singular():
+    assert counted(1, "name") == "1 name"
+    assert counted(0, "name") == "0 names"
+    assert counted(1200, "box", "boxes") == "1,200 boxes"

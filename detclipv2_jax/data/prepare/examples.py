@@ -13,6 +13,9 @@ from typing import Any
 from detclipv2_jax.common.find_file import ImageFolder as ImageFolder
 from detclipv2_jax.text.checked import Meaning
 
+# Reason of an image that is not lost: it is in the validation set.
+HELD_OUT = "images: held out for validation"
+
 _MAX_EXPLANATIONS = 3  # explanations that are kept for each reason,
 _MAX_NAMES = 100  # and for reasons of names, of which a file has few
 

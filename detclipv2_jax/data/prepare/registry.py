@@ -68,7 +68,7 @@ def discover(directory: Path) -> tuple[dict[str, list[Path]], dict[Path, str]]:
         if why := formats.why_ignored(path):
             skipped[path] = why
         elif word := formats.evaluation_word(name):
-            why = f"its name says that it is for evaluation ({word}); it is kept for validation"
+            why = f"its name says that it is for evaluation ({word}), so it is not trained on"
             skipped[path] = why
         elif (judgment := _judge(path)).format is None:
             skipped[path] = judgment.why

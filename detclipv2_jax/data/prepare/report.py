@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from detclipv2_jax.common.printable import printable
+from detclipv2_jax.common.printable import counted, printable
 from detclipv2_jax.data.index import Source
+from detclipv2_jax.data.prepare.examples import HELD_OUT
 
 _SHOWN_NAMES = 4  # sentences about names that a report shows for each reason
 _SHOWN_CLASSES = 5  # of the most and of the least frequent names
@@ -19,7 +20,9 @@ def format_report(source: Source) -> str:
     files = info.get("annotation_files", ())
     width = max([31, *(len(file["file"]) + 1 for file in files)])
     for file in files:
-        boxes = f", {file['boxes']:,} boxes" if source.kind in ("detection", "grounding") else ""
+        boxes = ""
+        if source.kind in ("detection", "grounding"):
+            boxes = f", {counted(file['boxes'], 'box', 'boxes')}"
         name = printable(file["file"])
         lines.append(f"  from {name:<{width}}{file['images']:>10,} records{boxes}")
     left_out = ("images", "captions", "shards")
@@ -36,7 +39,10 @@ def format_report(source: Source) -> str:
     lines += class_lines(source)
     for title, field in (("dropped", "dropped"), ("changed", "mended"), ("note", "noted")):
         for reason, count in sorted(info.get(field, {}).items()):
-            lines.append(f"  {title + ' ' + reason:<36}{count:>10,}")
+            label = f"{title} {reason}"
+            if reason == HELD_OUT:  # nothing is lost
+                label = reason.removeprefix("images: ")
+            lines.append(f"  {label:<36}{count:>10,}")
             shown = _SHOWN_NAMES if reason.startswith("names") else 1
             sentences = info["explained"].get(reason, ())
             lines += [f"      {sentence}" for sentence in sentences[:shown]]

@@ -23,8 +23,16 @@ from tqdm import tqdm
 
 from detclipv2_jax.common.atomic import replace_directory, write_json
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.printable import counted
 from detclipv2_jax.data.prepare import own_folders
-from detclipv2_jax.data.prepare.examples import Archive, Drops, Example, ImageFile, ImageFolder
+from detclipv2_jax.data.prepare.examples import (
+    HELD_OUT,
+    Archive,
+    Drops,
+    Example,
+    ImageFile,
+    ImageFolder,
+)
 from detclipv2_jax.data.prepare.options import PrepareOptions
 from detclipv2_jax.data.prepare.repeats import Distinct
 from detclipv2_jax.data.prepare.shards import make_records
@@ -33,7 +41,6 @@ from detclipv2_jax.text.tokenizer import normalize
 
 FOLDER = "validation"  # in the directory of the prepared data
 ANNOTATIONS, IMAGES = "annotations.json", "images"  # in that folder
-HELD_OUT = "images: held out for validation"
 _INFO = "made_from.json"
 # Words that name a file or folder for validation. "test" is not one: who chooses a checkpoint by
 # the test set has none left.
@@ -67,8 +74,9 @@ class Split:
         chosen = chosen or frozenset(sorted(places, key=lambda key: places[key])[:1])
         if len(chosen) == len(places):
             raise UserError(
-                f"--val_share={self.share:g} leaves none of {len(places)} picture(s) to train on. "
-                "Give a smaller share, or a file of other pictures with --validation=FILE."
+                f"--val_share={self.share:g} leaves none of {counted(len(places), 'picture')} to "
+                "train on. Give a smaller share, or a file of other pictures with "
+                "--validation=FILE."
             )
         return chosen
 
@@ -167,7 +175,7 @@ def write(
     """
     created_from = json.loads(json.dumps(created_from))
     if (found := _read_info(to)) is not None and found["created_from"] == created_from:
-        return f"{to}: already prepared, {found['images']:,} images for validation"
+        return f"{to}: already prepared, {counted(found['images'], 'image')} for validation"
     if found is None and to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(
             f"{to}: is in the way, and is not a validation set that was prepared here. Move it "
@@ -254,8 +262,9 @@ def _content(
 def _report(to: Path, content: Mapping[str, Any], drops: Drops) -> str:
     """Return what was written and left out, as the report of a source does."""
     lines = [
-        f"{to}: {len(content['images']):,} images for validation with "
-        f"{len(content['annotations']):,} boxes of {len(content['categories']):,} names"
+        f"{to}: {counted(len(content['images']), 'image')} for validation with "
+        f"{counted(len(content['annotations']), 'box', 'boxes')} of "
+        f"{counted(len(content['categories']), 'name')}"
     ]
     for title, counts in (("dropped", drops.dropped), ("changed", drops.changed)):
         for reason, count in sorted(counts.items()):

@@ -144,7 +144,7 @@ REFUSED = {
         "detclip prepare lvis",
     ),
     "package.json": ({"name": "web"}, 'no "images" and "annotations" and "categories"'),
-    "instances_val.json": (coco(["0.jpg", "1.jpg"]), "kept for validation"),
+    "instances_val.json": (coco(["0.jpg", "1.jpg"]), "so it is not trained on"),
     ".instances_train.json": (coco(["0.jpg", "1.jpg"]), "hidden"),
     "instances_train.json.bak": (coco(["0.jpg", "1.jpg"]), "backup"),
     "instances_train.json~": (coco(["0.jpg", "1.jpg"]), "backup"),

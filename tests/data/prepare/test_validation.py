@@ -94,7 +94,7 @@ def test_the_file_for_validation_is_found(tmp_path, layout, capsys):
     write_json(origin / "test/_annotations.coco.json", boxes(names))
     assert prepared(origin, to) == 0
     out = capsys.readouterr().out
-    assert f"{to}/validation: 2 images for validation with 2 boxes of 1 names" in out
+    assert f"{to}/validation: 2 images for validation with 2 boxes of 1 name\n" in out
     assert f"{val}: skipped" not in out
     assert len(Source.open(to / "detection")) == 3
     found = content(to)
@@ -145,7 +145,7 @@ def test_pictures_are_held_out_whatever_their_name_and_stay(tmp_path, capsys):
     out = capsys.readouterr().out
     trained, held_out = read(to)
     assert 3 <= len(held_out) <= 17 and len(trained) + len(held_out) == 40
-    assert not trained & held_out and "dropped images: held out for validation" in out
+    assert not trained & held_out and "\n  held out for validation" in out
     assert len(content(to)["annotations"]) == len(held_out)
     # More pictures, among them copies under other names and in a second file, in another order.
     more = pictures(origin / "images", 20, first=100)
@@ -181,7 +181,7 @@ def test_one_picture_is_held_out_of_few_and_never_the_last(tmp_path, capsys):
     assert [len(one) for one in read(tmp_path / "data")] == [1, 1]
     write_json(tmp_path / "photos/train.json", boxes(names[:1]))
     assert prepared(tmp_path / "photos", tmp_path / "one", "--val_share=0.1") == 2
-    assert "--val_share=0.1 leaves none of 1 picture(s) to train on" in capsys.readouterr().err
+    assert "--val_share=0.1 leaves none of 1 picture to train on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
