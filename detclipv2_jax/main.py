@@ -44,10 +44,10 @@ _INDEX = flags.DEFINE_integer("process_id", None, "Number of this process.", low
 
 def main() -> None:
     """Run the command line and end the process with its exit status."""
+    # From before the imports of jax, which take seconds, until the training loop handles signals.
+    end_at_once("Run the same command to resume from the last checkpoint.")
     print_any_text()
     quiet_libraries()
-    # Until the training loop handles signals.
-    end_at_once("Run the same command to resume from the last checkpoint.")
     flags_lib.run_with_config(_run, handles_signals=False)
 
 

@@ -140,6 +140,12 @@ import tensorflow
     subprocess.run([sys.executable, "-c", program], check=True, env=tiny_run.environment())
 
 
+def test_training_handles_signals_before_it_imports_jax():
+    """A signal in the middle of an import of C++ code aborts the process."""
+    program = "import sys, detclipv2_jax.main; assert not {'jax', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, env=tiny_run.environment())
+
+
 def test_nothing_edits_sys_path():
     for folder in ("detclipv2_jax", "scripts", "configs", "tests"):
         for path in (tiny_run.ROOT / folder).rglob("*.py"):

@@ -20,8 +20,8 @@ from detclipv2_jax.models import detclip
 from detclipv2_jax.models.parameters import match_rules, parameter_paths
 from detclipv2_jax.ops.boxes import level_sizes
 from detclipv2_jax.text.tokenizer import CONTEXT, VOCABULARY_SIZE
-from detclipv2_jax.training.initialize import SCRATCH
 from detclipv2_jax.training.objective import regions_per_image
+from detclipv2_jax.training.recipes import SCRATCH
 from detclipv2_jax.training.workdir import refuse_foreign
 from detclipv2_jax.weights import activation, published
 

@@ -19,8 +19,6 @@ from detclipv2_jax.models.parameters import parameter_paths, path_name
 from detclipv2_jax.weights import clip, files, swin
 from detclipv2_jax.weights.convert import OURS, Report, convert, unnumbered
 
-SCRATCH = "scratch"
-
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:

@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import Any
 
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.training.initialize import SCRATCH
 
+SCRATCH = "scratch"  # a tower that starts random
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 

@@ -42,6 +42,7 @@ def run(monkeypatch):
     monkeypatch.setattr(checkpoint, "steps", lambda path: [7, 9])
     monkeypatch.setattr(checkpoint, "require_steps", lambda path: [7, 9])
     monkeypatch.setattr(checkpoint_files, "chosen_intact", lambda path: 9)
+    monkeypatch.setattr(checkpoint_files, "newest_intact", lambda path: 9)
     monkeypatch.setattr(checkpoint, "best_step", lambda path: 9)
     monkeypatch.setattr(checkpoint, "is_finished", lambda path: True)
     monkeypatch.setattr(checkpoint, "load_model", load)

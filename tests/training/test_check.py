@@ -20,8 +20,8 @@ from detclipv2_jax.training import (
     sharding,
     state,
 )
-from detclipv2_jax.training.initialize import SCRATCH
 from detclipv2_jax.training.inputs import abstract_batch
+from detclipv2_jax.training.recipes import SCRATCH
 
 # (recipe, argument): device counts that its batches must be divisible by: the paper's, where it
 # has one, and 8.
