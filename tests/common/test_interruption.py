@@ -45,9 +45,17 @@ PROGRAM = """
 """
 
 
+def run(program, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # The tests themselves may run under nohup, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )  # fmt: skip
+
+
 def start(kind, out):
-    line = [sys.executable, "-c", textwrap.dedent(PROGRAM), kind, str(out)]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = run(PROGRAM, kind, str(out))
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -56,7 +64,7 @@ def start(kind, out):
 def test_the_first_signal_ends_it_with_a_sentence(tmp_path, number):
     with start("work", tmp_path) as process:
         process.send_signal(number)
-        _, error = process.communicate(timeout=20)
+        _, error = process.communicate(timeout=60)
     name = "Ctrl-C" if number == signal.SIGINT else number.name
     assert process.returncode == 128 + number
     assert error.strip() == f"stopped by {name}: written. Run the same command again."
@@ -68,7 +76,7 @@ def test_code_outside_python_is_not_waited_for(tmp_path):
     with start("outside", tmp_path) as process:
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=20)
+        _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and time.monotonic() - began < 15
     assert error.strip() == "stopped by SIGTERM: written."
     assert [path.name for path in tmp_path.iterdir()] == ["answers.json"]
@@ -79,7 +87,7 @@ def test_the_second_signal_ends_it_at_once(tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "deaf\n"
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=5)
+        process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
     assert not list(tmp_path.iterdir())
 
@@ -88,7 +96,7 @@ def test_a_closed_pipe_is_silent(tmp_path):
     with start("pipe", tmp_path) as process:
         process.stdout.close()
         error = process.stderr.read()
-        assert process.wait(20) == 128 + signal.SIGPIPE
+        assert process.wait(60) == 128 + signal.SIGPIPE
     assert not error
 
 
@@ -102,7 +110,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
         time.sleep(0.5)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
 
 
@@ -130,15 +138,12 @@ TRAINING = """
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("when", ["early", "in a step"])
 def test_training_ends_at_once_before_its_loop_and_after_a_step_in_it(when, number):
-    line = [sys.executable, "-c", textwrap.dedent(TRAINING), when]
-    with subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with run(TRAINING, when) as process:
         assert process.stdout.readline() == "ready\n"
         began = time.monotonic()
         process.send_signal(number)
-        _, error = process.communicate(timeout=20)
+        _, error = process.communicate(timeout=60)
         took = time.monotonic() - began
     assert process.returncode == 128 + number
-    assert (took > 2.5) == (when == "in a step")
+    assert took > 2.5 if when == "in a step" else took < 30  # of the 60 that it would sleep
     assert ("Run the same command to resume." in error) == (when == "early")
