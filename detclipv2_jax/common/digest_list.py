@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from detclipv2_jax.common import digests
+from detclipv2_jax.common import digests, lfs_pointer
 
 NAME = "digests.sha256"
 _MAX_THREADS = 8  # that read a directory
@@ -76,7 +76,11 @@ def _file_problem(path: Any, expected: str) -> str:
         is_intact = digests.of_file(path) == expected
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
-    return "" if is_intact else "has changed since it was written"
+    if is_intact:
+        return ""
+    if lfs_pointer.is_pointer_file(path):
+        return f"is not there: {lfs_pointer.REASON}"
+    return "has changed since it was written"
 
 
 def _files(root: Any, prefix: str = "") -> list[str]:

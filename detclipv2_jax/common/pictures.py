@@ -30,6 +30,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
+from detclipv2_jax.common import lfs_pointer
+
 #: An encoded picture: a path, bytes or a binary file; or an image that Pillow has opened.
 Source = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | io.IOBase | Image.Image
 
@@ -396,8 +398,8 @@ def _what_it_is(head: bytes) -> str:
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
         return "it is empty"
-    if text.startswith(b"version https://git-lfs"):
-        return "it is a pointer of Git LFS, not the picture; run `git lfs pull`"
+    if lfs_pointer.is_pointer(head):
+        return lfs_pointer.REASON
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<svg")):
         return "it is a web page or an SVG, not a picture"
     if head[4:8] == b"ftyp" and head[8:12] in (

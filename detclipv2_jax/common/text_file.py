@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from detclipv2_jax.common import lfs_pointer
 from detclipv2_jax.common.errors import UserError
 
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -41,8 +42,10 @@ def open_bytes(path: str | Path) -> Iterator[BinaryIO]:
     try:
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(open(path, "rb"))
-            start = file.read(8)
+            start = file.read(lfs_pointer.LENGTH)
             file.seek(0)
+            if lfs_pointer.is_pointer(start):
+                raise UserError(f"{path}: {lfs_pointer.REASON}.")
             for magic, what in _ARCHIVES.items():
                 if start.startswith(magic):
                     raise UserError(f"{path}: {what}. Unpack it and give the file in it.")

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from detclipv2_jax.common import lfs_pointer
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.printable import printable, valid_text
 from detclipv2_jax.inference.images import read
@@ -63,7 +64,9 @@ class Video:
             return
         with self._open() as capture:
             if not _call(capture.grab):
-                raise UserError(f"{printable(path)}: {_NO_FRAME}.")
+                is_pointer = lfs_pointer.is_pointer_file(path)
+                why = lfs_pointer.REASON if is_pointer else _NO_FRAME
+                raise UserError(f"{printable(path)}: {why}.")
             rate = capture.get(cv2.CAP_PROP_FPS)
             self.rate = rate if 0 < rate <= _HIGHEST_RATE else None
             count = capture.get(cv2.CAP_PROP_FRAME_COUNT)

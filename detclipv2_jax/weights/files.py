@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from detclipv2_jax.common import lfs_pointer
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.json_file import read_json
 from detclipv2_jax.common.safetensors_file import SafetensorsFile
@@ -60,6 +61,8 @@ def read(path: str | Path) -> Mapping[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file. Check the path of the weights.")
+    if lfs_pointer.is_pointer_file(path):
+        raise UserError(f"{path}: {lfs_pointer.REASON}.")
     if path.suffix == ".safetensors":
         tensors = SafetensorsFile(path)
         _check_not_scaled(path, _eight_bit(tensors), tensors)
