@@ -7,17 +7,19 @@ bucket. A checkpoint has a list of digests (common/digest_list.py), which every 
 import functools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from detclipv2_jax.common import digest_list
+from detclipv2_jax.common import digest_list, lfs_pointer
 from detclipv2_jax.common.errors import UserError
 
 SUBDIRECTORY = "checkpoints"
 # Key in a checkpoint's meta: True if it has a list of digests. Those of older versions have none.
 DIGESTS = "digests"
+_STEP = re.compile("0|[1-9][0-9]{0,18}")  # the name of a checkpoint's directory
 _DELETION = 2.0  # seconds that a checkpoint which training deletes may be there in part
 
 T = TypeVar("T")
@@ -32,9 +34,18 @@ def located(directory: str | os.PathLike) -> tuple[Any, int | None]:
     path = digest_list.as_path(directory)
     if (path / SUBDIRECTORY).is_dir():
         return path / SUBDIRECTORY, None
-    if path.name.isdigit() and (path / "meta").is_dir():
-        return path.parent, int(path.name)
+    step = _step_of(path.name)
+    if step is not None and (path / "meta").is_dir():
+        return path.parent, step
     return path, None
+
+
+def _step_of(name: str) -> int | None:
+    """Return the step of a checkpoint by the name of its directory; None if it is another name.
+
+    Training writes and reads "600", not the copies that people make: "000600", "600.backup".
+    """
+    return int(name) if _STEP.fullmatch(name) else None
 
 
 def steps(directory: str | os.PathLike) -> list[int]:
@@ -49,11 +60,12 @@ def steps(directory: str | os.PathLike) -> list[int]:
         return []
     # On a local file system the name is complete only when the checkpoint is, in a bucket not.
     in_bucket = "://" in os.fspath(root)
-    return sorted(
-        int(path.name)
-        for path in root.iterdir()
-        if path.name.isdigit() and (not in_bucket or (path / "commit_success.txt").exists())
-    )
+
+    def is_complete(path: Any) -> bool:
+        return (path / "commit_success.txt").exists() if in_bucket else path.is_dir()
+
+    found = ((_step_of(path.name), path) for path in root.iterdir())
+    return sorted(step for step, path in found if step is not None and is_complete(path))
 
 
 def require_steps(directory: str | os.PathLike) -> list[int]:
@@ -77,7 +89,9 @@ def read_meta(path: Any) -> dict[str, Any]:
     except FileNotFoundError:
         raise DamagedError("meta/metadata is missing") from None
     except (OSError, ValueError) as error:
-        raise DamagedError(f"meta/metadata cannot be read ({error})") from None
+        is_pointer = lfs_pointer.is_pointer_file(path / "meta" / "metadata")
+        why = lfs_pointer.REASON if is_pointer else error
+        raise DamagedError(f"meta/metadata cannot be read ({why})") from None
     if not isinstance(meta, dict) or "config" not in meta:
         raise DamagedError("meta/metadata is not that of a checkpoint")
     return meta

@@ -179,3 +179,23 @@ def test_evaluate_passes_over_damage_unless_the_step_is_asked_for(run, capsys):
     assert "6 is damaged: model/" in capsys.readouterr().err
     with pytest.raises(UserError, match="6 is damaged"):
         job._evaluate_checkpoint(parse([6]), [], 6, run)
+
+
+def test_what_people_put_next_to_checkpoints_is_none(tmp_path):
+    root = tmp_path / "run" / "checkpoints"
+    for name in ("600", "400", "000700", "800.backup", "900 (copy)", "\u00b2", "9" * 99):
+        (root / name / "meta").mkdir(parents=True)
+    (root / "1000").write_text("a file")
+    (root / ".DS_Store").write_text("x")
+    assert checkpoint_files.steps(tmp_path / "run") == [400, 600]
+    assert checkpoint_files.located(root / "600") == (root, 600)
+    assert checkpoint_files.steps(root / "000700") == []
+
+
+def test_a_pointer_of_git_lfs_is_called_that(tmp_path):
+    (tmp_path / "600" / "meta").mkdir(parents=True)
+    (tmp_path / "600" / "meta" / "metadata").write_text(
+        "version https://git-lfs.github.com/spec/v1"
+    )
+    with pytest.raises(checkpoint_files.DamagedError, match="it is a pointer of Git LFS"):
+        checkpoint_files.read_meta(tmp_path / "600")
