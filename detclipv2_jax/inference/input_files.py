@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import os
 import pathlib
@@ -18,6 +19,7 @@ from detclipv2_jax.inference.video import ANIMATION_SUFFIXES, VIDEO_SUFFIXES, is
 
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/")
 _DRAWN_VIDEO = ".webm"
+_LONGEST = 240  # bytes of a part of a path; most file systems allow 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +193,7 @@ class _Names:
 
     def free(self, stem: str, suffix: str) -> str:
         """Return `stem` + `suffix`, or with '-2', '-3', ... if that is taken."""
+        stem = "/".join(map(_shortened, stem.split("/")))
         folders = pathlib.PurePosixPath(_folded(stem)).parents
         if any(str(folder) in self._files for folder in folders):
             stem = stem.replace("/", "_")  # a drawing has the name of its folder
@@ -204,6 +207,18 @@ class _Names:
 
     def _is_free(self, stem: str, suffix: str) -> bool:
         return _folded(stem) not in self._stems and _folded(stem) + suffix not in self._folders
+
+
+def _shortened(part: str) -> str:
+    """Return a part of a path, cut where a file system has no room for it, an ending and a number.
+
+    Escaping makes names of other encodings longer: `caf\\xe9` has seven bytes in place of four.
+    """
+    data = part.encode()
+    if len(data) <= _LONGEST:
+        return part
+    digest = hashlib.sha256(data).hexdigest()[:8]
+    return f"{data[: _LONGEST - 9].decode(errors='ignore')}-{digest}"
 
 
 def _folded(name: str) -> str:

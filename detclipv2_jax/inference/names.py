@@ -1,5 +1,7 @@
 """The names that a user asks for: reading them from a command line, and checking them."""
 
+import itertools
+import pathlib
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,6 +14,9 @@ if TYPE_CHECKING:
     from detclipv2_jax.inference.predictor import EncodedNames
 
 _LISTED = 3  # names that a warning quotes
+# "0: cat", "1<tab>cat" and "0 cat" of label maps; "1 euro coin" is a name.
+_NUMBER_AND_MARK = re.compile(r"(\d{1,5})(?:\s*[:;,=)]|\t)\s*\S")
+_NUMBER_AND_SPACE = re.compile(r"(\d{1,5})\s+\S")
 _LINE = re.compile(r"\r\n|\r|\n")  # str.splitlines also splits at characters inside names
 
 
@@ -23,7 +28,8 @@ def names_from_flags(names: str | None, names_file: str | None) -> list[str]:
       names_file: path of a text file with one name per line, whatever is in the line.
 
     Raises:
-      UserError: there is no name, or the file cannot be read.
+      UserError: there is no name, or the file cannot be read, is JSON or YAML, or numbers its
+        lines, as label maps do.
     """
     if names_file is None:
         found = names_from_text(names or "")
@@ -33,9 +39,29 @@ def names_from_flags(names: str | None, names_file: str | None) -> list[str]:
             )
         return found
     found = _stripped(_LINE.split(text_file.read_text(names_file)))
+    if problem := _not_names(names_file, found):
+        raise UserError(f"{names_file}: {problem}.")
     if not found:
         raise UserError(f"{names_file}: contains no name. Write one name per line.")
     return found
+
+
+def _not_names(path: str, lines: Sequence[str]) -> str:
+    """Return what is wrong if the lines of a file are no plain names, "" if they may be."""
+    suffix = pathlib.Path(path).suffix.lower()
+    if suffix in (".yaml", ".yml", ".json") or (lines and lines[0][0] in "{["):
+        kind = "YAML" if suffix in (".yaml", ".yml") else "JSON"
+        return f"is {kind}, not a list of names. Write a text file with one name per line"
+    for pattern, starts in ((_NUMBER_AND_MARK, (0, 1)), (_NUMBER_AND_SPACE, (0,))):
+        found = [pattern.match(line) for line in lines]
+        numbers = [int(match[1]) for match in found if match]
+        is_counted = len(numbers) == len(lines) > 1 and numbers[0] in starts
+        if is_counted and all(a < b for a, b in itertools.pairwise(numbers)):
+            return (
+                f"its lines are numbered, as {lines[0]!r}, and the numbers would be asked as "
+                "parts of the names. Remove them"
+            )
+    return ""
 
 
 def names_from_text(text: str) -> list[str]:

@@ -109,3 +109,18 @@ def test_earlier_drawings_are_no_images_wherever_they_lie(tmp_path):
         write_text(tmp_path / "photos/out/detections.json", "{}")
     found = input_files([str(tmp_path / "photos")])
     assert names_of(found) == ["a.jpg", "mine.png"] and not found.left_out
+
+
+def test_drawings_of_long_names_can_be_written(tmp_path):
+    long = ["a" * 251 + ".jpg", "é" * 125 + ".jpg", "a" * 250 + ".jpg", "a" * 250 + ".png"]
+    latin = b"\xe9" * 240 + b".jpg"  # which is escaped: four bytes for each
+    make(tmp_path, *long, "sub/" + long[0])
+    make(tmp_path, os.fsdecode(latin))
+    found = input_files([str(tmp_path)])
+    assert len(found.files) == 6
+    out = tmp_path / "out"
+    for file in found.files:
+        write_text(out / file.drawn, "drawn")
+    assert len([path for path in out.rglob("*") if path.is_file()]) == 6
+    short = input_files([str(tmp_path / long[0])]).files[0].drawn
+    assert short.startswith("a" * 200) and short.endswith(".png")

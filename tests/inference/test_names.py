@@ -104,3 +104,33 @@ def test_a_name_that_is_cut_is_told():
     assert cut_off_text(detector.encode(["cat"])) is None
     many = detector.encode([f"{n} {EARLY}" for n in range(9)])
     assert "9 of 9 names do not fit" in cut_off_text(many) and "and 6 more" in cut_off_text(many)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("data.yaml", "names:\n  0: cat\n  1: dog\n", "is YAML, not a list of names"),
+        ("names.json", '["cat", "dog"]', "is JSON, not a list of names"),
+        ("names.txt", '{"0": "cat", "1": "dog"}', "is JSON, not a list of names"),
+        ("labels.txt", "0 cat\n1 dog\n", "its lines are numbered, as '0 cat'"),
+        ("labels.txt", "0 skip button\n2 notice\n", "its lines are numbered"),
+        ("labels.txt", "1: cat\n2: dog\n", "its lines are numbered"),
+        ("labels.txt", "0,cat\n1,dog\n", "its lines are numbered"),
+        ("labels.txt", "0\tcat\n1\tdog\n", "its lines are numbered"),
+    ],
+)
+def test_files_that_are_no_list_of_names(tmp_path, name, text, problem):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(UserError, match=problem):
+        names_from_flags(None, str(path))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["1 euro coin", "2 euro coin"], ["7 up", "cat"], ["0 calorie drink"], ["3d printer", "4x4"]],
+)
+def test_names_that_begin_with_a_number(tmp_path, names):
+    path = tmp_path / "names.txt"
+    path.write_text("\n".join(names))
+    assert names_from_flags(None, str(path)) == names
