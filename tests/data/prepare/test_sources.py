@@ -283,6 +283,10 @@ def test_json_lines_total_counts_the_captions_of_a_line(folder):
         ({"image": "0.jpg", "caption": "  "}, "captions: empty", 'caption is "  "'),
         ({"image": "0.jpg", "caption": None}, "images: malformed line", "no field caption"),
         ({"image": "0.jpg", "captions": [3]}, "captions: empty", "is 3"),
+        ({"image": "0.jpg", "caption": "nan"}, "captions: empty", "stands for a missing one"),
+        ({"image": "0.jpg", "caption": " N/A "}, "captions: empty", "stands for a missing one"),
+        ({"image": "0.jpg", "caption": float("nan")}, "captions: empty", "is NaN, not a text"),
+        ({"image": "a cat", "caption": "1.jpg"}, "images: malformed line", "caption<TAB>image"),
     ],
 )
 def test_json_lines_broken_line(folder, row, reason, expected):
@@ -319,6 +323,18 @@ def test_tsv(folder):
         "images: missing": 2,
         "captions: empty": 1,
     }
+
+
+def test_tsv_with_the_columns_swapped(folder):
+    path = folder / "cc.tsv"
+    path.write_text('0.jpg\ta cat\n1.jpg\ta "big" dog\n9.jpg\tnot there\n')
+    archive = conceptual_captions.read_tsv(path, images(folder))
+    assert list(archive.examples) == []
+    assert archive.drops.dropped == {"images: malformed line": 2, "images: missing": 1}
+    why = archive.drops.explained["images: malformed line"][0]
+    assert why == (
+        f"{path}, line 1: the image file stands where the caption belongs: caption<TAB>image file"
+    )
 
 
 def test_empty_lists(folder):

@@ -5,6 +5,7 @@ The output of img2dataset is read by img2dataset.py.
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from detclipv2_jax.data.prepare.sources.img2dataset import check_caption
 # Fields of a JSON line that may hold the image and the captions; the first one present is used.
 IMAGE_FIELDS = ("image", "file_name", "path")
 CAPTION_FIELDS = ("caption", "captions", "text")
+_SUFFIX = re.compile(r"\.\w{3,4}$")  # of a text that may be the name of a file
 
 
 def read_json_lines(path: str | Path, images: ImageFolder) -> Archive:
@@ -102,12 +104,24 @@ def _from_lines(
         except MALFORMED as error:
             drops.drop("images: malformed line", f"{where}: {describe(error)}")
             continue
+        if _is_swapped(name, captions, images):
+            why = "the image file stands where the caption belongs: caption<TAB>image file"
+            drops.drop("images: malformed line", f"{where}: {why}")
+            continue
         image = find_file((name,), where, images, drops)
         if image is None:
             continue
         for i, caption in enumerate(captions):
             image_id = valid_text(name if len(captions) == 1 else f"{name}#{i}")
             yield from _example(image, image_id, None, caption, where, drops)
+
+
+def _is_swapped(name: str, captions: list, images: ImageFolder) -> bool:
+    """Return whether the caption of a line is a file and its file is none."""
+    caption = captions[0].strip() if len(captions) == 1 and isinstance(captions[0], str) else ""
+    if not _SUFFIX.search(caption) or images.find(name).path is not None:
+        return False
+    return images.find(caption).path is not None
 
 
 def _file_names(path: Path, parse: Callable[[str], tuple[str, list]]) -> Iterator[tuple[str]]:

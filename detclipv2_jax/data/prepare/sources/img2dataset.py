@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from detclipv2_jax.common import lfs_pointer
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.json_fields import shorten, text
 from detclipv2_jax.common.printable import printable
@@ -36,6 +37,8 @@ LONGEST_CAPTION = 10_000  # characters; longer alt texts are whole pages
 _COLUMNS = ("key", "url", "caption", "status", "error_message", "sha256", "md5")
 _LARGEST_TEXT = 1 << 20  # bytes of a .txt or .json
 _BLOCK = tarfile.BLOCKSIZE
+#: What pandas, SQL and people write where there is no caption.
+_NO_CAPTION = {"nan", "none", "null", "nil", "n/a", "na", "<na>", "undefined"}
 _COMPRESSED = {  # first bytes of a file -> program
     b"\x1f\x8b": "gunzip",
     b"\x28\xb5\x2f\xfd": "unzstd",
@@ -225,6 +228,8 @@ def _read_caption(entry: Entry, metadata: Mapping[str, Any]) -> str:
 def check_caption(caption: Any) -> str:
     """Return `caption`; raise `ValueError` if it is blank, too long, or not a text."""
     text({"caption": caption}, "caption")
+    if caption.strip().lower() in _NO_CAPTION:
+        raise ValueError(f"its caption is {shorten(caption)}, which stands for a missing one")
     if len(caption) > LONGEST_CAPTION:
         raise ValueError(f"its caption has {len(caption):,} characters")
     return caption
@@ -299,7 +304,9 @@ def _place(member: tarfile.TarInfo, places: dict[str, tuple[int, int]]) -> tuple
 
 
 def compression(path: Path) -> str:
-    """Return that a file is compressed and what to do, "" if it is not."""
+    """Return that a file is compressed or not downloaded and what to do, "" if it is neither."""
+    if lfs_pointer.is_pointer_file(path):
+        return lfs_pointer.REASON
     with contextlib.suppress(OSError):
         start = ImageFile(path, size=8).read()
         for magic, program in _COMPRESSED.items():
@@ -348,7 +355,8 @@ def _read_rows(
             rows = file.read_row_group(group, columns=columns).to_pylist()
             yield [(group, number, row) for number, row in enumerate(rows)]
     except Exception as error:  # pyarrow raises many types of errors for damaged files
-        drops.drop("shards: damaged", f"{path}: {shorten(str(error))}")
+        why = compression(path) or shorten(str(error))
+        drops.drop("shards: damaged", f"{path}: {why}")
 
 
 def _read_parquet(path: Path, drops: Drops) -> Iterator[dict[str, Entry]]:
