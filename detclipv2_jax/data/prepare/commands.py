@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.data.index import Source
+from detclipv2_jax.common.printable import printable
 from detclipv2_jax.data.prepare import inputs as inputs_lib
 from detclipv2_jax.data.prepare import registry, validation
 from detclipv2_jax.data.prepare.examples import ImageFolder
@@ -105,6 +105,9 @@ def prepare_folder(
         else:
             print(f"{kind}: no annotation file in {origin}")
     both = [target.to / kind for kind in ("detection", "grounding")]
+    if validate_on is not None:
+        trained_on = [path for path in both if path.name in files]
+        _warn_of_validation(target.to / validation.FOLDER, trained_on, origin)
     if all(path.name in files for path in both) and (count := inputs_lib.in_common(both, origin)):
         print(f"detection and grounding have {count:,} pictures in common; each has its own boxes")
 
@@ -131,7 +134,7 @@ def _prepare_validation(
         folder = ImageFolder(images) if images else validation.image_folder(path, origin)
         made_from = registry.fingerprint([path], folder, None)
         archives = [source.read(path, folder)]
-        print(validation.write(to, archives, made_from, overwrite=target.overwrite))
+        print(validation.write(to, archives, made_from, origin, overwrite=target.overwrite))
     elif validate_on is not None and files:
         files = _located(files, origin)
         folder = ImageFolder(images) if images else registry.image_folder(origin, "detection")
@@ -141,7 +144,9 @@ def _prepare_validation(
         made_from = registry.fingerprint(files, folder, None)
         made_from["held_out"] = dataclasses.asdict(validate_on)
         print(
-            validation.write(to, read(), made_from, held_out=held_out, overwrite=target.overwrite)
+            validation.write(
+                to, read(), made_from, origin, held_out=held_out, overwrite=target.overwrite
+            )
         )
         return held_out
     elif files:
@@ -252,7 +257,7 @@ def _prepare_files(
     existing = registry.prepared_before(target.to, inputs, overwrite=target.overwrite)
     if existing is not None:
         remove_leftovers(target.to, inputs)
-        _refuse_changes(existing, origin)
+        inputs_lib.refuse_changes(existing.directory, origin)
         print(f"{target.to}: already prepared, {len(existing):,} records of {kind}")
         if missing := existing.info["dropped"].get("images: missing"):
             print(f"  images that were missing and still are: {missing:,}")
@@ -271,12 +276,16 @@ def _prepare_files(
     print(format_report(written))
 
 
-def _refuse_changes(source: Source, origin: Path) -> None:
-    """Raise `UserError` if pictures that a source was made from appeared or changed since."""
-    if changes := list(inputs_lib.changes(source, origin)):
-        raise UserError(
-            f"{source.directory}: was made from other pictures; {'; '.join(changes)}. Add "
-            "--overwrite to prepare it again, or choose another directory with --to."
+def _warn_of_validation(to: Path, sources: Sequence[Path], origin: Path) -> None:
+    """Warn if pictures of the validation set are trained on: its figures would be too good."""
+    if found := inputs_lib.same_content(to, sources, origin):
+        count = len({path for path, _ in found})
+        path, other = map(printable, found[0])
+        shown = path if path == other else f"{path}, which is the same picture as {other}"
+        print(
+            f"warning: {count:,} pictures for validation are also trained on, for example {shown}. "
+            "The figures will be too good: take these pictures out of one of the files, or hold "
+            "out others with --validation=none --val_share=0.1",
         )
 
 

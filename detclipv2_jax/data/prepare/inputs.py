@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from detclipv2_jax.common.atomic import replacing
+from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.printable import printable
-from detclipv2_jax.data.index import Source
 from detclipv2_jax.data.prepare.examples import ImageFile, ImageFolder
 
 FILE = "pictures.jsonl.gz"
@@ -134,15 +134,31 @@ def read(directory: Path, origin: Path) -> tuple[list[Picture], list[tuple[list[
     return pictures, missing
 
 
+def refuse_changes(directory: Path, origin: Path) -> None:
+    """Raise `UserError` if pictures that `directory` was made from appeared or changed since."""
+    if found := list(changes(directory, origin)):
+        raise UserError(
+            f"{directory}: was made from other pictures; {'; '.join(found)}. Add --overwrite to "
+            "prepare it again, or choose another directory with --to."
+        )
+
+
 def in_common(directories: Sequence[Path], origin: Path) -> int:
     """Return how many pictures all of some sources of one archive have, by their files."""
     paths = [{one.path for one in read(path, origin)[0] if one.used} for path in directories]
     return len(set.intersection(*paths)) if paths else 0
 
 
-def changes(source: Source, origin: Path) -> Iterator[str]:
-    """Yield what changed in the pictures since a source was made, in words; nothing if none did."""
-    pictures, missing = read(source.directory, origin)
+def same_content(directory: Path, others: Sequence[Path], origin: Path) -> list[tuple[str, str]]:
+    """Return the pictures of a set whose content other sources have: (path, path of the other)."""
+    known = {one.digest: one.path for path in others for one in read(path, origin)[0] if one.used}
+    pictures = read(directory, origin)[0] if known else []
+    return [(one.path, known[one.digest]) for one in pictures if one.used and one.digest in known]
+
+
+def changes(directory: Path, origin: Path) -> Iterator[str]:
+    """Yield what changed in the pictures since `write`, in words; nothing if none did."""
+    pictures, missing = read(directory, origin)
     lists = {
         "were missing and exist now": _exist_now(pictures, missing, origin),
         "were left out and have changed": [

@@ -12,6 +12,7 @@ set when others are added.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from detclipv2_jax.common.atomic import replace_directory, write_json
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.printable import counted
-from detclipv2_jax.data.prepare import own_folders
+from detclipv2_jax.data.prepare import inputs, own_folders
 from detclipv2_jax.data.prepare.examples import (
     HELD_OUT,
     Archive,
@@ -33,6 +34,7 @@ from detclipv2_jax.data.prepare.examples import (
     ImageFile,
     ImageFolder,
 )
+from detclipv2_jax.data.prepare.moved import same_inputs
 from detclipv2_jax.data.prepare.options import PrepareOptions
 from detclipv2_jax.data.prepare.repeats import Distinct
 from detclipv2_jax.data.prepare.shards import make_records
@@ -157,6 +159,7 @@ def write(
     to: Path,
     archives: Sequence[Archive],
     created_from: Mapping[str, Any],
+    origin: Path,
     *,
     held_out: frozenset[str] | None = None,
     overwrite: bool = False,
@@ -167,14 +170,18 @@ def write(
         to: its directory; it appears when it is complete.
         archives: of boxes.
         created_from: what identifies its origin.
+        origin: folder of the files.
         held_out: keys of the pictures to take; None takes all.
         overwrite: replace a set of another origin.
 
     Raises:
-        UserError: `to` has another set, or the archives have no usable box.
+        UserError: `to` has another set, pictures appeared or changed since it was made, or the
+            archives have no usable box.
     """
     created_from = json.loads(json.dumps(created_from))
-    if (found := _read_info(to)) is not None and found["created_from"] == created_from:
+    found = _read_info(to)
+    if found is not None and not overwrite and same_inputs(found["created_from"], created_from):
+        inputs.refuse_changes(to, origin)
         return f"{to}: already prepared, {counted(found['images'], 'image')} for validation"
     if found is None and to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(
@@ -189,8 +196,8 @@ def write(
     partial = own_folders.empty_partial(to, {"inputs": created_from})
     new = partial / "merged"
     (new / IMAGES).mkdir(parents=True)
-    drops = Drops()
-    content = _content(archives, held_out, new / IMAGES, drops)
+    drops, pictures = Drops(), []
+    content = _content(archives, held_out, new / IMAGES, drops, pictures)
     for archive in archives:
         drops.add(archive.drops)
     if not content["annotations"]:
@@ -204,15 +211,21 @@ def write(
     write_json(new / ANNOTATIONS, content)
     counts = {"images": len(content["images"]), "boxes": len(content["annotations"])}
     write_json(new / _INFO, counts | {"created_from": created_from} | drops.to_json())
+    missing = itertools.chain.from_iterable(archive.drops.missing for archive in archives)
+    inputs.write(new, origin, pictures, missing)
     replace_directory(new, to)
     shutil.rmtree(partial)
     return _report(to, content, drops)
 
 
 def _content(
-    archives: Sequence[Archive], held_out: frozenset[str] | None, images: Path, drops: Drops
+    archives: Sequence[Archive],
+    held_out: frozenset[str] | None,
+    images: Path,
+    drops: Drops,
+    pictures: list[inputs.Picture],
 ) -> dict[str, Any]:
-    """Write the pictures and return the annotations in COCO's format."""
+    """Write the pictures and return the annotations in COCO's format; append to `pictures`."""
     ids: dict[str, int] = {}
     distinct = Distinct(archives)
     examples = (
@@ -221,8 +234,11 @@ def _content(
         if held_out is None or picture_key(example.image) in held_out
     )
     result: dict[str, Any] = {"images": [], "annotations": []}
-    records = make_records(examples, "detection", PrepareOptions(), drops)
+    opened: list[inputs.Recorded] = []  # that are not read yet
+    records = make_records(_recorded(examples, opened), "detection", PrepareOptions(), drops)
     for _, record in tqdm(records, desc=FOLDER, unit=" images", disable=None):
+        if picture := opened.pop(0).picture(record is not None):
+            pictures.append(picture)
         if record is None:
             continue
         number = len(result["images"]) + 1
@@ -257,6 +273,13 @@ def _content(
         {"id": number, "name": spelled.get(number, name)} for name, number in ids.items()
     ]
     return result
+
+
+def _recorded(examples: Iterable[Example], opened: list[inputs.Recorded]) -> Iterator[Example]:
+    """Yield the examples with images that remember what was read, and append these to `opened`."""
+    for example in examples:
+        opened.append(inputs.Recorded(example.image))
+        yield dataclasses.replace(example, image=opened[-1])
 
 
 def _report(to: Path, content: Mapping[str, Any], drops: Drops) -> str:

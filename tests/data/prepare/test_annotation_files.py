@@ -227,9 +227,9 @@ def test_a_moved_archive_is_the_same(folder):
     assert run(folder)[0] == 0
     source = Source.open(folder.parent / "to" / "detection")
     moved = folder.rename(folder.parent / "moved")
-    assert list(inputs.changes(source, moved)) == []
+    assert list(inputs.changes(source.directory, moved)) == []
     (moved / "images" / "late.jpg").write_bytes(jpeg(seed=9))
-    assert "exist now: 1" in next(iter(inputs.changes(source, moved)))
+    assert "exist now: 1" in next(iter(inputs.changes(source.directory, moved)))
 
 
 def test_a_new_annotation_file_and_an_edited_one_are_noticed(folder, capsys):

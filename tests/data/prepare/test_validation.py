@@ -212,3 +212,53 @@ def test_a_file_without_a_usable_picture_says_why(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "val.json: no usable box for validation, for example " in error and "gone.jpg" in error
     assert not (tmp_path / "data/validation").exists()
+
+
+def both_files(folder, train, val):
+    write_json(folder / "instances_train.json", boxes(train))
+    write_json(folder / "instances_val.json", boxes(val))
+
+
+def test_pictures_that_are_also_trained_on_are_told(tmp_path, capsys):
+    folder = tmp_path / "own"
+    names = pictures(folder / "images", 4)
+    shutil.copy(folder / "images/0.jpg", folder / "images/copy.jpg")
+    both_files(folder, names[:3], ["2.jpg", "3.jpg", "copy.jpg"])
+    for _ in range(2):  # also where all is prepared
+        assert prepared(folder, tmp_path / "to") == 0
+        shown = capsys.readouterr().out
+        assert "warning: 2 pictures for validation are also trained on, for example " in shown
+        assert "--validation=none --val_share=0.1" in shown
+    both_files(folder, names[:3], ["3.jpg"])
+    assert prepared(folder, tmp_path / "other") == 0
+    assert "trained on" not in capsys.readouterr().out
+
+
+def test_a_picture_for_validation_that_is_supplied_later(tmp_path, capsys):
+    folder, to = tmp_path / "own", tmp_path / "to"
+    names = pictures(folder / "images", 3)
+    both_files(folder, names[:2], ["2.jpg", "3.jpg"])
+    assert prepared(folder, to) == 0 and len(content(to)["images"]) == 1
+    assert prepared(folder, to) == 0
+    pictures(folder / "images", 1, first=3)
+    assert prepared(folder, to) == 2
+    assert "pictures that were missing and exist now: 1 (3.jpg)" in capsys.readouterr().err
+    assert prepared(folder, to, "--overwrite") == 0 and len(content(to)["images"]) == 2
+
+
+def test_a_picture_for_validation_that_was_replaced(tmp_path, capsys):
+    folder, to = tmp_path / "own", tmp_path / "to"
+    both_files(folder, pictures(folder / "images", 2), pictures(folder / "images", 1, first=2))
+    assert prepared(folder, to) == 0
+    (folder / "images/2.jpg").write_bytes(jpeg(seed=77))
+    assert prepared(folder, to) == 2
+    assert "pictures that have changed: 1" in capsys.readouterr().err
+
+
+def test_a_folder_that_was_moved_with_its_validation_set(tmp_path, capsys):
+    folder = tmp_path / "own"
+    both_files(folder, pictures(folder / "images", 2), pictures(folder / "images", 1, first=2))
+    assert prepared(folder, folder / "to") == 0
+    moved = folder.rename(tmp_path / "moved")
+    assert prepared(moved, moved / "to") == 0
+    assert "already prepared, 1 images for validation" in capsys.readouterr().out
