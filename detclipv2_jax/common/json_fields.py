@@ -189,6 +189,8 @@ def box(
 ) -> tuple[float, float, float, float]:
     """Return four numbers, [x, y, width, height] in COCO's format, also from texts of numbers.
 
+    Of a rotated box (see `rotation`) it is the upright box around it.
+
     Args:
       entry: the entry.
       field: the field.
@@ -205,13 +207,49 @@ def box(
         else:
             found = (_as_float(a), _as_float(b), _as_float(c), _as_float(d))
         if None not in found and (not finite or all(map(math.isfinite, found))):
-            return found  # pyright: ignore[reportReturnType] - None is excluded
+            degrees = rotation(entry) if "attributes" in entry else 0.0
+            # pyright: None is excluded
+            return _around(found, degrees) if degrees else found  # pyright: ignore
     if field not in entry or value in (None, []):
         problem = "is missing" if field not in entry else f"is {shorten(value)}"
         if entry.get("segmentation"):
             problem += " (the segmentation is not read)"
         raise FieldError(field, f"{problem}; expected four numbers [x, y, width, height]")
     raise _invalid(field, value, f"four {'finite ' * finite}numbers [x, y, width, height]")
+
+
+def rotation(entry: Mapping[str, Any]) -> float:
+    """Return the degrees by which the box of an annotation is turned clockwise about its center.
+
+    CVAT lets people turn boxes. It exports the box before turning, with `attributes.rotation`.
+    With a segmentation the box is the one around that, and 0 is returned.
+
+    Raises:
+      FieldError: the rotation is not a finite number.
+    """
+    attributes = entry.get("attributes")
+    found = attributes.get("rotation") if isinstance(attributes, dict) else None
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        return 0.0  # an attribute of the user's own, such as "left"
+    if entry.get("segmentation"):
+        return 0.0
+    if not math.isfinite(found):
+        raise _invalid("attributes.rotation", found, "a finite number of degrees")
+    return found % 360
+
+
+def _around(
+    xywh: tuple[float, float, float, float], degrees: float
+) -> tuple[float, float, float, float]:
+    """Return the upright box around a box that is turned about its center."""
+    x, y, width, height = xywh
+    if degrees == 180 or not (width > 0 and height > 0):
+        return xywh
+    cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    if degrees % 180 == 90:
+        cos = 0.0  # exactly
+    wide, high = width * cos + height * sin, width * sin + height * cos
+    return x + (width - wide) / 2, y + (height - high) / 2, wide, high
 
 
 def flag(entry: Mapping[str, Any], field: str) -> bool:

@@ -17,7 +17,7 @@ from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.json_fields import Identifier, locate, shorten
 from detclipv2_jax.common.json_file import json_type, read_json
 from detclipv2_jax.data.prepare.sources import categories as categories_lib
-from detclipv2_jax.data.prepare.sources.entries import seem_corners
+from detclipv2_jax.data.prepare.sources.entries import seem_corners, seem_relative
 from detclipv2_jax.text.checked import Meaning
 
 
@@ -132,8 +132,10 @@ def parse_instances(path: str | pathlib.Path, content: dict[str, Any]) -> dict[s
         "areas": np.asarray([box.area for box in boxes], np.float64),
         "crowd": np.asarray([box.crowd for box in boxes], np.int64),
     }
-    no_area = sum(row.get("area") is None for row in content["annotations"])
-    return fields | {"notes": tuple(_notes(fields, no_area))}
+    rows = content["annotations"]
+    no_area = sum(row.get("area") is None for row in rows)
+    turned = sum(bool(json_fields.rotation(row)) for row in rows)
+    return fields | {"notes": tuple(_notes(fields, no_area, turned))}
 
 
 def _left_out(
@@ -277,7 +279,7 @@ def _annotated_box(
     return _AnnotatedBox(image_ids[image], category_ids[category], xywh, area, int(crowd))
 
 
-def _notes(fields: dict[str, Any], no_area: int) -> list[str]:
+def _notes(fields: dict[str, Any], no_area: int, turned: int) -> list[str]:
     """Return a sentence for each kind of annotation that lowers the metrics of any detector."""
     xywh = fields["xywh"]
     negative = (xywh[:, 2:] < 0).any(axis=1)
@@ -292,6 +294,16 @@ def _notes(fields: dict[str, Any], no_area: int) -> list[str]:
         found.append(
             "most boxes leave their images, and all of them would fit as [x_min, y_min, x_max, "
             "y_max]. COCO's bbox is [x, y, width, height]: check what wrote the file"
+        )
+    if seem_relative(xywh):
+        found.append(
+            "all boxes have numbers from 0 to 1, as if in parts of their images. COCO's bbox is in "
+            "pixels: check what wrote the file"
+        )
+    if turned:
+        found.append(
+            f"{turned} of {len(xywh)} annotations are turned boxes (attributes.rotation); each "
+            "counts as the upright box around it"
         )
     if no_area:
         found.append(

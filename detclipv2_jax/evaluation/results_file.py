@@ -20,6 +20,7 @@ from detclipv2_jax.common import json_fields, json_file
 from detclipv2_jax.common.atomic import replacing
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.json_fields import Identifier
+from detclipv2_jax.data.prepare.sources.entries import seem_relative
 from detclipv2_jax.evaluation import coco, detected_set, matching
 
 _ENTRIES_PER_CHECK = 1 << 16  # entries that are checked together
@@ -87,6 +88,11 @@ class ResultsFile:
             found.append(
                 f"{count} images of the dataset have no entry: they count as images "
                 "without detections."
+            )
+        if seem_relative(self.rows["box"]):
+            found.append(
+                "all boxes have numbers from 0 to 1, as if in parts of their images; bbox is in "
+                "pixels."
             )
         return [f"{note}." for note in self.notes] + found
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from detclipv2_jax.common import json_fields
@@ -146,3 +147,31 @@ def test_locate():
     assert json_fields.locate("a.json: images[3]", caught.value) == (
         "a.json: images[3]: [1] is not an object"
     )
+
+
+def turned(xywh, **attributes):
+    return {"bbox": xywh, "attributes": {"occluded": False, **attributes}}
+
+
+@pytest.mark.parametrize("degrees", [0, 30, 45.5, 90, 135.0, 180, 270, 296.743, -20, 450])
+def test_a_turned_box_becomes_the_upright_box_around_it(degrees):
+    x, y, w, h = 8.0, 6.0, 20.0, 15.0
+    center = complex(x + w / 2, y + h / 2)
+    corners = np.array([complex(a, b) for a in (x, x + w) for b in (y, y + h)])
+    found = (corners - center) * np.exp(1j * np.deg2rad(degrees)) + center
+    low, high = (f(found.real) + 1j * f(found.imag) for f in (np.min, np.max))
+    wanted = [low.real, low.imag, high.real - low.real, high.imag - low.imag]
+    entry = turned([x, y, w, h], rotation=degrees)
+    np.testing.assert_allclose(json_fields.box(entry), wanted, atol=1e-9)
+    assert json_fields.rotation(entry) == degrees % 360
+
+
+def test_what_is_no_turned_box():
+    for attributes in ({}, {"rotation": None}, {"rotation": "90"}, {"rotation": True}):
+        assert json_fields.box(turned([1, 2, 3, 4], **attributes)) == (1, 2, 3, 4)
+    # The box of a segmentation is around it already.
+    entry = turned([1, 2, 3, 4], rotation=90) | {"segmentation": [[1, 2, 4, 2, 4, 6]]}
+    assert json_fields.box(entry) == (1, 2, 3, 4) and json_fields.rotation(entry) == 0
+    assert json_fields.box(turned([1, 2, -3, 4], rotation=90)) == (1, 2, -3, 4)
+    with pytest.raises(FieldError, match="rotation is NaN, not a finite number of degrees"):
+        json_fields.box(turned([1, 2, 3, 4], rotation=NAN))

@@ -14,6 +14,7 @@ import worlds
 from detclipv2_jax import evaluate
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.evaluation import coco, datasets, measure
+from detclipv2_jax.evaluation.results_file import read_results
 from detclipv2_jax.inference import detect_results
 
 SPELLINGS = {
@@ -264,3 +265,34 @@ def test_minival_of_ids_as_texts(tmp_path):
     assert not np.isnan(one.truth.areas).any()
     with pytest.raises(UserError, match="Give their directory"):
         datasets.load_sets(str(path), tmp_path)
+
+
+def test_turned_boxes_and_boxes_in_parts_of_the_image_are_told():
+    images = [{"id": 1, "file_name": "1.jpg", "height": 48, "width": 64}]
+    row = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 10], "area": 200}
+    content = {
+        "images": images,
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [row | {"attributes": {"rotation": 90.0}}],
+    }
+    truth = coco.from_content("gt.json", content)
+    np.testing.assert_array_equal(truth.xywh, [[15, 5, 10, 20]])
+    assert any("1 of 1 annotations are turned boxes" in note for note in truth.notes)
+    content["annotations"] = [row | {"bbox": [0.2, 0.2, 0.5, 1.0]}]
+    truth = coco.from_content("gt.json", content)
+    assert any("numbers from 0 to 1, as if in parts" in note for note in truth.notes)
+    content["annotations"] = [row]
+    assert not coco.from_content("gt.json", content).notes
+
+
+def test_results_in_parts_of_the_image_are_told(tmp_path):
+    content = {
+        "images": [{"id": 1, "file_name": "1.jpg", "height": 48, "width": 64}],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 10]}],
+    }
+    truth = coco.from_content("gt.json", content)
+    for bbox, is_told in (([0.2, 0.2, 0.5, 0.25], True), ([10, 10, 20, 10], False)):
+        entry = {"image_id": 1, "category_id": 1, "bbox": bbox, "score": 0.5}
+        found = read_results(write(tmp_path / "results.json", [entry]), truth)
+        assert any("as if in parts" in text for text in found.warnings()) == is_told

@@ -242,7 +242,10 @@ def clip_boxes(
             drops.drop("boxes: not finite", f"{shown} is not finite")
             continue
         if min(w, h) < _MIN_SIDE:
-            drops.drop("boxes: no area", f"{shown} has a side under {_MIN_SIDE:g} pixel")
+            why = f"{shown} has a side under {_MIN_SIDE:g} pixel"
+            if 0 < max(box.xywh) <= 1:
+                why += " (bbox is in pixels, not in parts of the image)"
+            drops.drop("boxes: no area", why)
             continue
         corners = np.array([x, y, x + w, y + h])
         inside = np.clip(corners, 0.0, limits)

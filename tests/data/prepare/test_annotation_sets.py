@@ -217,3 +217,12 @@ def test_a_root_that_an_image_is_listed_to_lack_stays(read):
     pictures = [image(1, "0.jpg", neg_category_ids=[0], not_exhaustive_category_ids=[])]
     archive, examples = read(pictures, [box(1, 1)], rooted())
     assert archive.names == ("animals", "cat", "dog") and examples[0].absent == ("animals",)
+
+
+def test_a_turned_box_is_counted_and_becomes_the_upright_box_around_it(read):
+    turned = box(1, xywh=(10, 10, 20, 10), attributes={"occluded": False, "rotation": 90.0})
+    archive, (one,) = read([image(1, "0.jpg")], [turned, box(1, attributes={"rotation": 0.0})])
+    assert [b.xywh for b in one.boxes] == [(15, 5, 10, 20), (5, 4, 20, 10)]
+    reason = "boxes: upright around a turned box"
+    assert archive.drops.changed[reason] == 1
+    assert "turned by 90 degrees (attributes.rotation)" in archive.drops.explained[reason][0]

@@ -169,6 +169,13 @@ def _read_boxes(
             elif image in entries:
                 xywh = json_fields.box(entry, finite=False)
                 boxes.add(entries[image].row, xywh, names[category], number, place)
+                if degrees := json_fields.rotation(entry):
+                    why = f"turned by {degrees:g} degrees (attributes.rotation)"
+                    label = annotation_label(number, place)
+                    drops.change(
+                        "boxes: upright around a turned box",
+                        f"{path}: {label}: {why}; the record has the upright box around it",
+                    )
             elif image not in left_out:
                 drop(*entries.why_missing(image))
         except MALFORMED as error:

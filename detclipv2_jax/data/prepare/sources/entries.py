@@ -190,6 +190,11 @@ def seem_corners(xywh: Float[np.ndarray, "n 4"], sizes: Float[np.ndarray, "n 2"]
     return leaving > count / 2
 
 
+def seem_relative(boxes: Float[np.ndarray, "n 4"]) -> bool:
+    """Return whether boxes are probably in parts of their images, from 0 to 1, not in pixels."""
+    return len(boxes) > 0 and bool(((boxes >= 0) & (boxes <= 1)).all() and (boxes % 1).any())
+
+
 class BoxTable:
     """The boxes of many images, 48 bytes each. Objects365 has 25 million, of 700 bytes in JSON."""
 
