@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import io
 import os
+import stat
 import struct
 import warnings
 import zlib
@@ -184,6 +185,9 @@ def orientation_of(image: Image.Image) -> int:
 def _opened(source: Any) -> BinaryIO:
     """Return a file to read the encoded picture from."""
     if isinstance(source, str | os.PathLike):
+        mode = os.stat(source).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe may wait for ever
+            raise PictureError("it is a pipe or a device, not a file")
         return open(source, "rb")
     if isinstance(source, bytes | bytearray | memoryview):
         return io.BytesIO(source)

@@ -91,6 +91,11 @@ def input_files(paths: Sequence[str], *, each: bool = False) -> Inputs:
                 f"{printable(path)}: no such file: the pattern matches nothing. Check the path."
             )
             continue
+        if given.exists() and not given.is_file() and not in_folder:
+            found.failed[path] = (
+                f"{printable(path)}: is a pipe or a device. Save the image as a file, and give it."
+            )
+            continue
         if not files:
             found.failed[path] = f"{printable(path)}: contains no image. Give a folder with images."
         for file in files:
@@ -169,7 +174,8 @@ def _files_under(
             if path.is_file():
                 yield path
             else:
-                left_out["broken links"] += path.is_symlink()
+                is_broken = path.is_symlink() and not path.exists()
+                left_out["broken links" if is_broken else "pipes and devices"] += 1
 
 
 def _image_suffixes() -> set[str]:

@@ -1,4 +1,5 @@
 import io
+import os
 import struct
 import zlib
 
@@ -459,3 +460,10 @@ def test_flipped_bits_of_a_png_are_found():
         changed[bit // 8] ^= 1 << bit % 8
         with pytest.raises(pictures.PictureError):
             pictures.read(bytes(changed))
+
+
+@pytest.mark.parametrize("path", ["pipe.jpg", "/dev/zero"])
+def test_pipes_and_devices_are_not_waited_for(tmp_path, path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(pictures.PictureError, match="it is a pipe or a device, not a file"):
+        pictures.read(tmp_path / path)

@@ -124,3 +124,14 @@ def test_drawings_of_long_names_can_be_written(tmp_path):
     assert len([path for path in out.rglob("*") if path.is_file()]) == 6
     short = input_files([str(tmp_path / long[0])]).files[0].drawn
     assert short.startswith("a" * 200) and short.endswith(".png")
+
+
+def test_pipes_and_devices_are_not_waited_for(tmp_path):
+    make(tmp_path, "photos/a.jpg")
+    for name in ("photos/pipe.jpg", "pipe.png"):
+        os.mkfifo(tmp_path / name)
+    found = input_files([str(tmp_path / "photos"), str(tmp_path / "pipe.png"), "/dev/zero"])
+    assert names_of(found) == ["a.jpg"] and dict(found.left_out) == {"pipes and devices": 1}
+    assert [text.split(": ")[1] for text in found.failed.values()] == [
+        "is a pipe or a device. Save the image as a file, and give it."
+    ] * 2
