@@ -20,7 +20,7 @@ from detclipv2_jax.common import json_fields, json_file
 from detclipv2_jax.common.atomic import replacing
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.json_fields import Identifier
-from detclipv2_jax.data.prepare.sources.entries import seem_relative
+from detclipv2_jax.data.prepare.sources.entries import seem_corners, seem_relative
 from detclipv2_jax.evaluation import coco, detected_set, matching
 
 _ENTRIES_PER_CHECK = 1 << 16  # entries that are checked together
@@ -64,7 +64,7 @@ class ResultsFile:
       counts: "entries" of the file, and of these "unknown_images", "unknown_categories" (both are
         not in `rows`) and "negative_sizes"; "images_without_entries" of the dataset, or what
         `detected_set.Matching` counts.
-      notes: sentences on how ids were matched.
+      notes: sentences on how ids were matched, and on boxes that are probably in another format.
     """
 
     rows: np.ndarray
@@ -88,11 +88,6 @@ class ResultsFile:
             found.append(
                 f"{count} images of the dataset have no entry: they count as images "
                 "without detections."
-            )
-        if seem_relative(self.rows["box"]):
-            found.append(
-                "all boxes have numbers from 0 to 1, as if in parts of their images; bbox is in "
-                "pixels."
             )
         return [f"{note}." for note in self.notes] + found
 
@@ -140,10 +135,30 @@ def read_results(path: str | pathlib.Path, truth: coco.GroundTruth) -> ResultsFi
     if matching_ids is None:
         answered = len(np.unique(np.concatenate(chunks)["image"]))
         counts["images_without_entries"] = len(truth.images) - answered
-        return ResultsFile(np.concatenate(chunks), counts)
-    return ResultsFile(
-        np.concatenate(chunks), counts | dict(matching_ids.counts), matching_ids.notes
-    )
+    else:
+        counts |= dict(matching_ids.counts)
+    rows = np.concatenate(chunks)
+    notes = matching_ids.notes if matching_ids else ()
+    return ResultsFile(rows, counts, (*notes, *_other_formats(rows, truth)))
+
+
+def _other_formats(rows: np.ndarray, truth: coco.GroundTruth) -> Iterator[str]:
+    """Yield a sentence if boxes are probably not [x, y, width, height] in pixels."""
+    if not len(rows):
+        return
+    sizes = np.zeros((len(truth.images), 2))  # in the order of the positions in `rows`
+    places = truth.image_indices([image.id for image in truth.images])
+    sizes[places] = [(image.height, image.width) for image in truth.images]
+    parts = [rows[at : at + _ENTRIES_PER_CHECK] for at in range(0, len(rows), _ENTRIES_PER_CHECK)]
+    if all(seem_relative(part["box"]) for part in parts):  # most files end at the first part
+        yield (
+            "all boxes have numbers from 0 to 1, as if in parts of their images; bbox is in pixels"
+        )
+    if all(seem_corners(part["box"], sizes[part["image"]]) for part in parts):
+        yield (
+            "most boxes leave their images, and all of them would fit as [x_min, y_min, x_max, "
+            "y_max]; bbox is [x, y, width, height]"
+        )
 
 
 class _ColumnReader:
