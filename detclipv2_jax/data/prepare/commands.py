@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.common.printable import printable
+from detclipv2_jax.common.printable import counted, printable
 from detclipv2_jax.data.prepare import inputs as inputs_lib
 from detclipv2_jax.data.prepare import registry, validation
 from detclipv2_jax.data.prepare.examples import ImageFolder
@@ -283,9 +283,10 @@ def _warn_of_validation(to: Path, sources: Sequence[Path], origin: Path) -> None
         path, other = map(printable, found[0])
         shown = path if path == other else f"{path}, which is the same picture as {other}"
         print(
-            f"warning: {count:,} pictures for validation are also trained on, for example {shown}. "
-            "The figures will be too good: take these pictures out of one of the files, or hold "
-            "out others with --validation=none --val_share=0.1",
+            f"warning: {counted(count, 'picture')} for validation {'is' if count == 1 else 'are'} "
+            f"also trained on, for example {shown}. The figures will be too good: take such "
+            "pictures out of one of the files, or hold out others with --validation=none "
+            "--val_share=0.1"
         )
 
 

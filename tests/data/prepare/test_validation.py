@@ -261,4 +261,4 @@ def test_a_folder_that_was_moved_with_its_validation_set(tmp_path, capsys):
     assert prepared(folder, folder / "to") == 0
     moved = folder.rename(tmp_path / "moved")
     assert prepared(moved, moved / "to") == 0
-    assert "already prepared, 1 images for validation" in capsys.readouterr().out
+    assert "already prepared, 1 image for validation" in capsys.readouterr().out
