@@ -16,6 +16,7 @@ from detclipv2_jax.common import config_dict
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.models.detclip import DetCLIPConfig
 from detclipv2_jax.models.parameters import parameter_paths, path_name
+from detclipv2_jax.training.recipes import SCRATCH
 from detclipv2_jax.weights import clip, files, swin
 from detclipv2_jax.weights.convert import OURS, Report, convert, unnumbered
 

