@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 # Functions import the rest: --help answers at once, and Ctrl-C is handled from the start.
-from detclipv2_jax.common.cli import exit_status, refuse_renamed, start
+from detclipv2_jax.common.cli import exit_status, local_text, refuse_renamed, start
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.inference.config import DEFINITIONS
 
@@ -80,12 +80,17 @@ def _add_files(result: argparse.ArgumentParser) -> None:
     result.add_argument(
         "images",
         nargs="+",
+        type=local_text,
         metavar="IMAGE",
         help="image file, video file, or folder (its images and those of its subfolders)",
     )
     files = result.add_argument_group("model and output")
     files.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="workdir of a training run"
+        "--checkpoint",
+        required=True,
+        type=local_text,
+        metavar="DIR",
+        help="workdir of a training run",
     )
     files.add_argument(
         "--step",
@@ -94,7 +99,9 @@ def _add_files(result: argparse.ArgumentParser) -> None:
         help="training step of the checkpoint (default: the newest or, where training measured it, "
         "the best)",
     )
-    files.add_argument("--output", required=True, metavar="DIR", help="directory for the results")
+    files.add_argument(
+        "--output", required=True, type=local_text, metavar="DIR", help="directory for the results"
+    )
 
 
 def _add_names(result: argparse.ArgumentParser) -> None:
@@ -105,7 +112,9 @@ def _add_names(result: argparse.ArgumentParser) -> None:
         help='what to look for, separated by commas: "cat, traffic light"; a name with a '
         "comma goes into --names_file, or between double quotes",
     )
-    names.add_argument("--names_file", metavar="FILE", help="text file with one name per line")
+    names.add_argument(
+        "--names_file", type=local_text, metavar="FILE", help="text file with one name per line"
+    )
     names.add_argument(
         "--caption",
         metavar="TEXT",
@@ -114,6 +123,7 @@ def _add_names(result: argparse.ArgumentParser) -> None:
     )
     names.add_argument(
         "--captions_file",
+        type=local_text,
         metavar="FILE",
         help='the same for many images: lines {"image": FILE, "caption": TEXT}, caption<TAB>image '
         "file (.tsv), or COCO's captions; the images are looked for in the folders IMAGE",
@@ -139,6 +149,7 @@ def _add_names(result: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--cache",
+        type=local_text,
         metavar="DIR",
         help="directory that caches embeddings of long lists of names; empty: no cache (default: "
         "$XDG_CACHE_HOME/detclipv2_jax or ~/.cache/detclipv2_jax)",

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 # Functions import the rest: Ctrl-C is handled from the start.
-from detclipv2_jax.common.cli import exit_status, start
+from detclipv2_jax.common.cli import exit_status, local_text, start
 from detclipv2_jax.inference.config import DEFINITIONS
 
 _DESCRIPTION = """\
@@ -58,9 +58,12 @@ def parser() -> argparse.ArgumentParser:
 def _add_model(result: argparse.ArgumentParser) -> None:
     group = result.add_argument_group("what to measure")
     model = group.add_mutually_exclusive_group(required=True)
-    model.add_argument("--checkpoint", metavar="DIR", help="workdir of a training run")
+    model.add_argument(
+        "--checkpoint", type=local_text, metavar="DIR", help="workdir of a training run"
+    )
     model.add_argument(
         "--predictions",
+        type=local_text,
         metavar="FILE.json",
         help="results file in COCO's and LVIS's format, from any tool",
     )
@@ -101,17 +104,24 @@ def _add_dataset(result: argparse.ArgumentParser) -> None:
     add(
         "--dataset",
         required=True,
+        type=local_text,
         metavar="NAME",
         help=f"{', '.join(datasets.NAMES)}, an annotation file (LVIS v1 or COCO instances), or a "
         "folder with one",
     )
     add(
         "--data_dir",
+        type=local_text,
         default="data",
         metavar="DIR",
         help="directory of the datasets known by name, in coco/ and odinw/ (default: %(default)s)",
     )
-    add("--images", metavar="DIR", help="directory of the images (default: near the annotations)")
+    add(
+        "--images",
+        type=local_text,
+        metavar="DIR",
+        help="directory of the images (default: near the annotations)",
+    )
     add(
         "--format",
         choices=("auto", "lvis", "coco"),
@@ -122,7 +132,7 @@ def _add_dataset(result: argparse.ArgumentParser) -> None:
 
 def _add_output(result: argparse.ArgumentParser) -> None:
     add = result.add_argument_group("output").add_argument
-    add("--output", required=True, metavar="DIR", help="directory for the results")
+    add("--output", required=True, type=local_text, metavar="DIR", help="directory for the results")
     add(
         "--results_json",
         action="store_true",

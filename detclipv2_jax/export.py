@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from detclipv2_jax.common.cli import exit_status, refuse_renamed, start
+from detclipv2_jax.common.cli import exit_status, local_text, refuse_renamed, start
 from detclipv2_jax.inference.config import DEFINITIONS
 
 _DETECTORS = ("stablehlo", "savedmodel", "onnx")
@@ -55,7 +55,13 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_files(result: argparse.ArgumentParser) -> None:
     add = result.add_argument_group("model and output").add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="workdir of a training run")
+    add(
+        "--checkpoint",
+        required=True,
+        type=local_text,
+        metavar="DIR",
+        help="workdir of a training run",
+    )
     add(
         "--step",
         type=int,
@@ -69,7 +75,7 @@ def _add_files(result: argparse.ArgumentParser) -> None:
         default="safetensors",
         help="what to write, see above (default: %(default)s)",
     )
-    add("--output", required=True, metavar="DIR", help="directory for the files")
+    add("--output", required=True, type=local_text, metavar="DIR", help="directory for the files")
     add("--license", metavar="NAME", help="for the model card, for example apache-2.0")
 
 
@@ -81,7 +87,9 @@ def _add_detector(result: argparse.ArgumentParser) -> None:
         help='names that it detects, separated by commas: "cat, traffic light" (default: names '
         "are an input, and the text encoder is exported too)",
     )
-    names.add_argument("--names_file", metavar="FILE", help="text file with one name per line")
+    names.add_argument(
+        "--names_file", type=local_text, metavar="FILE", help="text file with one name per line"
+    )
     group.add_argument(
         "--definitions",
         choices=DEFINITIONS,

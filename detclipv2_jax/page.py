@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from detclipv2_jax.common.cli import exit_status, start
+from detclipv2_jax.common.cli import exit_status, local_text, start
 
 _DESCRIPTION = """\
 Open a local web page to try a checkpoint: drop an image, type names, see boxes.
@@ -35,7 +35,11 @@ def parser() -> argparse.ArgumentParser:
     )
     model = result.add_argument_group("model")
     model.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="workdir of a training run"
+        "--checkpoint",
+        required=True,
+        type=local_text,
+        metavar="DIR",
+        help="workdir of a training run",
     )
     model.add_argument(
         "--step",

@@ -13,7 +13,7 @@ from typing import Any
 from detclipv2_jax.common.cache import keep_compiled_programs
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.interruption import stops
-from detclipv2_jax.common.printable import print_any_text
+from detclipv2_jax.common.printable import print_any_text, printable
 from detclipv2_jax.common.quiet import quiet_libraries
 
 
@@ -57,19 +57,27 @@ def exit_status(
         return 128 + getattr(stopped, "signal", signal.SIGINT)
 
 
-def local_path(text: str) -> pathlib.Path:
-    """Return the path of an option, with ~ for the home directory (shells leave `--from=~/a`).
+def local_text(text: str) -> str:
+    """Return the path of an option as it is, but ~ is the home directory.
+
+    Shells leave `--from=~/a` and `"~/a"`. What only looks like a path, such as "-", stays.
 
     Raises:
       argparse.ArgumentTypeError: it is a path of Windows, on another system.
     """
-    path = pathlib.Path(text).expanduser()
-    if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]|\\\\[^\\]", text) and not path.exists():
+    path = os.path.expanduser(text)
+    is_windows = re.match(r"[A-Za-z]:[\\/]|\\\\[^\\]", text)
+    if os.name != "nt" and is_windows and not os.path.lexists(path):
         raise argparse.ArgumentTypeError(
-            f"{text}: is a Windows path, and this system has none. Give the path where the folder "
-            "is mounted, such as /mnt/c/photos in WSL."
+            f"{printable(text)}: is a Windows path, and this system has none. Give the path where "
+            "the folder is mounted, such as /mnt/c/photos in WSL."
         )
     return path
+
+
+def local_path(text: str) -> pathlib.Path:
+    """Return `local_text` as a path."""
+    return pathlib.Path(local_text(text))
 
 
 def refuse_renamed(parser: Any, names: dict[str, str]) -> None:

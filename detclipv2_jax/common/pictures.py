@@ -24,7 +24,7 @@ import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -107,27 +107,31 @@ def read(
     Raises:
       PictureError: it cannot be read.
     """
-    head = b""
-    try:
+    with _picture_errors():
         if isinstance(source, Image.Image):
             return _from_pillow(source)
-        with _opened(source) as file:
-            head = file.read(512)
-            with Image.open(file, formats=_formats()) as image:
-                _check_limits(image.size, _length(file))
-                if image.format == "PNG":
-                    _check_png(file)
-                return _decoded(image, annotated, at_least, turn)
-    except PictureError:
-        raise
-    except MemoryError:
-        raise PictureError("there is not enough memory for its pixels") from None
-    except Image.DecompressionBombError:
-        raise PictureError(f"it has more than {MAX_PIXELS:,} pixels; scale it down") from None
-    except UnidentifiedImageError:
-        raise PictureError(_what_it_is(head)) from None
-    except Exception as error:  # decoders raise anything: OSError, struct.error, RuntimeError, …
-        raise PictureError(_reason(error)) from None
+        with _opened(source) as file, _image_in(file) as image:
+            if image.format == "PNG":
+                _check_png(file)
+            return _decoded(image, annotated, at_least, turn)
+
+
+@contextlib.contextmanager
+def animation(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """Open a picture for a block that seeks its frames, each to be read by `frame`.
+
+    Raises:
+      PictureError: it cannot be opened, or something in the block fails.
+    """
+    with _picture_errors(), _opened(path) as file, _image_in(file) as image:
+        yield image
+
+
+def frame(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    """Return the pixels of the current frame of an `animation`, turned; raises anything."""
+    shown = image.copy()  # decodes
+    pixels = _to_rgb(shown, _raw_mode(image))
+    return np.ascontiguousarray(turned(pixels, orientation_of(image)))
 
 
 def turn_for(orientation: int, stored: Size, annotated: Size | None) -> int:
@@ -180,6 +184,34 @@ def orientation_of(image: Image.Image) -> int:
 
 
 # ---- Opening.
+
+
+@contextlib.contextmanager
+def _picture_errors() -> Iterator[None]:
+    """Turn whatever is raised into `PictureError`."""
+    try:
+        yield
+    except PictureError:
+        raise
+    except MemoryError:
+        raise PictureError("there is not enough memory for its pixels") from None
+    except Image.DecompressionBombError:
+        raise PictureError(f"it has more than {MAX_PIXELS:,} pixels; scale it down") from None
+    except Exception as error:  # decoders raise anything: OSError, struct.error, RuntimeError, …
+        raise PictureError(_reason(error)) from None
+
+
+@contextlib.contextmanager
+def _image_in(file: BinaryIO) -> Iterator[Image.Image]:
+    """Open the image in a file, within the limits."""
+    head = file.read(512)
+    try:
+        image = Image.open(file, formats=_formats())
+    except UnidentifiedImageError:
+        raise PictureError(_what_it_is(head)) from None
+    with image:
+        _check_limits(image.size, _length(file))
+        yield image
 
 
 def _opened(source: Any) -> BinaryIO:

@@ -145,7 +145,9 @@ def _detect_video(
     frames, entry = _Frames(video), _video_entry(file, video)
     counts, best, stopped = collections.Counter(), None, None
     stream = detector.predictor.stream(iter(frames), encoded)
-    progress = tqdm(stream, total=video.frames or None, unit="frame", desc=file.path, disable=None)
+    progress = tqdm(
+        stream, total=video.frames or None, unit="frame", desc=printable(file.path), disable=None
+    )
     with video_writer(output / file.drawn, video.grid_rate) as add_frame:
         try:
             for place, found in progress:

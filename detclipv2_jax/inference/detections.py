@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.printable import printable
 
 
 @jax.tree_util.register_dataclass
@@ -84,16 +85,17 @@ def summary(names: Iterable[str], best: "ImageDetections | None") -> str:
     """
     counts = collections.Counter(names).most_common()
     if counts:
-        return ", ".join(f"{count} {name}" for name, count in counts)
+        return ", ".join(f"{count} {printable(name)}" for name, count in counts)
     if best is None or best.best_score is None or best.threshold is None:
         return "nothing found"
     if not best.best_score:
         return "nothing found: no region has a score above 0"
     # As many digits as show that the score is not above the threshold.
     shown = (n for n in (2, 3, 4) if round(best.best_score, n) < best.threshold)
+    score = f"{best.best_score:.{next(shown, 6)}f}"
     return (
-        f"nothing found: best score {best.best_score:.{next(shown, 6)}f} ({best.best_name}), not "
-        f"above score_threshold {best.threshold:g}"
+        f"nothing found: best score {score} ({printable(best.best_name)}), not above "
+        f"score_threshold {best.threshold:g}"
     )
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import os
-import pathlib
 from typing import Any
 
 import cv2
@@ -13,6 +12,7 @@ from PIL import Image
 
 from detclipv2_jax.common import pictures
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.printable import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _read(source: ImageSource, at_least: Any) -> pictures.Picture:
         pixels = _array_to_rgb(source)
         return pictures.Picture(pixels, pixels.shape[:2])
     if isinstance(source, str | os.PathLike):
-        name = pathlib.Path(source)
+        name = printable(source)
         if os.path.isdir(source):
             raise UserError(f"{name}: is a directory. Give the image files in it.")
     try:

@@ -13,31 +13,29 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from detclipv2_jax.common import lfs_pointer
+from detclipv2_jax.common import lfs_pointer, pictures
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.printable import printable, valid_text
-from detclipv2_jax.inference.images import read
 from detclipv2_jax.inference.video_container import exact_count, is_cut_off
 
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp", ".wmv", ".flv",
     ".mts", ".m2ts",
 )  # fmt: skip
-ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng")
+ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".avif", ".avifs")
 _HIGHEST_RATE = 240.0  # frames per second; files whose times have a step of 1 ms claim 1,000
 _FAILURES = 30  # frames in a row that cannot be decoded: no more is tried
 _LOOKED_AT = 300  # frames at the start whose times decide the rate of the drawn video
 # What browsers and FFmpeg do with a frame of a GIF that is shown for 0.01 s or less.
 _SHORTEST, _IN_ITS_PLACE = 0.02, 0.1
-_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError)
 
 
 def is_animation(path: pathlib.Path) -> bool:
     """Return whether an image file has several frames; an error is left to who reads it."""
     try:
-        with Image.open(path) as image:
+        with pictures.animation(path) as image:
             return getattr(image, "n_frames", 1) > 1
-    except Exception:
+    except pictures.PictureError:
         return False
 
 
@@ -155,28 +153,32 @@ class Video:
 
     def _look_at_animation(self) -> tuple[int, float | None, float]:
         """Return the number of frames, the mean rate, and a rate that fits all times."""
-        count, steps = 0, []
-        with contextlib.suppress(*_IMAGE_ERRORS), Image.open(self.path) as image:
-            count = getattr(image, "n_frames", 1)
-            for number in range(count):
-                image.seek(number)
-                steps.append(_shown_for(image))
+        count, steps, reason = 0, [], _NO_FRAME
+        try:
+            with pictures.animation(self.path) as image:
+                count = getattr(image, "n_frames", 1)
+                for number in range(count):
+                    image.seek(number)
+                    if image.format in ("WEBP", "AVIF"):  # their times are known once decoded
+                        image.load()
+                    steps.append(_shown_for(image))
+        except pictures.PictureError as error:
+            reason = f"cannot be read as an animation ({error})"
         if not steps:
-            raise UserError(f"{printable(self.path)}: {_NO_FRAME}.")
+            raise UserError(f"{printable(self.path)}: {reason}.")
         step = np.gcd.reduce(np.round(np.multiply(steps, 100)).astype(int)) / 100
         return count, len(steps) / sum(steps), min(60.0, 1 / max(step, 0.01))
 
     def _timed_animation(self) -> Iterator[tuple[UInt8[np.ndarray, "h w 3"], float | None]]:
         count, seconds, reason = 0, 0.0, ""
         try:
-            with Image.open(self.path) as image:
+            with pictures.animation(self.path) as image:
                 for number in range(self.frames):
                     image.seek(number)
-                    pixels = read(image.copy())
-                    yield pixels, round(seconds, 4)
+                    yield pictures.frame(image), round(seconds, 4)
                     seconds += _shown_for(image)
                     count += 1
-        except (*_IMAGE_ERRORS, UserError) as error:
+        except pictures.PictureError as error:
             reason = f" ({error})"
         if count < self.frames:
             self.problem = (

@@ -1,5 +1,6 @@
 """Command lines with a run's config: absl flags, `--config=FILE` and `--config.FIELD=VALUE`."""
 
+import argparse
 import ast
 import dataclasses
 import functools
@@ -12,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from detclipv2_jax.common import config_help
-from detclipv2_jax.common.cli import exit_status
+from detclipv2_jax.common.cli import exit_status, local_text
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.training import recipes
 
@@ -133,15 +134,22 @@ def parse_flags(argv: list[str], *, needs_config: bool = True) -> list[str]:
 def _taken(argv: list[str]) -> tuple[str | None, list[str]]:
     """Return the value of `--config`, None without one, and the other arguments.
 
+    Values that begin with ~/ are paths; shells leave them in `--workdir=~/run`.
+
     ml_collections knows the fields of a config only after it has read `--config`, so people's order
     of arguments must not matter.
 
     Raises:
-        UserError: `--config` is given twice or without a value.
+        UserError: `--config` is given twice or without a value, or a value is a Windows path.
     """
     found, rest, arguments = [], [], iter(argv[1:])
     for argument in arguments:
         flag, has_value, value = argument.partition("=")
+        try:
+            value = local_text(value)
+            argument = flag + has_value + value if has_value else local_text(argument)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(str(error)) from None
         if flag not in ("--config", "-config"):
             rest.append(argument)
             continue

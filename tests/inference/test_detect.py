@@ -145,6 +145,8 @@ def test_the_best_score_is_told_where_nothing_is_found(detector):
     assert str(everything).split(", ")[0].split(" ", 1)[1] in names
     close = dataclasses.replace(found, best_score=0.29996, best_name="cat", threshold=0.3)
     assert "best score 0.299960 (cat), not above score_threshold 0.3" in str(close)
+    odd = dataclasses.replace(close, best_name="a\nb\x1b[2J")
+    assert r"(a\nb\x1b[2J), not" in str(odd)
     none = dataclasses.replace(found, best_score=0.0, best_name=None)
     assert str(none) == "nothing found: no region has a score above 0"
 

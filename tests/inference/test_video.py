@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from detclipv2_jax.common import pictures
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.inference.video import Video
+from detclipv2_jax.inference.video import Video, is_animation
 from detclipv2_jax.inference.video_container import is_cut_off
 from detclipv2_jax.inference.video_writer import video_writer
 
@@ -74,7 +75,7 @@ def test_a_rotated_video_is_upright(tmp_path):
     assert next(iter(Video(path))).shape == (64, 48, 3)
 
 
-@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "avif"])
 def test_animations_have_the_times_of_their_frames(tmp_path, suffix):
     first, *rest = [Image.new("RGB", (40, 30), (shade, 0, 0)) for shade in SHADES[:4]]
     path = tmp_path / f"a.{suffix}"
@@ -82,6 +83,7 @@ def test_animations_have_the_times_of_their_frames(tmp_path, suffix):
     first.save(path, save_all=True, append_images=rest, duration=durations, lossless=True)
     video = Video(path)
     assert times_of(video) == [0, 0.1, 2.1, 2.2] and video.frames == 4 and video.problem is None
+    assert video.rate == pytest.approx(4 / 2.3) and is_animation(path)
     with video_writer(tmp_path / "out.webm", video.grid_rate) as add:
         for frame, seconds in video.timed():
             add(frame, seconds)
@@ -90,6 +92,51 @@ def test_animations_have_the_times_of_their_frames(tmp_path, suffix):
     shown = [int(np.argmin(np.abs(np.subtract(SHADES[:4], red)))) for red in reds]
     starts = [round(drawn[shown.index(n)][1], 2) for n in range(4)]
     assert starts == [0, 0.1, 2.1, 2.2]
+
+
+@pytest.mark.parametrize("suffix", ["webp", "avif", "gif"])
+def test_a_damaged_animation_tells_what_is_missing(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(0, 255, (4, 30, 40, 3), np.uint8)
+    first, *rest = map(Image.fromarray, noise)
+    path = tmp_path / f"a.{suffix}"
+    first.save(path, save_all=True, append_images=rest, duration=100)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 600] = bytes(600)
+    if suffix == "gif":
+        del content[middle:]
+    path.write_bytes(content)
+    try:
+        video = Video(path)
+        shown = len(list(video))
+    except UserError as error:
+        assert str(error).startswith(f"{path}: cannot be read as an animation (")
+    else:
+        assert shown < 4 and f"{shown} of the" in video.problem
+
+
+def test_an_animation_that_would_fill_the_memory_is_refused(tmp_path):
+    path = tmp_path / "a.gif"
+    first, second = Image.new("L", (9, 9)), Image.new("L", (9, 9), 9)
+    first.save(path, save_all=True, append_images=[second])
+    content = bytearray(path.read_bytes())
+    content[6:10] = struct.pack("<HH", 9000, 9000)  # of the whole picture
+    path.write_bytes(content)
+    assert not is_animation(path)
+    with pytest.raises(UserError, match="9,000x9,000 pixels in a file of"):
+        Video(path)
+
+
+def test_an_animation_is_turned_as_a_photo(tmp_path):
+    path, exif = tmp_path / "a.webp", Image.Exif()
+    exif[0x0112] = 6
+    first = Image.new("RGB", (40, 30), "blue")
+    first.paste("red", (0, 0, 20, 30))  # at the left: after the turn at the top
+    path_args = {"save_all": True, "append_images": [Image.new("RGB", (40, 30))], "duration": 100}
+    first.save(path, lossless=True, exif=exif.tobytes(), **path_args)
+    frame = next(iter(Video(path)))
+    np.testing.assert_array_equal(frame, pictures.read(path).pixels)
+    assert frame.shape == (40, 30, 3) and (frame[:20] == (255, 0, 0)).all()
 
 
 def test_drawn_videos_play_in_browsers(tmp_path):

@@ -165,3 +165,12 @@ def test_the_config_is_printed_as_json():
     done = subprocess.run([*line, "--print_config"], **options)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["seed"] == 7
+
+
+def test_home_directory_and_windows_paths(parse, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = parse(f"--config={COCO}", "--workdir=~/run", "--config.data_dir=~/data")
+    assert config["data_dir"] == "/home/me/data" and absl.flags.FLAGS.workdir == "/home/me/run"
+    message = message_of(parse, f"--config={COCO}", "--config.data_dir=C:\\data")
+    assert message.startswith("C:\\data: is a Windows path")
+    assert message_of(parse, "--config=~/mine.py").startswith("/home/me/mine.py: no such file")
