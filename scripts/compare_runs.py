@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from detclipv2_jax.common.atomic import replacing
 from detclipv2_jax.common.cli import exit_status
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.outputs import OutputFolder, guarded
 
 Values = dict[str, float]  # 'all', 'base', 'novel': AP as a fraction of one
 
@@ -119,10 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Print the table, and draw the figure if a file is named."""
+    if args.picture:
+        OutputFolder(args.picture.parent, "--picture").check([args.picture.name])
     metric, groups = read_groups(args.groups)
     print(table(metric, groups))
     if args.picture:
-        draw(metric, groups, args.picture)
+        with guarded(OutputFolder(args.picture.parent, "--picture")):
+            draw(metric, groups, args.picture)
 
 
 if __name__ == "__main__":

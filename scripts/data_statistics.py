@@ -26,6 +26,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from detclipv2_jax.common.atomic import replacing, write_json
 from detclipv2_jax.common.cli import exit_status
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.outputs import OutputFolder, guarded
 
 _SHOWN_PAIRS = 5  # pairs of a training and an evaluation image that are printed
 
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> None:
     """Print and write the statistics that the command line asks for."""
     from detclipv2_jax.data.index import Source
 
+    output = OutputFolder(args.output)
+    output.check(("statistics.json", "statistics.png"))
     if args.evaluation and not (args.images and args.duplicates):
         raise UserError("--evaluation needs --duplicates and --images=DIR. Add both flags.")
     sources = {}
@@ -81,10 +84,12 @@ def run(args: argparse.Namespace) -> None:
         print(table(source, results["sources"][name], f"{args.output}/statistics.json"))
     if args.duplicates:
         results |= find_duplicates(sources, args)
-    output = Path(args.output)
-    write_json(output / "statistics.json", results)
-    draw(sources, {name: sides for name, (_, sides) in found.items()}, output / "statistics.png")
-    print(f"{output}/: statistics.json, statistics.png")
+    folder = output.path
+    with guarded(output):
+        write_json(folder / "statistics.json", results)
+        sides = {name: sides for name, (_, sides) in found.items()}
+        draw(sources, sides, folder / "statistics.png")
+    print(f"{folder}/: statistics.json, statistics.png")
 
 
 def describe(source, sample: int, jobs: int) -> tuple[dict[str, Any], np.ndarray]:

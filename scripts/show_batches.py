@@ -22,6 +22,7 @@ from ml_collections import config_flags
 
 from detclipv2_jax.common.atomic import replacing
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.outputs import OutputFolder, guarded
 from detclipv2_jax.data.batch import Batch
 from detclipv2_jax.data.index import KINDS
 from detclipv2_jax.training.flags import run_with_config
@@ -54,11 +55,12 @@ class Shown:
 
 def main(argv: list[str]) -> None:
     """Write the page for the steps that the flags select."""
-    from detclipv2_jax.data import pipeline
     from detclipv2_jax.training import config as config_lib
     from detclipv2_jax.training import inputs
 
     config = config_lib.parse(_CONFIG.value.to_dict())
+    output = OutputFolder(_OUTPUT.value)
+    output.check(["index.html"])
     plan, sources, _ = inputs.open_data(config)
     if _KIND.value is not None and _KIND.value not in plan.kinds:
         names = ", ".join(plan.kinds)
@@ -68,6 +70,14 @@ def main(argv: list[str]) -> None:
             f"--source={_SOURCE.value}: not a source of the config. Use one of "
             f"{', '.join(sources)}."
         )
+    with guarded(output):
+        _write(plan, sources)
+
+
+def _write(plan, sources) -> None:
+    """Draw the steps and write the page."""
+    from detclipv2_jax.data import pipeline
+
     sections = []
     for step in itertools.islice(_select_steps(plan), _STEPS.value):
         once = dict(

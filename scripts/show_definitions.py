@@ -29,6 +29,7 @@ from pathlib import Path
 from detclipv2_jax.common.atomic import write_text
 from detclipv2_jax.common.cli import exit_status
 from detclipv2_jax.common.errors import UserError
+from detclipv2_jax.common.outputs import OutputFolder, guarded
 from detclipv2_jax.data.dictionary import Dictionary
 from detclipv2_jax.data.prepare import dictionary_writer
 from detclipv2_jax.data.prepare.concepts import find_sources
@@ -63,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show(args: argparse.Namespace) -> None:
     """Print or write the table of the names that the arguments give."""
+    if args.to:
+        OutputFolder(args.to.parent, "--to").check([args.to.name])
     names = [normalize(name) for name in args.names]
     if args.names_file:
         names += _lines(args.names_file)
@@ -82,7 +85,8 @@ def show(args: argparse.Namespace) -> None:
     found = define(names, known)
     rows = [_row(name, definition) for name, definition in zip(names, found)]
     if args.to:
-        write_text(args.to, "\n".join("\t".join(row) for row in (_COLUMNS, *rows)) + "\n")
+        with guarded(OutputFolder(args.to.parent, "--to")):
+            write_text(args.to, "\n".join("\t".join(row) for row in (_COLUMNS, *rows)) + "\n")
     else:
         print(as_text(rows))
     print(_summary(found))

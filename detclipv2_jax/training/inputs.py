@@ -53,7 +53,7 @@ class TrainingData(NamedTuple):
             return []
         lines = []
         for name, source in self.sources_of("detection").items():
-            names = np.count_nonzero(source.vocabulary)
+            names = int(np.count_nonzero(source.vocabulary))
             without = np.count_nonzero(np.diff(source.positives_offsets) >= names)
             if not without:
                 continue

@@ -40,8 +40,13 @@ def test_a_table_and_a_picture(compare_runs, tmp_path):
         "| with | 2 | 0.300 (0.250–0.350) | 0.350 (0.300–0.400) | 0.150 (0.100–0.200) |",
         "| without | 1 | 0.500 | – | – |",
     ]
-    compare_runs.draw(measured, groups, tmp_path / "pictures/comparison.png")
-    assert Image.open(tmp_path / "pictures/comparison.png").width > 900
+    picture = tmp_path / "pictures/comparison.png"
+    for _ in range(2):  # its own picture is replaced
+        assert compare_runs.main([*arguments, f"--picture={picture}"]) == 0
+        assert Image.open(picture).width > 900
+    picture.write_bytes(b"of mine")
+    assert compare_runs.main([*arguments, f"--picture={picture}"]) == 2
+    assert picture.read_bytes() == b"of mine"
 
 
 def test_a_directory_without_results_is_refused(compare_runs, tmp_path):

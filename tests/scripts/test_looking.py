@@ -83,6 +83,16 @@ def test_statistics_report_errors(statistics_script, data, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("file", ["statistics.json", "statistics.png"])
+def test_statistics_replace_no_file_of_somebody_else(
+    statistics_script, data, tmp_path, capsys, file
+):
+    (tmp_path / file).write_text("of mine")
+    assert statistics_script.main([str(data / "detection"), f"--output={tmp_path}"]) == 2
+    assert f"{file}: exists, and this command did not write it" in capsys.readouterr().err
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(file, "of mine")]
+
+
 def page(data, output, *flags):
     command = [sys.executable, str(ROOT / "scripts/show_batches.py"), f"--output={output}"]
     command += [f"--config={ROOT}/configs/coco_format.py:nano", f"--config.data_dir={data}", *flags]
@@ -102,6 +112,13 @@ def test_a_page_of_batches(data, tmp_path):
     html = (tmp_path / "index.html").read_text()
     assert '<span class="name">traffic light</span>' in html.lower()
     assert '<span class="negative">bus</span>' in html
+
+
+def test_a_page_replaces_no_file_of_somebody_else(data, tmp_path):
+    (tmp_path / "index.html").write_text("of mine")
+    process = page(data, tmp_path, "--steps=1")
+    assert process.returncode == 2 and "index.html: exists" in process.stderr
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("index.html", "of mine")]
 
 
 def test_a_page_of_an_unknown_source_is_refused(data, tmp_path):

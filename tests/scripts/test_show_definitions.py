@@ -33,6 +33,11 @@ def test_names_with_sense_definition_and_source(script, tmp_path, capsys):
         ["name", "synset", "definition", "source"],
         ["kite", "", "a toy that flies", "corrected"],
     ]
+    assert script.main(["hot dog", f"--to={tmp_path}/table.tsv"]) == 0  # its own table is replaced
+    (tmp_path / "table.tsv").write_text("corrected by hand")
+    assert script.main(["hot dog", f"--to={tmp_path}/table.tsv"]) == 2
+    assert "table.tsv: exists, and this command did not write it" in capsys.readouterr().err
+    assert (tmp_path / "table.tsv").read_text() == "corrected by hand"
 
 
 def test_what_is_wrong_is_named(script, tmp_path, capsys):
