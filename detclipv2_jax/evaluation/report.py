@@ -13,7 +13,7 @@ from detclipv2_jax.common import plots
 from detclipv2_jax.common.printable import counted
 from detclipv2_jax.evaluation import coco
 from detclipv2_jax.evaluation.answers import annotated_image, annotated_scale
-from detclipv2_jax.inference import drawing, images
+from detclipv2_jax.inference import drawing, images, threshold
 from detclipv2_jax.inference.detections import ImageDetections
 from detclipv2_jax.ops.nms import nms
 
@@ -56,6 +56,8 @@ def results_table(results: Mapping[str, Any]) -> str:
             f"precision {best['precision']:.3f}, recall {best['recall']:.3f} at IoU "
             f"{best['iou']:g})",
         ]
+        if "predictions" not in results:  # those of another tool need no advice on training
+            lines += threshold.weak(best["f1"])
     if "notes" in results:
         lines += ["", *(f"note: {results['dataset']}: {note}." for note in results["notes"])]
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from detclipv2_jax.common.errors import UserError
 
 FILE = "thresholds.json"  # in the workdir: {step: what `evaluation.threshold.fitted` returns}
 FALLBACK = 0.1  # for checkpoints without a fitted one
+_WEAK = 0.2  # F1 below which what is found is mostly wrong, or little is found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +28,17 @@ class Threshold:
     Attributes:
       score_threshold: only detections with a higher score are returned.
       source: such as "fitted on val.json at step 673: F1 0.45 at IoU 0.5".
+      f1: the F1 where it was fitted, in [0, 1]; None if it was not.
     """
 
     score_threshold: float
     source: str
+    f1: float | None = None
 
     def __str__(self) -> str:
-        """Return a text for people."""
-        return f"score threshold {self.score_threshold:g} ({self.source})"
+        """Return a text for people, with a warning if the model has not learned its data."""
+        text = f"score threshold {self.score_threshold:g} ({self.source})"
+        return text if self.f1 is None else "\n".join([text, *weak(self.f1)])
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields of a results file."""
@@ -60,7 +64,18 @@ def threshold(given: float | None, fitted: Mapping[str, Any] | None) -> Threshol
     return Threshold(
         fitted["score_threshold"],
         f"fitted on {fitted['dataset']}{step}: F1 {fitted['f1']:.2f} at IoU {fitted['iou']:g}",
+        fitted["f1"],
     )
+
+
+def weak(f1: float) -> list[str]:
+    """Return what to say of a model whose best F1 is low, in lines; none if it is not."""
+    if f1 >= _WEAK:
+        return []
+    return [
+        f"warning: at F1 {f1:.2f} most boxes are wrong, or most objects are missed. Train longer "
+        "(--config.train.epochs), or start from a trained model (--config.init.model)."
+    ]
 
 
 def stored(workdir: Path, step: int, meta: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -90,7 +90,7 @@ def compile_programs(
         print(
             f"compiling {counted(len(programs), 'program')}; the first time this takes minutes "
             "(XLA may call it very slow)"
-            f"{f', later runs find them in {cache}' if cache else ''}",
+            f"{f', later runs of as many steps find them in {cache}' if cache else ''}",
             flush=True,
         )
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:

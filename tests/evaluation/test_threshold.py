@@ -124,6 +124,8 @@ def test_the_given_threshold_comes_first_then_the_fitted_then_the_fallback():
         "score_threshold": 0.07,
         "score_threshold_from": "fitted on val.json at step 400: F1 0.45 at IoU 0.5",
     }
+    weak = str(stored.threshold(None, FIT | {"f1": 0.07})).splitlines()
+    assert len(weak) == 2 and weak[1].startswith("warning: at F1 0.07 most boxes are wrong, or")
     fallback = stored.threshold(None, None)
     assert fallback.score_threshold == stored.FALLBACK and "fallback" in fallback.source
 
