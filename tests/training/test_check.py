@@ -288,7 +288,7 @@ def test_fine_tuning_starts_from_a_model(tmp_path, weights):
 
 
 def test_a_run_that_resumes_needs_no_files(tmp_path):
-    (tmp_path / "checkpoints/4").mkdir(parents=True)
+    (tmp_path / "checkpoints/4/meta").mkdir(parents=True)
     check.check_start(parse(), tmp_path)
     check.check_start(parse({"init.text": "", "init.backbone": ""}), tmp_path)
 
