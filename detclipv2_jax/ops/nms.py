@@ -506,14 +506,14 @@ def _pick_greedily(
     return jnp.where(found, picks, 0), found
 
 
-def _columns(boxes: Float[Array, "*n 4"]) -> Float[Array, "5 *n"]:
+def _columns(boxes: Float[Array, "... 4"]) -> Float[Array, "5 ..."]:
     """Return the four coordinates and the area of the boxes, each contiguous."""
     return jnp.stack([*jnp.moveaxis(jnp.asarray(boxes), -1, 0), area(boxes)])
 
 
 def _overlap_more(
-    a: Float[Array, "5 *n"], b: Float[Array, "5 *n"], threshold: float
-) -> Bool[Array, "*n"]:
+    a: Float[Array, "5 ..."], b: Float[Array, "5 ..."], threshold: float
+) -> Bool[Array, " ..."]:
     """Return whether the IoU exceeds the threshold, computed without a division.
 
     Never true for a box without area. `a` and `b` are `_columns`.
