@@ -168,9 +168,15 @@ def _recognize(
     tensors: Mapping[str, np.ndarray], layouts: Sequence[Layout], part: str, path: str
 ) -> _File:
     for layout in layouts:
-        prefix = layout.prefix(tensors)
-        if prefix is not None:
-            return _File(path, tensors, layout, prefix)
+        prefixes = layout.prefixes(tensors)
+        if len(prefixes) > 1:
+            raise UserError(
+                f"{path}: has the weights of {len(prefixes)} models, whose names begin with "
+                f"{', '.join(map(repr, prefixes))}, as a student and its teacher. Which one is "
+                "wanted is not known: save one of them in a file of its own."
+            )
+        if prefixes:
+            return _File(path, tensors, layout, prefixes[0])
     publishers = ", ".join(layout.publisher for layout in layouts)
     some = ", ".join(sorted(tensors)[:3])
     raise UserError(

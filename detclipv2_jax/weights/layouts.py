@@ -38,12 +38,14 @@ class Layout:
     convert: tuple[tuple[str, Convert], ...]
     optional: tuple[str, ...] = ()
 
+    def prefixes(self, names: Iterable[str]) -> list[str]:
+        """Return what a file puts before every name of each model of this layout in it."""
+        has_anchor = lambda name: name == self.anchor or name.endswith("." + self.anchor)
+        return [name.removesuffix(self.anchor) for name in names if has_anchor(name)]
+
     def prefix(self, names: Iterable[str]) -> str | None:
-        """Return what a file puts before every name; None if it does not have this layout."""
-        for name in names:
-            if name == self.anchor or name.endswith("." + self.anchor):
-                return name.removesuffix(self.anchor)
-        return None
+        """Return the first of `prefixes`; None if a file does not have this layout."""
+        return next(iter(self.prefixes(names)), None)
 
     def names(self, path: str) -> list[str]:
         """Return the names, without prefix, of the tensors of our parameter `path`."""

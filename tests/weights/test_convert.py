@@ -167,6 +167,26 @@ def test_files_of_something_else_are_refused(tmp_path):
         start(text=backbone_file(tmp_path / "swin.safetensors"))
 
 
+def test_a_file_of_a_student_and_its_teacher_is_refused(tmp_path):
+    def both(tensors):
+        named = {name: tensors.pop(name) for name in list(tensors)}
+        for number, prefix in enumerate(("student.backbone.", "teacher.backbone.")):
+            tensors |= {prefix + name: value + number for name, value in named.items()}
+
+    with pytest.raises(UserError, match=r"2 models.*'student.backbone.', 'teacher.backbone.'"):
+        start(backbone=backbone_file(tmp_path / "both.safetensors", change=both))
+
+
+def test_a_prefix_before_every_name(tmp_path):
+    def named(tensors):
+        for name in list(tensors):
+            tensors["module.backbone." + name] = tensors.pop(name)
+
+    found, _ = start(backbone=backbone_file(tmp_path / "ddp.safetensors", change=named))
+    name = "backbone/patch_embed/proj/kernel"
+    np.testing.assert_array_equal(found[name], arrays(1)[name])
+
+
 def test_export_and_load_are_bit_equal(tmp_path, monkeypatch, capsys):
     graphdef, params = create(tiny_model.CONFIG, 1)
     loaded = dataclasses.replace(tiny_model.loaded(), params=params)
