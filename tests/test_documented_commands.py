@@ -148,7 +148,7 @@ def test_the_road_of_own_photos(page, tmp_path, monkeypatch, parse_config, capsy
     monkeypatch.setitem(TINY, "train.epochs", 6.0)
     assert len(go(page, r"my_photos\b(?!.*target)", parse_config)) >= 3
     printed = capsys.readouterr()
-    assert "images for validation with" in printed.out and "runs/my_photos/" in printed.out
+    assert " for validation with " in printed.out and "runs/my_photos/" in printed.out
     assert (tmp_path / "runs/my_photos/results.json").is_file()
     assert (tmp_path / "found/detections.json").is_file()
     assert " raccoon -> found/" in printed.out
