@@ -438,15 +438,16 @@ def _what_it_is(head: bytes) -> str:
         return lfs_pointer.REASON
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<svg")):
         return "it is a web page or an SVG, not a picture"
-    if head[4:8] == b"ftyp" and head[8:12] in (
-        b"heic",
-        b"heix",
-        b"hevc",
-        b"mif1",
-        b"msf1",
-        b"heim",
-    ):
+    if head[4:8] == b"ftyp":  # ISO/IEC 14496-12, 4.3: the length of the list, then the brands
+        end = max(12, min(len(head), int.from_bytes(head[:4])))
+        brands = {head[at : at + 4] for at in range(8, end, 4)}
+        if brands & {b"avif", b"avis"}:
+            return "it is an AVIF that is damaged or cut off"
+        if brands.isdisjoint(_HEIC):
+            return "it is a video, not a picture"
         return "it is a HEIC photo, which cannot be read; convert it to JPEG"
+    if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "it is a JPEG XL picture, which cannot be read; convert it to JPEG"
     if head.startswith(b"%!PS"):
         return "it is a PostScript program, which is not run; convert it to PNG"
     if head.startswith((b"\xff\xd8", b"\x89PNG", b"II*\0", b"MM\0*", b"GIF8", b"RIFF", b"BM")):

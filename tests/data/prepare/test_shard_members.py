@@ -146,3 +146,11 @@ def test_a_truncated_tar_keeps_what_came_before(tmp_path):
     found, dropped = read(tmp_path)
     assert list(found) == ["0.a"]
     assert dropped == {"shards: damaged": 1, "captions: empty": 1}
+
+
+def test_a_picture_without_a_text_is_told_as_such(tmp_path):
+    write_tar(tmp_path / "0.tar", *pair("0"), "1.jpg")
+    archive = img2dataset.read(tmp_path)
+    assert len(list(archive.examples)) == 1
+    (said,) = archive.drops.explained["captions: empty"]
+    assert 'it has no caption (KEY.txt, or "caption" in KEY.json or its row)' in said

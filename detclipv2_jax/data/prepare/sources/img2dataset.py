@@ -220,6 +220,8 @@ def _read_metadata(entry: Entry, where: str, drops: Drops) -> Mapping[str, Any]:
 
 def _read_caption(entry: Entry, metadata: Mapping[str, Any]) -> str:
     """Return the caption of an entry; see `check_caption` and `decode_text` for errors."""
+    if entry.caption is None and "caption" not in metadata:
+        raise ValueError('it has no caption (KEY.txt, or "caption" in KEY.json or its row)')
     return check_caption(
         metadata.get("caption") if entry.caption is None else decode_text(entry.caption)
     )
