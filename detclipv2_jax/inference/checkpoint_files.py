@@ -174,8 +174,11 @@ def by_preference(directory: str | os.PathLike) -> list[int]:
 
 
 def note_choice(directory: str | os.PathLike, step: int) -> None:
-    """Print which checkpoint is used where it is not the newest."""
-    if step != (newest := steps(directory)[-1]):
+    """Print which checkpoint is used where it is the best one and not the newest.
+
+    Where the best one is damaged, the warning of `fall_back` says which one is used instead.
+    """
+    if step != (newest := steps(directory)[-1]) and step == by_preference(directory)[-1]:
         print(
             f"using the checkpoint of step {step}, the best on the validation set of the run's "
             f"training (the newest is that of step {newest})",

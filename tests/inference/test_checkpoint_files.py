@@ -19,7 +19,7 @@ from detclipv2_jax.training import initialize, state
 from detclipv2_jax.training.checkpointer import Checkpointer
 from detclipv2_jax.training.optimizer import OptimizerConfig, create
 
-SCORES = {2: 0.7, 4: 0.9, 6: 0.8}
+SCORES = {2: 0.7, 4: 0.8, 6: 0.9}  # the newest is the best
 
 
 def save(directory, scores, poison=None):
@@ -144,13 +144,16 @@ def test_without_an_intact_checkpoint_each_is_named(run):
         checkpoint.load_model(run)
 
 
-def test_the_best_checkpoint_is_the_best_intact_one(run, capsys):
-    assert checkpoint.best_step(run) == 4
-    flip(largest(run / "checkpoints/4/model"))
-    assert checkpoint.best_step(run) == 6
-    assert "4 is damaged (model/" in capsys.readouterr().err
-    (run / "checkpoints/6/meta/metadata").unlink()
-    assert checkpoint.best_step(run) == 2
+def test_the_best_checkpoint_is_the_best_intact_one(tmp_path, capsys):
+    save(tmp_path, {2: 0.7, 4: 0.9, 6: 0.8})
+    assert checkpoint.best_step(tmp_path) == checkpoint.load_model(tmp_path).step == 4
+    assert "using the checkpoint of step 4, the best on the validation" in capsys.readouterr().err
+    flip(largest(tmp_path / "checkpoints/4/model"))
+    assert checkpoint.best_step(tmp_path) == checkpoint.load_model(tmp_path).step == 6
+    warning = capsys.readouterr().err
+    assert "4 is damaged (model/" in warning and "the best" not in warning
+    (tmp_path / "checkpoints/6/meta/metadata").unlink()
+    assert checkpoint.best_step(tmp_path) == 2
 
 
 def test_values_that_are_not_finite_are_damage(tmp_path, capsys):
