@@ -26,6 +26,7 @@ class Start(NamedTuple):
     shardings: TrainState
     seconds: dict[str, float]  # wall time by part up to the checkpoint (clock.py); {} of a new run
     auto_step: AutoStep | None  # None: the config has none
+    threshold: dict[str, Any] | None = None  # the score threshold that the last evaluation fitted
 
 
 def new_or_resumed(
@@ -72,7 +73,7 @@ def new_or_resumed(
         check_unchanged(meta["config"], config, step, checkpointer.workdir)
         finished = ": the run is finished, and nothing is left to train"
     print(f"resuming after step {step}{config_changes(meta['config'], config)}{finished}")
-    return Start(state, shardings, meta["seconds"], auto_step)
+    return Start(state, shardings, meta["seconds"], auto_step, meta.get("threshold"))
 
 
 # Fields of config.model that change no value that a trained model computes, up to rounding: they

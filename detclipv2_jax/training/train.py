@@ -80,7 +80,7 @@ def train(
 
     # ---- State: that of the newest checkpoint, or a new one.
     checkpointer = Checkpointer(workdir, config.train.keep_checkpoints)
-    state, shardings, earlier_seconds, auto_step = new_or_resumed(
+    state, shardings, earlier_seconds, auto_step, threshold = new_or_resumed(
         config, params, rule, mesh, checkpointer, total_steps
     )
     start = int(state.step)
@@ -131,6 +131,8 @@ def train(
     }
     if auto_step:
         meta |= {"auto_step": dataclasses.asdict(auto_step)}
+    if threshold:  # until the next evaluation
+        meta |= {"threshold": threshold}
     results = None
     if validator and config.train.eval_first and start == 0:
         with clock("evaluate"):

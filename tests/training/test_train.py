@@ -537,6 +537,20 @@ def test_a_checkpoint_has_the_threshold_of_its_evaluation(finished):
         assert loaded.threshold == results["threshold"] | {"step": results["step"]}
 
 
+def test_a_resumed_run_keeps_the_threshold_until_it_evaluates(data, finished, tmp_path):
+    workdir, fitted = tmp_path / "run", {"score_threshold": 0.37, "step": 3}
+    shutil.copytree(finished[0], workdir)
+    newest = workdir / "checkpoints" / str(_checkpoints(workdir)[-1])
+    meta = json.loads((newest / "meta/metadata").read_text()) | {"threshold": fitted}
+    meta["digests"] = False  # as in an old checkpoint, so that its meta can be edited
+    (newest / "digests.sha256").unlink()
+    (newest / "meta/metadata").write_text(json.dumps(meta))
+    process = tiny_run.run(data, workdir, **{"train.epochs": 2.2, "eval.dataset": ""})
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert _checkpoints(workdir)[-1] > int(newest.name)
+    assert checkpoint.load_model(workdir).threshold == fitted
+
+
 @pytest.mark.slow
 def test_a_run_is_fine_tuned_with_rehearsal_and_zero_shot_evaluation(data, finished, tmp_path):
     (tmp_path / "data").mkdir()
