@@ -24,7 +24,7 @@ from tqdm import tqdm
 from detclipv2_jax.common.errors import UserError
 from detclipv2_jax.common.interruption import Stopped
 from detclipv2_jax.common.outputs import OutputFolder, guarded
-from detclipv2_jax.common.printable import printable
+from detclipv2_jax.common.printable import counted, printable
 from detclipv2_jax.inference import drawing
 from detclipv2_jax.inference.detect_results import Entry, Results
 from detclipv2_jax.inference.detections import ImageDetections, summary
@@ -180,7 +180,8 @@ def _detect_video(
     what = summary(counts.elements(), best)
     drawn = printable(output / file.drawn)
     note = f" ({video.problem})" if video.problem else ""
-    tqdm.write(f"{printable(file.path)}: {len(entry['frames'])} frames{note}, {what} -> {drawn}")
+    shown = counted(len(entry["frames"]), "frame")
+    tqdm.write(f"{printable(file.path)}: {shown}{note}, {what} -> {drawn}")
 
 
 class _Frames:

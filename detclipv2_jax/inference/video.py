@@ -62,9 +62,7 @@ class Video:
             return
         with self._open() as capture:
             if not _call(capture.grab):
-                is_pointer = lfs_pointer.is_pointer_file(path)
-                why = lfs_pointer.REASON if is_pointer else _NO_FRAME
-                raise UserError(f"{printable(path)}: {why}.")
+                raise UserError(f"{printable(path)}: {_why_no_frame(self.path)}.")
             rate = capture.get(cv2.CAP_PROP_FPS)
             self.rate = rate if 0 < rate <= _HIGHEST_RATE else None
             count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
@@ -187,6 +185,14 @@ class Video:
 
 
 _NO_FRAME = "cannot be read as a video (no frame can be decoded)"
+
+
+def _why_no_frame(path: pathlib.Path) -> str:
+    """Return why not even the first frame of a video can be decoded."""
+    if lfs_pointer.is_pointer_file(path):
+        return lfs_pointer.REASON
+    # The index of an MP4 stands at its end, unless it was written for the web.
+    return "cannot be read as a video (the file is cut off)" if is_cut_off(path) else _NO_FRAME
 
 
 def _shown_for(image: Image.Image) -> float:

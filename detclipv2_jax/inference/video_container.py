@@ -1,13 +1,16 @@
 """What the headers of video files claim: whether bytes are missing, and whether a count is exact.
 
-Only the outermost structure is read: RIFF chunks (AVI), boxes (MP4 and MOV, ISO/IEC 14496-12), and
-EBML elements (Matroska and WebM, RFC 8794 and RFC 9559).
+Only the outermost structure is read: RIFF chunks (AVI), boxes (MP4 and MOV, ISO/IEC 14496-12),
+EBML elements (Matroska and WebM, RFC 8794 and RFC 9559), tags (FLV, Adobe's specification 10.1,
+annex E), and the file's size in the header of WMV (ASF specification 01.20.06, 3.2).
 """
 
 import pathlib
 from typing import BinaryIO
 
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+_ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+_ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
 
 
@@ -32,6 +35,12 @@ def is_cut_off(path: pathlib.Path) -> bool:
                 return _boxes_are_cut_off(file, size)
             if start[:4] == _EBML:
                 return _segment_is_cut_off(file, size)
+            if start[:3] == b"FLV":
+                return _tags_are_cut_off(file, size)
+            if start == _ASF[:12]:
+                header = file.read(1 << 16)
+                at = header.find(_ASF_FILE_PROPERTIES)
+                return at > 0 and size < int.from_bytes(header[at + 40 : at + 48], "little")
     except (OSError, ValueError):
         pass
     return False
@@ -57,6 +66,15 @@ def _boxes_are_cut_off(file: BinaryIO, size: int) -> bool:
         if length < 8:  # 0: to the end of the file; others are no box
             return False
         position += length
+    return position > size
+
+
+def _tags_are_cut_off(file: BinaryIO, size: int) -> bool:
+    file.seek(5)
+    position = int.from_bytes(file.read(4), "big") + 4  # behind the size of no tag
+    while position + 11 <= size:
+        file.seek(position)
+        position += 11 + int.from_bytes(file.read(4)[1:], "big") + 4
     return position > size
 
 

@@ -39,15 +39,26 @@ def test_whole_videos_have_no_problem(tmp_path, name, code):
     assert not is_cut_off(video.path)
 
 
-@pytest.mark.parametrize(("name", "code"), [("a.avi", "MJPG"), ("a.webm", "VP80")])
+@pytest.mark.parametrize(
+    ("name", "code"), [("a.avi", "MJPG"), ("a.webm", "VP80"), ("a.flv", "FLV1"), ("a.wmv", "WMV2")]
+)
 def test_videos_that_are_cut_off(tmp_path, name, code):
     path = write(tmp_path / name, code)
+    assert not is_cut_off(path) and not (list(video := Video(path)) and video.problem)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     video = Video(path)
     count = len(list(video))
     assert 0 < count < 20 and is_cut_off(path)
     told = f"{count} of the 20 frames" if code == "MJPG" else f"{count} frames of it"
     assert told in video.problem and "cut off" in video.problem
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov"])
+def test_videos_whose_index_is_cut_off(tmp_path, name):
+    path = write(tmp_path / name, "mp4v")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"cannot be read as a video \(the file is cut off\)\.$"):
+        Video(path)
 
 
 def test_a_hole_in_the_middle(tmp_path):
