@@ -131,6 +131,7 @@ class AnswerStore:
         waiting, stop, lock = collections.deque(chunks), threading.Event(), threading.Lock()
         total = sum(len(self._files(chunk)) for chunk in chunks)
         bar = tqdm(total=total, desc=title, unit="image", disable=title is None, smoothing=0.05)
+        bar.set_postfix_str("programs are compiled first")
 
         def work(predictor: Predictor) -> None:
             while waiting and not stop.is_set():
@@ -147,6 +148,7 @@ class AnswerStore:
                         return
                     answers[numbers[index]] = found
                     with lock:
+                        bar.set_postfix_str("", refresh=False)
                         bar.update()
                 self._save(chunk, [(number, answers[number]) for number in numbers])
 

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     encoded = detector.encode(names)
     if sentence := cut_off_text(encoded):
         print(f"warning: {sentence}", file=sys.stderr)
-    print(detector.threshold)
+    print(f"{detector.threshold}\ncompiling; the first time this takes a minute", flush=True)
     settings = {
         **dataclasses.asdict(detector.predictor.config),
         **detector.threshold.to_json(),
