@@ -107,7 +107,8 @@ def draw_comparison(
         scale = 1 / annotated_scale(image, found.size)
         labels = [names[int(key)] for key in truth.category_ids[boxes]]
         pictures.append(drawing.draw_boxes(pixels, truth.boxes[boxes] * scale, labels, side=480))
-        titles.append(f"{image.file_name or image.given_id}: ground truth, {len(boxes)} boxes")
+        drawn = counted(len(boxes), "box", "boxes")
+        titles.append(f"{image.file_name or image.given_id}: ground truth, {drawn}")
         # As many as there are objects: readable for a bad model and for a good one.
         best = without_overlaps(found)[: max(len(boxes), 3)]
         answers = (found.boxes[best], [found.names[n] for n in best], found.scores[best])
