@@ -42,7 +42,6 @@ from jaxtyping import Bool, Int, Int32, Int64, UInt16, UInt64
 
 from detclipv2_jax.common import digests
 from detclipv2_jax.common.errors import UserError
-from detclipv2_jax.text.tokenizer import CONTEXT, END, START
 
 Kind = Literal["detection", "grounding", "image_text", "classification"]
 # A new kind goes to the end: random streams and checkpoints number the kinds in this order.
@@ -357,6 +356,9 @@ _DTYPES |= {"positives_offsets": np.int64, "positives": np.int32, "vocabulary": 
 
 def _are_tokens(tokens: np.ndarray, concepts: int) -> bool:
     """Return whether each row is a tokenized text: its start first, one end, ids of CLIP's."""
+    # Imported here: a machine that only trains on plans may lack what the tokenizer needs.
+    from detclipv2_jax.text.tokenizer import CONTEXT, END, START
+
     if tokens.shape != (concepts, CONTEXT) or not concepts:
         return tokens.shape == (concepts, CONTEXT)
     ends = tokens.max(axis=1) == END  # the largest id: every row has one, and nothing exceeds it

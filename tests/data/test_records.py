@@ -151,6 +151,7 @@ def test_nothing_appears_where_writing_failed(tmp_path):
 
 def test_a_rest_of_a_killed_run_is_no_obstacle_and_the_old_source_gives_way(tmp_path):
     (tmp_path / "s.partial").mkdir()
+    (tmp_path / "s.partial" / "stamp.json").write_text('{"inputs": null}')
     (tmp_path / "s.partial" / "records-00000").write_bytes(b"half a file")
     for count in (2, 5):
         with RecordWriter(tmp_path / "s", name="n", kind="detection") as writer:

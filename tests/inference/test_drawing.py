@@ -130,7 +130,7 @@ def write_log(path, steps=60):
 def test_loss_curves_have_one_panel_per_kind(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_log(path)
-    curves = plots._losses(path)
+    curves = plots._losses(plots._rows(path))
     assert set(curves) == {"detection", "grounding", "image_text"}
     assert set(curves["detection"]) == {"loss", "align"} and len(curves["detection"]["loss"]) == 20
     plots.plot_losses(path, tmp_path / "pictures" / "losses.png")
@@ -142,10 +142,10 @@ def test_loss_curves_have_one_panel_per_kind(tmp_path):
 def test_loss_curves_of_an_unfinished_log(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_log(path)
-    whole = plots._losses(path)
+    whole = plots._losses(plots._rows(path))
     with open(path, "a") as file:
         file.write('{"step": 60, "kind": "detection", "loss": null}\n{"step": 61, "lo')
-    assert plots._losses(path) == whole
+    assert plots._losses(plots._rows(path)) == whole
     path.write_text("")
     plots.plot_losses(path, tmp_path / "empty.png")
     assert (tmp_path / "empty.png").exists()

@@ -95,7 +95,7 @@ def test_errors_are_one_line(data, tmp_path, capsys):
     assert "no prepared source here" in error(f"--from={tmp_path / 'empty'}")
     assert "no prepared source here" in error(f"--from={tmp_path / 'nowhere'}")
     assert "none.pt: no such file" in error(f"--from={data}", "--text=none.pt")
-    assert "none.json: cannot be read" in error(f"--from={data}", "--lvis=none.json")
+    assert "none.json: no such file" in error(f"--from={data}", "--lvis=none.json")
     (data / "detection" / "info.json").write_text("{")
     assert "not a valid description" in error(f"--from={data}")
     assert not (tmp_path / "to").exists()

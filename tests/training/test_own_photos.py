@@ -56,6 +56,7 @@ def test_the_best_is_used_if_the_newest_was_measured(tmp_path, monkeypatch, caps
     assert checkpoint_files.by_preference(tmp_path)[-1] == 40
     checkpoint_files.note_choice(tmp_path, 40)
     assert capsys.readouterr().err == ""
+    scores[40] = 0.2
     checkpoint_files.note_choice(tmp_path, 20)
     assert "using the checkpoint of step 20, the best on the valid" in capsys.readouterr().err
 

@@ -89,7 +89,9 @@ def test_a_run_writes_the_files_that_the_readme_lists(finished):
     assert [step for step, *_ in losses] == list(range(1, len(losses) + 1))
     assert {kind for _, kind, *_ in losses} == {"detection", "grounding", "image_text"}
     results = json.loads((workdir / "results.json").read_text())
-    assert set(results) == {"dataset", "step", "standard", "fixed", "groups", "settings"}
+    assert set(results) == {
+        "dataset", "step", "standard", "fixed", "groups", "settings", "threshold"
+    }  # fmt: skip
     assert set(results["groups"]) == {"base", "novel"} and results["step"] == len(losses)
     assert {"AP", "AP50", "APr", "APc", "APf"} <= set(results["fixed"])
     assert json.loads((workdir / "config.json").read_text())["model"]["swin"]["embed_dim"] == 8
