@@ -159,7 +159,7 @@ def test_an_orientation_beside_broken_exif_is_obeyed(block):
 
 
 def test_a_resolution_of_minus_one_by_zero():
-    """Pillow's exif_transpose writes the EXIF anew and raises struct.error."""
+    """Pillow's exif_transpose writes the EXIF again and raises struct.error."""
     rational = struct.pack("<iI", -1, 0)
     block = raw_exif((0x0112, 3, 1, b"\x06\0\0\0"), (0x011A, 10, 1, struct.pack("<I", 38)))
     found = pictures.read(encoded(scene(), "JPEG", exif=block + rational))
